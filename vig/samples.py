@@ -1,0 +1,390 @@
+"""From files to samples: readers of instruction data, one `Sample` or one `BrokenRecord` a record.
+
+Formats: LLaVA / ShareGPT JSON (``conversations``), Hugging Face ``messages``, both as a JSON array or as JSON
+lines, and a folder of photographs with a caption beside each. Nothing is ever dropped silently: what cannot
+become a sample is yielded as a `BrokenRecord` that carries its key, its id and the cure.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+ImageSource = Path | bytes | Image.Image
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+IMAGE_MARK = "<image>"
+PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_RECORD = 1 << 28  # characters; a longer run without a record means that the JSON is broken
+CAPTION_QUESTION = "Describe the image."
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation about zero or more images.
+
+    `key` is unique (source file name and record number), `id` is what the data says and may repeat.
+    `messages` have ``role`` (user, assistant, system) and ``content``, a list of parts:
+    ``{"type": "image"}`` or ``{"type": "text", "text": ...}``; image parts stand in the order of `images`.
+    """
+
+    key: str
+    id: str
+    images: tuple[ImageSource, ...]
+    messages: tuple[dict[str, Any], ...]
+    source: str
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used: says which (`key`, `id`), why (`reason`) and what helps (`cure`)."""
+
+    def __init__(self, key: str, id: str, reason: str, cure: str):
+        self.key, self.id, self.reason, self.cure = key, id, reason, cure
+        super().__init__(f"{key} (id {id!r}): {reason}. {cure}")
+
+    def __reduce__(self):
+        return SampleError, (self.key, self.id, self.reason, self.cure)
+
+
+class BrokenRecord(NamedTuple):
+    """What a reader yields in the place of a record that cannot become a `Sample`."""
+
+    key: str
+    id: str
+    source: str
+    error: SampleError
+
+
+class DataError(ValueError):
+    """The data as a whole cannot be read: no such file, or a format that no reader knows."""
+
+
+def read_samples(
+    path: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+) -> Iterator[Sample | BrokenRecord]:
+    """Reads `path` record by record, in order, in constant memory.
+
+    path: a ``.json`` array, a ``.jsonl`` file, or a folder of photographs (caption ``photo.txt`` beside
+        ``photo.jpg``).
+    image_root: folder that relative image paths start from; the data file's own folder unless given. Paths
+        that leave it are refused.
+    limit: read at most this many records.
+    Raises DataError where the file is missing or of an unknown format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"no such data: {path}. Give a .json or .jsonl file, or a folder of photographs")
+    root = Path(image_root) if image_root is not None else (path if path.is_dir() else path.parent)
+    if not root.is_dir():
+        raise DataError(f"no such image root: {root}. Give the folder of the images with --image-root")
+    reader = next((read for knows, read in READERS if knows(path)), None)
+    if reader is None:
+        raise DataError(
+            f"cannot read {path}: expected .json, .jsonl or a folder, got {path.suffix or 'no suffix'!r}"
+        )
+    return islice(reader(path, root.resolve()), limit)
+
+
+def sample_from_record(
+    record: Any, *, key: str, image_root: Path | str | None = None, source: str = ""
+) -> Sample:
+    """Makes a `Sample` of one LLaVA, ShareGPT or ``messages`` record (a dict). Raises SampleError."""
+    if not isinstance(record, dict):
+        raise SampleError(
+            key, "", f"the record is a {type(record).__name__}, not an object", "Give one object a record"
+        )
+    id = str(record.get("id", key))
+    root = None if image_root is None else Path(image_root).resolve()
+    images = tuple(_image_source(value, root, key, id) for value in _image_values(record))
+    if "conversations" in record:
+        turns = [(turn, "from", "value") for turn in _turns(record["conversations"], key, id)]
+    elif "messages" in record:
+        turns = [(turn, "role", "content") for turn in _turns(record["messages"], key, id)]
+    else:
+        raise SampleError(
+            key, id, f"no turns among the fields {sorted(record)}", "Name them `conversations` or `messages`"
+        )
+    messages = tuple(_message(*turn, key, id) for turn in turns)
+    _check_turns(messages, len(images), key, id)
+    return Sample(key, id, images, messages, source)
+
+
+def answers(sample: Sample) -> list[str]:
+    """The text of every assistant turn, in order."""
+    return [text_of(message) for message in sample.messages if message["role"] == "assistant"]
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The text parts of one message, joined."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+# --- one record ---
+
+
+def _image_values(record: dict[str, Any]) -> list[Any]:
+    for field in ("images", "image"):
+        value = record.get(field)
+        if value is not None:
+            return list(value) if isinstance(value, list | tuple) else [value]
+    return []
+
+
+def _image_source(value: Any, root: Path | None, key: str, id: str) -> ImageSource:
+    if isinstance(value, Image.Image | bytes):
+        return value
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return value["bytes"]
+    if isinstance(value, dict) and isinstance(value.get("path"), str):
+        value = value["path"]
+    if not isinstance(value, str | Path):
+        raise SampleError(
+            key, id, f"an image is a {type(value).__name__}", "Give a path, bytes or a PIL image"
+        )
+    if "://" in str(value):
+        raise SampleError(key, id, f"the image {value} is an address", "Download it and give its path")
+    if root is None:
+        return Path(value)
+    path = (root / value).resolve()
+    if not path.is_relative_to(root):
+        raise SampleError(
+            key,
+            id,
+            f"the image path {value} leaves the image root {root}",
+            "Set --image-root to a folder above it",
+        )
+    return path
+
+
+def _turns(turns: Any, key: str, id: str) -> list[dict[str, Any]]:
+    if not isinstance(turns, list | tuple) or not all(isinstance(turn, dict) for turn in turns):
+        raise SampleError(
+            key, id, "the turns are not a list of objects", "Give a list of {from, value} or {role, content}"
+        )
+    return list(turns)
+
+
+def _message(turn: dict[str, Any], role_field: str, text_field: str, key: str, id: str) -> dict[str, Any]:
+    name = turn.get(role_field)
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise SampleError(key, id, f"unknown role {name!r}", f"Use one of {', '.join(sorted(ROLES))}")
+    content = turn.get(text_field)
+    if isinstance(content, str):
+        return {"role": role, "content": _parts(content)}
+    if isinstance(content, list | tuple):
+        parts = [_part(part, key, id) for part in content]
+        return {"role": role, "content": [part for part in parts if part.get("text") != ""]}
+    raise SampleError(
+        key, id, f"a {role} turn's {text_field} is {type(content).__name__}", "Give text or a list of parts"
+    )
+
+
+def _part(part: Any, key: str, id: str) -> dict[str, Any]:
+    if isinstance(part, dict) and part.get("type") == "image":
+        return {"type": "image"}
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    raise SampleError(
+        key, id, f"a content part is {part!r:.80}", 'Use {"type": "image"} or {"type": "text", "text": ...}'
+    )
+
+
+def _parts(text: str) -> list[dict[str, Any]]:
+    """Splits text at ``<image>``; the newline that LLaVA writes beside it belongs to the mark."""
+    if IMAGE_MARK not in text:
+        return [{"type": "text", "text": text}]
+    parts: list[dict[str, Any]] = []
+    pieces = text.split(IMAGE_MARK)
+    for number, piece in enumerate(pieces):
+        if number > 0:
+            parts.append({"type": "image"})
+            piece = piece.removeprefix("\n")
+        if number < len(pieces) - 1:
+            piece = piece.removesuffix("\n")
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _check_turns(messages: tuple[dict[str, Any], ...], n_images: int, key: str, id: str) -> None:
+    marks = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if marks != n_images:
+        raise SampleError(
+            key,
+            id,
+            f"{n_images} images but {marks} {IMAGE_MARK} marks",
+            f"Write one {IMAGE_MARK} for each image",
+        )
+    spoken = [message for message in messages if message["role"] == "assistant"]
+    if not spoken:
+        raise SampleError(key, id, "no answer turn", "Give at least one gpt / assistant turn")
+    for message in spoken:
+        if any(part["type"] == "image" for part in message["content"]):
+            raise SampleError(key, id, f"an answer holds {IMAGE_MARK}", "Put images into user turns")
+        if not text_of(message).strip():
+            raise SampleError(key, id, "an answer is empty", "Remove the turn or write its answer")
+
+
+# --- readers ---
+
+
+def _read_json(path: Path, root: Path) -> Iterator[Sample | BrokenRecord]:
+    for number, record in enumerate(_json_records(path)):
+        key = f"{path.name}#{number}"
+        try:
+            if isinstance(record, SampleError):
+                raise record
+            yield sample_from_record(record, key=key, image_root=root, source=path.name)
+        except SampleError as error:
+            yield BrokenRecord(key, error.id, path.name, error)
+
+
+def _json_records(path: Path) -> Iterator[Any]:
+    """The records of a JSON array or of JSON lines, told apart by the first character."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        first = next((char for line in file for char in line if not char.isspace()), "")
+        file.seek(0)
+        yield from _array_items(file, path) if first == "[" else _lines(file, path)
+
+
+def _lines(file, path: Path) -> Iterator[Any]:
+    number = 0
+    for line_number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            reason = f"line {line_number} is not JSON ({error.msg} at column {error.colno})"
+            yield SampleError(f"{path.name}#{number}", "", reason, "Write one JSON object a line")
+        number += 1
+
+
+def _array_items(file, path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
+    """Decodes a JSON array item by item, so that a file of any size needs the memory of one record."""
+    decoder = json.JSONDecoder()
+    buffer, at, number, ended = "", 0, 0, False
+    opened = False
+    while True:
+        while at < len(buffer) and buffer[at] in " \t\r\n,[" and (buffer[at] != "[" or not opened):
+            opened = opened or buffer[at] == "["
+            at += 1
+        if at < len(buffer) and buffer[at] == "]":
+            return
+        try:
+            item, end = decoder.raw_decode(buffer, at)
+            # A number or a cut literal at the end of the buffer may go on in the next chunk.
+            if end == len(buffer) and not ended:
+                raise json.JSONDecodeError("incomplete", buffer, end)
+        except json.JSONDecodeError as error:
+            more = "" if ended or len(buffer) - at > MAX_RECORD else file.read(chunk)
+            if more:
+                buffer, at = buffer[at:] + more, 0
+                chunk *= 2  # a record larger than the chunk is read in few steps
+                continue
+            if not ended:
+                ended = True
+                continue
+            reason = (
+                f"the JSON array breaks off after {number} records ({error.msg} at character {error.pos})"
+            )
+            yield SampleError(
+                f"{path.name}#{number}", "", reason, "Repair the file; the records before it are read"
+            )
+            return
+        yield item
+        number, at, chunk = number + 1, end, 1 << 20
+
+
+def _read_folder(path: Path, root: Path) -> Iterator[Sample | BrokenRecord]:
+    photographs = sorted(file for file in path.iterdir() if file.suffix.lower() in PHOTOGRAPHS)
+    if not photographs:
+        raise DataError(f"no photographs in {path}: expected {', '.join(PHOTOGRAPHS)}")
+    for photograph in photographs:
+        key, caption = f"{path.name}#{photograph.name}", photograph.with_suffix(".txt")
+        try:
+            if not caption.is_file():
+                raise SampleError(
+                    key,
+                    photograph.name,
+                    "no answer turn",
+                    f"Write the caption to score into {caption.name} beside it",
+                )
+            record = {
+                "id": photograph.name,
+                "image": photograph.name,
+                "conversations": [
+                    {"from": "human", "value": f"{IMAGE_MARK}\n{CAPTION_QUESTION}"},
+                    {"from": "gpt", "value": caption.read_text(encoding="utf-8").strip()},
+                ],
+            }
+            yield sample_from_record(record, key=key, image_root=root, source=path.name)
+        except SampleError as error:
+            yield BrokenRecord(key, error.id, path.name, error)
+
+
+READERS: tuple[
+    tuple[Callable[[Path], bool], Callable[[Path, Path], Iterator[Sample | BrokenRecord]]], ...
+] = (
+    (Path.is_dir, _read_folder),
+    (lambda path: path.suffix in (".json", ".jsonl"), _read_json),
+)
+
+
+# --- images ---
+
+
+def open_images(sample: Sample, *, max_pixels: int = 1 << 28) -> list[Image.Image]:
+    """Decodes the images of a sample to RGB, in order.
+
+    Raises SampleError for a missing file, a file that is not an image, a truncated one, and one of more than
+    `max_pixels` pixels (checked on the header, before anything is decoded).
+    """
+    return [open_image(source, sample.key, sample.id, max_pixels=max_pixels) for source in sample.images]
+
+
+def open_image(source: ImageSource, key: str, id: str, *, max_pixels: int = 1 << 28) -> Image.Image:
+
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                if image.width * image.height > max_pixels:
+                    raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+                return image.convert("RGB")
+    except FileNotFoundError:
+        raise SampleError(key, id, f"no image at {name}", "Check --image-root") from None
+    except Image.DecompressionBombError as error:
+        raise SampleError(
+            key, id, f"the image {name} is too large ({error})", f"Shrink it below {max_pixels}"
+        ) from None
+    except Image.UnidentifiedImageError:
+        raise SampleError(
+            key, id, f"{name} is not an image that Pillow can read", "Replace or remove it"
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise SampleError(
+            key, id, f"the image {name} cannot be decoded ({error})", "Replace or remove it"
+        ) from None
