@@ -1,0 +1,408 @@
+"""From a sample to token ids and the mask of its answer tokens, for scoring and training alike.
+
+The answer of a turn is a span of characters in the rendered prompt. It comes, in this order, from the
+template's own ``{% generation %}`` marks; from TRL's training template for the family; else from sentinels
+put in the place of the answers, accepted only if putting the answers back reproduces the prompt exactly.
+The processor expands the image placeholders, the tokenizer gives character offsets, and a token belongs to an
+answer when it overlaps the answer's span. What was found is checked against the decoded text.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from vig.samples import Sample, SampleError, answers, open_images
+
+IGNORE = -100
+END_OF_TURN = ("template", "add", "drop")
+TOKEN_LEVEL = ("mm_token_type_ids", "token_type_ids")  # processor outputs of shape (1, T)
+NOT_MODEL_INPUT = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Span = tuple[int, int]
+
+
+class PromptError(ValueError):
+    """The processor as a whole cannot be used: no chat template, or no character offsets."""
+
+
+@dataclass
+class Encoded:
+    """One sample as the model sees it. T is its number of tokens, image placeholders expanded."""
+
+    sample: Sample
+    input_ids: list[int]  # (T,)
+    answer_index: list[int]  # positions in input_ids of the answer tokens, ascending
+    turn_position: list[int]  # position of each answer token in its turn's answer; 0 starts a turn
+    pixels: dict[str, Tensor]  # pixel_values and what goes with them; {} for a text-only sample
+    truncated: int = 0  # answer tokens cut off by max_length
+    straddles: int = 0  # answer tokens that hold characters from outside their answer
+    null_pixels: dict[str, Tensor] | None = field(default=None, repr=False)  # nulls made from other images
+
+    @property
+    def answer_ids(self) -> list[int]:
+        return [self.input_ids[index] for index in self.answer_index]
+
+
+class Encoder:
+    """Renders, tokenises and marks samples with a transformers processor (or a tokenizer, for text alone).
+
+    end_of_turn: "template" supervises exactly what the template marks; "add" also the end-of-turn token after
+        each answer (written there if the template writes none); "drop" the answer's text alone.
+    max_length: the longest sequence in tokens. Longer ones raise, or with `truncate` lose their end.
+    Raises PromptError where the processor has no chat template or its tokenizer no character offsets.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        end_of_turn: str = "template",
+        max_length: int | None = None,
+        truncate: bool = False,
+    ):
+        if end_of_turn not in END_OF_TURN:
+            raise ValueError(f"end_of_turn = {end_of_turn!r}, expected one of {', '.join(END_OF_TURN)}")
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        if not self.tokenizer.is_fast:
+            raise PromptError(
+                f"{type(self.tokenizer).__name__} gives no character offsets. Load it with use_fast=True"
+            )
+        self.end_of_turn, self.max_length, self.truncate = end_of_turn, max_length, truncate
+        self.template, self.source_of_answers = _answer_template(processor)
+        self.image_token = getattr(processor, "image_token", None)
+        image_token_id = getattr(processor, "image_token_id", None)
+        self.image_token_id = -1 if image_token_id is None else image_token_id
+        self._turn_ends = _turn_ends(self.tokenizer, self.image_token)
+
+    def encode(self, sample: Sample, images: list[Image.Image] | None = None) -> Encoded:
+        """Encodes one sample. images: its decoded images; opened from the sample unless given.
+
+        Raises SampleError for images that cannot be read, answers that cannot be located, and sequences
+        longer than max_length.
+        """
+        if images is None:
+            images = open_images(sample)
+        refuse = partial(SampleError, sample.key, sample.id)
+        self._check_text(sample, refuse)
+        text, spans = self._render(sample, refuse)
+        text, spans = _end_turns(text, spans, self.end_of_turn, self._turn_ends, self.tokenizer.eos_token)
+        outputs = self._tokenise(text, images, refuse)
+        input_ids = outputs["input_ids"][0].tolist()
+        offsets = outputs["offset_mapping"][0].tolist()
+        expanded = _expanded_spans(spans, outputs.get("text_replacement_offsets"))
+        turns = [_overlapping(offsets, span) for span in expanded]
+        if not all(turns):
+            raise refuse("an answer has no tokens", "Check the chat template and the answer's text")
+        self._check_decoded(sample, input_ids, turns, refuse)
+        encoded = Encoded(
+            sample,
+            input_ids,
+            answer_index=[index for turn in turns for index in turn],
+            turn_position=[position for turn in turns for position in range(len(turn))],
+            pixels={key: value for key, value in outputs.items() if key not in NOT_MODEL_INPUT},
+            straddles=sum(
+                _straddles(text, span, moved, offsets[turn[0]], offsets[turn[-1]])
+                for span, moved, turn in zip(spans, expanded, turns, strict=True)
+            ),
+        )
+        return self._fit(encoded, refuse)
+
+    def collate(self, encoded: Sequence[Encoded], *, until_last_answer: bool = False) -> dict[str, Tensor]:
+        """Right-pads a batch: input_ids, attention_mask, labels (B, T) int64, and the pixel inputs.
+
+        labels[b, t] is input_ids[b, t] where it is an answer token, else -100; they are not shifted.
+        until_last_answer: leave out what follows the last answer token, which nothing depends on.
+        """
+        lengths = [
+            item.answer_index[-1] + 1 if until_last_answer else len(item.input_ids) for item in encoded
+        ]
+        shape = (len(encoded), max(lengths))
+        input_ids = torch.full(shape, self._pad_id(), dtype=torch.int64)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE, dtype=torch.int64)
+        for row, (item, length) in enumerate(zip(encoded, lengths, strict=True)):
+            input_ids[row, :length] = torch.tensor(item.input_ids[:length])
+            attention_mask[row, :length] = 1
+            index = torch.tensor(item.answer_index)
+            labels[row, index] = input_ids[row, index]
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return batch | collate_pixels([item.pixels for item in encoded], lengths)
+
+    def _pad_id(self) -> int:
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(id for id in ids if id is not None)
+
+    def _check_text(self, sample: Sample, refuse) -> None:
+        if not self.image_token:
+            if sample.images:
+                raise refuse(
+                    "it has images, but the processor takes none", "Use the processor of a vision model"
+                )
+            return
+        for message in sample.messages:
+            if any(self.image_token in part.get("text", "") for part in message["content"]):
+                raise refuse(f"a text holds the image token {self.image_token!r}", "Remove it from the text")
+
+    def _render(self, sample: Sample, refuse) -> tuple[str, list[Span]]:
+        if self.source_of_answers == "sentinels":
+            return self._render_by_sentinels(sample, refuse)
+        text, spans = self._apply_template(list(sample.messages), marks=True)
+        n_answers = len(answers(sample))
+        if len(spans) != n_answers:
+            raise refuse(
+                f"the template marks {len(spans)} answers, the sample has {n_answers}",
+                "Check the roles of the turns, and the {% generation %} marks of the template",
+            )
+        return text, spans
+
+    def _apply_template(self, messages: list[dict], *, marks: bool) -> tuple[str, list[Span]]:
+        if self.image_token is None:  # templates of text models expect plain strings
+            messages = [message | {"content": _joined(message)} for message in messages]
+        rendered, spans = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.template,
+            return_assistant_tokens_mask=marks,
+            **self.tokenizer.special_tokens_map,
+        )
+        return rendered[0], [tuple(span) for span in spans[0]] if marks else []
+
+    def _render_by_sentinels(self, sample: Sample, refuse) -> tuple[str, list[Span]]:
+        texts = answers(sample)
+        truth, _ = self._apply_template(list(sample.messages), marks=False)
+        sentinels = [f"\u27e6answer{turn}\u27e7" for turn in range(len(texts))]
+        turn = iter(sentinels)
+        masked = [
+            message | {"content": [{"type": "text", "text": next(turn)}]}
+            if message["role"] == "assistant"
+            else message
+            for message in sample.messages
+        ]
+        frame, _ = self._apply_template(masked, marks=False)
+        if all(frame.count(sentinel) == 1 for sentinel in sentinels):
+            pieces = re.split("|".join(map(re.escape, sentinels)), frame)
+            for put_back in (
+                texts,
+                [text.strip() for text in texts],
+            ):  # some templates strip what they are given
+                text, spans = pieces[0], []
+                for answer, piece in zip(put_back, pieces[1:], strict=True):
+                    spans.append((len(text), len(text) + len(answer)))
+                    text += answer + piece
+                if text == truth:
+                    return text, spans
+        raise refuse(
+            "the template does not show where the answers are",
+            "Give the processor a chat template with {% generation %} marks",
+        )
+
+    def _tokenise(self, text: str, images: list[Image.Image], refuse) -> dict[str, Any]:
+        bos = self.tokenizer.bos_token
+        options = {
+            "return_offsets_mapping": True,
+            "return_tensors": "pt",
+            "add_special_tokens": not (bos is not None and text.startswith(bos)),
+        }
+        if self.image_token is None:
+            return dict(self.tokenizer([text], **options))
+        try:
+            return dict(
+                self.processor(
+                    text=[text], images=images or None, return_text_replacement_offsets=True, **options
+                )
+            )
+        except (ValueError, ZeroDivisionError) as error:
+            raise refuse(
+                f"the processor refuses it ({error})", "Check the images and their number"
+            ) from error
+
+    def _check_decoded(self, sample: Sample, input_ids: list[int], turns: list[list[int]], refuse) -> None:
+        for answer, turn in zip(answers(sample), turns, strict=True):
+            ids = [input_ids[index] for index in turn]
+            if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
+                continue  # an unknown word cannot be compared; its tokens are still the trainer's tokens
+            decoded = self.tokenizer.decode(ids, skip_special_tokens=True)
+            if _plain(decoded) != _plain(answer):
+                raise refuse(
+                    f"the answer mask decodes to {decoded[:60]!r}, the answer is {answer[:60]!r}",
+                    "Give the processor a chat template with {% generation %} marks",
+                )
+
+    def _fit(self, encoded: Encoded, refuse) -> Encoded:
+        length, longest = len(encoded.input_ids), self.max_length
+        if longest is None or length <= longest:
+            return encoded
+        if not self.truncate:
+            raise refuse(
+                f"it has {length} tokens, the context holds {longest}", "Shorten it or raise max_length"
+            )
+        if self.image_token_id in encoded.input_ids[longest:]:
+            raise refuse(
+                f"max_length {longest} cuts its image tokens", f"Raise max_length (it has {length} tokens)"
+            )
+        kept = bisect.bisect_left(encoded.answer_index, longest)
+        if kept == 0:
+            raise refuse(
+                f"max_length {longest} leaves no answer token", f"Raise max_length (it has {length} tokens)"
+            )
+        pixels = {
+            key: value[:, :longest] if key in TOKEN_LEVEL else value for key, value in encoded.pixels.items()
+        }
+        return replace(
+            encoded,
+            input_ids=encoded.input_ids[:longest],
+            answer_index=encoded.answer_index[:kept],
+            turn_position=encoded.turn_position[:kept],
+            pixels=pixels,
+            truncated=len(encoded.answer_index) - kept,
+        )
+
+
+def without_images(sample: Sample) -> Sample:
+    """The same conversation with its image parts left out."""
+    messages = tuple(
+        message | {"content": [part for part in message["content"] if part["type"] != "image"]}
+        for message in sample.messages
+    )
+    return replace(sample, images=(), messages=messages)
+
+
+def collate_pixels(pixels: Sequence[dict[str, Tensor]], lengths: Sequence[int]) -> dict[str, Tensor]:
+    """Joins the pixel inputs of a batch along dimension 0, zero-padding the others to the largest."""
+    batch = {}
+    for key in dict.fromkeys(key for item in pixels for key in item):
+        values = [item[key] for item in pixels if key in item]
+        if key in TOKEN_LEVEL:
+            values = [
+                (item[key] if key in item else torch.zeros((1, length), dtype=values[0].dtype))[:, :length]
+                for item, length in zip(pixels, lengths, strict=True)
+            ]
+        largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+        batch[key] = torch.cat([_pad_to(value, largest) for value in values])
+    return batch
+
+
+def _pad_to(value: Tensor, sizes: list[int]) -> Tensor:
+    if list(value.shape[1:]) == sizes:
+        return value
+    padded = value.new_zeros((value.shape[0], *sizes))
+    padded[(slice(None), *(slice(size) for size in value.shape[1:]))] = value
+    return padded
+
+
+# --- templates ---
+
+
+def _answer_template(processor: Any) -> tuple[str, str]:
+    """The chat template to render with, and where the answers come from in it."""
+    template = getattr(processor, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is None:
+        raise PromptError(
+            f"{type(processor).__name__} has no chat template. Set processor.chat_template, "
+            "best with {% generation %} marks around the answers"
+        )
+    if GENERATION_MARK.search(template):
+        return template, "generation marks"
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError:
+        return template, "sentinels"
+    try:
+        training = get_training_chat_template(processor)
+    except (
+        Exception
+    ):  # TRL probes templates by rendering tool calls, which a template may refuse in its own way
+        training = None
+    return (training, "TRL's training template") if training else (template, "sentinels")
+
+
+def _turn_ends(tokenizer: Any, image_token: str | None) -> re.Pattern[str]:
+    ends = {str(token) for token in tokenizer.all_special_tokens}
+    ends |= {
+        token
+        for token in tokenizer.get_added_vocab()
+        if re.fullmatch(r"<\|?(im_end|end[\w|]*|eot\w*)\|?>", token)
+    }
+    ends -= {image_token, tokenizer.unk_token, tokenizer.bos_token}
+    return re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or r"(?!)")
+
+
+def _end_turns(
+    text: str, spans: list[Span], end_of_turn: str, turn_ends: re.Pattern[str], eos: str | None
+) -> tuple[str, list[Span]]:
+    """Moves the end of each answer's span as `end_of_turn` says; "add" may write an end-of-sequence token."""
+    if end_of_turn == "template":
+        return text, spans
+    moved, shift = [], 0
+    for start, end in spans:
+        start, end = start + shift, end + shift
+        body = _text_end(text, start, end, turn_ends)
+        if end_of_turn == "drop":
+            moved.append((start, body))
+            continue
+        following = re.compile(rf"\s*(?:{turn_ends.pattern})").match(text, body)
+        if following:
+            moved.append((start, following.end()))
+            continue
+        if eos is None:
+            raise PromptError(
+                "end_of_turn = 'add', but the tokenizer has no end-of-sequence token. Use 'template'"
+            )
+        text = text[:body] + eos + text[body:]
+        shift += len(eos)
+        moved.append((start, body + len(eos)))
+    return text, moved
+
+
+def _text_end(text: str, start: int, end: int, turn_ends: re.Pattern[str]) -> int:
+    """Where the answer's own text ends, without white space and end-of-turn tokens behind it."""
+    tail = re.compile(rf"(?:\s|{turn_ends.pattern})*\Z").search(text[start:end])
+    return start + (tail.start() if tail else end - start)
+
+
+# --- offsets ---
+
+
+def _expanded_spans(spans: list[Span], replacements: list[list[dict]] | None) -> list[Span]:
+    """Moves spans of the rendered text past the image placeholders that were expanded before them."""
+    if not replacements or not replacements[0]:
+        return spans
+    ends = [item["span"][1] for item in replacements[0]]
+    gained = [0] + [item["new_span"][1] - item["span"][1] for item in replacements[0]]
+    return [tuple(char + gained[bisect.bisect_right(ends, char)] for char in span) for span in spans]
+
+
+def _overlapping(offsets: list[list[int]], span: Span) -> list[int]:
+    """Indices of the tokens that overlap a span. Added special tokens have no width and never do."""
+    start, end = span
+    return [index for index, (low, high) in enumerate(offsets) if low < end and high > start]
+
+
+def _straddles(text: str, span: Span, expanded: Span, first: list[int], last: list[int]) -> int:
+    """How many of an answer's two edge tokens hold characters, other than white space, from outside it."""
+    before = max(expanded[0] - first[0], 0)
+    after = max(last[1] - expanded[1], 0)
+    outside = (text[span[0] - before : span[0]], text[span[1] : span[1] + after])
+    return sum(bool(characters.strip()) for characters in outside)
+
+
+def _plain(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _joined(message: dict) -> str:
+    return "".join(part["text"] for part in message["content"])
