@@ -1,0 +1,166 @@
+"""Model families: how to load them, where their pictures lie in the batch, and the proofs at start.
+
+The model itself is transformers' own class. A family only says how the processor's pixel inputs turn into plain
+pictures (n, C, H, W) and back, so that null images are made on the device from the clean pixels. Before anything
+is scored, the loaded model proves on one real batch that its last hidden state times its head is its own logits,
+and that a later token does not change an earlier row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from vig.loss import verify_head
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CAUSAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+class ModelError(ValueError):
+    """The model cannot be loaded, or does not do what scoring needs; says what, and what helps."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """name, the config's model_type, and how pictures are taken out of the pixel inputs and put back."""
+
+    name: str
+    model_type: str
+    pictures: Callable[[dict[str, Tensor]], Tensor]  # pixel inputs -> (n, C, H, W)
+    put_back: Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
+
+
+def _plain_pictures(pixels: dict[str, Tensor]) -> Tensor:
+    return pixels["pixel_values"]
+
+
+def _put_plain_pictures(pixels: dict[str, Tensor], pictures: Tensor) -> dict[str, Tensor]:
+    return pixels | {"pixel_values": pictures}
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (Family("LLaVA-1.5, ShareGPT4V", "llava", _plain_pictures, _put_plain_pictures),)
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be scored with: the model in eval mode, its processor, its family, and where it came from."""
+
+    model: PreTrainedModel
+    processor: Any
+    family: Family
+    name: str
+    revision: str | None = None
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Loads a checkpoint (a folder, or a name on the hub) through transformers' auto classes.
+
+    dtype: "float32", "bfloat16", "float16" or "auto" (what the checkpoint is stored in; float32 on a CPU without
+        bfloat16 instructions is not chosen for you). device: "cuda" where there is one, else "cpu".
+    Only safetensors weights are read, and no code from the checkpoint runs unless trust_remote_code is set.
+    Raises ModelError.
+    """
+    name = str(name)
+    if dtype not in (*DTYPES, "auto"):
+        raise ModelError(f"dtype = {dtype!r}, expected auto, {', '.join(DTYPES)}")
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        family_of(config)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True, attn_implementation=attn, **options
+        )
+        processor = AutoProcessor.from_pretrained(name, **options)
+    except ModelError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load {name}: {first}. Give a folder with config.json and *.safetensors, or a name on the hub"
+        ) from error
+    return as_loaded(model, processor, name=name, revision=revision, device=device)
+
+
+def as_loaded(
+    model: PreTrainedModel,
+    processor: Any,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+) -> Loaded:
+    """Wraps a model and processor that are already in memory. Raises ModelError for an unknown family."""
+    family = family_of(model.config)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() and model.device.type == "cpu" else model.device
+    name = name or model.config.name_or_path or type(model).__name__
+    revision = revision or getattr(model.config, "_commit_hash", None)
+    return Loaded(model.to(device).eval(), processor, family, name, revision)
+
+
+def family_of(config: Any) -> Family:
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        known = ", ".join(f"{family.model_type} ({family.name})" for family in FAMILIES.values())
+        raise ModelError(
+            f"model_type {config.model_type!r} is not supported; supported: {known}. "
+            "CONTRIBUTING.md says how a family is added"
+        )
+    return family
+
+
+def context_length(loaded: Loaded) -> int | None:
+    """The longest sequence, in tokens, that the text model has positions for; None where it does not say."""
+    return getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.inference_mode()
+def prove(loaded: Loaded, inputs: dict[str, Tensor]) -> None:
+    """Checks the two facts that scoring stands on, on one real batch. Raises ModelError with the values.
+
+    1. last hidden state x head (bias, scale, softcap included) equals the model's own logits;
+    2. attention is causal over the answers: another last token leaves the rows before it as they were.
+    """
+    try:
+        verify_head(loaded.model, inputs)
+    except ValueError as error:
+        raise ModelError(f"{loaded.name}: {error}") from error
+    hidden = last_hidden_state(loaded.model, inputs)
+    changed = dict(inputs)
+    changed["input_ids"] = inputs["input_ids"].clone()
+    last = inputs["attention_mask"].sum(dim=1) - 1
+    rows = torch.arange(len(last), device=last.device)
+    other = (changed["input_ids"][rows, last] + 1) % loaded.model.get_input_embeddings().weight.shape[0]
+    special = loaded.model.config.image_token_id
+    changed["input_ids"][rows, last] = torch.where(other == special, (other + 1) % special, other)
+    before = torch.arange(hidden.shape[1], device=last.device) < last[:, None]
+    moved = (last_hidden_state(loaded.model, changed) - hidden)[before].abs()
+    worst = float(moved.max()) if moved.numel() else 0.0
+    if worst > CAUSAL_TOLERANCE[hidden.dtype] * max(float(hidden.abs().max()), 1.0):
+        raise ModelError(
+            f"{loaded.name}: changing a later token moves earlier hidden states by {worst:.3g}, so it is not causal "
+            "over the answer and cannot be scored token by token"
+        )
+
+
+def last_hidden_state(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """(B, T, D) hidden states that the LM head would read; no logits are computed."""
+    return model.model(**inputs, use_cache=False).last_hidden_state
