@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from vig.loss import verify_head
+from vig.loss import HeadTransform, find_head, head_replaced, verify_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CAUSAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -52,7 +52,7 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model ready to be scored with: the model in eval mode, its processor, its family, and where it came from."""
 
     model: PreTrainedModel
@@ -70,7 +70,7 @@ def load(
     revision: str | None = None,
     attn: str | None = None,
     trust_remote_code: bool = False,
-) -> Loaded:
+) -> LoadedModel:
     """Loads a checkpoint (a folder, or a name on the hub) through transformers' auto classes.
 
     dtype: "float32", "bfloat16", "float16" or "auto" (what the checkpoint is stored in; float32 on a CPU without
@@ -106,14 +106,14 @@ def as_loaded(
     name: str | None = None,
     revision: str | None = None,
     device: str | torch.device | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """Wraps a model and processor that are already in memory. Raises ModelError for an unknown family."""
     family = family_of(model.config)
     if device is None:
         device = "cuda" if torch.cuda.is_available() and model.device.type == "cpu" else model.device
     name = name or model.config.name_or_path or type(model).__name__
     revision = revision or getattr(model.config, "_commit_hash", None)
-    return Loaded(model.to(device).eval(), processor, family, name, revision)
+    return LoadedModel(model.to(device).eval(), processor, family, name, revision)
 
 
 def family_of(config: Any) -> Family:
@@ -127,23 +127,24 @@ def family_of(config: Any) -> Family:
     return family
 
 
-def context_length(loaded: Loaded) -> int | None:
+def context_length(loaded: LoadedModel) -> int | None:
     """The longest sequence, in tokens, that the text model has positions for; None where it does not say."""
     return getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
 
 
 @torch.inference_mode()
-def prove(loaded: Loaded, inputs: dict[str, Tensor]) -> None:
-    """Checks the two facts that scoring stands on, on one real batch. Raises ModelError with the values.
+def prove(loaded: LoadedModel, inputs: dict[str, Tensor]) -> HeadTransform:
+    """Checks the two facts that scoring stands on, on one real batch. Returns what the model does to its logits.
 
-    1. last hidden state x head (bias, scale, softcap included) equals the model's own logits;
+    1. hidden state x head, with that scale and softcap, equals the model's own logits;
     2. attention is causal over the answers: another last token leaves the rows before it as they were.
+    Raises ModelError with the values.
     """
     try:
-        verify_head(loaded.model, inputs)
+        transform = verify_head(loaded.model, inputs)
     except ValueError as error:
         raise ModelError(f"{loaded.name}: {error}") from error
-    hidden = last_hidden_state(loaded.model, inputs)
+    hidden = hidden_at_head(loaded.model, inputs)
     changed = dict(inputs)
     changed["input_ids"] = inputs["input_ids"].clone()
     last = inputs["attention_mask"].sum(dim=1) - 1
@@ -152,15 +153,31 @@ def prove(loaded: Loaded, inputs: dict[str, Tensor]) -> None:
     special = loaded.model.config.image_token_id
     changed["input_ids"][rows, last] = torch.where(other == special, (other + 1) % special, other)
     before = torch.arange(hidden.shape[1], device=last.device) < last[:, None]
-    moved = (last_hidden_state(loaded.model, changed) - hidden)[before].abs()
+    moved = (hidden_at_head(loaded.model, changed) - hidden)[before].abs()
     worst = float(moved.max()) if moved.numel() else 0.0
     if worst > CAUSAL_TOLERANCE[hidden.dtype] * max(float(hidden.abs().max()), 1.0):
         raise ModelError(
             f"{loaded.name}: changing a later token moves earlier hidden states by {worst:.3g}, so it is not causal "
             "over the answer and cannot be scored token by token"
         )
+    return transform
 
 
-def last_hidden_state(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """(B, T, D) hidden states that the LM head would read; no logits are computed."""
-    return model.model(**inputs, use_cache=False).last_hidden_state
+def hidden_at_head(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor | None = None) -> Tensor:
+    """What the model hands to its LM head: (B, T, D) hidden states, or (N, D) of the flat positions `rows` (N,).
+
+    The model's own forward runs up to its head; no logits are computed. Pixels are cast to the model's dtype.
+    """
+    taken = None
+
+    def take(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        nonlocal taken
+        taken = hidden if rows is None else hidden.reshape(-1, hidden.shape[-1])[rows]
+        return hidden.new_zeros(1, 1, 1)  # the logits that nobody reads
+
+    cast = {
+        name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
+    }
+    with head_replaced(find_head(model), take):
+        model(**cast, use_cache=False)
+    return taken

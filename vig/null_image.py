@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vig_kernels import gaussian_blur
@@ -71,6 +72,14 @@ class NullSettings:
     def metadata(self) -> dict[str, Any]:
         params = {key: value for key, value in asdict(self).items() if key in NULLS[self.kind].parameters}
         return {"kind": self.kind, "params": params | NULLS[self.kind].fixed}
+
+
+def as_image(picture: Tensor, pixel_range: PixelRange) -> Image.Image:
+    """A processed picture (C, H, W) as it would look, for reports: black and white mapped back to 0 and 255."""
+    black = torch.tensor(pixel_range.black)[:, None, None]
+    white = torch.tensor(pixel_range.white)[:, None, None]
+    levels = ((picture.detach().float().cpu() - black) / (white - black) * 255).round().clamp(0, 255)
+    return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def null_pictures(

@@ -1,0 +1,56 @@
+"""Pure planning: records -> windows -> blocks -> batches. Nothing here reads a clock, a file or a random number.
+
+A window (8,192 records in reading order) is a shard of the output and the unit of resuming. Inside it, blocks of
+records are encoded together and cut into batches of similar length under a token budget. The batches depend only
+on the window's own records and the settings, so a run that was killed and resumed scores the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
+
+WINDOW = 8192  # records
+BLOCK = 256  # records whose pixels are in memory at a time
+BATCH_TOKENS = 8192  # default budget of one batch: rows x longest row
+
+Item = TypeVar("Item")
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def in_shard(window: int, shard: tuple[int, int] | None) -> bool:
+    """Whether window number `window` is the work of job i of n, shard = (i, n)."""
+    return shard is None or window % shard[1] == shard[0]
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "3/8" -> (3, 8): job 3 of 8, counted from 0. Raises ValueError."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ValueError(f"shard = {text!r}, expected i/n with 0 <= i < n, such as 0/8")
+    return int(index), int(count)
+
+
+def batches(lengths: Sequence[int], budget: int, max_rows: int | None = None) -> list[list[int]]:
+    """Cuts items into batches whose padded size, rows x longest row, stays within `budget` tokens.
+
+    lengths: tokens of each item. max_rows: at most so many items a batch.
+    Longest first, so that memory trouble shows at once. An item over the budget is a batch of its own. Every
+    index appears exactly once; equal lengths keep their order.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    cut: list[list[int]] = []
+    for index in order:
+        fits = cut and lengths[cut[-1][0]] * (len(cut[-1]) + 1) <= budget
+        if fits and (max_rows is None or len(cut[-1]) < max_rows):
+            cut[-1].append(index)
+        else:
+            cut.append([index])
+    return cut

@@ -1,0 +1,362 @@
+"""Scoring: records -> windows -> blocks -> batches -> two passes -> rows. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vig import plan
+from vig.families import LoadedModel, ModelError, as_loaded, context_length, load, prove
+from vig.forward import TokenNLL, TwoPasses
+from vig.loader import Donors, LoadedRecord, load_records
+from vig.null_image import BLUR_SIGMA, NullSettings
+from vig.prompts import Encoder
+from vig.samples import BrokenRecord, Sample, read_samples
+from vig.score_rows import ScoreRow
+from vig.store import ScoreWriter
+
+NOISE_SAMPLES = 16
+
+
+@dataclass
+class Progress:
+    """What a scoring run has done so far; handed to the `on_progress` callback after every batch."""
+
+    total: int | None = None  # records of the whole run, if known
+    done: int = 0  # records, error rows and rows of finished windows included
+    resumed: int = 0  # of them, scored by an earlier run
+    tokens: int = 0  # answer tokens scored in this run
+    text_only: int = 0
+    straddles: int = 0  # answer tokens that hold characters from outside their answer
+    splits: int = 0  # batches that did not fit into memory and were halved
+    errors: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+class Scorer:
+    """Token and sample VIG of a dataset under one model (paper, section 3).
+
+        VIG_t = NLL(a_t | a_<t, Q, null image) - NLL(a_t | a_<t, Q, image),  sample VIG = mean_t VIG_t  [nats]
+
+    model: a checkpoint folder, a name on the hub, or a loaded transformers model (then give `processor` too).
+    null, sigma: the null image, a name of `vig.null_image.NULLS`, and the blur's sigma as a fraction of the
+        picture's shorter side.
+    dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+    batch_tokens: rows x longest row of a batch; batch_size: at most so many rows.
+    end_of_turn: which end-of-turn tokens count as answer (`vig.prompts.Encoder`).
+    max_length: longer samples are error rows; the model's context unless given.
+    workers: processes that decode and tokenise ahead of the model.
+    Raises ModelError for a model that cannot be loaded or does not do what scoring needs.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any = None,
+        *,
+        null: str = "blur",
+        sigma: float = BLUR_SIGMA,
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+        batch_tokens: int = plan.BATCH_TOKENS,
+        batch_size: int | None = None,
+        backend: str = "auto",
+        end_of_turn: str = "template",
+        max_length: int | None = None,
+        workers: int = 0,
+        revision: str | None = None,
+        attn: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.null = NullSettings(null, sigma)
+        if batch_tokens < 1 or (batch_size is not None and batch_size < 1):
+            raise ValueError(f"batch_tokens = {batch_tokens}, batch_size = {batch_size}, expected at least 1")
+        if isinstance(model, str | Path):
+            self.loaded = load(
+                model, dtype=dtype, device=device, revision=revision, attn=attn, trust_remote_code=trust_remote_code
+            )  # fmt: skip
+        elif isinstance(model, LoadedModel):
+            self.loaded = model
+        elif processor is None:
+            raise ModelError("a loaded model was given without its processor. Give processor=")
+        else:
+            self.loaded = as_loaded(model, processor, device=device)
+        self.max_length = max_length or context_length(self.loaded)
+        self.encoder = Encoder(self.loaded.processor, end_of_turn=end_of_turn, max_length=self.max_length)
+        self.passes = TwoPasses(self.loaded, self.encoder, self.null, backend)
+        self.batch_tokens, self.batch_size, self.workers, self.backend = (
+            batch_tokens,
+            batch_size,
+            workers,
+            backend,
+        )
+        self._proven = False
+
+    # --- one window ---
+
+    def score(
+        self, samples: Iterable[Sample | BrokenRecord], on_progress: Callable[[Progress], None] | None = None
+    ) -> list[ScoreRow]:
+        """Scores samples in memory, one row each, in order. What cannot be scored is a row with its error."""
+        progress = Progress()
+        rows: list[ScoreRow] = []
+        for window in plan.chunks(samples, plan.WINDOW):
+            rows += self.score_window(window, progress, on_progress)
+        return rows
+
+    def score_window(
+        self,
+        records: Sequence[Sample | BrokenRecord],
+        progress: Progress | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[ScoreRow]:
+        """Scores one window. Its rows, bits included, are a function of its records and the settings alone."""
+        progress = progress or Progress()
+        donors = Donors()
+        rows: list[ScoreRow] = []
+        loading = load_records(records, self.encoder, self.null.stage, self.workers)
+        for block in plan.chunks(loading, plan.BLOCK):
+            if self.null.stage == "image":
+                donors.give(block, self.encoder)
+            self._prove(block)
+            rows += self._score_block(block, progress, on_progress)
+        return rows
+
+    def _score_block(self, block: Sequence[LoadedRecord], progress: Progress, on_progress) -> list[ScoreRow]:
+        rows: list[ScoreRow | None] = [_error_row(item) for item in block]
+        _count(progress, [row for row in rows if row is not None], on_progress)
+        for multimodal in (True, False):  # a batch is all one or all the other
+            items = [
+                place
+                for place, item in enumerate(block)
+                if item.encoded is not None and item.is_multimodal == multimodal
+            ]
+            lengths = [_fed_tokens(block[place]) for place in items]
+            for batch in plan.batches(lengths, self.batch_tokens, self.batch_size):
+                places = [items[index] for index in batch]
+                scored = self._score_batch([block[place] for place in places], progress)
+                for place, row in zip(places, scored, strict=True):
+                    rows[place] = row
+                _count(progress, scored, on_progress)
+        progress.straddles += sum(item.encoded.straddles for item in block if item.encoded is not None)
+        return rows
+
+    def _score_batch(self, items: Sequence[LoadedRecord], progress: Progress) -> list[ScoreRow]:
+        try:
+            values = self.passes.score(
+                [item.encoded for item in items],
+                [item.null for item in items] if items[0].null is not None else None,
+                [item.hashes for item in items],
+            )
+        except torch.OutOfMemoryError as error:
+            if len(items) == 1:
+                reason = f"it does not fit into memory ({str(error).splitlines()[0]})"
+                return [_row(items[0], f"error: {reason}. Score it on a larger device, or lower max_length")]
+            progress.splits += 1
+            middle = len(items) // 2
+            return self._score_batch(items[:middle], progress) + self._score_batch(items[middle:], progress)
+        return [_scored_row(item, value) for item, value in zip(items, values, strict=True)]
+
+    def _prove(self, block: Sequence[LoadedRecord]) -> None:
+        """The model proves itself on the first sample that there is."""
+        items = [item.encoded for item in block if item.encoded is not None]
+        if self._proven or not items:
+            return
+        items.sort(key=lambda item: not item.sample.images)
+        inputs = self.passes.inputs(items[:1])
+        inputs.pop("labels")
+        self.passes.transform = prove(self.loaded, inputs)
+        self._proven = True
+
+    def noise_floor(self, records: Sequence[Sample | BrokenRecord]) -> float | None:
+        """Largest |VIG_t| in nats of the same image scored twice, alone and in a batch, over the first samples.
+
+        What arithmetic alone makes of a zero; None where there are fewer than two multimodal samples.
+        """
+        loading = load_records(records, self.encoder, self.null.stage)
+        block = [item for item in loading if item.encoded is not None and item.is_multimodal][:NOISE_SAMPLES]
+        if len(block) < 2:
+            return None
+        if self.null.stage == "image":
+            Donors().give(block, self.encoder)
+            block = [item for item in block if item.encoded is not None]
+        self._prove(block)
+        together = self._score_batch(block, Progress())
+        alone = [self._score_batch([item], Progress())[0] for item in block]
+        differences = [
+            abs(first - second)
+            for left, right in zip(together, alone, strict=True)
+            for first, second in zip(left.token_nll_image, right.token_nll_image, strict=True)
+        ]
+        return float(max(differences, default=0.0))
+
+    # --- what the scores are made with ---
+
+    def settings(
+        self, data: str | Path | None = None, image_root: str | Path | None = None
+    ) -> dict[str, Any]:
+        """The metadata stored with the scores; a folder with other settings refuses to be resumed."""
+        tokenizer, processor = self.encoder.tokenizer, self.loaded.processor
+        return {
+            "model": self.loaded.name,
+            "revision": self.loaded.revision or _fingerprint_of_weights(self.loaded.name),
+            "tokenizer_hash": _hash(tokenizer.backend_tokenizer.to_str()),
+            "processor_hash": _hash(_processor_json(processor)),
+            "template_hash": _hash(self.encoder.template),
+            "answers_from": self.encoder.source_of_answers,
+            "data": None if data is None else str(Path(data).resolve()),
+            "data_fingerprint": None if data is None else fingerprint(data),
+            "image_root": None if image_root is None else str(Path(image_root).resolve()),
+            "null": self.null.metadata(),
+            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "backend": resolve("linear_vig", self.backend, self.loaded.model.device),
+            "end_of_turn": self.encoder.end_of_turn,
+            "max_length": self.max_length,
+            "batch_tokens": self.batch_tokens,
+            "batch_size": self.batch_size,
+        }
+
+
+# --- a dataset on disk ---
+
+
+def score_dataset(
+    scorer: Scorer,
+    data: str | Path,
+    out: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+    shard: tuple[int, int] | None = None,
+    retry_failed: bool = False,
+    window: int = plan.WINDOW,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Progress:
+    """Scores `data` into the folder `out`; the same call resumes where an earlier one stopped.
+
+    shard: (i, n), only windows whose number is i modulo n. retry_failed: score the error rows of finished
+    windows again. Raises DataError, ModelError and StoreError (other settings, no permission, disk full).
+    """
+    progress = Progress(total=count_records(data, image_root=image_root, limit=limit))
+    first = list(read_samples(data, image_root=image_root, limit=4 * NOISE_SAMPLES))
+    settings = scorer.settings(data, image_root) | {
+        "window": window,
+        "limit": limit,
+        "noise_floor": scorer.noise_floor(first),
+    }
+    with ScoreWriter(out, settings) as writer:
+        failed = writer.failed() if retry_failed else {}
+        records = read_samples(data, image_root=image_root, limit=limit)
+        for number, chunk in enumerate(plan.chunks(records, window)):
+            if not plan.in_shard(number, shard):
+                progress.total -= len(chunk)
+                continue
+            again = set(failed.get(number, ()))
+            if number not in writer.finished:
+                writer.write(number, scorer.score_window(chunk, progress, on_progress))
+                continue
+            progress.done += len(chunk) - len(again)
+            progress.resumed += len(chunk) - len(again)
+            if again:
+                chosen = [record for record in chunk if record.key in again]
+                writer.replace(number, scorer.score_window(chosen, progress, on_progress))
+        if shard is None:
+            writer.mark_complete()
+    return progress
+
+
+def count_records(data: str | Path, *, image_root: str | Path | None = None, limit: int | None = None) -> int:
+    """How many records there are, so that the time left can be told."""
+    return sum(1 for _ in read_samples(data, image_root=image_root, limit=limit))
+
+
+def fingerprint(path: str | Path) -> str:
+    """Of a data file's content, or of the names and sizes in a folder."""
+    path = Path(path)
+    if path.is_dir():
+        names = [(file.name, file.stat().st_size) for file in sorted(path.iterdir()) if file.is_file()]
+        return _hash(json.dumps(names))
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+# --- rows ---
+
+
+def _fed_tokens(item: LoadedRecord) -> int:
+    encoded = [item.encoded] if item.null is None else [item.encoded, item.null]
+    return max(one.answer_index[-1] + 1 for one in encoded)
+
+
+def _row(item: LoadedRecord, status: str, **columns: Any) -> ScoreRow:
+    return ScoreRow(item.record.key, item.record.id, item.record.source, status, **columns)
+
+
+def _error_row(item: LoadedRecord) -> ScoreRow | None:
+    if item.error is None:
+        return None
+    return _row(item, f"error: {item.error.reason}. {item.error.cure}")
+
+
+def _scored_row(item: LoadedRecord, value: TokenNLL) -> ScoreRow:
+    return _row(
+        item,
+        "ok" if value.null is not None else "text_only",
+        token_ids=item.encoded.answer_ids,
+        positions=item.encoded.turn_position,
+        token_nll_image=value.image,
+        token_nll_null=value.null if value.null is not None else (),
+    )
+
+
+def _count(progress: Progress, rows: Sequence[ScoreRow], on_progress) -> None:
+    progress.done += len(rows)
+    for row in rows:
+        if row.status.startswith("error: "):
+            progress.errors.append(f"{row.key} (id {row.id!r}): {row.status.removeprefix('error: ')}")
+        else:
+            progress.tokens += row.n_tokens
+            progress.text_only += row.status == "text_only"
+    if on_progress is not None and rows:
+        on_progress(progress)
+
+
+# --- hashes ---
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _processor_json(processor: Any) -> str:
+    settings = json.loads(processor.to_json_string()) if hasattr(processor, "to_json_string") else {}
+    for name in ("chat_template", "processor_class", "transformers_version", "_name_or_path", "name_or_path"):
+        settings.pop(name, None)
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _fingerprint_of_weights(name: str) -> str | None:
+    """For a local checkpoint: of its config and of the head of every weight file. None for what is not a folder."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+    return digest.hexdigest()[:16]
