@@ -1,0 +1,95 @@
+"""Files that are whole or absent: atomic writes, a folder lock, and errors that name the cure."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class StoreError(RuntimeError):
+    """A folder of scores or selections cannot be read or written; the message names it and the cure."""
+
+
+class FolderInUse(StoreError):
+    """Another process is writing to the folder."""
+
+
+@contextmanager
+def explain_write_errors(folder: Path) -> Iterator[None]:
+    """OSError -> StoreError with the folder and the cure."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            cure = "Free some space and run the same command again: finished windows are kept."
+            raise StoreError(f"{folder}: the disk is full ({error.strerror}). {cure}") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            cure = "Choose another output folder, or change its permissions."
+            raise StoreError(f"{folder}: cannot be written ({error.strerror}). {cure}") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise StoreError(f"{folder}: is a file, not a folder. Choose another output folder.") from error
+        raise
+
+
+def write_atomically(path: Path, content) -> None:
+    """Write ``content`` (bytes-like) so that ``path`` holds all of it or what it held before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explain_write_errors(path.parent):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within the folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_locked: dict[Path, int] = {}  # folder -> pid; record locks do not bind within a process, nor pass to a fork
+
+
+class FolderLock:
+    """One writing process a folder: a POSIX record lock, which dies with its process, also on SIGKILL,
+    and is not inherited by worker processes."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        if _locked.get(self.folder) == os.getpid():
+            raise FolderInUse(f"{folder} is already open for writing in this process")
+        self.file = open(self.folder / ".lock", "a+")  # noqa: SIM115  (held until release)
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            self.file.seek(0)
+            holder = self.file.read().strip() or "another process"
+            self.file.close()
+            raise FolderInUse(
+                f"{folder} is being written by {holder}. Wait for it, or choose another folder."
+            ) from None
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
+        _locked[self.folder] = os.getpid()
+
+    def release(self) -> None:
+        if _locked.get(self.folder) == os.getpid():
+            del _locked[self.folder]
+        self.file.close()
