@@ -1,0 +1,288 @@
+"""Masked, weighted cross-entropy of an LM head, without the (N, V) logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vig_kernels import check, dispatch
+from vig_kernels.linear_nll import nll_backward_op, nll_forward_op, nll_values
+
+HIDDEN_BUFFER_BYTES = 96 << 20  # largest float32 copy of a 16-bit hidden gradient that the fast path may hold
+CAST_BYTES = 8 << 20  # what is cast at a time when a float32 gradient is scaled into its output
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (...)
+    *,
+    token_weight: Tensor | None = None,  # (...)
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    z_loss: float = 0.0,
+    num_kept: int | None = None,
+    memory: str = "fast",
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> Tensor:
+    """loss = sum_n w_n (nll_n + z_loss lse_n^2) / divisor, over the rows whose target is not `ignore_index`.
+
+    Args:
+        hidden, weight, target, bias, logit_scale, logit_softcap, ignore_index, backend: as in `linear_nll`.
+        token_weight: (...) w_n, 1 where None. Where it requires grad, the recomputing path is taken.
+        reduction: "mean", "sum" (divisor 1 unless num_items is given) or "none" ((...) float32, no divisor).
+        num_items: the divisor of "mean" and "sum", e.g. the tokens of a whole accumulated batch: int, float or
+            0-d tensor on any device, never read back to the host. Without it "mean" divides by the number of
+            valid rows, or by the sum of their weights. A zero divisor gives loss 0.0 and zero gradients.
+        z_loss: weight of lse^2, which keeps the logits' normaliser near 1.
+        num_kept: number of rows that are not ignored, if the caller knows it: spares a GPU the stall of counting.
+        memory: "fast" or "low".
+
+    Returns:
+        0-d float32, or (...) float32 for reduction="none" (0.0 on ignored rows).
+
+    "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32 and
+    unnormalised until backward, where the divisor and the upstream factor are applied and the result is cast once.
+    For float32 inputs these sums are themselves scaled in place and handed out as the gradients; a second
+    backward (`retain_graph=True`) then recomputes them. For 16-bit inputs they are buffers: 4 V D bytes for the
+    weight, and at most 96 MiB for hidden (beyond that, and with memory="low" or reduction="none", gradients are
+    recomputed in the backward: four products, no buffer). Differentiating twice raises. What does not require grad
+    costs no product.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailable: as `linear_nll`.
+    """
+    check.flag("reduction", reduction, ("mean", "sum", "none"))
+    check.flag("memory", memory, ("fast", "low"))
+    scale = check.number("logit_scale", logit_scale)
+    softcap = None if logit_softcap is None else check.number("logit_softcap", logit_softcap, positive=True)
+    z_loss = check.number("z_loss", z_loss)
+    flat = check.linear({"hidden": hidden}, weight, target, bias, ignore_index)
+    row_weight = _row_weight(token_weight, target)
+    num_items = _num_items(num_items)
+    if num_kept is not None and (isinstance(num_kept, bool) or not isinstance(num_kept, int)):
+        raise TypeError(f"expected num_kept to be an int, got {type(num_kept).__name__} {num_kept!r:.80}")
+    if num_kept is not None and not 0 <= num_kept <= flat.target.shape[0]:
+        raise ValueError(f"num_kept={num_kept} is not in [0, {flat.target.shape[0]}], the number of rows")
+
+    fast = memory == "fast" and reduction != "none" and _fast(flat, row_weight)
+    name = dispatch.resolve("linear_cross_entropy" if fast else "linear_nll", backend, flat.weight.device)
+    valid = flat.target != ignore_index
+    if fast and name != "reference":
+        loss = _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, name)
+    else:
+        values = nll_values(flat, scale, softcap, ignore_index, ("lse",) if z_loss else (), name)
+        losses = values["nll"] + z_loss * values["lse"].square() if z_loss else values["nll"]
+        if row_weight is not None:
+            losses = losses * torch.where(valid, row_weight, 0.0)
+        if reduction == "none":
+            return losses.reshape(hidden.shape[:-1])
+        loss = losses.sum()
+    if num_items is None and reduction == "sum":
+        return loss
+    if num_items is None:
+        num_items = valid.sum() if row_weight is None else torch.where(valid, row_weight.detach(), 0.0).sum()
+    return loss * _reciprocal(num_items, loss.device)
+
+
+def _row_weight(token_weight, target) -> Tensor | None:
+    if token_weight is None:
+        return None
+    check.tensor("token_weight", token_weight, (*check.FLOATS, torch.float64))
+    if token_weight.shape != target.shape:
+        raise ValueError(
+            f"expected token_weight {tuple(target.shape)} as target, got {tuple(token_weight.shape)}"
+        )
+    if token_weight.device != target.device:
+        raise ValueError(f"expected token_weight on {target.device} with target, got {token_weight.device}")
+    return token_weight.reshape(-1).float()
+
+
+def _num_items(num_items):
+    if isinstance(num_items, Tensor):
+        check.require(
+            num_items.ndim == 0, ValueError, f"expected num_items 0-d, got {tuple(num_items.shape)}"
+        )
+        return num_items.detach()
+    return None if num_items is None else check.number("num_items", num_items)
+
+
+def _reciprocal(divisor: float | Tensor, device: torch.device) -> float | Tensor:
+    """1 / divisor, and 0 for 0; tensors stay on their device."""
+    if not isinstance(divisor, Tensor):
+        return 1.0 / divisor if divisor else 0.0
+    divisor = divisor.to(device, torch.float32, non_blocking=True)
+    none = divisor == 0
+    return torch.where(none, 0.0, 1.0 / torch.where(none, 1.0, divisor))
+
+
+def _needs(flat: check.Flat) -> tuple[bool, bool, bool]:
+    return tuple(t is not None and t.requires_grad for t in (flat.hiddens[0], flat.weight, flat.bias))
+
+
+def _fast(flat: check.Flat, row_weight: Tensor | None) -> bool:
+    """Whether to form the gradients in the forward: some are wanted, and their float32 sums are affordable."""
+    if not torch.is_grad_enabled() or not any(_needs(flat)):
+        return False
+    if row_weight is not None and row_weight.requires_grad:
+        return False
+    hidden = flat.hiddens[0]
+    buffered = hidden.requires_grad and hidden.dtype != torch.float32
+    return not buffered or 4 * hidden.numel() <= HIDDEN_BUFFER_BYTES
+
+
+def _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, backend) -> Tensor:
+    (hidden,), weight, target, bias = flat
+    needs = list(_needs(flat))
+    return _forward_op(
+        hidden,
+        weight,
+        target,
+        bias,
+        row_weight,
+        scale,
+        softcap,
+        ignore_index,
+        z_loss,
+        num_kept,
+        needs,
+        backend,
+    )[0]
+
+
+@torch.library.custom_op(
+    "vig_kernels::linear_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? row_weight, float scale, "
+    "float? softcap, int ignore_index, float z_loss, int? num_kept, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward_op(
+    hidden, weight, target, bias, row_weight, scale, softcap, ignore_index, z_loss, num_kept, needs, backend
+):
+    """(loss_sum, float32 gradients of loss_sum, empty where not needed)."""
+    check.target_range(target, weight.shape[0], ignore_index)
+    if num_kept is not None and target.device.type == "cpu":
+        found = int((target != ignore_index).sum())
+        if num_kept != found:
+            raise ValueError(f"num_kept={num_kept}, but target has {found} rows that are not ignored")
+    if target.numel() == 0:
+        return tuple(
+            torch.zeros_like(x)
+            for x in _forward_fake(
+                hidden,
+                weight,
+                target,
+                bias,
+                row_weight,
+                scale,
+                softcap,
+                ignore_index,
+                z_loss,
+                num_kept,
+                needs,
+                backend,
+            )
+        )
+    run = dispatch.module("linear_cross_entropy", backend).forward_backward
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, *grads = run(
+            hidden,
+            weight,
+            target,
+            bias,
+            row_weight,
+            scale,
+            softcap,
+            ignore_index,
+            z_loss,
+            num_kept,
+            tuple(needs),
+        )
+    return loss, *(loss.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    hidden, weight, target, bias, row_weight, scale, softcap, ignore_index, z_loss, num_kept, needs, backend
+):
+    grads = [
+        hidden.new_empty(x.shape if need else 0, dtype=torch.float32)
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    ]
+    return hidden.new_empty((), dtype=torch.float32), *grads
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, target, bias, row_weight, *ctx.options, ctx.num_kept, ctx.needs, ctx.backend = inputs
+    _, *grads = output
+    ctx.mark_non_differentiable(*grads)
+    ctx.set_materialize_grads(False)
+    ctx.grads = grads  # held here, not saved: a float32 gradient is scaled in place and handed out
+    ctx.dtypes = [
+        x.dtype if need else None for x, need in zip((hidden, weight, bias), ctx.needs, strict=True)
+    ]
+    if torch.float32 in ctx.dtypes:  # what a second backward recomputes from
+        ctx.save_for_backward(hidden, weight, target, bias, row_weight)
+
+
+def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 12
+    # under create_graph the sums must stay as they are, and pass through an op that refuses a second derivative
+    in_place = torch.float32 in ctx.dtypes and not torch.is_grad_enabled()
+    held = ctx.grads
+    if held is None:
+        grads = _again(ctx, grad_loss)
+    else:
+        grads = [
+            None
+            if dtype is None
+            else grad.mul_(grad_loss)
+            if in_place and dtype == torch.float32
+            # nothing else can be asked of a 16-bit gradient: its sum is cast
+            else _scale_op(grad, grad_loss, dtype)
+            for grad, dtype in zip(held, ctx.dtypes, strict=True)
+        ]
+        if in_place:
+            ctx.grads = None
+    grad_hidden, grad_weight, grad_bias = grads
+    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+
+
+def _again(ctx, grad_loss) -> list[Tensor | None]:
+    """The gradients once more, by recomputation: the first backward has given its sums away."""
+    hidden, weight, target, bias, row_weight = ctx.saved_tensors
+    scale, softcap, ignore_index, z_loss = ctx.options
+    head = (hidden, weight, target, bias, scale, softcap, ignore_index)
+    _, lse, entropy, _ = nll_forward_op(*head, True, False, False, ctx.backend)
+    grad_nll = grad_loss.expand(target.shape) if row_weight is None else grad_loss * row_weight
+    grad_lse = grad_nll * (2.0 * z_loss) * lse if z_loss else None
+    found = nll_backward_op(grad_nll, grad_lse, None, lse, entropy, *head, ctx.needs, ctx.backend)
+    return [grad if need else None for grad, need in zip(found, ctx.needs, strict=True)]
+
+
+@torch.library.custom_op(
+    "vig_kernels::scale_gradient",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor",
+)
+def _scale_op(gradient, factor, dtype):
+    """(gradient * factor) in float32, cast once, a few MiB at a time. Differentiating it raises."""
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    step = max(1, CAST_BYTES // max(1, 4 * gradient[:1].numel()))
+    for at in range(0, gradient.shape[0], step):
+        out[at : at + step] = gradient[at : at + step] * factor
+    return out
+
+
+@_scale_op.register_fake
+def _scale_fake(gradient, factor, dtype):
+    return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)

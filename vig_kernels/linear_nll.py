@@ -1,0 +1,245 @@
+"""Per-token negative log-likelihood of an LM head, without the (N, V) logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vig_kernels import check, dispatch, reference
+
+
+def linear_nll(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    stats: tuple[str, ...] = (),
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """nll = log sum_v exp(z_v) - z_target, in nats, with z = softcap(logit_scale * (hidden weight^T + bias)).
+
+    Args:
+        hidden: (..., D) float32, bfloat16 or float16; any strides.
+        weight: (V, D), same dtype: `nn.Linear.weight` of the LM head.
+        target: (...) int64 or int32. Rows with `ignore_index` return 0.0 and get no gradient.
+        bias: (V,) or None.
+        logit_scale: logits are multiplied by it (Cohere, Granite; a temperature is its inverse).
+        logit_softcap: cap * tanh(logits / cap), applied after the scale (Gemma 2).
+        stats: any of "lse" (log sum exp), "entropy" (nats) and "argmax" (int64, the first maximum): further
+            results of the same sweep; 0.0, 0.0 and -1 on ignored rows.
+        backend: "auto", "triton", "cpu", "torch" or "reference"; see `vig_kernels.backends()`.
+
+    Returns:
+        (...) float32; with `stats` a pair (nll, {name: (...) tensor}).
+
+    nll, lse and entropy are differentiable in hidden, weight and bias for any upstream gradient; the backward
+    forms the logits again. Values err by at most 1e-5 + 1e-6 max_v(sum_d |h_d w_vd| |scale| + |bias_v|) against
+    float64, also for 16-bit inputs. Under autocast inputs are cast as F.linear casts them.
+
+    Raises:
+        ValueError, TypeError: with the offending value (target indices count the flattened rows).
+        BackendUnavailable: a named backend that cannot run here.
+    """
+    stats = _stats(stats)
+    scale = check.number("logit_scale", logit_scale)
+    softcap = None if logit_softcap is None else check.number("logit_softcap", logit_softcap, positive=True)
+    flat = check.linear({"hidden": hidden}, weight, target, bias, ignore_index)
+    name = dispatch.resolve("linear_nll", backend, flat.weight.device)
+    values = nll_values(flat, scale, softcap, ignore_index, stats, name)
+    shape = hidden.shape[:-1]
+    nll = values["nll"].reshape(shape)
+    return (nll, {stat: values[stat].reshape(shape) for stat in stats}) if stats else nll
+
+
+def _stats(stats) -> tuple[str, ...]:
+    if isinstance(stats, str):
+        raise TypeError(f"expected stats to be a tuple such as ({stats!r},), got the string {stats!r}")
+    for stat in stats:
+        check.flag("stats", stat, check.STATS)
+    return tuple(stats)
+
+
+def nll_values(flat: check.Flat, scale, softcap, ignore_index, stats, backend) -> dict[str, Tensor]:
+    """{"nll": (N,), stat: (N,)} of checked, flat arguments, attached to the graph."""
+    (hidden,), weight, target, bias = flat
+    if backend == "reference":
+        check.target_range(target, weight.shape[0], ignore_index)
+        options = {"bias": bias, "logit_scale": scale, "logit_softcap": softcap, "ignore_index": ignore_index}
+        nll, sinks = reference.linear_nll(hidden, weight, target, **options, stats=("lse", *stats))
+        return {"nll": nll.float()} | {k: v if k == "argmax" else v.float() for k, v in sinks.items()}
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    nll, lse, entropy, argmax = nll_forward_op(
+        hidden,
+        weight,
+        target,
+        bias,
+        scale,
+        softcap,
+        ignore_index,
+        grad or "lse" in stats,
+        "entropy" in stats,
+        "argmax" in stats,
+        backend,
+    )
+    return {"nll": nll, "lse": lse, "entropy": entropy, "argmax": argmax}
+
+
+@torch.library.custom_op(
+    "vig_kernels::linear_nll",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float? softcap, "
+    "int ignore_index, bool with_lse, bool with_entropy, bool with_argmax, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def nll_forward_op(
+    hidden, weight, target, bias, scale, softcap, ignore_index, with_lse, with_entropy, with_argmax, backend
+):
+    """(nll, lse, entropy, argmax); the ones not asked for have no elements, since ops cannot return None."""
+    check.target_range(target, weight.shape[0], ignore_index)
+    outputs = _forward_fake(
+        hidden,
+        weight,
+        target,
+        bias,
+        scale,
+        softcap,
+        ignore_index,
+        with_lse,
+        with_entropy,
+        with_argmax,
+        backend,
+    )
+    if target.numel() == 0:
+        return outputs
+    asked = zip(check.STATS, (with_lse, with_entropy, with_argmax), strict=True)
+    stats = tuple(stat for stat, wanted in asked if wanted)
+    run = dispatch.module("linear_nll", backend).forward
+    with torch.autocast(hidden.device.type, enabled=False):
+        nll, sinks = run(hidden, weight, target, bias, scale, softcap, ignore_index, stats)
+    return nll, *(sinks.get(stat, empty) for stat, empty in zip(check.STATS, outputs[1:], strict=True))
+
+
+@nll_forward_op.register_fake
+def _forward_fake(
+    hidden, weight, target, bias, scale, softcap, ignore_index, with_lse, with_entropy, with_argmax, backend
+):
+    size = target.shape[0]
+    nll = target.new_empty(size, dtype=torch.float32)
+    lse = target.new_empty(size if with_lse else 0, dtype=torch.float32)
+    entropy = target.new_empty(size if with_entropy else 0, dtype=torch.float32)
+    return nll, lse, entropy, target.new_empty(size if with_argmax else 0)
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, target, bias, ctx.scale, ctx.softcap, ctx.ignore_index, *_, ctx.backend = inputs
+    _, lse, entropy, argmax = output
+    ctx.save_for_backward(hidden, weight, target, bias, lse, entropy)
+    ctx.mark_non_differentiable(argmax)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_nll, grad_lse, grad_entropy, _):
+    hidden, weight, target, bias, lse, entropy = ctx.saved_tensors
+    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    grads = [
+        grad if grad is not None and grad.numel() else None for grad in (grad_nll, grad_lse, grad_entropy)
+    ]
+    if not any(needs) or not any(grad is not None for grad in grads) or target.shape[0] == 0:
+        zeros = [
+            x.new_zeros(x.shape) if need else None
+            for x, need in zip((hidden, weight, bias), needs, strict=True)
+        ]
+        grad_hidden, grad_weight, grad_bias = zeros
+    else:
+        found = nll_backward_op(
+            *grads,
+            lse,
+            entropy,
+            hidden,
+            weight,
+            target,
+            bias,
+            ctx.scale,
+            ctx.softcap,
+            ctx.ignore_index,
+            needs,
+            ctx.backend,
+        )
+        grad_hidden, grad_weight, grad_bias = (
+            g if need else None for g, need in zip(found, needs, strict=True)
+        )
+    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None, None, None
+
+
+nll_forward_op.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op(
+    "vig_kernels::linear_nll_backward",
+    mutates_args=(),
+    schema="(Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor entropy, Tensor hidden, "
+    "Tensor weight, Tensor target, Tensor? bias, float scale, float? softcap, int ignore_index, bool[] needs, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+)
+def nll_backward_op(
+    grad_nll,
+    grad_lse,
+    grad_entropy,
+    lse,
+    entropy,
+    hidden,
+    weight,
+    target,
+    bias,
+    scale,
+    softcap,
+    ignore_index,
+    needs,
+    backend,
+):
+    """Gradients of hidden, weight and bias, empty where not needed. It has no gradient of its own: a second
+    differentiation raises instead of being wrong."""
+    grads = [None if g is None else g.contiguous() for g in (grad_nll, grad_lse, grad_entropy)]
+    run = dispatch.module("linear_nll", backend).backward
+    with torch.autocast(hidden.device.type, enabled=False):
+        found = run(
+            *grads,
+            lse,
+            entropy if grad_entropy is not None else None,
+            hidden,
+            weight,
+            target,
+            bias,
+            scale,
+            softcap,
+            ignore_index,
+            tuple(needs),
+        )
+    return tuple(hidden.new_empty(0) if g is None else g for g in found)
+
+
+@nll_backward_op.register_fake
+def _backward_fake(
+    grad_nll,
+    grad_lse,
+    grad_entropy,
+    lse,
+    entropy,
+    hidden,
+    weight,
+    target,
+    bias,
+    scale,
+    softcap,
+    ignore_index,
+    needs,
+    backend,
+):
+    likes = (hidden, weight, bias)
+    return tuple(
+        x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, needs, strict=True)
+    )

@@ -1,0 +1,116 @@
+"""The specification: every op in a few lines of float64 PyTorch, under its own name.
+
+Nothing here is fast or frugal: logits are materialised. Every backend is tested against these functions, and
+all of them are differentiable by autograd (torch.autograd.gradcheck holds in float64).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def why_not(device: torch.device) -> str | None:
+    return None if device.type != "mps" else "Metal has no float64; move the tensors to the CPU"
+
+
+def linear_logits(hidden, weight, bias=None, logit_scale=1.0, logit_softcap=None) -> Tensor:
+    """(..., V) = softcap(scale * (hidden weight^T + bias)), softcap(x) = cap * tanh(x / cap)."""
+    logits = hidden.double() @ weight.double().T
+    if bias is not None:
+        logits = logits + bias.double()
+    logits = logits * logit_scale
+    return logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap)
+
+
+def linear_nll(
+    hidden, weight, target, *, bias=None, logit_scale=1.0, logit_softcap=None, ignore_index=-100, stats=()
+):
+    """nll_n = lse_n - logit_{n, target_n};  lse = log sum_v exp(logit_v);  entropy = -sum_v p_v log p_v."""
+    logits = linear_logits(hidden, weight, bias, logit_scale, logit_softcap)
+    ignored = target == ignore_index
+    log_p = logits.log_softmax(-1)
+    nll = -log_p.gather(-1, target.long().masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    nll = torch.where(ignored, 0.0, nll)
+    if not stats:
+        return nll
+    sinks = {
+        "lse": lambda: torch.where(ignored, 0.0, logits.logsumexp(-1)),
+        "entropy": lambda: torch.where(ignored, 0.0, -(log_p.exp() * log_p.clamp_min(-1e300)).sum(-1)),
+        "argmax": lambda: logits.argmax(-1).masked_fill(ignored, -1),
+    }
+    return nll, {name: sinks[name]() for name in stats}
+
+
+def linear_vig(hidden_image, hidden_null, weight, target, **options):
+    """(vig, nll_image, nll_null), vig = nll_null - nll_image = log p(a | image) - log p(a | null)."""
+    nll_image = linear_nll(hidden_image, weight, target, **options)
+    nll_null = linear_nll(hidden_null, weight, target, **options)
+    return nll_null - nll_image, nll_image, nll_null
+
+
+def linear_cross_entropy(
+    hidden,
+    weight,
+    target,
+    *,
+    token_weight=None,
+    reduction="mean",
+    num_items=None,
+    z_loss=0.0,
+    ignore_index=-100,
+    **options,
+):
+    """sum_n w_n (nll_n + z_loss lse_n^2) / divisor; divisor: num_items, else sum of w over valid rows; 0/0 = 0."""
+    nll, sinks = linear_nll(hidden, weight, target, ignore_index=ignore_index, stats=("lse",), **options)
+    valid = (target != ignore_index).double()
+    row_weight = valid if token_weight is None else torch.where(valid > 0, token_weight.double(), 0.0)
+    losses = row_weight * (nll + z_loss * sinks["lse"] ** 2)
+    if reduction == "none":
+        return losses
+    divisor = 1.0
+    if num_items is not None:
+        divisor = float(num_items)
+    elif reduction == "mean":
+        divisor = float(row_weight.sum())
+    return losses.sum() / divisor if divisor else losses.sum() * 0.0
+
+
+def gaussian_blur(images, sigma, *, truncate=3.0, border="reflect"):
+    """out = K_y x K_x^T with K[i, edge(i + k)] += g_k, g_k ~ exp(-k^2 / 2 sigma^2), |k| <= ceil(truncate * sigma).
+
+    sigma: a float, (sigma_y, sigma_x), or a tensor with one value per leading image. uint8 is rounded half to
+    even; other dtypes give float64.
+    """
+    if isinstance(sigma, Tensor) and sigma.ndim > 0:
+        return torch.stack(
+            [
+                gaussian_blur(x, s, truncate=truncate, border=border)
+                for x, s in zip(images, sigma.tolist(), strict=True)
+            ]
+        )
+    sigma_y, sigma_x = sigma if isinstance(sigma, (tuple, list)) else (float(sigma), float(sigma))
+    rows = _blur_matrix(images.shape[-2], sigma_y, truncate, border)
+    cols = _blur_matrix(images.shape[-1], sigma_x, truncate, border)
+    out = rows.to(images.device) @ images.double() @ cols.to(images.device).T
+    return out.round().clamp(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else out
+
+
+def _blur_matrix(size, sigma, truncate, border) -> Tensor:
+    radius = math.ceil(truncate * sigma)
+    taps = [math.exp(-(k**2) / (2 * sigma**2)) if sigma > 0 else 1.0 for k in range(-radius, radius + 1)]
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    for i in range(size):
+        for k, tap in zip(range(-radius, radius + 1), taps, strict=True):
+            matrix[i, edge(i + k, size, border)] += tap / sum(taps)
+    return matrix
+
+
+def edge(index: int, size: int, border: str) -> int:
+    """The sample that stands at `index` beyond the border: replicate, or reflect without repeating the edge."""
+    if border == "replicate" or size == 1:
+        return min(max(index, 0), size - 1)
+    index = index % (2 * size - 2)
+    return min(index, 2 * size - 2 - index)
