@@ -28,6 +28,7 @@ IGNORE = -100
 END_OF_TURN = ("template", "add", "drop")
 TOKEN_LEVEL = ("mm_token_type_ids", "token_type_ids")  # processor outputs of shape (1, T)
 NOT_MODEL_INPUT = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
+MAX_STRADDLE = 8  # characters that edge tokens may hold from outside an answer
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]
@@ -233,8 +234,10 @@ class Encoder:
             ids = [input_ids[index] for index in turn]
             if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
                 continue  # an unknown word cannot be compared; its tokens are still the trainer's tokens
-            decoded = self.tokenizer.decode(ids, skip_special_tokens=True)
-            if _plain(decoded) != _plain(answer):
+            decoded = self.tokenizer.decode(ids)
+            found, wanted = (_plain(self._turn_ends.sub("", text)) for text in (decoded, answer))
+            # A token may straddle the answer's edge; the answer itself must be there, whole and without more.
+            if wanted not in found or len(found) - len(wanted) > MAX_STRADDLE:
                 raise refuse(
                     f"the answer mask decodes to {decoded[:60]!r}, the answer is {answer[:60]!r}",
                     "Give the processor a chat template with {% generation %} marks",

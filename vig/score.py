@@ -21,6 +21,7 @@ from vig.prompts import Encoder
 from vig.samples import BrokenRecord, Sample, read_samples
 from vig.score_rows import ScoreRow
 from vig.store import ScoreWriter
+from vig_kernels.dispatch import resolve
 
 NOISE_SAMPLES = 16
 

@@ -1,0 +1,201 @@
+"""Readers: every record becomes a sample or a broken record that says which, why and what helps."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+
+import pytest
+import tiny
+
+from vig.samples import (
+    BrokenRecord,
+    DataError,
+    Sample,
+    SampleError,
+    answers,
+    open_images,
+    read_samples,
+    sample_from_record,
+)
+
+
+def record(value="<image>\nWhat is it?", answer="A cat.", image="a.png", **fields):
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
+    return {"id": "7", "image": image, "conversations": turns} | fields
+
+
+def read(tmp_path, text: str, name="data.json", **options):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return list(read_samples(path, **options))
+
+
+@pytest.mark.parametrize(
+    "value, parts",
+    [
+        ("<image>\nWhat?", ["image", "What?"]),
+        ("What?\n<image>", ["What?", "image"]),
+        ("Look: <image> what?", ["Look: ", "image", " what?"]),
+        ("<image>\n\nWhat?", ["image", "\nWhat?"]),
+        ("No picture", ["No picture"]),
+    ],
+)
+def test_the_image_mark_takes_the_newline_beside_it(value, parts):
+    image = [tiny.picture(0)] if "image" in parts else []
+    sample = sample_from_record(record(value, image=image), key="k")
+    content = sample.messages[0]["content"]
+    assert [part.get("text", part["type"]) for part in content] == parts
+
+
+def test_two_marks_take_two_images_in_order():
+    sample = sample_from_record(
+        record("<image>\n<image>\nCompare.", image=[tiny.picture(0), tiny.picture(1)]), key="k"
+    )
+    assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "image", "text"]
+
+
+def test_messages_format_and_content_parts(tmp_path):
+    data = {
+        "images": ["a.png"],
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        ],
+    }
+    (sample,) = read(tmp_path, json.dumps(data), "data.jsonl")
+    assert [message["role"] for message in sample.messages] == ["system", "user", "assistant"]
+    assert answers(sample) == ["A cat."]
+    assert sample.id == sample.key == "data.jsonl#0"  # no id given: the key stands for it
+    assert sample.images == ((tmp_path / "a.png").resolve(),)
+
+
+def test_duplicate_ids_are_allowed_and_keys_are_unique(tmp_path):
+    samples = read(tmp_path, json.dumps([record(), record(), record()]))
+    assert [sample.id for sample in samples] == ["7"] * 3
+    assert [sample.key for sample in samples] == ["data.json#0", "data.json#1", "data.json#2"]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+def test_an_array_is_read_item_by_item(tmp_path, chunk):
+    from vig.samples import _array_items
+
+    items = [{"a": [1, 2, {"b": "]},[ü😀"}]}, 12345, "x", [], None, {"n": -1.5e-3}]
+    path = tmp_path / "array.json"
+    path.write_text(json.dumps(items, indent=1, ensure_ascii=False), encoding="utf-8")
+    with path.open(encoding="utf-8") as file:
+        assert list(_array_items(file, path, chunk)) == items
+
+
+@pytest.mark.parametrize(
+    "broken, reason",
+    [
+        (record(image=None), "0 images but 1 <image> marks"),
+        (record("What?"), "1 images but 0 <image> marks"),
+        (record("<image><image>"), "1 images but 2 <image> marks"),
+        (record(answer="  "), "an answer is empty"),
+        (record(answer="see <image>", image=["a", "b"]), "an answer holds <image>"),
+        (record(conversations=[{"from": "human", "value": "<image>"}]), "no answer turn"),
+        (record(conversations=[{"from": "robot", "value": "<image>"}]), "unknown role 'robot'"),
+        (record(conversations=[{"from": "gpt", "value": 3}]), "a assistant turn's value is int"),
+        (record(conversations="hello"), "the turns are not a list"),
+        (record(image="http://a/b.png"), "is an address"),
+        (record(image="../secret.png"), "leaves the image root"),
+        (record(image=3), "an image is a int"),
+        ({"id": "7", "text": "hm"}, "no turns among the fields"),
+        ("just text", "the record is a str"),
+    ],
+)
+def test_a_broken_record_says_which_why_and_what_helps(tmp_path, broken, reason):
+    good = record("Hello", image=None)
+    first, second, third = read(tmp_path, json.dumps([good, broken, good]))
+    assert isinstance(first, Sample) and isinstance(third, Sample)
+    assert isinstance(second, BrokenRecord)
+    assert second.key == "data.json#1" and reason in str(second.error)
+    assert second.key in str(second.error) and second.error.cure in str(second.error)
+    if isinstance(broken, dict):
+        assert second.id == "7"
+
+
+def test_an_invalid_json_line_is_reported_and_the_rest_is_read(tmp_path):
+    good = json.dumps(record("Hello", image=None))
+    first, second, third = read(tmp_path, f"{good}\n{{'id': 3}}\n\n{good}\n", "data.jsonl")
+    assert isinstance(first, Sample) and isinstance(third, Sample)
+    assert "line 2 is not JSON" in str(second.error) and third.key == "data.jsonl#2"
+
+
+def test_an_array_that_breaks_off_keeps_what_was_before(tmp_path):
+    good = json.dumps(record("Hello", image=None))
+    first, second = read(tmp_path, f"[{good}, {good[:-9]}")
+    assert isinstance(first, Sample) and "breaks off after 1 records" in str(second.error)
+
+
+def test_data_that_cannot_be_read_at_all(tmp_path):
+    with pytest.raises(DataError, match="no such data"):
+        read_samples(tmp_path / "none.json")
+    (tmp_path / "data.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"got '\.csv'"):
+        read_samples(tmp_path / "data.csv")
+    with pytest.raises(DataError, match="no such image root"):
+        read(tmp_path, "[]", image_root=tmp_path / "nowhere")
+
+
+def test_a_folder_of_photographs(tmp_path):
+    tiny.save_picture(tmp_path / "b.png", 1)
+    tiny.save_picture(tmp_path / "a.jpg", 2)
+    (tmp_path / "a.txt").write_text("Squares of colour.\n")
+    captioned, bare = read_samples(tmp_path)
+    assert answers(captioned) == ["Squares of colour."] and captioned.id == "a.jpg"
+    assert isinstance(bare, BrokenRecord) and "b.txt" in bare.error.cure
+
+
+def png_bomb() -> bytes:
+    """A PNG of a few hundred bytes that claims 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
+
+
+def truncated_jpeg() -> bytes:
+    file = io.BytesIO()
+    tiny.picture(3, (200, 200)).save(file, "JPEG")
+    return file.getvalue()[:1200]
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "no image at"),
+        (b"hello, I am text", "is not an image"),
+        (truncated_jpeg(), "cannot be decoded"),
+        (png_bomb(), "is too large"),
+    ],
+    ids=["missing", "text", "truncated", "bomb"],
+)
+def test_images_that_cannot_be_read(tmp_path, content, reason):
+    path = tmp_path / "a.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    sample = sample_from_record(record(image="a.jpg"), key="data.json#3", image_root=tmp_path)
+    with pytest.raises(SampleError, match=reason) as error:
+        open_images(sample)
+    assert "data.json#3" in str(error.value) and "a.jpg" in str(error.value)
+
+
+def test_images_as_bytes_and_with_transparency():
+    file = io.BytesIO()
+    tiny.picture(3).convert("RGBA").save(file, "PNG")
+    sample = sample_from_record(record(image={"bytes": file.getvalue()}), key="k")
+    (image,) = open_images(sample)
+    assert image.mode == "RGB" and image.size == tiny.picture(3).size
