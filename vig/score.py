@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vig import plan
@@ -314,6 +315,13 @@ def _error_row(item: LoadedRecord) -> ScoreRow | None:
 
 
 def _scored_row(item: LoadedRecord, value: TokenNLL) -> ScoreRow:
+    finite = np.isfinite(value.image) & (True if value.null is None else np.isfinite(value.null))
+    if not finite.all():
+        token = int(finite.argmin())
+        null = "" if value.null is None else f", nll_null {value.null[token]}"
+        return _row(
+            item, f"error: answer token {token}: nll_image {value.image[token]}{null}. Try --dtype float32"
+        )
     return _row(
         item,
         "ok" if value.null is not None else "text_only",

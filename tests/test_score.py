@@ -1,0 +1,355 @@
+"""The scorer against a naive loop, and what it does with samples that cannot be scored."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from scipy.ndimage import gaussian_filter
+
+from vig import plan
+from vig.families import ModelError, as_loaded, load
+from vig.loader import content_hash
+from vig.null_image import NULLS, PixelRange
+from vig.prompts import Encoder, without_images
+from vig.samples import answers, open_images, read_samples
+from vig.score import Scorer, score_dataset
+from vig.store import StoreError, read_scores, score_metadata
+
+N_SAMPLES = 200
+WORDS = ("red", "a", "blue ball", "the cat sat", "no", "Two dogs, one bird.", "yes it is", "ü")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """200 samples of many lengths: 40 images, several questions each, multi-turn, two images, text-only."""
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(40):
+        tiny.save_picture(folder / f"{number}.png", number, (30 + number, 60 - number))
+    records = []
+    for number in range(N_SAMPLES):
+        words = [WORDS[(number * 7 + step) % len(WORDS)] for step in range(1 + number % 5)]
+        turns = [("<image>\nWhat?", " and ".join(words))]
+        images = [f"{(number // 3) % 40}.png"]
+        if number % 10 == 3:
+            turns = [("Say it", words[0])]
+            images = []
+        if number % 10 == 4:
+            turns.append(("Sure?", "I am " + words[0]))
+        if number % 10 == 5:
+            turns[0] = ("<image>\n<image>\nCompare.", words[0])
+            images = images * 2
+        conversations = [
+            {"from": role, "value": text}
+            for pair in turns
+            for role, text in zip(("human", "gpt"), pair, strict=True)
+        ]
+        records.append({"id": str(number), "image": images, "conversations": conversations})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+def scorer(**options):
+    return Scorer(tiny.llava_model(), tiny.llava_processor(), **options)
+
+
+@torch.inference_mode()
+def naive_nll(sample, sigma=0.1):
+    """One sample, no padding, full logits in float32, the null blurred by scipy."""
+    processor, model = tiny.llava_processor(), tiny.llava_model()
+    encoded = Encoder(processor).encode(sample)
+    ids = torch.tensor([encoded.input_ids])
+
+    def nll(**pixels):
+        logits = model(input_ids=ids, **pixels).logits[0].float()
+        logp = torch.log_softmax(logits, dim=-1)
+        index = torch.tensor(encoded.answer_index)
+        return -logp[index - 1, ids[0, index]].numpy()
+
+    if not sample.images:
+        return nll(), None
+    pixels = encoded.pixels["pixel_values"]
+    side = sigma * min(pixels.shape[-2:])
+    radius = int(np.ceil(3 * side))
+    blurred = gaussian_filter(
+        pixels.double().numpy(), (0, 0, side, side), mode="mirror", radius=(0, 0, radius, radius)
+    )
+    return nll(pixel_values=pixels), nll(pixel_values=torch.from_numpy(blurred).float())
+
+
+@functools.cache
+def naive_scores(path):
+    return [naive_nll(sample) for sample in read_samples(path)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+def test_scores_equal_a_naive_loop(data, batch_size):
+    rows = scorer(batch_size=batch_size).score(read_samples(data))
+    samples = list(read_samples(data))
+    assert [row.key for row in rows] == [sample.key for sample in samples]
+    tokenizer = tiny.byte_tokenizer()
+    for row, sample, (image, null) in zip(rows, samples, naive_scores(data), strict=True):
+        assert row.status == ("ok" if sample.images else "text_only")
+        assert tokenizer.decode(row.token_ids) == "</s>".join(answers(sample)) + "</s>"
+        np.testing.assert_allclose(row.token_nll_image, image, rtol=0, atol=2e-4)
+        if sample.images:
+            np.testing.assert_allclose(row.token_nll_null, null, rtol=0, atol=2e-4)
+            assert row.vig == pytest.approx((null.astype(np.float64) - image).mean(), abs=2e-4)
+        else:
+            assert row.vig is None and len(row.token_nll_null) == 0
+    moved = [abs(row.vig) for row in rows if row.vig is not None]
+    assert np.median(moved) > 0.01  # the pictures do matter to this model, or the test would prove nothing
+
+
+def test_the_same_image_as_its_null_gives_exactly_zero(data, monkeypatch):
+    monkeypatch.setitem(NULLS, "blur", NULLS["blur"]._replace(function=lambda pictures, *_: pictures.clone()))
+    rows = scorer(batch_size=7).score(read_samples(data, limit=60))
+    values = [
+        value for row in rows if row.vig is not None for value in row.token_nll_null - row.token_nll_image
+    ]
+    assert len(values) > 300 and set(values) == {0.0}
+    assert {row.vig for row in rows} == {0.0, None}
+
+
+@pytest.mark.parametrize("null", NULLS)
+def test_every_null_image_scores_and_keeps_the_clean_pass(data, null):
+    clean = scorer().score(read_samples(data, limit=30))
+    rows = scorer(null=null).score(read_samples(data, limit=30))
+    for left, right in zip(clean, rows, strict=True):
+        assert right.status == left.status
+        np.testing.assert_allclose(left.token_nll_image, right.token_nll_image, atol=2e-5)
+    vigs = [row.vig for row in rows if row.vig is not None]
+    assert np.isfinite(vigs).all() and np.std(vigs) > 1e-3
+
+
+def test_nulls_are_what_they_say(data):
+    processor, (sample, *_) = tiny.llava_processor(), list(read_samples(data, limit=1))
+    one = scorer()
+    pixels = one.encoder.encode(sample).pixels
+    content = [content_hash(image) for image in open_images(sample)]
+
+    def null(kind):
+        return scorer(null=kind).passes.null_pixels(pixels, content)["pixel_values"]
+
+    expected = PixelRange.of(processor)
+    assert null("black")[0, :, 3, 4].tolist() == pytest.approx(list(expected.black))
+    mean = pixels["pixel_values"].mean(dim=(2, 3))
+    assert torch.allclose(null("mean").amax(dim=(2, 3)), mean, atol=1e-6)
+    noise = null("noise")
+    assert torch.equal(noise, null("noise"))  # seeded by the picture
+    assert not torch.equal(noise, scorer(null="noise").passes.null_pixels(pixels, ["ab"])["pixel_values"])
+    assert noise.std() > 0.5
+    shown = without_images(sample)
+    assert shown.images == () and answers(shown) == answers(sample)
+
+
+def test_shuffle_takes_the_next_different_image_and_shares_it(data):
+    from vig.loader import Donors, load_record
+
+    one = scorer(null="shuffle")
+    samples = [sample for sample in read_samples(data) if len(sample.images) == 1][:12]
+    block = [load_record(sample, one.encoder, "image") for sample in samples]
+    Donors().give(block, one.encoder)
+    by_image = {}
+    for item in block:
+        null = item.null.pixels["pixel_values"]
+        assert not torch.equal(null, item.encoded.pixels["pixel_values"])
+        by_image.setdefault(item.hashes[0], []).append(null)
+    assert len(by_image) < len(block)  # several questions share an image
+    for nulls in by_image.values():
+        assert all(torch.equal(nulls[0], other) for other in nulls)
+    alone = one.score([samples[0]])[0]
+    assert alone.status.startswith("error: there is no other image")
+
+
+def test_backends_agree(data):
+    reference = scorer(backend="reference").score(read_samples(data, limit=20))
+    for row, other in zip(scorer().score(read_samples(data, limit=20)), reference, strict=True):
+        np.testing.assert_allclose(row.token_nll_image, other.token_nll_image, atol=1e-4)
+
+
+# --- on disk ---
+
+
+def table(folder):
+    return {row["key"]: row for batch in read_scores(folder) for row in batch.to_pylist()}
+
+
+def broken_data(folder, data):
+    """The samples of `data` with seven bad records among the first eight."""
+    records = json.loads(data.read_text())[:20]
+    for number in range(40):
+        tiny.save_picture(folder / f"{number}.png", number)
+    (folder / "text.jpg").write_text("not a picture")
+    whole = (folder / "0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    bad = [
+        {"image": "nowhere.png"},
+        {"image": "text.jpg"},
+        {"image": "cut.png"},
+        {"image": []},
+        {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": ""}]},
+        {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "long " * 200}]},
+        {"conversations": [{"from": "human", "value": "<image>"}, {"from": "alien", "value": "?"}]},
+    ]
+    for number, change in enumerate(bad, start=1):
+        records[number] = {**records[0], "id": "bad", **change}
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json", len(bad)
+
+
+def test_bad_samples_become_rows_and_the_rest_is_scored(tmp_path, data):
+    path, n_bad = broken_data(tmp_path, data)
+    progress = score_dataset(scorer(), path, tmp_path / "scores")
+    rows = table(tmp_path / "scores")
+    assert len(rows) == 20 and progress.done == 20
+    failed = {key: row for key, row in rows.items() if row["status"].startswith("error: ")}
+    assert set(failed) == {f"data.json#{number}" for number in range(1, n_bad + 1)}
+    assert len(progress.errors) == n_bad
+    for row, line in zip(failed.values(), progress.errors, strict=True):
+        assert row["vig"] is None and row["token_ids"] is None
+        assert row["key"] in line and "bad" in line
+    text = "\n".join(row["status"] for row in failed.values())
+    for reason in (
+        "no image at", "not an image", "cannot be decoded", "0 images but 1", "an answer is empty",
+        "the context holds 512", "unknown role 'alien'",
+    ):  # fmt: skip
+        assert reason in text
+    good = {row.key: row for row in scorer().score(read_samples(path)) if row.status == "ok"}
+    for key, row in good.items():
+        assert rows[key]["vig"] == row.vig
+
+
+def test_retry_scores_the_failed_rows_again(tmp_path, data):
+    path, n_bad = broken_data(tmp_path, data)
+    score_dataset(scorer(), path, tmp_path / "scores")
+    tiny.save_picture(tmp_path / "nowhere.png", 1)
+    assert score_dataset(scorer(), path, tmp_path / "scores").resumed == 20
+    progress = score_dataset(scorer(), path, tmp_path / "scores", retry_failed=True)
+    assert len(progress.errors) == n_bad - 1 and progress.resumed == 20 - n_bad
+    assert table(tmp_path / "scores")["data.json#1"]["status"] == "ok"
+
+
+def test_nan_logits_are_error_rows(tmp_path, data):
+    model = tiny.llava_model(seed=7)
+    with torch.no_grad():  # a rare character overflows
+        model.model.language_model.embed_tokens.weight[tiny.byte_tokenizer().encode("\u00fc")[0]] = float(
+            "nan"
+        )
+    progress = score_dataset(Scorer(model, tiny.llava_processor()), data, tmp_path / "scores")
+    rows = table(tmp_path / "scores")
+    hit = {sample.key for sample in read_samples(data) if any("\u00fc" in text for text in answers(sample))}
+    assert {key for key, row in rows.items() if row["status"].startswith("error: ")} == hit
+    assert 0 < len(hit) < N_SAMPLES and len(progress.errors) == len(hit)
+    for key in hit:
+        assert "--dtype float32" in rows[key]["status"] and rows[key]["vig"] is None
+
+
+def test_windows_shards_and_resume_write_the_same_rows(tmp_path, data):
+    score_dataset(scorer(), data, tmp_path / "whole", window=64)
+    whole = table(tmp_path / "whole")
+    for index in range(2):
+        score_dataset(scorer(), data, tmp_path / "parts", window=64, shard=(index, 2))
+    assert table(tmp_path / "parts") == whole and len(whole) == N_SAMPLES
+    (tmp_path / "whole" / "scores-00002.parquet").unlink()
+    progress = score_dataset(scorer(), data, tmp_path / "whole", window=64)
+    assert progress.resumed == N_SAMPLES - 64
+    assert table(tmp_path / "whole") == whole  # bit for bit
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path, data):
+    score_dataset(scorer(), data, tmp_path / "scores", limit=4)
+    with pytest.raises(StoreError, match=r"null\.params\.sigma.*0\.1.*0\.2"):
+        score_dataset(scorer(sigma=0.2), data, tmp_path / "scores", limit=4)
+    metadata = score_metadata(tmp_path / "scores")
+    assert metadata["null"] == {
+        "kind": "blur",
+        "params": {"sigma": 0.1, "truncate": 3.0, "border": "reflect"},
+    }
+    assert metadata["dtype"] == "float32" and metadata["backend"] in ("cpu", "torch")
+    assert 0 <= metadata["noise_floor"] < 2e-4
+
+
+def test_an_out_of_memory_batch_is_halved_and_a_single_one_is_an_error_row(data):
+    one = scorer(batch_size=16)
+    whole, original = one.score(read_samples(data, limit=12)), one.passes.score
+
+    def tight(samples, *others):
+        if len(samples) > 3 or samples[0].sample.id == "7":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return original(samples, *others)
+
+    one.passes.score = tight
+    rows = one.score(read_samples(data, limit=12))
+    for row, other in zip(rows, whole, strict=True):
+        if row.id == "7":
+            assert row.status.startswith("error: it does not fit into memory")
+        else:
+            np.testing.assert_allclose(row.token_nll_image, other.token_nll_image, atol=2e-4)
+
+
+# --- models ---
+
+
+def test_models_that_cannot_be_scored_are_refused(tmp_path, data):
+    with pytest.raises(ModelError, match="cannot load"):
+        load(tmp_path)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=1))
+    with pytest.raises(ModelError, match="model_type 'llama' is not supported; supported: llava"):
+        as_loaded(model, tiny.llava_processor())
+    with pytest.raises(ModelError, match="without its processor"):
+        Scorer(tiny.llava_model())
+
+
+def test_a_model_that_sees_later_tokens_is_refused(data):
+    model = tiny.llava_model(seed=3)
+
+    def look_ahead(module, args, output):
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden + hidden.mean(dim=1, keepdim=True)
+
+    hook = model.model.language_model.register_forward_hook(look_ahead)
+    try:
+        with pytest.raises(ModelError, match="is not causal"):
+            Scorer(model, tiny.llava_processor()).score(read_samples(data, limit=3))
+    finally:
+        hook.remove()
+
+
+def test_a_checkpoint_on_disk_scores_like_the_model_in_memory(tmp_path, data):
+    tiny.llava_model().save_pretrained(tmp_path)
+    tiny.llava_processor().save_pretrained(tmp_path)
+    rows = Scorer(tmp_path, dtype="float32", device="cpu").score(read_samples(data, limit=5))
+    for row, other in zip(rows, scorer().score(read_samples(data, limit=5)), strict=True):
+        assert row.vig == other.vig
+    with pytest.raises(ModelError, match="dtype = 'fp8'"):
+        load(tmp_path, dtype="fp8")
+
+
+# --- planning ---
+
+
+def test_batches_keep_the_budget_and_every_item():
+    lengths = [5, 90, 30, 30, 7, 200, 1, 64, 64]
+    cut = plan.batches(lengths, budget=128)
+    assert sorted(index for batch in cut for index in batch) == list(range(len(lengths)))
+    for batch in cut:
+        assert len(batch) == 1 or max(lengths[index] for index in batch) * len(batch) <= 128
+    assert cut[0] == [5]  # the longest first, alone because it is over the budget
+    assert all(len(batch) <= 2 for batch in plan.batches(lengths, 10_000, max_rows=2))
+    assert plan.batches([], 10) == []
+
+
+def test_shards():
+    assert plan.parse_shard("3/8") == (3, 8)
+    for wrong in ("8/8", "x", "1", "-1/2", "1/0"):
+        with pytest.raises(ValueError, match="expected i/n"):
+            plan.parse_shard(wrong)
+    assert [number for number in range(6) if plan.in_shard(number, (1, 3))] == [1, 4]
