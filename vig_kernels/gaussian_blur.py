@@ -93,7 +93,8 @@ def _sigmas(sigma, shape, leading: int) -> tuple[Tensor, Tensor]:
     if isinstance(sigma, Tensor):
         if sigma.shape != shape[: sigma.ndim] or sigma.ndim > max(1, len(shape) - 3):
             raise ValueError(
-                f"expected sigma as a tensor with one value per leading image of {tuple(shape)}, got {tuple(sigma.shape)}"
+                f"expected sigma as a tensor with one value per leading image of {tuple(shape)}, got "
+                f"{tuple(sigma.shape)}"
             )
         values = sigma.detach().to("cpu", torch.float64)
         each = values.reshape(-1, 1).expand(-1, leading // max(1, values.numel())).reshape(-1).contiguous()

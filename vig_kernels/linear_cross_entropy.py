@@ -226,35 +226,46 @@ def _save(ctx, inputs, output):
     ctx.dtypes = [
         x.dtype if need else None for x, need in zip((hidden, weight, bias), ctx.needs, strict=True)
     ]
-    if torch.float32 in ctx.dtypes:  # what a second backward recomputes from
-        ctx.save_for_backward(hidden, weight, target, bias, row_weight)
+    ctx.save_for_backward(hidden, weight, target, bias, row_weight)  # what a second backward recomputes from
 
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 12
-    # under create_graph the sums must stay as they are, and pass through an op that refuses a second derivative
-    in_place = torch.float32 in ctx.dtypes and not torch.is_grad_enabled()
-    held = ctx.grads
-    if held is None:
+    if ctx.grads is None:
         grads = _again(ctx, grad_loss)
     else:
         grads = [
-            None
-            if dtype is None
-            else grad.mul_(grad_loss)
-            if in_place and dtype == torch.float32
-            # nothing else can be asked of a 16-bit gradient: its sum is cast
-            else _scale_op(grad, grad_loss, dtype)
-            for grad, dtype in zip(held, ctx.dtypes, strict=True)
+            None if dtype is None else _scaled(ctx, grad, grad_loss, dtype)
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
-        if in_place:
+        if _in_place(ctx):
             ctx.grads = None
     grad_hidden, grad_weight, grad_bias = grads
     return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
+
+
+def _traced(ctx) -> bool:
+    """Whether torch.compile is looking: its tensors are not plain ones."""
+    return any(type(grad) is not Tensor for grad in ctx.grads)
+
+
+def _in_place(ctx) -> bool:
+    """Whether this backward gives the float32 sums away. Under create_graph they must stay as they are."""
+    return torch.float32 in ctx.dtypes and not torch.is_grad_enabled() and not _traced(ctx)
+
+
+def _scaled(ctx, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * factor in `dtype`: in place where it may be, else through an op that refuses a second derivative."""
+    if _traced(ctx):  # the compiler reuses memory itself, and refuses a second derivative itself
+        return (grad * factor).to(dtype)
+    if dtype == torch.float32 and _in_place(ctx):
+        return grad.mul_(factor)
+    differentiated = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
+    return _scale_op(grad, factor, dtype, differentiated[0] if torch.is_grad_enabled() else None)
 
 
 def _again(ctx, grad_loss) -> list[Tensor | None]:
@@ -272,10 +283,14 @@ def _again(ctx, grad_loss) -> list[Tensor | None]:
 @torch.library.custom_op(
     "vig_kernels::scale_gradient",
     mutates_args=(),
-    schema="(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor",
+    schema="(Tensor gradient, Tensor factor, ScalarType dtype, Tensor? differentiated) -> Tensor",
 )
-def _scale_op(gradient, factor, dtype):
-    """(gradient * factor) in float32, cast once, a few MiB at a time. Differentiating it raises."""
+def _scale_op(gradient, factor, dtype, differentiated):
+    """(gradient * factor) in float32, cast once, a few MiB at a time.
+
+    It has no gradient of its own. `differentiated` is an input that the gradient depends on: with it the result
+    is part of the graph, and a second differentiation raises instead of leaving this part out.
+    """
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     step = max(1, CAST_BYTES // max(1, 4 * gradient[:1].numel()))
     for at in range(0, gradient.shape[0], step):
@@ -284,5 +299,5 @@ def _scale_op(gradient, factor, dtype):
 
 
 @_scale_op.register_fake
-def _scale_fake(gradient, factor, dtype):
+def _scale_fake(gradient, factor, dtype, differentiated):
     return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
