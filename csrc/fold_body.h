@@ -1,0 +1,192 @@
+// Logits folded in cache: running (maximum, sum) of each row, a lane at a time, and the gradient of kept logits.
+// Included once per instruction set, inside its anonymous namespace. Logits are held in units of log2 e, so that the
+// maximum is subtracted exactly where the exponential needs it.
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// 2^x for x <= 0; 0 from -150 down (and for -inf); NaN stays NaN. Relative error under 2e-7, and 2^0 is 1.
+inline Vec::F exp2_negative(Vec::F x) {
+  x = Vec::max(Vec::set1(-150.0f), x);
+  const Vec::F whole = Vec::round(x), part = Vec::sub(x, whole);
+  Vec::F p = Vec::set1(1.3264726899e-03f);
+  p = Vec::fma(p, part, Vec::set1(9.6715126606e-03f));
+  p = Vec::fma(p, part, Vec::set1(5.5507337442e-02f));
+  p = Vec::fma(p, part, Vec::set1(2.4022242085e-01f));
+  p = Vec::fma(p, part, Vec::set1(6.9314697760e-01f));
+  p = Vec::fma(p, part, Vec::set1(1.0f));
+  return Vec::scale_by_power(p, whole);
+}
+
+// tanh to a relative error of a few 1e-7: a polynomial near 0, (1 - e) / (1 + e) with e = exp(-2|x|) beyond.
+inline Vec::F tanh_of(Vec::F x) {
+  const Vec::F size = Vec::abs(x), square = Vec::mul(x, x);
+  Vec::F p = Vec::set1(-5.7049108457e-03f);
+  p = Vec::fma(p, square, Vec::set1(2.0639022263e-02f));
+  p = Vec::fma(p, square, Vec::set1(-5.3739696205e-02f));
+  p = Vec::fma(p, square, Vec::set1(1.3331441985e-01f));
+  p = Vec::fma(p, square, Vec::set1(-3.3333281935e-01f));
+  const Vec::F near = Vec::fma(Vec::mul(p, square), size, size);
+  const Vec::F e = exp2_negative(Vec::mul(size, Vec::set1(-2.0f * kLog2E)));
+  const Vec::F far = Vec::div(Vec::sub(Vec::set1(1.0f), e), Vec::add(Vec::set1(1.0f), e));
+  return Vec::with_sign(Vec::select(Vec::greater(size, Vec::set1(0.625f)), far, near), x);
+}
+
+template <bool Cap>
+inline Vec::F logit_of(const FoldArgs& f, Vec::F product, Vec::F scale, Vec::F bias) {
+  const Vec::F y = Vec::fma(product, scale, bias);
+  if constexpr (!Cap) return y;
+  return Vec::mul(tanh_of(Vec::div(y, Vec::set1(f.cap))), Vec::set1(f.cap * kLog2E));
+}
+
+// sum and moment of the lanes, moved from the old maximum to a new one that is no smaller.
+template <bool Stats>
+inline void rebase(Vec::F from, Vec::F to, Vec::F& sum, Vec::F& moment) {
+  const Vec::F change = Vec::sub(from, to), factor = exp2_negative(change);
+  if constexpr (Stats) moment = Vec::mul(factor, Vec::fma(sum, change, moment));
+  sum = Vec::mul(factor, sum);
+}
+
+template <bool Stats>
+inline void gather(Vec::F y, Vec::F maximum, Vec::F& sum, Vec::F& moment) {
+  const Vec::F below = Vec::sub(y, maximum), e = exp2_negative(below);
+  sum = Vec::add(sum, e);
+  if constexpr (Stats) moment = Vec::fma(e, Vec::max(Vec::set1(-200.0f), below), moment);
+}
+
+template <bool Cap, bool Stats>
+void fold_tile(const FoldArgs& f) {
+  constexpr int W = Vec::W;
+  const Vec::F scale = Vec::set1(f.scale), nothing = Vec::set1(-__builtin_inff());
+  const Vec::F bias_left = Vec::load(f.bias), bias_right = Vec::load(f.bias + W);
+  for (int n = 0; n < f.rows; ++n) {
+    float* lanes = f.lanes + n * W * (Stats ? 4 : 2);
+    Vec::F left = logit_of<Cap>(f, Vec::load(f.product + n * kPanel), scale, bias_left);
+    Vec::F right = logit_of<Cap>(f, Vec::load(f.product + n * kPanel + W), scale, bias_right);
+    if (f.columns < kPanel) {
+      left = Vec::select(Vec::first(f.columns), left, nothing);
+      right = Vec::select(Vec::first(f.columns - W), right, nothing);
+    }
+    const uint64_t wanted = static_cast<uint64_t>(f.target[n] - f.first_column);
+    if (wanted < static_cast<uint64_t>(f.columns)) {
+      float logit[kPanel];
+      Vec::store(logit, left);
+      Vec::store(logit + W, right);
+      f.picked[n] = logit[wanted];
+    }
+    if (f.keep != nullptr) {
+      Vec::store(f.keep + n * kPanel, left);
+      Vec::store(f.keep + n * kPanel + W, right);
+    }
+    Vec::F maximum = Vec::load(lanes), sum = Vec::load(lanes + W), moment = Vec::zero();
+    if constexpr (Stats) {
+      moment = Vec::load(lanes + 2 * W);
+      const int32_t first = static_cast<int32_t>(f.first_column);
+      Vec::I column = Vec::iload(lanes + 3 * W);
+      column = Vec::iselect(Vec::greater(left, maximum), Vec::ramp(first), column);
+      column = Vec::iselect(Vec::greater(right, Vec::max(left, maximum)), Vec::ramp(first + W), column);
+      Vec::istore(lanes + 3 * W, column);
+    }
+    const Vec::F highest = Vec::max(left, right);
+    if (Vec::any(Vec::greater(highest, maximum))) {
+      const Vec::F raised = Vec::max(highest, maximum);
+      rebase<Stats>(maximum, raised, sum, moment);
+      maximum = raised;
+      Vec::store(lanes, maximum);
+    }
+    gather<Stats>(left, maximum, sum, moment);
+    gather<Stats>(right, maximum, sum, moment);
+    Vec::store(lanes + W, sum);
+    if constexpr (Stats) Vec::store(lanes + 2 * W, moment);
+  }
+}
+
+void fold(const FoldArgs& f) {
+  if (f.cap != 0.0f) return f.stats ? fold_tile<true, true>(f) : fold_tile<true, false>(f);
+  f.stats ? fold_tile<false, true>(f) : fold_tile<false, false>(f);
+}
+
+// The lanes of each row to one value, in lane order.
+template <bool Stats>
+void reduce_rows(const float* lanes, int64_t rows, Partial* out) {
+  constexpr int W = Vec::W;
+  for (int64_t n = 0; n < rows; ++n, lanes += W * (Stats ? 4 : 2)) {
+    float maximum = lanes[0];
+    for (int i = 1; i < W; ++i) maximum = lanes[i] > maximum ? lanes[i] : maximum;
+    Vec::F sum = Vec::load(lanes + W), moment = Vec::zero();
+    if constexpr (Stats) moment = Vec::load(lanes + 2 * W);
+    rebase<Stats>(Vec::load(lanes), Vec::set1(maximum), sum, moment);
+    float sums[W], moments[W];
+    Vec::store(sums, sum);
+    Vec::store(moments, moment);
+    Partial total = {maximum, 0.0f, 0.0f, 0};
+    bool found = false;
+    for (int i = 0; i < W; ++i) {
+      total.sum += sums[i];
+      total.moment += moments[i];
+      if constexpr (Stats) {
+        const int32_t column = static_cast<int32_t>(float_to_bits(lanes[3 * W + i]));
+        if (lanes[i] != maximum || (found && column >= total.column)) continue;
+        total.column = column;
+        found = true;
+      }
+    }
+    (void)found;
+    out[n] = total;
+  }
+}
+
+void reduce_lanes(const float* lanes, int64_t rows, bool stats, Partial* out) {
+  stats ? reduce_rows<true>(lanes, rows, out) : reduce_rows<false>(lanes, rows, out);
+}
+
+// d(upstream) / d(product) of W columns of row n; `plain` adds up the gradient before the scale.
+inline Vec::F gradient_of(const GradArgs& g, int64_t n, const float* logit, int first, Vec::F& plain) {
+  const Vec::F y = Vec::load(logit), below = Vec::sub(y, Vec::set1(g.lse[n]));
+  const Vec::F p = exp2_negative(below);
+  Vec::F upstream = Vec::set1(g.weight[n]);
+  if (g.moment != nullptr) {  // dH/dlogit = -p * (logit - lse + H)
+    const Vec::F centred = Vec::fma(Vec::max(Vec::set1(-200.0f), below), Vec::set1(0.69314718055994531f),
+                                    Vec::set1(g.entropy[n]));
+    upstream = Vec::fma(Vec::set1(-g.moment[n]), centred, upstream);
+  }
+  Vec::F slope = Vec::mul(p, upstream);
+  const int64_t hit = g.target[n] - g.first_column - first;
+  if (static_cast<uint64_t>(hit) < static_cast<uint64_t>(Vec::W)) {
+    float lane[Vec::W] = {};
+    lane[hit] = g.onehot[n];
+    slope = Vec::sub(slope, Vec::load(lane));
+  }
+  if (g.cap != 0.0f) {  // d(cap * tanh(x / cap)) / dx = 1 - (logit / cap)^2
+    const Vec::F ratio = Vec::mul(y, Vec::set1(1.0f / (g.cap * kLog2E)));
+    slope = Vec::mul(slope, Vec::sub(Vec::set1(1.0f), Vec::mul(ratio, ratio)));
+  }
+  slope = Vec::select(Vec::first(g.columns - first), slope, Vec::zero());
+  plain = Vec::add(plain, slope);
+  return Vec::mul(slope, Vec::set1(g.scale));
+}
+
+void gradient(const GradArgs& g) {
+  constexpr int W = Vec::W;
+  Vec::F plain[2] = {Vec::zero(), Vec::zero()};
+  uint16_t two[2][kPanel] = {};
+  for (int64_t n = 0; n < g.rows; ++n) {
+    for (int half = 0; half < 2; ++half) {
+      float* at = g.logits + n * kPanel + half * W;
+      const Vec::F slope = gradient_of(g, n, at, half * W, plain[half]);
+      if (g.row_pairs == nullptr && g.column_pairs == nullptr) {
+        Vec::store(at, slope);
+      } else {
+        Vec::to_bf16(two[n & 1] + half * W, slope);
+      }
+    }
+    if (g.column_pairs != nullptr) __builtin_memcpy(g.column_pairs + n * kPanel, two[n & 1], sizeof two[0]);
+    if (g.row_pairs == nullptr || ((n & 1) == 0 && n + 1 < g.rows)) continue;
+    if ((n & 1) == 0) __builtin_memset(two[1], 0, sizeof two[1]);
+    for (int half = 0; half < 2; ++half) {
+      Vec::pair_bf16(g.row_pairs + n / 2 * kPanel + half * W, two[0] + half * W, two[1] + half * W);
+    }
+  }
+  if (g.column_sum == nullptr) return;
+  Vec::store(g.column_sum, plain[0]);
+  Vec::store(g.column_sum + W, plain[1]);
+}

@@ -1,0 +1,179 @@
+#include "gaussian_blur.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "pool.h"
+
+namespace vig {
+namespace {
+
+#include "scalar_body.h"
+
+constexpr int64_t kScratchFloats = 2 << 20;  // half-blurred planes held at a time: 8 MiB stay in cache
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// One direction of the filter: taps in float32, and which row stands where the border is crossed.
+struct Filter {
+  int64_t radius;
+  std::vector<float> taps;
+  std::vector<int32_t> index;
+
+  Filter(double sigma, double truncate, int64_t length, bool replicate, int blur_rows)
+      : radius(sigma > 0 ? static_cast<int64_t>(std::ceil(truncate * sigma)) : 0),
+        taps(2 * radius + 2 * blur_rows, 0.0f),
+        index(round_up(length, 16) + 2 * radius + blur_rows) {
+    std::vector<double> weight(2 * radius + 1, 1.0);
+    double total = 0;
+    for (int64_t j = -radius; j <= radius; ++j) {
+      if (radius > 0) weight[j + radius] = std::exp(-0.5 * (j / sigma) * (j / sigma));
+      total += weight[j + radius];
+    }
+    for (int64_t j = 0; j <= 2 * radius; ++j) taps[blur_rows - 1 + j] = static_cast<float>(weight[j] / total);
+    for (int64_t i = 0; i < static_cast<int64_t>(index.size()); ++i) {
+      index[i] = static_cast<int32_t>(fold_border(i - radius, length, replicate));
+    }
+  }
+
+  static int64_t fold_border(int64_t i, int64_t length, bool replicate) {
+    if (replicate || length == 1) return std::clamp<int64_t>(i, 0, length - 1);
+    const int64_t period = 2 * (length - 1);
+    const int64_t phase = ((i % period) + period) % period;
+    return phase < length ? phase : period - phase;
+  }
+};
+
+uint16_t float_to_bf16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 64);  // NaN stays NaN
+  return static_cast<uint16_t>((bits + ((bits >> 16) & 1) + 0x7fff) >> 16);
+}
+
+uint16_t float_to_f16(float x) {
+  const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
+  if (magnitude < 0x38800000) {  // denormal or zero: adding 0.5 leaves the rounded fraction in the low bits
+    const float shifted = bits_to_float(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000));
+  }
+  const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000;
+  return static_cast<uint16_t>(sign | (rounded >> 13));
+}
+
+uint8_t float_to_u8(float x) {
+  return static_cast<uint8_t>(static_cast<int>(std::nearbyint(std::min(std::max(x, 0.0f), 255.0f))));
+}
+
+template <class Element, class Cast>
+void store_row(const float* from, char* to, int64_t stride, int64_t count, Cast cast) {
+  if (stride == static_cast<int64_t>(sizeof(Element))) {
+    Element* dense = reinterpret_cast<Element*>(to);
+    for (int64_t x = 0; x < count; ++x) dense[x] = cast(from[x]);
+  } else {
+    for (int64_t x = 0; x < count; ++x) *reinterpret_cast<Element*>(to + x * stride) = cast(from[x]);
+  }
+}
+
+void store_row(const float* from, char* to, int64_t stride, int64_t count, Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32: return store_row<float>(from, to, stride, count, [](float x) { return x; });
+    case Dtype::kBFloat16: return store_row<uint16_t>(from, to, stride, count, float_to_bf16);
+    case Dtype::kFloat16: return store_row<uint16_t>(from, to, stride, count, float_to_f16);
+    default: return store_row<uint8_t>(from, to, stride, count, float_to_u8);
+  }
+}
+
+// Blurs planes [first, first + count) of one image size; plane p is (image p / C, channel p % C).
+class Blur {
+ public:
+  Blur(const Kernels& kernels, const ImageView& images, const ImageView& out, const int64_t shape[4], Dtype dtype,
+       int threads)
+      : kernels_(kernels), images_(images), out_(out), dtype_(dtype), threads_(threads), channels_(shape[1]),
+        height_(shape[2]), width_(shape[3]), columns_(2 * kernels.lanes),
+        half_stride_(round_up(height_, kernels.lanes)), wide_(round_up(width_, columns_)),
+        strip_floats_(std::max(height_, width_) * columns_ + columns_ * round_up(width_, kernels.lanes)),
+        strips_(new float[strip_floats_ * threads]) {}
+
+  int64_t plane_floats() const { return wide_ * half_stride_; }
+
+  void run(int64_t first, int64_t count, const std::vector<Filter>& down, const std::vector<Filter>& across) {
+    if (half_ == nullptr) half_.reset(new float[plane_floats() * count]);  // the first batch is the largest
+    const int64_t vertical = wide_ / columns_, horizontal = (height_ + columns_ - 1) / columns_;
+    parallel_for(count * vertical, threads_, [&](int64_t task, int worker) {
+      blur_down(first, task / vertical, task % vertical * columns_, down, strips_.get() + worker * strip_floats_);
+    });
+    parallel_for(count * horizontal, threads_, [&](int64_t task, int worker) {
+      blur_across(first, task / horizontal, task % horizontal * columns_, across,
+                  strips_.get() + worker * strip_floats_);
+    });
+  }
+
+ private:
+  const char* plane(const ImageView& view, int64_t p) const {
+    return view.data + p / channels_ * view.stride[0] + p % channels_ * view.stride[1];
+  }
+
+  // Columns [x, x + columns) of a plane, filtered down, to rows x.. of the transposed half-blurred plane.
+  void blur_down(int64_t first, int64_t p, int64_t x, const std::vector<Filter>& filters, float* strip) {
+    const Filter& filter = filters[filters.size() == 1 ? 0 : (first + p) / channels_];
+    const char* from = plane(images_, first + p) + x * images_.stride[3];
+    kernels_.load_strip({from, height_, std::min(columns_, width_ - x), images_.stride[2], images_.stride[3], dtype_,
+                         strip, columns_});
+    kernels_.blur({strip, height_, columns_, filter.index.data(), filter.taps.data(), filter.radius,
+                   half_.get() + p * plane_floats() + x * half_stride_, half_stride_});
+  }
+
+  // Rows [y, y + columns) of the result: columns of the half-blurred plane, filtered along x and turned upright.
+  void blur_across(int64_t first, int64_t p, int64_t y, const std::vector<Filter>& filters, float* strip) {
+    const Filter& filter = filters[filters.size() == 1 ? 0 : (first + p) / channels_];
+    const int64_t rows = std::min(columns_, height_ - y), stride = round_up(width_, kernels_.lanes);
+    const float* from = half_.get() + p * plane_floats() + y;
+    float* upright = strip + std::max(height_, width_) * columns_;
+    kernels_.load_strip({reinterpret_cast<const char*>(from), width_, rows, half_stride_ * 4, 4, Dtype::kFloat32,
+                         strip, columns_});
+    kernels_.blur({strip, width_, columns_, filter.index.data(), filter.taps.data(), filter.radius, upright, stride});
+    char* to = const_cast<char*>(plane(out_, first + p)) + y * out_.stride[2];
+    for (int64_t i = 0; i < rows; ++i) {
+      store_row(upright + i * stride, to + i * out_.stride[2], out_.stride[3], width_, dtype_);
+    }
+  }
+
+  const Kernels& kernels_;
+  const ImageView images_, out_;
+  const Dtype dtype_;
+  const int threads_;
+  const int64_t channels_, height_, width_, columns_, half_stride_, wide_, strip_floats_;
+  std::unique_ptr<float[]> strips_, half_;
+};
+
+std::vector<Filter> make_filters(const double* sigma, int64_t images, double truncate, int64_t length, bool replicate,
+                                 int blur_rows) {
+  const bool same = std::all_of(sigma, sigma + images, [&](double s) { return s == sigma[0]; });
+  std::vector<Filter> filters;
+  for (int64_t l = 0; l < (same ? 1 : images); ++l) {
+    filters.emplace_back(sigma[l], truncate, length, replicate, blur_rows);
+  }
+  return filters;
+}
+
+}  // namespace
+
+void gaussian_blur(const Kernels& kernels, const ImageView& images, const ImageView& out, const int64_t shape[4],
+                   Dtype dtype, const double* sigma_y, const double* sigma_x, double truncate, bool replicate,
+                   int threads) {
+  const int64_t planes = shape[0] * shape[1];
+  if (planes == 0 || shape[2] == 0 || shape[3] == 0) return;
+  const auto down = make_filters(sigma_y, shape[0], truncate, shape[2], replicate, kernels.blur_rows);
+  const auto across = make_filters(sigma_x, shape[0], truncate, shape[3], replicate, kernels.blur_rows);
+  Blur blur(kernels, images, out, shape, dtype, threads);
+  const int64_t batch = std::clamp<int64_t>(kScratchFloats / blur.plane_floats(), 1, planes);
+  for (int64_t first = 0; first < planes; first += batch) {
+    blur.run(first, std::min(batch, planes - first), down, across);
+  }
+}
+
+}  // namespace vig

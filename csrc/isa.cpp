@@ -1,0 +1,74 @@
+#include "isa.h"
+
+#include <stdexcept>
+
+namespace vig {
+namespace {
+
+#if defined(__x86_64__)
+const char* lacks_avx2() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2")) return "the CPU or the operating system lacks AVX2";
+  if (!__builtin_cpu_supports("fma")) return "the CPU lacks FMA";
+  // F16C has no name of its own in every compiler's list; no CPU has AVX2 without it.
+  return nullptr;
+}
+
+const char* lacks_avx512() {
+  if (lacks_avx2() != nullptr) return lacks_avx2();
+  for (bool has : {bool(__builtin_cpu_supports("avx512f")), bool(__builtin_cpu_supports("avx512bw")),
+                   bool(__builtin_cpu_supports("avx512dq")), bool(__builtin_cpu_supports("avx512vl"))}) {
+    if (!has) return "the CPU or the operating system lacks AVX-512 F, BW, DQ or VL";
+  }
+  return nullptr;
+}
+
+const char* lacks_avx512_bf16() {
+  if (lacks_avx512() != nullptr) return lacks_avx512();
+  return __builtin_cpu_supports("avx512bf16") ? nullptr : "the CPU lacks AVX512_BF16";
+}
+
+bool has_amx() {
+  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
+  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  return (edx & (1u << 22)) != 0 || (edx & (1u << 24)) != 0;  // AMX-BF16, AMX-TILE
+}
+#else
+bool has_amx() { return false; }
+#endif
+
+const char* lacks_nothing() { return nullptr; }
+
+}  // namespace
+
+const std::vector<Isa>& isa_table() {
+  static const std::vector<Isa> table = {
+#if defined(__x86_64__)
+      {"avx512_bf16", kernels_avx512_bf16, lacks_avx512_bf16},
+      {"avx512", kernels_avx512, lacks_avx512},
+      {"avx2", kernels_avx2, lacks_avx2},
+#endif
+      {"portable", kernels_portable, lacks_nothing},
+  };
+  return table;
+}
+
+const Kernels& select_kernels(const char* name) {
+  const std::string wanted = name == nullptr ? "" : name;
+  std::string known;
+  for (const Isa& isa : isa_table()) {
+    known += (known.empty() ? "" : ", ") + std::string(isa.name);
+    const char* reason = isa.why_not();
+    if (wanted.empty() && reason == nullptr) return *isa.kernels();
+    if (wanted != isa.name) continue;
+    if (reason != nullptr) throw std::invalid_argument("instruction set '" + wanted + "' cannot run here: " + reason);
+    return *isa.kernels();
+  }
+  throw std::invalid_argument("unknown instruction set '" + wanted + "': expected one of " + known);
+}
+
+std::string machine_note() {
+  return has_amx() ? "this CPU has AMX tiles, which the kernels do not use: they run on AVX-512" : "";
+}
+
+}  // namespace vig

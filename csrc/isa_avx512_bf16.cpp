@@ -1,0 +1,21 @@
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace vig {
+namespace {
+
+#include "scalar_body.h"
+#include "vec_avx512.h"
+#include "multiply_body.h"
+#include "fold_body.h"
+#include "gaussian_blur_body.h"
+#include "table_body.h"
+
+constexpr Kernels kTable = make_table("avx512_bf16");
+
+}  // namespace
+
+const Kernels* kernels_avx512_bf16() { return &kTable; }
+
+}  // namespace vig

@@ -1,0 +1,19 @@
+#include "kernels.h"
+
+namespace vig {
+namespace {
+
+#include "scalar_body.h"
+#include "vec_portable.h"
+#include "multiply_body.h"
+#include "fold_body.h"
+#include "gaussian_blur_body.h"
+#include "table_body.h"
+
+constexpr Kernels kTable = make_table("portable");
+
+}  // namespace
+
+const Kernels* kernels_portable() { return &kTable; }
+
+}  // namespace vig

@@ -1,0 +1,124 @@
+// The table of kernels that one instruction set offers. Plain pointers and sizes: this header is all that the files
+// compiled for newer instructions share with the rest, and what bodies it has are static, so nothing can leak between them.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace vig {
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kUInt8 = 3 };
+
+constexpr int kBlock = 256;         // steps of one running sum; block sums are added up in float32
+constexpr float kLowest = -3.0e38f;  // the running maximum of nothing: finite, so that differences are never NaN
+
+// Matrix operands are stored as 32-bit words: one float32, or (pairs) two bfloat16 that one instruction multiplies.
+
+// One side of the product, rows of which are packed to words: `rows` pointers to D elements each.
+struct PackArgs {
+  uint32_t* out;             // [word][width]
+  const char* const* rows;   // width pointers
+  int width;
+  Dtype dtype;
+  bool pairs;
+  int64_t begin, end;        // words to pack, out of ceil(D / (pairs ? 2 : 1))
+  int64_t depth;             // D
+};
+
+// c[i][j] (+)= sum over segments s and words k of a[s * a_segment + i * a_row + k * a_word] * b[(s * words + k)][j].
+struct MultiplyArgs {
+  const uint32_t* a;
+  const uint32_t* b;         // [segments * words][panel]
+  float* c;
+  int64_t ldc;
+  int64_t words, segments, a_segment;
+  int rows;                  // 1 .. tile
+  bool accumulate;
+};
+
+// One tile of products turned into logits (in units of log2 e) and folded into the rows' running values.
+struct FoldArgs {
+  const float* product;      // [rows][panel]
+  int rows;
+  int columns;               // valid columns of this panel
+  int64_t first_column;
+  const int64_t* target;     // (rows)
+  float* picked;             // (rows) logit of the target, written by the panel that holds it
+  float* lanes;              // [rows][lane_floats]: maximum, sum (, sum of e * (y - maximum), column of the maximum)
+  bool stats;
+  float scale;               // logit = scale * product + bias, times log2 e when there is no cap
+  const float* bias;         // [panel], in the same units
+  float cap;                 // 0: none; else the cap of cap * tanh(logit / cap)
+  float* keep;               // [rows][panel] logits in units of log2 e, or null
+};
+
+// What a row has gathered from one group of panels.
+struct Partial {
+  float maximum, sum, moment;  // moment = sum of 2^(y - maximum) * (y - maximum)
+  int32_t column;
+};
+
+// Gradients of a panel's logits, from the logits that the sweep kept.
+struct GradArgs {
+  float* logits;             // [rows][panel] in; overwritten by the gradient unless `pair_rows` is set
+  int64_t rows;
+  int columns;
+  int64_t first_column;
+  const int64_t* target;
+  const float* lse;          // (rows), units of log2 e
+  const float* weight;       // (rows) factor of the softmax
+  const float* onehot;       // (rows) subtracted at the target
+  const float* moment;       // (rows) upstream of the entropy, or null
+  const float* entropy;      // (rows), nats
+  float scale, cap;
+  uint32_t* row_pairs;       // [ceil(rows / 2)][panel]: (n, n + 1) as bfloat16, or null
+  uint16_t* column_pairs;    // [rows][panel] bfloat16, or null
+  float* column_sum;         // [panel] sum over rows before the scale (gradient of the bias), or null
+};
+
+struct BlurArgs {
+  const float* strip;        // [length][columns] float32
+  int64_t length, columns;   // columns: a multiple of `lanes`
+  const int32_t* index;      // (length + 2 * radius) rows to read, border folded in; index[0] stands for row -radius
+  const float* taps;         // blur_rows - 1 zeros, 2 * radius + 1 taps, blur_rows - 1 zeros
+  int64_t radius;
+  float* out;                // transposed: [columns][out_stride]
+  int64_t out_stride;
+};
+
+struct ConvertArgs {
+  const char* from;
+  int64_t rows, columns;
+  int64_t row_stride, column_stride;  // bytes
+  Dtype dtype;
+  float* strip;              // [rows][strip_columns], columns past the end are filled with zeros
+  int64_t strip_columns;
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;        // floats of a vector
+  int panel;        // columns of a packed panel: 2 * lanes
+  int tile;         // rows of the largest register tile; smaller tiles are 1/3 and 2/3 of it
+  int blur_rows;    // outputs of one blur step
+  bool pairs;       // has the bfloat16 dot product
+  void (*pack)(const PackArgs&);
+  void (*pack_rows)(const PackArgs&);  // rows kept in order: [row][panel] (pairs: two rows a word), begin/end: columns
+  void (*multiply)(const MultiplyArgs&, bool pairs);         // a as packed by `pack`: a_row 1, a_word = rows of the tile
+  void (*multiply_columns)(const MultiplyArgs&, bool pairs); // a_row 1, a_word panel
+  void (*multiply_rows)(const MultiplyArgs&, bool pairs);    // a_row panel (pairs: panel / 2), a_word 1
+  void (*fold)(const FoldArgs&);
+  void (*reduce_lanes)(const float* lanes, int64_t rows, bool stats, Partial* out);
+  void (*gradient)(const GradArgs&);
+  void (*blur)(const BlurArgs&);
+  void (*load_strip)(const ConvertArgs&);
+  double (*peak)(bool pairs, int64_t steps);  // register-only multiply-adds; returns floating-point operations done
+};
+
+static inline int lane_floats(int lanes, bool stats) { return lanes * (stats ? 4 : 2); }
+
+const Kernels* kernels_portable();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
+
+}  // namespace vig

@@ -1,0 +1,21 @@
+// The row of function pointers of one instruction set. Included last, inside its anonymous namespace.
+
+constexpr Kernels make_table(const char* name) {
+  return {name,
+          Vec::W,
+          kPanel,
+          kTile,
+          kBlurRows,
+          Vec::kHasPairs,
+          pack,
+          pack_rows,
+          multiply<Layout::kPacked>,
+          multiply<Layout::kColumns>,
+          multiply<Layout::kRows>,
+          fold,
+          reduce_lanes,
+          gradient,
+          blur,
+          load_strip,
+          peak};
+}

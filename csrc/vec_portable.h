@@ -1,0 +1,102 @@
+// Vec: four float32 lanes in the compiler's own vector type (SSE2, NEON, or plain registers).
+// Included once per file, inside its anonymous namespace.
+struct Vec {
+  static constexpr int W = 4;
+  static constexpr bool kHasPairs = false;
+  typedef float F __attribute__((vector_size(16)));
+  typedef int32_t I __attribute__((vector_size(16)));
+  using M = I;  // all bits of a lane set, or none
+
+  static F zero() { return F{0, 0, 0, 0}; }
+  static F set1(float x) { return F{x, x, x, x}; }
+  static F load(const float* p) {
+    F x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F div(F a, F b) { return a / b; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  static F max(F a, F b) { return select(a > b, a, b); }  // b where either is NaN
+  static F abs(F a) { return as_float(as_int(a) & 0x7fffffff); }
+  static M greater(F a, F b) { return a > b; }
+  static bool any(M m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
+  static M first(int n) { return ramp(0) < iset1(n); }
+  static F select(M m, F yes, F no) { return as_float((as_int(yes) & m) | (as_int(no) & ~m)); }
+  static F with_sign(F magnitude, F sign) {
+    return as_float(as_int(magnitude) | (as_int(sign) & static_cast<int32_t>(0x80000000u)));
+  }
+  static F round(F a) {  // |a| < 2^22 here; adding 1.5 * 2^23 rounds to nearest even
+    const F big = set1(12582912.0f);
+    return (a + big) - big;
+  }
+  static F scale_by_power(F a, F n) {  // a * 2^n, n >= -150 an integer; 0 below the normal range
+    const F safe = select(n > set1(-127.0f), n, set1(-126.0f));
+    const F power = as_float((__builtin_convertvector(safe, I) + 127) << 23);
+    return select(n > set1(-127.0f), a * power, n * zero());
+  }
+
+  static I iset1(int32_t x) { return I{x, x, x, x}; }
+  static I ramp(int32_t start) { return I{start, start + 1, start + 2, start + 3}; }
+  static I iload(const void* p) {
+    I x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static void istore(void* p, I x) { __builtin_memcpy(p, &x, sizeof x); }
+  static I iselect(M m, I yes, I no) { return (yes & m) | (no & ~m); }
+
+  // W elements to float32, from contiguous memory.
+  static F from_bf16(const void* p) {
+    uint16_t x[4];
+    __builtin_memcpy(x, p, sizeof x);
+    return F{bf16_to_float(x[0]), bf16_to_float(x[1]), bf16_to_float(x[2]), bf16_to_float(x[3])};
+  }
+  static F from_f16(const void* p) {
+    uint16_t x[4];
+    __builtin_memcpy(x, p, sizeof x);
+    return F{f16_to_float(x[0]), f16_to_float(x[1]), f16_to_float(x[2]), f16_to_float(x[3])};
+  }
+  static F from_u8(const void* p) {
+    uint8_t x[4];
+    __builtin_memcpy(x, p, sizeof x);
+    return F{float(x[0]), float(x[1]), float(x[2]), float(x[3])};
+  }
+  // W lanes to bfloat16, round to nearest even (the lanes are finite).
+  static void to_bf16(uint16_t* p, F x) {
+    const I bits = as_int(x);
+    for (int i = 0; i < W; ++i) {
+      const uint32_t word = static_cast<uint32_t>(bits[i]);
+      p[i] = static_cast<uint16_t>((word + ((word >> 16) & 1) + 0x7fff) >> 16);
+    }
+  }
+  // Words of two bfloat16: low half from a, high half from b.
+  static void pair_bf16(uint32_t* p, const uint16_t* a, const uint16_t* b) {
+    for (int i = 0; i < W; ++i) p[i] = a[i] | (static_cast<uint32_t>(b[i]) << 16);
+  }
+
+  static void transpose(F* r) {
+    for (int i = 0; i < W; ++i) {
+      for (int j = i + 1; j < W; ++j) {
+        const float x = r[i][j];
+        r[i][j] = r[j][i];
+        r[j][i] = x;
+      }
+    }
+  }
+
+ private:
+  static F as_float(I x) {
+    F y;
+    __builtin_memcpy(&y, &x, sizeof y);
+    return y;
+  }
+  static I as_int(F x) {
+    I y;
+    __builtin_memcpy(&y, &x, sizeof y);
+    return y;
+  }
+};

@@ -1,0 +1,104 @@
+"""The only importer of the compiled CPU kernels: are they there, why not, and which instruction set they use."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+RECORD = Path(__file__).with_name("_build.json")
+BUILD = "install a C++17 compiler and run `pip install .` (or `pip install -e .`) in a checkout of vig-kernels"
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The compiled module, or the reason why there is none."""
+    try:
+        return importlib.import_module("vig_kernels._native"), None
+    except ModuleNotFoundError:
+        return None, _read_record()
+    except ImportError as error:
+        return None, f"the compiled kernels do not load: {error}; to build them here, {BUILD}"
+
+
+def _read_record() -> str:
+    """What the build wrote about itself."""
+    try:
+        record = json.loads(RECORD.read_text())
+    except (OSError, ValueError):
+        return f"the CPU kernels have not been built: {BUILD}"
+    if record.get("built"):
+        return f"the CPU kernels were built for another Python: {BUILD}"
+    return f"the CPU kernels could not be built: {record.get('reason')}; to mend it, {record.get('cure')}"
+
+
+def module() -> ModuleType | None:
+    """`vig_kernels._native`, or None where it was not built (see `why_not`)."""
+    return _load()[0]
+
+
+def why_not(device: torch.device | None = None) -> str | None:
+    """None when the CPU kernels can run on tensors of `device`; else the reason, with the cure."""
+    if device is not None and device.type != "cpu":
+        return f"the cpu backend runs on CPU tensors, not on {device}: use backend='triton' or 'torch'"
+    return _load()[1]
+
+
+def forced_isa() -> str:
+    """The instruction set that VIG_FORCE_ISA names, "" for the machine's best. Raises ValueError if it cannot run."""
+    name = os.environ.get("VIG_FORCE_ISA", "")
+    native = module()
+    if name and native is not None:
+        native.isa(name)
+    return name
+
+
+def isa() -> str | None:
+    """Name of the instruction set in use ("avx512_bf16", "avx512", "avx2", "portable"); None without kernels."""
+    native = module()
+    return None if native is None else native.isa(forced_isa())
+
+
+def isas() -> dict[str, str | None]:
+    """Every instruction set of this build, best first, with None or the reason why this machine cannot run it."""
+    native = module()
+    return {} if native is None else native.isas()
+
+
+def machine_note() -> str:
+    """A remark on units of this CPU that the kernels leave unused (AMX), or ""."""
+    native = module()
+    return "" if native is None else native.machine_note()
+
+
+def peak_f32(threads: int, seconds: float = 0.2) -> float:
+    """float32 operations a second of register-only multiply-adds: the ceiling of every float32 kernel here."""
+    return _required().peak(forced_isa(), False, threads, seconds)
+
+
+def peak_bf16(threads: int, seconds: float = 0.2) -> float:
+    """The same for bfloat16 products; without a bfloat16 instruction they run, and are measured, as float32."""
+    return _required().peak(forced_isa(), True, threads, seconds)
+
+
+def _required() -> ModuleType:
+    native, reason = _load()
+    if native is None:
+        raise RuntimeError(reason)
+    return native
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """float32, bfloat16, float16 or uint8, as the compiled module spells them."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def byte_strides(tensor: Tensor) -> list[int]:
+    """Strides in bytes."""
+    return [stride * tensor.element_size() for stride in tensor.stride()]
