@@ -1,0 +1,37 @@
+# make demo and make test each do their own set-up into .venv; nothing else has to be run first.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+# One thread a test process: two OpenMP pools on two cores nearly stall.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: setup demo test lint format bench native-sanitize clean
+
+setup: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,trl,bench,test,lint]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/vig demo -o demo-output
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build dist *.egg-info demo-output
