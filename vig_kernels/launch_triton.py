@@ -1,0 +1,82 @@
+"""What every Triton backend asks before it launches: device, target, operands, and the order of the rows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+MINIMUM_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether kernels of this process run in Triton's interpreter (TRITON_INTERPRET=1 before the first import)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def why_not(device: torch.device) -> str | None:
+    """None when Triton kernels can run on tensors of `device`, else the reason and the cure."""
+    if device.type == "cpu":
+        return None if interpreted() else "Triton runs on a CPU only interpreted: set TRITON_INTERPRET=1 before import"
+    if device.type not in ("cuda", "xpu"):
+        return f"Triton has no {device.type} target; use backend='torch'"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            return "needs compute capability 8.0 or newer, this is {}.{}".format(*capability)
+    return None
+
+
+@functools.cache
+def target_of(device: torch.device) -> str:
+    """The column of the configuration table: sm_80 | sm_90 | sm_100 | gfx942 | xpu | interpreter."""
+    if interpreted():
+        return "interpreter"
+    if device.type == "xpu":
+        return "xpu"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    # 12.x (consumer Blackwell) has neither wgmma nor tcgen05 and 99 KiB of shared memory, as 8.6 and 8.9
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def device_guard(device: torch.device):
+    """Kernels go to the current device: make it the tensors' own."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return getattr(torch, device.type).device(device)
+
+
+def compute_precision(weight: Tensor) -> str:
+    """input_precision of tl.dot: 16-bit operands are exact products either way; float32 never meets plain TF32."""
+    nvidia = target_of(weight.device).startswith("sm_")
+    return "tf32x3" if weight.dtype == torch.float32 and nvidia else "ieee"
+
+
+def fits_descriptor(weight: Tensor) -> bool:
+    """Tensor descriptors need a 16-byte aligned base and row stride."""
+    return weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.element_size() % 16 == 0
+
+
+def operand(weight: Tensor, config) -> TensorDescriptor:
+    """The weight (V, D) as a tensor descriptor of BLOCK_V x BLOCK_K blocks."""
+    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [config.block_v, config.block_k])
+
+
+def keep_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """order (N,) int64, the kept rows first and each group in its own order, and count () int64, on the device.
+
+    Nothing is read back: a kernel learns from `count` which of its tiles have nothing to do.
+    """
+    kept = target != ignore_index
+    rank = torch.cumsum(kept, 0)
+    count = rank[-1]
+    index = torch.arange(target.shape[0], device=target.device)
+    place = torch.where(kept, rank - 1, count + index - rank)
+    return torch.empty_like(index).scatter_(0, place, index), count

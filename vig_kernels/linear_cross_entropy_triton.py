@@ -1,0 +1,174 @@
+"""linear_cross_entropy by Triton: the scalar loss with its gradients in three GEMMs.
+
+Row chunk by row chunk: `fold_kernel` of linear_nll leaves exp(z - part max) in a 16-bit (float32: 32-bit) block and
+its partials; once they are joined the block becomes d loss / d y in place, and the vendor's GEMM takes it to the
+gradients of hidden and weight. A chunk is as long as the memory promise allows, because every chunk reads and
+writes the float32 weight gradient once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch_triton import device_guard, keep_order, why_not
+from .linear_nll_backward_triton import accumulate, block_gain
+from .linear_nll_triton import Partials, combine, fold, sweep
+from .tile_configs import head_config
+
+__all__ = ["forward_backward", "why_not"]
+
+BLOCK_BYTES = 192 * 2**20
+LSE_MARGIN = 100.0  # what |lse| is taken to be where float16's range is set; 64 times more still fits
+
+
+@triton.jit(do_not_specialize=["first_row", "rows", "V"])
+def finish_kernel(
+    block,  # (rows, V): exp(z - partial_max) * dz/dy in, gain * d loss / d y out
+    partial_max,  # (parts, rows) float32
+    target_logit,  # (rows,) float32
+    lse,  # (N,) float32
+    row_weight,  # (N,) float32 or None
+    target,  # (N,) int64
+    order,  # (N,) int64
+    count,  # () int64
+    gain,  # () float32
+    partial_bias,  # (row tiles, V) float32 or None: sums of d loss / d y over the tile's rows
+    stride_block,
+    first_row,
+    rows,
+    V,
+    logit_softcap,
+    z_loss,
+    PART: tl.constexpr,  # columns of a part, as in the fold
+    BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """d/dy of w (nll + z_loss lse^2) = w (p (1 + 2 z_loss lse) - [v = target]) dz/dy. Grid: (row tiles, parts)."""
+    part = tl.program_id(1)
+    local = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = part * PART + tl.arange(0, PART)
+    inside = local < rows
+    live = inside & (local < tl.load(count) - first_row)
+    row = tl.load(order + first_row + local, mask=live, other=0)
+    w = live.to(tl.float32)
+    if row_weight is not None:
+        w = tl.load(row_weight + row, mask=live, other=0.0)
+    row_lse = tl.load(lse + row, mask=live, other=0.0)
+    top = tl.load(partial_max + part.to(tl.int64) * rows + local, mask=live, other=0.0)
+    at = block + local.to(tl.int64)[:, None] * stride_block + column[None, :]
+    writable = inside[:, None] & (column < V)[None, :]
+    e = tl.load(at, mask=live[:, None] & (column < V)[None, :], other=0.0).to(tl.float32)
+    g = e * (tl.exp(top - row_lse) * w * (1.0 + 2.0 * z_loss * row_lse))[:, None]
+
+    wanted = tl.load(target + row, mask=live, other=-1)
+    known = (wanted >= 0) & (wanted < V)
+    pull = w
+    if SOFTCAP:
+        z = tl.load(target_logit + local, mask=live & known, other=0.0) / logit_softcap
+        pull *= 1.0 - z * z
+    g -= tl.where((column[None, :] == wanted[:, None]) & known[:, None], pull[:, None], 0.0)
+    g = tl.where(live[:, None], g, 0.0)  # also where a row that is not there holds what an old block left behind
+    if partial_bias is not None:
+        sums = tl.program_id(0).to(tl.int64) * V + column
+        tl.store(partial_bias + sums, tl.sum(g, axis=0), mask=column < V)
+    tl.store(at, (g * tl.load(gain)).to(block.dtype.element_ty), mask=writable)
+
+
+def forward_backward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    row_weight: Tensor | None,  # (N,) float32
+    logit_scale: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+    z_loss: float,
+    num_kept: int | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """loss_sum = sum_n w_n (nll_n + z_loss lse_n^2), () float32, and its gradients in float32, not normalised.
+
+    With `num_kept` the GEMMs see the kept rows alone; without it ignored rows are multiplied as zeros, since how
+    many there are is known on the device only. More kept rows than `num_kept` give a NaN loss.
+    Extra memory: 192 MiB of blocks, their partials, and 16 bytes a row.
+    """
+    N, (V, D) = target.shape[0], weight.shape
+    order, count = keep_order(target, ignore_index)
+    nll, lse = (torch.zeros(N, dtype=torch.float32, device=target.device) for _ in range(2))
+    grads = [
+        torch.zeros(shape, dtype=torch.float32, device=target.device) if need else None
+        for shape, need in zip(((N, D), (V, D), (V,)), needs, strict=True)
+    ]
+    if not any(needs):
+        nll, sinks = sweep((hidden,), weight, target, bias, logit_scale, logit_softcap, ignore_index, ("lse",))[0]
+        lse = sinks["lse"]
+    else:
+        bound = torch.ones_like(nll[:1]) if row_weight is None else row_weight.abs()
+        bound = bound * (1 + 2 * abs(z_loss) * LSE_MARGIN)
+        gain, unscale = block_gain(bound, logit_scale, hidden.dtype)
+        options = (bias, row_weight, logit_scale, logit_softcap, z_loss)
+        with device_guard(hidden.device):
+            kept = N if num_kept is None else min(N, num_kept)
+            train_chunks(hidden, weight, target, order, count, kept, gain, nll, lse, grads, options)
+        for gradient in grads[:2]:
+            if gradient is not None and unscale is not None:
+                gradient.mul_(unscale)
+        if needs[2]:
+            grads[2].mul_(logit_scale)
+    losses = nll + z_loss * lse * lse if z_loss else nll
+    loss = (losses if row_weight is None else torch.where(target == ignore_index, 0.0, losses * row_weight)).sum()
+    if num_kept is not None:
+        loss = torch.where(count > num_kept, torch.nan, loss)
+    return loss, *grads
+
+
+def train_chunks(hidden, weight, target, order, count, kept, gain, nll, lse, grads, options):
+    """Fill nll and lse and add to the gradients, over the first `kept` rows of `order`."""
+    bias, row_weight, logit_scale, logit_softcap, z_loss = options
+    (V, D), (grad_hidden, grad_weight, grad_bias) = weight.shape, grads
+    config = head_config("store", weight, D, V)
+    aligned = triton.cdiv(V, 16) * 16  # rows of the block start on 16-byte borders, as the GEMM likes them
+    chunk = max(1, min(kept, BLOCK_BYTES // (aligned * hidden.element_size())))
+    if chunk > config.block_n:
+        chunk = chunk // config.block_n * config.block_n
+    storage = hidden.new_empty(chunk, aligned)
+    for first in range(0, kept, chunk):
+        rows = min(chunk, kept - first)
+        block = storage[:rows, :V]
+        partials = Partials(rows, 1, V, config, (), hidden.device)
+        fold(
+            (hidden,), weight, target, bias, order, count, first, rows, partials, block,
+            logit_scale, logit_softcap, config,
+        )  # fmt: skip
+        combine(partials, target, order, count, nll, lse, None, None, first, rows, 0, 1, V)
+        bias_sums = finish(
+            block, partials, lse, row_weight, target, order, count, gain, first, logit_softcap, z_loss,
+            grad_bias is not None,
+        )  # fmt: skip
+        picked = order[first : first + rows]
+        if grad_hidden is not None:
+            total = torch.zeros(rows, D, dtype=torch.float32, device=hidden.device)
+            accumulate(total, block, weight)
+            grad_hidden.index_copy_(0, picked, total)
+        if grad_weight is not None:
+            accumulate(grad_weight, block.T, hidden.index_select(0, picked))
+        if grad_bias is not None:
+            grad_bias += bias_sums
+
+
+def finish(block, partials, lse, row_weight, target, order, count, gain, first, logit_softcap, z_loss, bias_sums):
+    """Launch `finish_kernel`; returns the column sums of d loss / d y, or None."""
+    rows, V = block.shape
+    BLOCK_N = 16
+    row_tiles = triton.cdiv(rows, BLOCK_N)
+    partial = torch.empty(row_tiles, V, dtype=torch.float32, device=block.device) if bias_sums else None
+    finish_kernel[(row_tiles, partials.parts)](
+        block, partials.max, partials.target_logit, lse, row_weight, target, order, count, gain, partial,
+        block.stride(0), first, rows, V, logit_softcap or 0.0, z_loss,
+        PART=partials.part, BLOCK_N=BLOCK_N, SOFTCAP=logit_softcap is not None, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return partial.sum(0) if bias_sums else None

@@ -1,0 +1,304 @@
+"""The recomputing backward of linear_nll: right for any upstream gradient, four GEMMs with the forward's.
+
+`gradient_kernel` makes each logit tile once more and turns it into d loss / d y in a block that fits the memory
+promise; the vendor's GEMM takes the block to the gradients of hidden and weight, summed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch_triton import compute_precision, device_guard, fits_descriptor, interpreted, keep_order, operand
+from .logit_tiles_triton import dot_tile, halves, logits, tile_position
+from .tile_configs import head_config
+
+# 16-bit inputs: 96 + 96 + 48 MiB; float32 gradients are summed in place and need only the first
+BLOCK_BYTES = 96 * 2**20  # one block of d loss / d y
+HIDDEN_BYTES = 96 * 2**20  # float32 sums of the hidden gradient
+WEIGHT_BYTES = 48 * 2**20  # float32 sums of a vocabulary chunk's weight gradient
+
+
+@triton.jit
+def gradient_part(
+    dot,  # (BLOCK_N, PART)
+    bias,
+    part,  # index of the part in the chunk of the vocabulary
+    wanted,  # (BLOCK_N,) int64, target of each row, or -1
+    lse,  # (BLOCK_N,) float32, like the next four
+    up,  # d loss / d nll + d loss / d lse
+    up_nll,
+    up_entropy,
+    entropy,
+    live,  # (BLOCK_N,): a row that is not ignored
+    inside,  # (BLOCK_N,): a row of the chunk
+    place,  # (BLOCK_N,): row of `block`
+    row_tile,
+    gain,
+    block,
+    partial_bias,
+    stride_block,
+    first_vocab,
+    columns,
+    V,
+    logit_scale,
+    logit_softcap,
+    ENTROPY: tl.constexpr,
+    PART: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Write d loss / d y of one part of a tile."""
+    column = part * PART + tl.arange(0, PART)
+    z = logits(dot, bias, first_vocab + column, V, logit_scale, logit_softcap, SOFTCAP)
+    log_p = z - lse[:, None]
+    p = tl.exp(log_p)
+    g = p * up[:, None]
+    if ENTROPY:
+        g -= tl.where(p > 0, p * (log_p + entropy[:, None]), 0.0) * up_entropy[:, None]
+    position = tl.where((wanted >= 0) & (wanted < V), wanted - first_vocab, -1)
+    g -= tl.where(column[None, :] == position[:, None], up_nll[:, None], 0.0)
+    if SOFTCAP:
+        g *= 1.0 - (z / logit_softcap) * (z / logit_softcap)
+    g = tl.where(live[:, None] & (column < columns)[None, :], g, 0.0)
+    if partial_bias is not None:
+        tl.store(partial_bias + row_tile.to(tl.int64) * columns + column, tl.sum(g, axis=0), mask=column < columns)
+    g *= tl.load(gain)
+    at = block + place[:, None] * stride_block + column[None, :]
+    tl.store(at, g.to(block.dtype.element_ty), mask=inside[:, None] & (column < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["first_row", "rows", "row_tiles", "first_vocab", "columns", "vocab_tiles", "V"])
+def gradient_kernel(
+    hidden,  # (N, D)
+    weight,  # (V, D), pointer or descriptor
+    bias,
+    target,  # (N,) int64
+    order,
+    count,
+    lse,  # (N,) float32
+    entropy,  # (N,) float32 or None
+    grad_nll,  # (N,) float32 or None
+    grad_lse,  # (N,) float32 or None
+    grad_entropy,  # (N,) float32 or None
+    gain,  # () float32: the block is stored multiplied by it
+    block,  # (rows of the chunk, columns of the chunk): d loss / d y, at the rows' original places
+    partial_bias,  # (row_tiles, columns of the chunk) float32 or None: sums over the tile's rows
+    stride_hidden,
+    stride_weight,
+    stride_block,
+    first_row,
+    rows,
+    row_tiles,
+    first_vocab,  # first vocabulary entry of the chunk
+    columns,
+    vocab_tiles,
+    V,
+    D,
+    logit_scale,
+    logit_softcap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,  # 1, or 2: the tile is folded in halves, which needs fewer registers
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CAST_DOT: tl.constexpr,
+):
+    """d loss / d y of one recomputed tile, y the logits before the cap. Ignored rows are written as zeros.
+
+    With p = exp(z - lse): d nll/dz = p - [v = target], d lse/dz = p, d entropy/dz = -p (z - lse + entropy),
+    dz/dy = 1 - (z / logit_softcap)^2.
+    """
+    row_tile, vocab_tile = tile_position(tl.program_id(0), row_tiles, vocab_tiles, GROUP)
+    local = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    kept = tl.load(count)
+    inside = local < rows
+    live = inside & (local < kept)
+    place = tl.load(order + local, mask=inside, other=0)  # row within the chunk
+    row = first_row + place
+    column = vocab_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    at = block + place[:, None] * stride_block + column[None, :]
+    writable = inside[:, None] & (column < columns)[None, :]
+    if row_tile * BLOCK_N >= kept:
+        tl.store(at, tl.zeros((BLOCK_N, BLOCK_V), dtype=block.dtype.element_ty), mask=writable)
+        if partial_bias is not None:
+            empty = partial_bias + row_tile.to(tl.int64) * columns + column
+            tl.store(empty, tl.zeros((BLOCK_V,), dtype=tl.float32), mask=column < columns)
+        return
+    dot = dot_tile(
+        hidden, row * stride_hidden, weight, stride_weight, first_vocab + vocab_tile * BLOCK_V, V, D,
+        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, PRECISION, CAST_DOT,
+    )  # fmt: skip
+    up = tl.zeros((BLOCK_N,), dtype=tl.float32)  # upstream of the softmax term
+    up_nll = up
+    up_entropy = up
+    h = up
+    if grad_nll is not None:
+        up_nll = tl.load(grad_nll + row, mask=live, other=0.0)
+        up += up_nll
+    if grad_lse is not None:
+        up += tl.load(grad_lse + row, mask=live, other=0.0)
+    if grad_entropy is not None:
+        up_entropy = tl.load(grad_entropy + row, mask=live, other=0.0)
+        h = tl.load(entropy + row, mask=live, other=0.0)
+    wanted = tl.load(target + row, mask=live, other=-1)
+    row_lse = tl.load(lse + row, mask=live, other=0.0)
+    if PARTS == 1:
+        gradient_part(
+            dot, bias, vocab_tile, wanted, row_lse, up, up_nll, up_entropy, h, live, inside, place, row_tile, gain,
+            block, partial_bias, stride_block, first_vocab, columns, V, logit_scale, logit_softcap,
+            grad_entropy is not None, BLOCK_V, SOFTCAP,
+        )  # fmt: skip
+    else:
+        left, right = halves(dot, BLOCK_N, BLOCK_V)
+        for half in tl.static_range(2):
+            gradient_part(
+                left if half == 0 else right, bias, vocab_tile * 2 + half, wanted, row_lse, up, up_nll, up_entropy, h,
+                live, inside, place, row_tile, gain, block, partial_bias, stride_block, first_vocab, columns, V,
+                logit_scale, logit_softcap, grad_entropy is not None, BLOCK_V // 2, SOFTCAP,
+            )  # fmt: skip
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in float32, by the vendor's GEMM: total (M, K) float32, a (M, L), b (L, K)."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif total.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:  # addmm(out_dtype=) is CUDA's and ROCm's alone
+        total.addmm_(a.float(), b.float())
+
+
+def block_gain(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(gain, unscale): what a block of d loss / d y is stored multiplied by, and what its products are to be.
+
+    gain holds logit_scale, the factor between y and hidden @ weight.T. For float16 also a power of two that moves
+    entries of at most `bound` to 2^10 and leaves the range below to small probabilities; unscale takes it back.
+    """
+    if dtype != torch.float16:
+        return torch.full((), logit_scale, dtype=torch.float32, device=bound.device), None
+    _, exponent = torch.frexp(bound.max() * abs(logit_scale))
+    power = torch.exp2((10 - exponent).clamp(-100, 100).float())
+    return power * logit_scale, 1 / power
+
+
+def vocab_chunk(V: int, D: int) -> int:
+    """Vocabulary entries whose float32 weight gradient takes at most WEIGHT_BYTES."""
+    return min(V, max(128, WEIGHT_BYTES // (4 * D) // 128 * 128))
+
+
+def backward(
+    grad_nll: Tensor | None,  # (N,) float32, like the next four
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    lse: Tensor,  # from the forward
+    entropy: Tensor | None,
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias in the inputs' dtypes; None, and no work, for what is not needed.
+
+    Where the float32 sums of both a long hidden gradient and the weight gradient would break the memory promise,
+    each has a sweep of its own (five GEMMs instead of four).
+    """
+    upstream = (grad_nll, grad_lse, grad_entropy, lse, entropy)
+    options = (bias, logit_scale, logit_softcap, ignore_index)
+    long = hidden.dtype != torch.float32 and 4 * hidden.numel() > HIDDEN_BYTES
+    if long and needs[0] and (needs[1] or needs[2]):
+        grad_hidden, _, _ = gradient_sweep(upstream, hidden, weight, target, *options, (True, False, False))
+        return grad_hidden, *gradient_sweep(upstream, hidden, weight, target, *options, (False, *needs[1:]))[1:]
+    return gradient_sweep(upstream, hidden, weight, target, *options, needs)
+
+
+def gradient_sweep(upstream, hidden, weight, target, bias, logit_scale, logit_softcap, ignore_index, needs):
+    """One sweep over (vocabulary chunk x row chunk) blocks; what is summed is float32 and cast once."""
+    (N, D), V, wide = hidden.shape, weight.shape[0], hidden.dtype == torch.float32
+    grad_nll, grad_lse, grad_entropy, lse, entropy = upstream
+    bound = sum((g.abs() for g in (grad_nll, grad_lse) if g is not None), torch.zeros_like(lse))
+    if grad_entropy is not None:
+        bound = bound + grad_entropy.abs() * (1 + entropy)
+    gain, unscale = block_gain(bound, logit_scale, hidden.dtype)
+
+    columns = vocab_chunk(V, D)
+    rows = max(1, min(N, BLOCK_BYTES // (columns * hidden.element_size())))
+    stretch = N if wide or not needs[0] else max(1, min(N, HIDDEN_BYTES // (4 * D)))
+    block = hidden.new_empty(min(rows, stretch), columns)
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    grad_bias = torch.zeros(V, dtype=torch.float32, device=weight.device) if needs[2] else None
+    with device_guard(hidden.device):
+        for first in range(0, N, stretch):
+            span = range(first, min(first + stretch, N), block.shape[0])
+            chunks = [slice(r, min(r + block.shape[0], first + stretch, N)) for r in span]
+            orders = [keep_order(target[chunk], ignore_index) for chunk in chunks]
+            hidden_sum = sums(grad_hidden, slice(first, min(first + stretch, N)))
+            for v in range(0, V, columns):
+                vocab = slice(v, min(v + columns, V))
+                weight_sum = sums(grad_weight, vocab)
+                for chunk, order in zip(chunks, orders, strict=True):
+                    g = block[: chunk.stop - chunk.start, : vocab.stop - v]
+                    bias_sums = gradient_block(
+                        g, upstream, hidden, weight, target, bias, order, chunk, vocab, gain,
+                        logit_scale, logit_softcap, needs[2],
+                    )  # fmt: skip
+                    if needs[0]:
+                        accumulate(hidden_sum[chunk.start - first : chunk.stop - first], g, weight[vocab])
+                    if needs[1]:
+                        accumulate(weight_sum, g.T, hidden[chunk])
+                    if needs[2]:
+                        grad_bias[vocab] += bias_sums
+                if needs[1]:
+                    settle(grad_weight[vocab], weight_sum, unscale)
+            if needs[0]:
+                settle(grad_hidden[first : first + stretch], hidden_sum, unscale)
+    return grad_hidden, grad_weight, grad_bias.mul_(logit_scale).to(bias.dtype) if needs[2] else None
+
+
+def sums(gradient: Tensor | None, part: slice) -> Tensor | None:
+    """Zeroed float32 sums of a part of a gradient: the part itself where it is float32."""
+    if gradient is None:
+        return None
+    part = gradient[part]
+    return part.zero_() if part.dtype == torch.float32 else torch.zeros_like(part, dtype=torch.float32)
+
+
+def settle(gradient: Tensor, total: Tensor, unscale: Tensor | None) -> None:
+    """Write float32 sums to their place in the gradient, cast once."""
+    if unscale is not None:
+        total.mul_(unscale)
+    if gradient.dtype != torch.float32:  # float32 sums are the gradient itself
+        gradient.copy_(total)
+
+
+def gradient_block(
+    block, upstream, hidden, weight, target, bias, order, chunk, vocab, gain, logit_scale, logit_softcap, bias_sums
+):
+    """Fill `block` with gain * d loss / d y of rows `chunk` and vocabulary `vocab`; return the column sums of d loss / d y."""
+    grad_nll, grad_lse, grad_entropy, lse, entropy = upstream
+    (V, D), (rows, columns) = weight.shape, block.shape
+    config = head_config("gradient", weight, D, V)
+    descriptor = config.descriptor and fits_descriptor(weight)
+    row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(columns, config.block_v)
+    partial = torch.empty(row_tiles, columns, dtype=torch.float32, device=block.device) if bias_sums else None
+    gradient_kernel[(row_tiles * vocab_tiles,)](
+        hidden, operand(weight, config) if descriptor else weight, bias, target, *order,
+        lse, entropy if grad_entropy is not None else None, grad_nll, grad_lse, grad_entropy, gain, block, partial,
+        hidden.stride(0), weight.stride(0), block.stride(0), chunk.start, rows, row_tiles, vocab.start, columns,
+        vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
+        BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
+        GROUP=config.group, EVEN_K=D % config.block_k == 0, DESCRIPTOR=descriptor,
+        SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight), CAST_DOT=interpreted(),
+        **config.launch_options,
+    )  # fmt: skip
+    return partial.sum(0) if bias_sums else None

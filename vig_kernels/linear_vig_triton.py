@@ -1,0 +1,31 @@
+"""linear_vig by Triton: linear_nll's kernels, launched once over the rows of both passes.
+
+The row tiles of the image pass and of the null pass stand side by side in one grid, so a weight tile that has been
+fetched serves both before it leaves the L2 cache. Nothing else differs from linear_nll, not even the compiled
+kernel: nll_image has the bits of linear_nll, and equal hidden states give equal values.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .launch_triton import why_not
+from .linear_nll_triton import sweep
+
+__all__ = ["forward", "why_not"]
+
+
+def forward(
+    hidden_image: Tensor,  # (N, D)
+    hidden_null: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """(nll_image, nll_null), each (N,) float32, as linear_nll defines them; one sweep of the weight."""
+    hiddens = (hidden_image, hidden_null)
+    image, null = sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_index, ())
+    return image[0], null[0]
