@@ -59,7 +59,9 @@ def build_native(build: Path, output: Path, name: str) -> None:
         shutil.rmtree(build)  # configured for another checkout
         build.mkdir(parents=True)
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
-    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja and not cache.exists() else []
+    if ninja is None and cache.exists() and "CMAKE_GENERATOR:INTERNAL=Ninja\n" in cache.read_text():
+        cache.unlink()  # configured while there was a ninja
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     run(
         [
             cmake,
@@ -99,7 +101,14 @@ class NativeBuild(build_ext):
         (target.parent / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def copy_extensions_to_source(self) -> None:
-        """An in-place build has already written beside the package; nothing is copied."""
+        """Editable installs: extension and record go beside the package; a stale extension goes away."""
+        for ext in self.extensions:
+            package = Path(self.get_finalized_command("build_py").get_package_dir(ext.name.rpartition(".")[0]))
+            built = Path(self.build_lib) / self.get_ext_filename(ext.name)
+            (package / built.name).unlink(missing_ok=True)
+            for path in (built, built.with_name("_build.json")):
+                if path.exists():
+                    shutil.copy2(path, package / path.name)
 
     def get_outputs(self) -> list[str]:
         """The record is an output of the build as well, and the extension only where it was built."""

@@ -5,6 +5,7 @@
 
 #include "gaussian_blur.h"
 #include "isa.h"
+#include "linear_nll.h"
 #include "peak.h"
 
 namespace py = pybind11;
@@ -39,6 +40,35 @@ void gaussian_blur(const std::string& isa, const std::string& dtype, const std::
                      sigma_y.data(), sigma_x.data(), truncate, replicate, threads);
 }
 
+// (address, number of rows, bytes from row to row)
+using RowsView = std::tuple<uintptr_t, int64_t, int64_t>;
+
+struct HeadArgs {
+  std::string isa, dtype;
+  int64_t depth, vocab;
+  uintptr_t weight;
+  int64_t weight_stride;
+  uintptr_t bias;
+  double scale, cap;  // cap 0: none
+
+  vig::Head head() const {
+    return {vig::select_kernels(isa.c_str()), dtype_of(dtype), depth, vocab, pointer<char>(weight), weight_stride,
+            pointer<float>(bias), static_cast<float>(scale), static_cast<float>(cap)};
+  }
+};
+
+void linear_nll(const HeadArgs& args, const std::vector<RowsView>& hidden, uintptr_t target, int64_t ignore_index,
+                uintptr_t nll, uintptr_t lse, uintptr_t entropy, uintptr_t argmax, int threads) {
+  const vig::Head head = args.head();
+  py::gil_scoped_release released;
+  vig::KeptRows kept;
+  for (const auto& [data, rows, stride] : hidden) {
+    kept.add(pointer<char>(data), stride, pointer<int64_t>(target), rows, ignore_index);
+  }
+  vig::linear_nll(head, kept, {pointer<float>(nll), pointer<float>(lse), pointer<float>(entropy), pointer<int64_t>(argmax)},
+                  threads);
+}
+
 py::dict isas() {
   py::dict reasons;
   for (const vig::Isa& isa : vig::isa_table()) {
@@ -63,6 +93,12 @@ PYBIND11_MODULE(_native, m) {
           return vig::measure_peak(kernels, pairs, threads, seconds);
         },
         py::arg("isa"), py::arg("pairs"), py::arg("threads"), py::arg("seconds"));
+  py::class_<HeadArgs>(m, "Head", "An LM head: addresses of (V, D) weight and (V,) float32 bias (0: none).")
+      .def(py::init<std::string, std::string, int64_t, int64_t, uintptr_t, int64_t, uintptr_t, double, double>(),
+           py::arg("isa"), py::arg("dtype"), py::arg("depth"), py::arg("vocab"), py::arg("weight"),
+           py::arg("weight_stride"), py::arg("bias"), py::arg("scale"), py::arg("cap"));
+  m.def("linear_nll", linear_nll, py::arg("head"), py::arg("hidden"), py::arg("target"), py::arg("ignore_index"),
+        py::arg("nll"), py::arg("lse"), py::arg("entropy"), py::arg("argmax"), py::arg("threads"));
   m.def("gaussian_blur", gaussian_blur, py::arg("isa"), py::arg("dtype"), py::arg("shape"), py::arg("images"),
         py::arg("images_stride"), py::arg("out"), py::arg("out_stride"), py::arg("sigma_y"), py::arg("sigma_x"),
         py::arg("truncate"), py::arg("replicate"), py::arg("threads"));

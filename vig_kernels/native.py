@@ -102,3 +102,30 @@ def dtype_name(tensor: Tensor) -> str:
 def byte_strides(tensor: Tensor) -> list[int]:
     """Strides in bytes."""
     return [stride * tensor.element_size() for stride in tensor.stride()]
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, logit_softcap: float | None):
+    """(compiled description of the LM head, the float32 bias that must outlive it)."""
+    bias = None if bias is None else bias.float().contiguous()
+    described = _required().Head(
+        isa=forced_isa(),
+        dtype=dtype_name(weight),
+        depth=weight.shape[1],
+        vocab=weight.shape[0],
+        weight=weight.data_ptr(),
+        weight_stride=weight.stride(0) * weight.element_size(),
+        bias=0 if bias is None else bias.data_ptr(),
+        scale=logit_scale,
+        cap=logit_softcap or 0.0,
+    )
+    return described, bias
+
+
+def rows_view(tensor: Tensor) -> tuple[int, int, int]:
+    """(address, rows, bytes from row to row) of an (N, D) tensor whose rows are contiguous."""
+    return tensor.data_ptr(), tensor.shape[0], tensor.stride(0) * tensor.element_size()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the data begin; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,93 @@
+// What every op over an LM head shares: the problem, its kept rows packed for the register tiles, and the sweep of the
+// weight's panels over them.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+namespace vig {
+
+// logits (N, V) = softcap(scale * (hidden weight^T + bias)); strides in bytes, elements of a row are contiguous.
+struct Head {
+  const Kernels& kernels;
+  Dtype dtype;
+  int64_t depth;  // D
+  int64_t vocab;  // V
+  const char* weight;
+  int64_t weight_stride;
+  const float* bias;  // (V,) or null
+  float scale, cap;   // cap 0: none
+
+  bool pairs() const { return dtype == Dtype::kBFloat16 && kernels.pairs; }
+  int64_t words() const { return pairs() ? (depth + 1) / 2 : depth; }
+  int64_t panels() const { return (vocab + kernels.panel - 1) / kernels.panel; }
+};
+
+// Rows that are not ignored, in the order of the call.
+struct KeptRows {
+  std::vector<const char*> hidden;
+  std::vector<int64_t> target;
+  std::vector<int64_t> slot;  // where the row's results go: its number among all rows offered
+  int64_t offered = 0;
+
+  void add(const char* data, int64_t stride, const int64_t* targets, int64_t count, int64_t ignore_index);
+  int64_t size() const { return static_cast<int64_t>(slot.size()); }
+};
+
+// Floats that are left as they come from the allocator.
+using Buffer = std::unique_ptr<float[]>;
+Buffer make_buffer(int64_t floats);
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Some rows of a call, packed tile by tile: tile i starts at word i * tile * words and has [word][rows of the tile].
+struct RowChunk {
+  const int64_t* target;
+  int64_t rows;
+  Buffer packed;
+
+  RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_t count, int threads);
+};
+
+// A thread's own memory for one panel at a time.
+class PanelSweep {
+ public:
+  PanelSweep(const Head& head, int64_t max_rows, bool stats);
+
+  void start(int64_t rows);  // forgets all maxima and sums
+  // Folds one panel of the vocabulary into the rows' lanes. `keep` (rows * panel floats) receives the logits if set.
+  void fold_panel(const RowChunk& chunk, int64_t panel, float* picked, float* keep);
+  void finish(int64_t rows, Partial* out) const;
+
+  static int64_t bytes_per_row(const Head& head, bool stats);
+
+ private:
+  void fold_tile(const RowChunk& chunk, int64_t panel, int64_t row, int rows, const float* product, float* picked,
+                 float* keep);
+
+  const Head& head_;
+  const bool stats_;
+  Buffer packed_, product_, lanes_, bias_;
+  std::vector<const char*> rows_;
+};
+
+// Panels are summed in fixed groups, a function of V alone, so that bits depend on neither threads nor other rows.
+struct PanelGroups {
+  int64_t panels, per_group, count;
+  explicit PanelGroups(const Head& head);
+  int64_t begin(int64_t group) const { return group * per_group; }
+  int64_t end(int64_t group) const { return begin(group + 1) < panels ? begin(group + 1) : panels; }
+};
+
+// Running values of a row over all groups: log2 of the sum of 2^y, and the softmax mean of (y - lse).
+struct RowTotal {
+  double maximum, log2_sum, mean_below;
+  int32_t column;
+  double nll(float picked) const;      // nats
+  double lse() const;                  // nats
+  double entropy() const;              // nats
+};
+RowTotal combine(const Partial* partial, int64_t groups, int64_t stride, bool stats);
+
+}  // namespace vig

@@ -1,0 +1,65 @@
+#include "linear_nll.h"
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "pool.h"
+
+namespace vig {
+namespace {
+
+constexpr int64_t kPackedBytes = 16 << 20;  // packed hidden rows of a chunk
+constexpr int64_t kLaneBytes = 16 << 20;    // running values of a chunk, all threads together
+constexpr int64_t kChunkRows = 4096;
+
+int64_t rows_per_chunk(const Head& head, bool stats, int threads) {
+  const int64_t tile = head.kernels.tile;
+  const int64_t rows = std::min({kChunkRows, kPackedBytes / (4 * std::max<int64_t>(head.words(), 1)),
+                                 kLaneBytes / (threads * PanelSweep::bytes_per_row(head, stats))});
+  return std::max(rows / tile, int64_t{1}) * tile;
+}
+
+void finish_rows(const KeptRows& kept, int64_t begin, int64_t rows, int64_t groups, const Partial* partial,
+                 const float* picked, const NllOutputs& out, bool stats, int threads) {
+  constexpr int64_t kRows = 64;
+  parallel_for((rows + kRows - 1) / kRows, threads, [&](int64_t task, int) {
+    for (int64_t n = task * kRows; n < std::min(rows, (task + 1) * kRows); ++n) {
+      const RowTotal total = combine(partial + n, groups, rows, stats);
+      const int64_t slot = kept.slot[begin + n];
+      out.nll[slot] = static_cast<float>(total.nll(picked[n]));
+      if (out.lse != nullptr) out.lse[slot] = static_cast<float>(total.lse());
+      if (out.entropy != nullptr) out.entropy[slot] = static_cast<float>(total.entropy());
+      if (out.argmax != nullptr) out.argmax[slot] = total.column;
+    }
+  });
+}
+
+}  // namespace
+
+void linear_nll(const Head& head, const KeptRows& kept, const NllOutputs& out, int threads) {
+  if (kept.size() == 0) return;
+  const bool stats = out.entropy != nullptr || out.argmax != nullptr;
+  const PanelGroups groups(head);
+  threads = static_cast<int>(std::min<int64_t>(threads, groups.count));
+  const int64_t chunk_rows = std::min(rows_per_chunk(head, stats, threads), kept.size());
+  std::vector<std::unique_ptr<PanelSweep>> sweeps;
+  for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, chunk_rows, stats));
+  std::vector<Partial> partial(groups.count * chunk_rows);
+  const Buffer picked = make_buffer(chunk_rows);
+  for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
+    const int64_t rows = std::min(chunk_rows, kept.size() - begin);
+    const RowChunk chunk(head, kept, begin, rows, threads);
+    parallel_for(groups.count, threads, [&](int64_t group, int worker) {
+      PanelSweep& sweep = *sweeps[worker];
+      sweep.start(rows);
+      for (int64_t panel = groups.begin(group); panel < groups.end(group); ++panel) {
+        sweep.fold_panel(chunk, panel, picked.get(), nullptr);
+      }
+      sweep.finish(rows, partial.data() + group * rows);
+    });
+    finish_rows(kept, begin, rows, groups.count, partial.data(), picked.get(), out, stats, threads);
+  }
+}
+
+}  // namespace vig

@@ -1,0 +1,17 @@
+#pragma once
+#include "head.h"
+
+namespace vig {
+
+// Results by slot; null where not wanted. nll is.
+struct NllOutputs {
+  float* nll;
+  float* lse;
+  float* entropy;
+  int64_t* argmax;
+};
+
+// nll = lse - logit[target], in nats, for every kept row; slots of other rows are left alone.
+void linear_nll(const Head& head, const KeptRows& kept, const NllOutputs& out, int threads);
+
+}  // namespace vig

@@ -1,0 +1,49 @@
+"""Per-token negative log-likelihood in C++: logit tiles are folded in registers and cache, never stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vig_kernels import native
+
+
+def why_not(device: torch.device) -> str | None:
+    """None when this backend runs on tensors of `device`, else the reason and the cure."""
+    return native.why_not(device)
+
+
+def forward(
+    hidden: Tensor,  # (N, D) float32 | bfloat16 | float16, any row stride
+    weight: Tensor,  # (V, D) same dtype, any row stride
+    target: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,) same dtype or float32
+    logit_scale: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+    stats: tuple[str, ...],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(nll (N,) float32 in nats, {"lse": ..., "entropy": ..., "argmax": ...} as asked); ignored rows 0.0 and -1.
+
+    Ignored rows are left out before any work. The bits of a row depend on neither threads nor other rows.
+    """
+    rows = hidden.shape[0]
+    nll = torch.zeros(rows, dtype=torch.float32)
+    sinks = {
+        name: torch.full((rows,), -1) if name == "argmax" else torch.zeros(rows, dtype=torch.float32) for name in stats
+    }
+    described, kept_bias = native.head(hidden, weight, bias, logit_scale, logit_softcap)
+    target = target.contiguous()
+    native.module().linear_nll(
+        described,
+        [native.rows_view(hidden)],
+        target.data_ptr(),
+        ignore_index,
+        nll.data_ptr(),
+        native.address(sinks.get("lse")),
+        native.address(sinks.get("entropy")),
+        native.address(sinks.get("argmax")),
+        torch.get_num_threads(),
+    )
+    del kept_bias  # read until here
+    return nll, sinks
