@@ -42,3 +42,7 @@ HEAD: dict[tuple[str, str, str, str], TileConfig] = {}
 
 def head_config(kernel: str, weight: Tensor, D: int, V: int) -> TileConfig:
     return INTERPRETER
+
+
+def blur_config(matrices: Tensor) -> TileConfig:
+    return INTERPRETER
