@@ -1,0 +1,89 @@
+"""Measures against values worked out by hand, and against scipy where it has them."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from vig.metrics import anls, auroc, chair, exact_accuracy, levenshtein, mcnemar, paired_bootstrap, yes_no
+
+
+def test_pope_by_hand():
+    answers = [
+        "Yes, there is a dog.",
+        "No.",
+        "yes",
+        "There isn't. Yes",
+        "Yes. There is no cat",
+        "Nobody is there",
+    ]
+    truths = ["yes", "yes", "no", "no", "yes", "no"]
+    figures = yes_no(answers, truths)  # TP 2, FN 1, FP 2 ("nobody" is neither "no" nor "not"), TN 1
+    assert figures == pytest.approx((3 / 6, 2 / 4, 2 / 3, 4 / 7, 4 / 6))
+    assert yes_no([False, False], [True, False]) == (0.5, 0, 0, 0, 0)
+    assert yes_no([True], ["yes"]) == (1, 1, 1, 1, 1)
+
+
+def test_chair_by_hand():
+    mentioned = [["dog", "ball", "dog"], ["cat"], []]
+    present = [["dog"], ["cat", "sofa"], ["tree"]]
+    assert chair(mentioned, present) == pytest.approx((1 / 3, 1 / 4))
+    assert chair([["dog", "dog"]], [[]]) == (1, 1)
+    assert chair([[]], [["dog"]]) == (0, 0)
+
+
+def test_anls_by_hand():
+    assert (
+        levenshtein("kitten", "sitting") == 3 and levenshtein("", "abc") == 3 and levenshtein("ab", "ba") == 2
+    )
+    assert anls(["Kitten "], [["sitting"]]) == pytest.approx(1 - 3 / 7)
+    assert anls(["ab"], [["ac"]]) == 0  # half is not below one half
+    assert anls(["abc", "x"], [["zzz", "ABD"], ["y"]]) == pytest.approx((2 / 3 + 0) / 2)
+    assert anls(["", "a"], [[""], []]) == 0.5
+
+
+def test_exact_accuracy():
+    assert exact_accuracy(["A  Red cup.", "two"], ["a red cup", "three"]) == 0.5
+
+
+def test_auroc_by_hand_and_by_scipy():
+    assert auroc([0.9, 0.8, 0.3, 0.1], [True, False, True, False]) == 0.75
+    assert auroc([1, 1, 1], [True, False, True]) == 0.5
+    assert auroc([0, 1, 1, 2], [False, True, False, True]) == pytest.approx(3.5 / 4)
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 8, 300), rng.random(300) < 0.3
+    u = stats.mannwhitneyu(scores[positive], scores[~positive]).statistic
+    assert auroc(scores, positive) == pytest.approx(u / (positive.sum() * (~positive).sum()))
+    with pytest.raises(ValueError, match="got 2 positives and 0 negatives"):
+        auroc([1, 2], [True, True])
+    with pytest.raises(ValueError, match=r"scores\[1\] is NaN"):
+        auroc([1, np.nan], [True, False])
+
+
+def test_mcnemar_against_the_binomial_test():
+    left, right = [True] * 9 + [False] * 2 + [True] * 30, [False] * 9 + [True] * 2 + [True] * 30
+    assert mcnemar(left, right) == pytest.approx(stats.binomtest(2, 11).pvalue)
+    assert mcnemar([True], [True]) == 1.0
+    assert mcnemar([True] * 6, [False] * 6) == 2 / 64
+
+
+def test_paired_bootstrap():
+    rng = np.random.default_rng(1)
+    right = rng.random(200)
+    better = paired_bootstrap(right + 0.1 + 0.2 * rng.normal(size=200), right, resamples=2000)
+    assert better.low < better.difference < better.high and better.low > 0 and better.p_value < 0.01
+    spread = 0.2 / np.sqrt(200)
+    assert better.high - better.low == pytest.approx(2 * 1.96 * spread, rel=0.2)
+    same = paired_bootstrap(right + 0.2 * rng.normal(size=200), right, resamples=2000)
+    assert same.low < 0 < same.high and same.p_value > 0.05
+    assert paired_bootstrap([1, 0], [1, 0], resamples=100) == (0, 0, 0, 1)
+    assert paired_bootstrap(right, right[::-1], resamples=700) == paired_bootstrap(
+        right, right[::-1], resamples=700
+    )
+
+
+def test_unequal_or_empty_lists_are_refused():
+    for measure in (yes_no, chair, anls, exact_accuracy, auroc, mcnemar, paired_bootstrap):
+        with pytest.raises(ValueError, match="got 1 and 2"):
+            measure(["a"], ["a", "b"])
+        with pytest.raises(ValueError, match="got 0 and 0"):
+            measure([], [])

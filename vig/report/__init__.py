@@ -1,0 +1,164 @@
+"""One self-contained HTML page: what the image is worth, sample by sample and word by word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vig.files import explain_write_errors, write_atomically
+from vig.report.facts import Facts, gather
+from vig.report.glue import Viewer, words
+from vig.report.page import render
+from vig.report.views import Histogram, Page, SampleView, Word
+from vig.select import Selection
+from vig.selection_table import selection_files, selection_metadata
+from vig.store import score_metadata, unfinished
+
+__all__ = ["Histogram", "Page", "SampleView", "Word", "render", "report"]
+
+NULL_NAMES = {
+    "blur": "blurred",
+    "mean": "its mean colour",
+    "black": "black",
+    "noise": "noise",
+    "shuffle": "another image",
+    "drop": "no image",
+}
+REMARKS = {
+    "highest": ("Highest VIG", "Where the image helps the answer most."),
+    "lowest": ("Lowest VIG", "Where it does not help, or speaks against the answer."),
+    "random": ("At random", "Drawn by a hash of the sample’s key."),
+}
+
+
+def report(
+    scores,  # folder, file, list of them, or a pyarrow Table of scores
+    out: str | Path = "report.html",
+    *,
+    selection: str | Path | Selection | None = None,
+    data: str | Path | None = None,
+    samples: int = 24,
+    image_root: str | Path | None = None,
+    processor: Any = None,
+    title: str | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write the report on a folder of scores and return its path.
+
+    The page needs nothing beside itself: style, charts and pictures are inside. Scores are streamed twice.
+    selection: marks the tokens trained on, and tau. data, image_root, processor: default to those that the
+    scores name; what cannot be read is left out, and the page says so. samples: how many to show, a third each
+    of the highest VIG, the lowest, and at random (the same ones for the same seed).
+
+    Raises StoreError where the scores cannot be read or ``out`` cannot be written.
+    """
+    metadata = score_metadata(scores)
+    facts = gather(scores, samples, seed)
+    viewer = Viewer(metadata, processor=processor, data=data or metadata.get("data"), image_root=image_root)
+    keys = {row["key"] for rows in facts.groups.values() for row in rows}
+    viewer.find(keys)
+    chosen, kept = _selection(selection, keys)
+    groups = [
+        (*REMARKS[name], [viewer.view(row, kept.get(row["key"])) for row in rows])
+        for name, rows in facts.groups.items()
+    ]
+    highest, lowest = words(facts, viewer.tokenizer)
+    tau = chosen.get("tau")
+    page = Page(
+        title=title or Path(str(metadata.get("model", "Scores"))).name,
+        subtitle=_subtitle(metadata),
+        figures=_figures(facts, metadata, chosen),
+        groups=groups,
+        sample_histogram=facts.samples.histogram(tau),
+        token_histogram=facts.tokens.histogram(tau),
+        highest=highest,
+        lowest=lowest,
+        tau=tau,
+        null_name=NULL_NAMES.get((metadata.get("null") or {}).get("kind"), "null image"),
+        notes=[*unfinished(scores), *viewer.notes, *_error_notes(facts)],
+        settings=_settings(metadata, chosen),
+    )
+    out = Path(out)
+    with explain_write_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, render(page).encode("utf-8"))
+    return out
+
+
+def _selection(
+    selection: str | Path | Selection | None, keys: set[str]
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Its settings, and the token masks of the samples that are shown, read in a stream."""
+    if selection is None:
+        return {}, {}
+    if isinstance(selection, Selection):
+        metadata, batches = selection.metadata, selection.batches()
+    else:
+        metadata = selection_metadata(selection)
+        columns = ["key", "token_keep"]
+        files = (pq.ParquetFile(file) for file in selection_files(selection))
+        batches = (batch for file in files for batch in file.iter_batches(8192, columns=columns))
+    wanted = pa.array(sorted(keys), pa.string())
+    kept = {}
+    for batch in batches:
+        for row in batch.filter(pc.is_in(batch["key"], wanted)).to_pylist():
+            kept[row["key"]] = np.array(row["token_keep"] or [], bool)
+    return metadata["selection"], kept
+
+
+def _subtitle(metadata: dict) -> str:
+    null = metadata.get("null") or {}
+    params = ", ".join(f"{name} {value}" for name, value in (null.get("params") or {}).items())
+    parts = [f"Null image: {null.get('kind', 'unknown')}" + (f" ({params})" if params else "")]
+    if metadata.get("data"):
+        parts.append(f"data: {Path(str(metadata['data'])).name}")
+    return "; ".join(parts)
+
+
+def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str, str]]:
+    rest = ["with an image", f"{facts.text_only:,} text only" if facts.text_only else ""]
+    rest.append(f"{facts.n_errors:,} not scored" if facts.n_errors else "")
+    figures = [
+        ("samples", f"{facts.multimodal:,}", "; ".join(part for part in rest if part)),
+        ("answer tokens", f"{facts.tokens.count:,}", "of these samples"),
+        ("mean sample VIG", f"{facts.samples.mean:.3g}", "nats"),
+    ]
+    if chosen:
+        counts, tau = chosen["counts"], chosen["tau"]
+        remark = f"nats; level {chosen['level']}, p\u202f=\u202f{chosen['p']:g}"
+        figures.append(("threshold τ", "none" if tau is None else f"{tau:.3g}", remark))
+        for what in ("samples", "tokens"):
+            part, whole = counts[f"{what}_kept"], counts[f"{what}_total"]
+            figures.append(
+                (f"{what} trained on", f"{100 * part / max(whole, 1):.1f} %", f"{part:,} of {whole:,}")
+            )
+    floor = metadata.get("noise_floor", metadata.get("notes", {}).get("noise_floor"))
+    if isinstance(floor, int | float):
+        figures.append(("noise floor", f"{floor:.2g}", "nats; same image scored twice"))
+    return figures
+
+
+def _error_notes(facts: Facts) -> list[str]:
+    if not facts.n_errors:
+        return []
+    more = f", and {facts.n_errors - len(facts.errors):,} more" if facts.n_errors > len(facts.errors) else ""
+    return [f"{facts.n_errors:,} samples could not be scored: " + "; ".join(facts.errors) + more]
+
+
+def _settings(metadata: dict, chosen: dict) -> list[tuple[str, str]]:
+    shown = {
+        name: value for name, value in metadata.items() if name not in ("notes", "null") and value is not None
+    }
+    null = metadata.get("null") or {}
+    rows = [*shown.items(), ("null image", null.get("kind")), *(null.get("params") or {}).items()]
+    rows += [
+        (f"selection: {name}", chosen[name])
+        for name in ("p", "level", "tau", "clip", "tau_floor")
+        if name in chosen
+    ]
+    return [(name.replace("_", " "), str(value)) for name, value in rows if value is not None]

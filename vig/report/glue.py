@@ -1,0 +1,183 @@
+"""From a row of scores to a SampleView: token texts, question, image and null image as the model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vig.report.facts import Facts
+from vig.report.views import SampleView, Word
+from vig.samples import BrokenRecord, Sample, SampleError, open_images, read_samples, text_of
+
+WORDS = 14  # rows of each table of words
+
+
+class Viewer:
+    """Turns score rows into views with whatever can be had: without a tokenizer ids stand for words, without
+    the data there are no questions and pictures; ``notes`` says what is missing and why."""
+
+    def __init__(self, metadata: dict, *, processor: Any = None, data=None, image_root=None):
+        self.metadata, self.data, self.notes = metadata, data, []
+        self.image_root = image_root or metadata.get("image_root")
+        self.processor = processor or self._load_processor()
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.samples: dict[str, Sample | BrokenRecord] = {}
+
+    def _load_processor(self) -> Any:
+        from transformers import AutoProcessor
+
+        try:
+            revision = (
+                self.metadata.get("revision") if not Path(str(self.metadata["model"])).is_dir() else None
+            )
+            return AutoProcessor.from_pretrained(self.metadata["model"], revision=revision)
+        except Exception as error:  # whatever a foreign checkpoint raises: the page is still worth having
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            self.notes.append(f"Words are shown as token ids: the processor could not be loaded ({reason}).")
+            return None
+
+    def find(self, keys: Iterable[str]) -> None:
+        """Read the data up to the last of the samples that are shown."""
+        missing = set(keys)
+        if self.data is None:
+            self.notes.append(
+                "Questions and pictures are missing: the scores do not name their data. Give data."
+            )
+            return
+        try:
+            for record in read_samples(self.data, image_root=self.image_root):
+                if record.key in missing:
+                    missing.discard(record.key)
+                    self.samples[record.key] = record
+                    if not missing:
+                        return
+        except (OSError, ValueError) as error:
+            self.notes.append(f"Questions and pictures are missing: {error}")
+            return
+        if missing:
+            self.notes.append(f"{len(missing)} of the samples shown are not in {self.data} any more.")
+
+    def view(self, row: dict, kept: np.ndarray | None) -> SampleView:
+        ids = row["token_ids"] or []
+        null, image = row["token_nll_null"] or [], row["token_nll_image"] or []
+        view = SampleView(
+            row["key"],
+            row["id"] or "",
+            "",
+            token_texts(self.tokenizer, ids),
+            [second - first for first, second in zip(image, null, strict=True)] if null else [],
+            image,
+            null,
+            kept=None if kept is None else [bool(value) for value in kept],
+        )
+        record = self.samples.get(row["key"])
+        if isinstance(record, BrokenRecord):
+            view.note = f"{record.error.reason}"
+        elif record is None:
+            view.note = "sample not found"
+        else:
+            questions = questions_of(record)
+            starts = [index for index, position in enumerate(row["positions"] or []) if position == 0]
+            view.question = questions[0] if questions else ""
+            view.turns = list(zip(starts[1:], questions[1:], strict=False))
+            self._add_pictures(view, record)
+        return view
+
+    def _add_pictures(self, view: SampleView, sample: Sample) -> None:
+        if not sample.images:
+            view.note = "text only"
+            return
+        try:
+            images = open_images(sample)
+        except SampleError as error:
+            view.note = error.reason
+            return
+        view.image = images[0]
+        more = f"first of {len(images)} images" if len(images) > 1 else ""
+        try:
+            view.image, view.null_image, why = self._as_the_model_sees(sample, images)
+        except Exception as error:  # pictures adorn the page: a processor that fails must not cost the report
+            why = f"the null image could not be made ({str(error).partition(chr(10))[0]})"
+        view.note = "; ".join(part for part in (why, more) if part)
+
+    def _as_the_model_sees(self, sample: Sample, images: list[Image.Image]):
+        """The picture made back from the processor's pixels, its null, and why there is none."""
+        if self.processor is None:
+            return images[0], None, "not made without the processor"
+        from transformers import AutoConfig
+
+        from vig.families import family_of
+        from vig.loader import content_hash
+        from vig.null_image import NullSettings, PixelRange, as_image, null_pictures
+        from vig.prompts import Encoder
+
+        family = family_of(AutoConfig.from_pretrained(self.metadata["model"]))
+        pixels = Encoder(self.processor).encode(sample, images).pixels
+        pictures, span = family.pictures(pixels), PixelRange.of(self.processor)
+        clean = as_image(pictures[0], span)
+        null = self.metadata.get("null") or {}
+        settings = NullSettings(null.get("kind", "blur"), **_sigma(null))
+        if settings.stage == "prompt":
+            return clean, None, "no image at all"
+        if settings.stage == "image":
+            return clean, None, "another sample’s image"
+        seeds = [int(content_hash(image), 16) for image in images]
+        seeds += seeds[-1:] * (len(pictures) - len(seeds))
+        return clean, as_image(null_pictures(pictures, settings, span, seeds[: len(pictures)])[0], span), ""
+
+
+def _sigma(null: dict) -> dict[str, float]:
+    params = null.get("params") or {}
+    return {"sigma": params["sigma"]} if "sigma" in params else {}
+
+
+def questions_of(sample: Sample) -> list[str]:
+    """What was asked before each answer, image marks left out."""
+    questions, said = [], []
+    for message in sample.messages:
+        if message["role"] == "assistant":
+            questions.append("\n".join(said))
+            said = []
+        else:
+            said.append(text_of(message).replace("<image>", "").strip())
+    return questions
+
+
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text that each token adds to the answer; the pieces of a split character stand with its last token."""
+    if tokenizer is None:
+        return [f"{'' if index == 0 else ' '}{id}" for index, id in enumerate(ids)]
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    texts, shown = [], ""
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[:end])
+        if text.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+        elif text.startswith(shown):
+            texts.append(text[len(shown) :])
+            shown = text
+        else:
+            texts.append(decode(ids[end - 1 : end]))
+            shown = text
+    return texts
+
+
+def words(facts: Facts, tokenizer: Any) -> tuple[list[Word], list[Word]]:
+    """Tokens with the highest and the lowest mean VIG, among those that are not too rare to judge."""
+    least = max(3, int(facts.word_count.sum() ** 0.5 / 20))
+    ids = np.flatnonzero(facts.word_count >= least)
+    means = facts.word_sum[ids] / facts.word_count[ids]
+    order = np.argsort(-means, kind="stable")
+    half = min(WORDS, len(order) // 2)
+
+    def word(place: int) -> Word:
+        id = int(ids[place])
+        text = str(id) if tokenizer is None else tokenizer.decode([id])
+        return Word(text.strip() or repr(text).strip("'"), float(means[place]), int(facts.word_count[id]))
+
+    return [word(place) for place in order[:half]], [word(place) for place in order[::-1][:half]]
