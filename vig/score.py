@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,20 @@ class Scorer:
         ]
         return float(max(differences, default=0.0))
 
+    def measure_rate(self, block: Sequence[LoadedRecord]) -> tuple[int, float]:
+        """(samples, tokens a second) of one batch like those to come, after one to warm up."""
+        chosen = [item for item in block if item.is_multimodal] or list(block)
+        lengths = [_fed_tokens(item) for item in chosen]
+        chosen = [chosen[index] for index in plan.batches(lengths, self.batch_tokens, self.batch_size)[-1]]
+        self._prove(chosen)
+        started = 0.0
+        for _ in range(2):
+            started = time.perf_counter()
+            self._score_batch(chosen, Progress())
+        passes = 2 if chosen[0].is_multimodal else 1
+        tokens = passes * sum(_fed_tokens(item) for item in chosen)
+        return len(chosen), tokens / (time.perf_counter() - started)
+
     # --- what the scores are made with ---
 
     def settings(
@@ -211,7 +225,9 @@ class Scorer:
         """The metadata stored with the scores; a folder with other settings refuses to be resumed."""
         tokenizer, processor = self.encoder.tokenizer, self.loaded.processor
         return {
-            "model": self.loaded.name,
+            "model": str(Path(self.loaded.name).resolve())
+            if Path(self.loaded.name).is_dir()
+            else self.loaded.name,
             "revision": self.loaded.revision or _fingerprint_of_weights(self.loaded.name),
             "tokenizer_hash": _hash(tokenizer.backend_tokenizer.to_str()),
             "processor_hash": _hash(_processor_json(processor)),
@@ -276,6 +292,50 @@ def score_dataset(
         if shard is None:
             writer.mark_complete()
     return progress
+
+
+@dataclass
+class Estimate:
+    """What a dry run found: counts, and how fast this machine went through the first samples."""
+
+    progress: Progress
+    multimodal: int = 0
+    model_tokens: int = 0  # that the model will read, both passes
+    measured: int = 0  # samples that the rate was measured on
+    tokens_per_second: float | None = None
+
+
+def dry_run_dataset(
+    scorer: Scorer,
+    data: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Estimate:
+    """Opens, decodes and tokenises every record, scores only a few to take the time, stores nothing."""
+    estimate = Estimate(Progress(total=count_records(data, image_root=image_root, limit=limit)))
+    records = read_samples(data, image_root=image_root, limit=limit)
+    for block in _blocks(records, scorer):
+        rows = [_error_row(item) for item in block]
+        _count(estimate.progress, [row for row in rows if row is not None], None)
+        good = [item for item in block if item.encoded is not None]
+        for item in good:
+            estimate.multimodal += item.is_multimodal
+            estimate.model_tokens += _fed_tokens(item) * (2 if item.is_multimodal else 1)
+            estimate.progress.tokens += len(item.encoded.answer_index)
+        estimate.progress.text_only += sum(not item.is_multimodal for item in good)
+        estimate.progress.done += len(good)
+        if estimate.tokens_per_second is None and good:
+            estimate.measured, estimate.tokens_per_second = scorer.measure_rate(good)
+        if on_progress is not None:
+            on_progress(estimate.progress)
+    return estimate
+
+
+def _blocks(records: Iterable[Sample | BrokenRecord], scorer: Scorer) -> Iterator[list[LoadedRecord]]:
+    for window in plan.chunks(records, plan.WINDOW):
+        yield from plan.chunks(load_records(window, scorer.encoder, "pixels", scorer.workers), plan.BLOCK)
 
 
 def count_records(data: str | Path, *, image_root: str | Path | None = None, limit: int | None = None) -> int:

@@ -1,0 +1,238 @@
+"""The commands: vig inspect | score | select | train | report | demo. No logic lives here.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not be scored.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vig import terminal
+
+app = typer.Typer(
+    help="Visual Information Gain: score, select, train, look. Source: arXiv 2602.17186.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+SOME_FAILED = 3
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub (downloads it).")]
+Data = Annotated[
+    Path, typer.Argument(help=".json / .jsonl (LLaVA, ShareGPT, messages) or a folder of photographs.")
+]
+ImageRoot = Annotated[
+    Path | None, typer.Option(help="Folder that image paths start from. Default: the data's own.")
+]
+Null = Annotated[str, typer.Option(help="Null image: blur, mean, black, noise, shuffle or drop.")]
+Sigma = Annotated[float, typer.Option(help="Blur's sigma, a fraction of the picture's shorter side.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[
+    str | None, typer.Option(help="cuda, cuda:1, cpu, ... Default: the GPU where there is one.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")]
+EndOfTurn = Annotated[str, typer.Option(help="End-of-turn tokens in the answers: template, add or drop.")]
+MaxLength = Annotated[
+    int | None, typer.Option(min=2, help="Longest sequence in tokens. Default: the model's context.")
+]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+]
+Backend = Annotated[str, typer.Option(help="Kernels: auto, triton, cpu, torch or reference.")]
+
+
+@app.command()
+def inspect(
+    model: Model,
+    data: Data,
+    index: Annotated[int, typer.Option(min=0, help="Which record.")] = 0,
+    key: Annotated[str | None, typer.Option(help="Which record, by its key (file.json#17).")] = None,
+    question: Annotated[str | None, typer.Option(help="With a photograph as DATA: the question.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="With a photograph as DATA: the answer to score.")
+    ] = None,
+    image_root: ImageRoot = None,
+    null: Null = "blur",
+    sigma: Sigma = 0.1,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    end_of_turn: EndOfTurn = "template",
+    picture: Annotated[Path, typer.Option("-o", "--out", help="PNG of image and null image.")] = Path(
+        "inspect.png"
+    ),
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Show what the model sees of one sample: prompt, answer mask, image, null image, VIG of each token."""
+    from vig.inspect import find_sample, side_by_side
+    from vig.inspect import inspect as look
+    from vig.score import Scorer
+
+    sample = find_sample(data, index=index, key=key, question=question, answer=answer, image_root=image_root)
+    with terminal.waiting(err, f"loading {model}"):
+        scorer = Scorer(
+            model, null=null, sigma=sigma, dtype=dtype, device=device, end_of_turn=end_of_turn,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    seen = look(scorer, sample)
+    terminal.show_inspection(out, seen, scorer.null)
+    if seen.images:
+        side_by_side(seen.images, seen.nulls).save(picture)
+        out.print(f"image and null image as the model sees them: {picture}")
+
+
+@app.command()
+def score(
+    model: Model,
+    data: Data,
+    folder: Annotated[Path, typer.Option("-o", "--out", help="Folder of the scores. Run again to resume.")],
+    image_root: ImageRoot = None,
+    null: Null = "blur",
+    sigma: Sigma = 0.1,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Rows x longest row of a batch.")] = 8192,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="At most so many rows a batch.")] = None,
+    limit: Limit = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n jobs, counted from 0.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every record, estimate the time.")
+    ] = False,
+    retry: Annotated[str | None, typer.Option(help='"failed": score the error rows again.')] = None,
+    end_of_turn: EndOfTurn = "template",
+    max_length: MaxLength = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode and tokenise ahead.")] = 0,
+    backend: Backend = "auto",
+    revision: Annotated[str | None, typer.Option(help="Revision of a model on the hub.")] = None,
+    attn: Annotated[str | None, typer.Option(help="Attention implementation, such as sdpa.")] = None,
+    window: Annotated[int, typer.Option(min=1, help="Records a shard of the output.")] = 8192,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Score a dataset: log-likelihood of every answer token with the image and with its null."""
+    from vig import plan
+    from vig.score import Scorer, dry_run_dataset, score_dataset
+
+    if retry not in (None, "failed"):
+        raise typer.BadParameter(f"got {retry!r}, expected failed", param_hint="--retry")
+    part = None if shard is None else _usage(plan.parse_shard, shard)
+    with terminal.waiting(err, f"loading {model}"):
+        scorer = Scorer(
+            model, null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens,
+            batch_size=batch_size, backend=backend, end_of_turn=end_of_turn, max_length=max_length,
+            workers=workers, revision=revision, attn=attn, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
+        if dry_run:
+            estimate = dry_run_dataset(
+                scorer, data, image_root=image_root, limit=limit, on_progress=on_progress
+            )
+            done = estimate.progress
+        else:
+            done = score_dataset(
+                scorer, data, folder, image_root=image_root, limit=limit, shard=part,
+                retry_failed=retry == "failed", window=window, on_progress=on_progress,
+            )  # fmt: skip
+    if dry_run:
+        terminal.show_estimate(out, estimate)
+    else:
+        terminal.show_scores(out, folder, done)
+    _exit_for(done.errors)
+
+
+@app.command()
+def select(
+    scores: Annotated[list[Path], typer.Argument(help="Folders of scores.")],
+    folder: Annotated[Path, typer.Option("-o", "--out", help="Folder of the selection.")],
+    p: Annotated[float, typer.Option(help="Per cent of the multimodal samples to keep.")] = 70.0,
+    level: Annotated[str, typer.Option(help="both, sample, token or random.")] = "both",
+    clip: Annotated[
+        float | None, typer.Option(help="Smallest probability either pass counts with, such as 0.01.")
+    ] = None,
+    tau_floor: Annotated[float | None, typer.Option(help="Lowest tau, in nats.")] = None,
+    seed: Annotated[int, typer.Option(help="For level random.")] = 0,
+) -> None:
+    """Choose samples and tokens from scores; no model is needed."""
+    import warnings
+
+    from vig.select import select as choose
+
+    if clip is not None and not 0 < clip < 1:
+        raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the summary below shows them
+        chosen = choose(
+            scores[0] if len(scores) == 1 else scores, p, level=level, out=folder, tau_floor=tau_floor,
+            clip=None if clip is None else math.log(clip), seed=seed,
+        )  # fmt: skip
+    for line in chosen.summary():
+        out.print(line)
+    out.print(f"selection: {folder}")
+
+
+@app.command()
+def report(
+    scores: Annotated[Path, typer.Argument(help="Folder of scores.")],
+    page: Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")] = Path("report.html"),
+    selection: Annotated[Path | None, typer.Option(help="Mark what this selection keeps.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The data, if it is not where it was scored.")] = None,
+    processor: Annotated[
+        str | None, typer.Option(help="Checkpoint whose tokenizer to use, if the scores' own has moved.")
+    ] = None,
+    image_root: ImageRoot = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many samples to show.")] = 24,
+) -> None:
+    """Write one self-contained HTML page: image, null image, and each answer token coloured by its VIG."""
+    from transformers import AutoProcessor
+
+    from vig.report import report as write
+
+    given = None if processor is None else AutoProcessor.from_pretrained(processor)
+    write(
+        scores,
+        page,
+        selection=selection,
+        data=data,
+        processor=given,
+        image_root=image_root,
+        samples=samples,
+    )
+    out.print(f"report: {page}")
+
+
+def _usage(parse, text: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _exit_for(errors: list[str]) -> None:
+    if errors:
+        raise typer.Exit(SOME_FAILED)
+
+
+def main() -> None:
+    """Runs the command line; what a user can mend is one line on stderr and exit code 1."""
+    if sys.platform == "win32":
+        err.print("vig: Windows is not supported. Use Linux, or WSL")
+        sys.exit(1)
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("vig: stopped. What is finished is kept; the same command goes on from there")
+        sys.exit(1)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if terminal.wants_traceback():
+            raise
+        err.print(f"[bold red]vig: {type(error).__name__}:[/] ", end="")
+        err.print(str(error), markup=False)
+        sys.exit(1)

@@ -1,0 +1,164 @@
+"""What the commands print: progress with rate and time left, summaries, one sample with its answer coloured."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from vig.inspect import Inspection
+    from vig.null_image import NullSettings
+    from vig.score import Estimate, Progress
+
+LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
+SHOWN_ERRORS = 10
+
+
+def wants_traceback() -> bool:
+    """VIG_TRACEBACK=1 shows where an error came from."""
+    return os.environ.get("VIG_TRACEBACK", "") not in ("", "0")
+
+
+@contextmanager
+def waiting(console: Console, text: str) -> Iterator[None]:
+    """A spinner on a terminal, one line elsewhere."""
+    if not console.is_terminal:
+        console.print(text, markup=False)
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+@contextmanager
+def progress(console: Console, verb: str) -> Iterator[Callable[[Progress], None]]:
+    """A callback that shows a scoring run: a bar on a terminal, plain log lines elsewhere."""
+    if not console.is_terminal:
+        yield _log_lines(console, verb)
+        return
+    columns = (
+        TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(), TextColumn("{task.fields[errors]}"),
+    )  # fmt: skip
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task(verb, total=None, rate="", errors="")
+
+        def show(state: Progress) -> None:
+            errors = f"[red]{len(state.errors)} failed[/]" if state.errors else ""
+            bar.update(task, completed=state.done, total=state.total, rate=rate(state), errors=errors)
+
+        yield show
+
+
+def _log_lines(console: Console, verb: str) -> Callable[[Progress], None]:
+    last = time.monotonic()
+
+    def show(state: Progress) -> None:
+        nonlocal last
+        finished = state.done == state.total
+        if time.monotonic() - last < LOG_EVERY and not finished:
+            return
+        last = time.monotonic()
+        left = f", {time_left(state)} left" if not finished else ""
+        failed = f", {len(state.errors)} failed" if state.errors else ""
+        console.print(
+            f"{verb}: {state.done:,} of {state.total or 0:,} ({rate(state)}{left}{failed})", markup=False
+        )
+
+    return show
+
+
+def rate(state: Progress) -> str:
+    here = state.done - state.resumed
+    return f"{here / max(state.seconds, 1e-9):,.1f} samples/s" if here else ""
+
+
+def time_left(state: Progress) -> str:
+    here = state.done - state.resumed
+    if not here or state.total is None:
+        return "unknown time"
+    return duration((state.total - state.done) * state.seconds / here)
+
+
+def duration(seconds: float) -> str:
+    """75 -> "1:15", 8000 -> "2:13:20"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def show_scores(console: Console, folder: Path, state: Progress) -> None:
+    """The summary of `vig score`."""
+    here = state.done - state.resumed
+    scored = here - len(state.errors)
+    console.print(
+        f"scored {scored:,} samples, {state.tokens:,} answer tokens in {duration(state.seconds)}"
+        + (f" ({rate(state)})" if here else "")
+        + (f"; {state.text_only:,} text-only" if state.text_only else "")
+    )
+    if state.resumed:
+        console.print(f"{state.resumed:,} were done before")
+    if state.straddles:
+        console.print(f"{state.straddles:,} answer tokens hold characters from outside their answer")
+    if state.splits:
+        console.print(f"{state.splits:,} batches did not fit into memory and were halved")
+    show_errors(console, state.errors, state.done)
+    console.print(f"scores: {folder}")
+
+
+def show_errors(console: Console, errors: list[str], total: int) -> None:
+    """Says how many samples failed, and of the first ones which, why, and what helps."""
+    if not errors:
+        return
+    for line in errors[:SHOWN_ERRORS]:
+        console.print(line, style="red", markup=False)
+    if len(errors) > SHOWN_ERRORS:
+        console.print(
+            f"... and {len(errors) - SHOWN_ERRORS:,} more: rows with status `error: ...` among the scores"
+        )
+    console.print(f"{len(errors):,} of {total:,} samples could not be scored")
+
+
+def show_estimate(console: Console, estimate: Estimate) -> None:
+    """The summary of `vig score --dry-run`."""
+    state = estimate.progress
+    console.print(
+        f"checked {state.done:,} records: {estimate.multimodal:,} with images, {state.text_only:,} text-only, "
+        f"{state.tokens:,} answer tokens, {estimate.model_tokens:,} tokens for the model to read"
+    )
+    if estimate.tokens_per_second:
+        seconds = estimate.model_tokens / estimate.tokens_per_second
+        console.print(
+            f"estimate: {duration(seconds)} here, at {estimate.tokens_per_second:,.0f} tokens/s measured on "
+            f"{estimate.measured:,} samples"
+        )
+    show_errors(console, state.errors, state.done)
+    console.print("dry run: nothing was scored")
+
+
+def show_inspection(console: Console, seen: Inspection, null: NullSettings) -> None:
+    """Prompt with the answer tokens underlined, then each answer token with its numbers."""
+    prompt = Text()
+    for piece, is_answer in seen.tokens:
+        prompt.append(piece, style="bold green underline" if is_answer else "dim")
+    console.print(Text(f"{seen.sample.key} (id {seen.sample.id})", style="bold"))
+    console.print(prompt)
+    console.print(f"\nanswer tokens (underlined) come from {seen.answers_from}; null image: {null.kind}")
+    table = Table("token", *(("NLL image", "NLL null", "VIG") if seen.row.vig is not None else ("NLL",)))
+    nulls = seen.row.token_nll_null if seen.row.vig is not None else [None] * seen.row.n_tokens
+    for text, image, blind in zip(seen.answer, seen.row.token_nll_image, nulls, strict=True):
+        numbers = (image,) if blind is None else (image, blind, blind - image)
+        table.add_row(Text(repr(text)[1:-1]), *(f"{number:+.3f}" for number in numbers))
+    console.print(table)
+    if seen.row.vig is not None:
+        console.print(f"sample VIG {seen.row.vig:+.4f} nats over {seen.row.n_tokens} answer tokens")
