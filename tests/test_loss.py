@@ -206,14 +206,6 @@ def assert_same(ours, theirs, model, tolerance=1e-5):
         assert error <= tolerance, f"{name}: {error}"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_equals_the_models_own_logits(name):
     model, inputs = build(name), batch(name)
@@ -326,6 +318,14 @@ def test_unknown_transform_is_refused_with_the_values():
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, logits: logits + 2.0)
     with pytest.raises(HeadError, match=r"turns the logit \S+ into \S+; no scale and softcap"):
+        selective_loss(model, batch("llava"))
+
+
+def test_nan_weights_of_the_head_are_named():
+    model = build("llava")
+    with torch.no_grad():
+        model.lm_head.weight[5, 5] = float("nan")
+    with pytest.raises(HeadError, match="holds NaN or infinite weights"):
         selective_loss(model, batch("llava"))
 
 

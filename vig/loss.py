@@ -286,6 +286,8 @@ def _probe(model: nn.Module, causal: nn.Module, inputs: dict[str, Any]) -> HeadT
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
     if raw is None:
         raise HeadError(f"{type(causal).__name__} computes its logits without calling its output embeddings")
+    if not raw.isfinite().all():
+        raise HeadError(f"the LM head of {type(causal).__name__} holds NaN or infinite weights")
     logits = outputs.logits[:, :, columns.to(outputs.logits.device)].float().to(raw.device)
     candidates = list(itertools.starmap(HeadTransform, itertools.product(*_settings(causal))))
     largest = logits.abs().max().clamp(min=1e-6)

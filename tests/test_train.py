@@ -1,0 +1,256 @@
+"""The lean training loop: its steps, its checkpoints, its refusals."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainer import masked_cross_entropy, samples, selection, stock_gradients
+from tiny import llava_model, llava_processor
+from transformers import LlavaForConditionalGeneration
+
+from vig.files import StoreError
+from vig.samples import SampleError
+from vig.train import TrainError, TrainSettings, plan_batches, train
+from vig.trainer import SelectiveCollator
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return llava_processor()
+
+
+def base():
+    return copy.deepcopy(llava_model())
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def encoded(processor, count: int = 8):
+    collator = SelectiveCollator(processor)
+    return [collator.encode(sample) for sample in samples(count)]
+
+
+# --- the steps ---
+
+
+def test_one_step_is_adamw_on_the_stock_gradient(processor):
+    items = samples(8)
+    chosen = selection(processor, items)
+    expected = base()
+    for name, parameter in expected.named_parameters():
+        parameter.requires_grad_("vision_tower" not in name)
+    loss, _ = stock_gradients(expected, SelectiveCollator(processor, chosen)(items))
+    masked_cross_entropy(expected, SelectiveCollator(processor, chosen)(items)).backward()
+    trained = [parameter for parameter in expected.parameters() if parameter.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
+    torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0).step()
+    seen = []
+    result = train(
+        base(),
+        items,
+        chosen,
+        None,
+        processor=processor,
+        on_progress=lambda progress: seen.append(str(progress)),
+        lr=1e-3,
+        warmup=0.0,
+        max_steps=1,
+        max_grad_norm=0.5,
+    )
+    assert result.losses == [pytest.approx(loss, rel=1e-5)]
+    assert norm > 0.5 and f"grad norm {norm:.3g}" in seen[0]
+    moved, should = weights(result.model) - weights(base()), weights(expected) - weights(base())
+    assert (moved - should).norm() < 2e-3 * should.norm()  # Adam divides tiny gradients by themselves
+    same = [
+        torch.equal(a, b)
+        for (name, a), (_, b) in zip(result.model.named_parameters(), base().named_parameters(), strict=True)
+        if "vision_tower" in name
+    ]
+    assert same and all(same)
+    assert (result.kept, result.dropped, result.samples, result.steps) == (8, 0, 8, 1)
+    tokens = sum(int(np.sum(entry.token_keep)) for entry in chosen.values())
+    assert result.tokens == tokens
+
+
+def test_accumulation_does_not_change_the_steps(processor):
+    items = encoded(processor)
+    chosen = selection(
+        processor, samples(8), lambda row, n: np.arange(n) < (0 if row == 6 else 1 if row % 2 else n)
+    )
+    runs = [
+        train(
+            base(),
+            items,
+            chosen,
+            None,
+            processor=processor,
+            lr=1e-3,
+            max_steps=3,
+            batch_size=8 // split,
+            accumulate=split,
+        )
+        for split in (1, 4)
+    ]
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-5)
+    moved = [weights(run.model) - weights(base()) for run in runs]
+    assert (moved[0] - moved[1]).norm() < 5e-3 * moved[0].norm()
+    assert runs[0].tokens == runs[1].tokens
+    assert runs[0].dropped == 1  # it has no selected token
+
+
+def test_same_seed_same_bits_and_it_learns(processor):
+    items = encoded(processor)
+    runs = [
+        train(base(), items, None, None, processor=processor, lr=3e-3, epochs=12, batch_size=4, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(weights(runs[0].model), weights(runs[1].model))
+    assert not torch.equal(weights(runs[0].model), weights(runs[2].model))
+    assert runs[0].steps == 24 and runs[0].losses[-1] < 0.6 * runs[0].losses[0]
+
+
+def test_plan_visits_every_sample_once_an_epoch_whatever_the_split():
+    whole = plan_batches(10, TrainSettings(batch_size=4, epochs=2))
+    order = [index for batch in whole for index in batch]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    split = TrainSettings(batch_size=1, accumulate=2, epochs=2)
+    ranks = [plan_batches(10, split, world=2, rank=rank) for rank in range(2)]
+    for step in range(5):
+        parts = [index for rank in ranks for batch in rank[2 * step : 2 * step + 2] for index in batch]
+        assert sorted(parts) == sorted(whole[step])
+    assert len(plan_batches(3, TrainSettings(batch_size=8))[0]) == 8
+
+
+# --- checkpoints ---
+
+
+def test_checkpoint_round_trip_and_record(processor, tmp_path):
+    out = tmp_path / "out"
+    chosen = selection(processor, samples(4))
+    result = train(base(), samples(4), chosen, out, processor=processor, max_steps=1, batch_size=4)
+    again = LlavaForConditionalGeneration.from_pretrained(out)
+    assert torch.equal(weights(again), weights(result.model))
+    assert type(processor).from_pretrained(out).chat_template == processor.chat_template
+    record = json.loads((out / "train.json").read_text())
+    assert record["settings"]["lr"] == 2e-5 and record["steps"] == 1 and record["tokens"] == result.tokens
+    assert record["losses"] == result.losses and not record["interrupted"]
+    assert not list(out.glob(".*"))
+    with pytest.raises(TrainError, match="holds a checkpoint already"):
+        train(base(), samples(4), chosen, out, processor=processor)
+    (out / "model-00001-of-00002.safetensors").write_bytes(b"stale")
+    train(base(), samples(4), chosen, out, processor=processor, max_steps=1, overwrite=True, lr=1e-2)
+    assert [file.name for file in out.glob("*.safetensors")] == ["model.safetensors"]
+    assert not torch.equal(weights(LlavaForConditionalGeneration.from_pretrained(out)), weights(again))
+
+
+def test_ctrl_c_leaves_a_checkpoint(processor, tmp_path):
+    out = tmp_path / "out"
+
+    def interrupt(progress):
+        if progress.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    result = train(
+        base(),
+        encoded(processor, 4),
+        None,
+        out,
+        processor=processor,
+        on_progress=interrupt,
+        max_steps=50,
+        batch_size=2,
+        log_every=1,
+    )
+    assert result.interrupted and result.steps == 2 == len(result.losses)
+    assert json.loads((out / "train.json").read_text())["interrupted"]
+    assert torch.equal(weights(LlavaForConditionalGeneration.from_pretrained(out)), weights(result.model))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_lora_trains_and_saves_the_adapter_alone(processor, tmp_path):
+    out = tmp_path / "out"
+    model = base()
+    result = train(
+        model, samples(4), None, out, processor=processor, max_steps=2, lr=1e-2, warmup=0.0, lora_rank=2
+    )
+    saved = load_file(out / "adapter_model.safetensors")
+    assert saved and all("lora_" in name and "vision" not in name for name in saved)
+    assert any(value.any() for name, value in saved.items() if "lora_B" in name)
+    assert torch.equal(model.lm_head.weight, llava_model().lm_head.weight)
+    assert result.losses[1] < result.losses[0]
+
+
+def test_bfloat16_runs_over_float32_weights(processor):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        result = train(base(), samples(4), None, None, processor=processor, max_steps=2, dtype=dtype)
+        losses[dtype] = result.losses[0]
+        assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
+
+
+def test_from_files_with_a_truncated_answer(processor, tmp_path):
+    """As `vig train MODEL DATA` runs it: a checkpoint folder, a JSON file, a worker process."""
+    folder, data = tmp_path / "model", tmp_path / "data.jsonl"
+    base().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    with data.open("w") as file:
+        for answer in ("short", "a rather long answer, much longer than the others are"):
+            turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": answer}]
+            file.write(json.dumps({"id": "a", "conversations": turns}) + "\n")
+        file.write("{broken\n")
+    result = train(folder, data, None, None, max_steps=1, batch_size=2, max_length=50, workers=1)
+    assert (result.kept, result.broken, result.truncated) == (2, 1, 1)
+
+
+# --- refusals ---
+
+
+def test_a_selection_of_another_tokenizer_is_refused_by_key(processor):
+    chosen = selection(processor, samples(4))
+    chosen["data.json#1"] = chosen["data.json#1"]._replace(token_ids=chosen["data.json#1"].token_ids[::-1])
+    with pytest.raises(SampleError, match=r"data.json#1 \(id 'id1'\): its answer has"):
+        train(base(), samples(4), chosen, None, processor=processor)
+
+
+def test_wrong_settings_are_refused(processor, tmp_path):
+    def attempt(model=None, data=None, out=None, chosen=None, **settings):
+        return train(model or base(), data or samples(2), chosen, out, processor=processor, **settings)
+
+    with pytest.raises(TrainError, match="batch_size = 0"):
+        attempt(batch_size=0)
+    with pytest.raises(TrainError, match="dtype = 'int8'"):
+        attempt(dtype="int8")
+    with pytest.raises(TrainError, match=r"'visoin' matches no parameter\. They are called model"):
+        attempt(freeze=("visoin",))
+    with pytest.raises(TrainError, match="every parameter is frozen"):
+        attempt(freeze=(".",))
+    with pytest.raises(TrainError, match=r"torch.bfloat16: AdamW's small steps"):
+        attempt(model=base().bfloat16())
+    nothing = selection(processor, samples(2), lambda row, n: np.zeros(n, bool))
+    with pytest.raises(TrainError, match="nothing to train on: 2 samples not selected, 0 broken"):
+        attempt(chosen=nothing)
+    with pytest.raises(TrainError, match="without its processor"):
+        train(base(), samples(2), None, None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="is a file, not a folder"):
+        attempt(out=tmp_path / "file")
+
+
+def test_a_diverging_run_stops_with_its_step(processor):
+    model = base()
+    with torch.no_grad():
+        model.model.language_model.norm.weight[5] = float("nan")
+    with pytest.raises(TrainError, match=r"step 1: the loss is nan"):
+        train(model, samples(2), None, None, processor=processor, max_steps=3, log_every=1)

@@ -1,0 +1,473 @@
+"""The lean training loop: a model, data and a selection in, a checkpoint out. Reads from top to bottom.
+
+For FSDP, DeepSpeed, evaluation during training or other optimisers use `vig.trainer.SelectiveTrainer`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib import metadata as package_metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vig.families import LoadedModel, load
+from vig.files import explain_write_errors, write_atomically
+from vig.loss import selective_loss, unwrap
+from vig.samples import read_samples
+from vig.selection_table import read_selection
+from vig.trainer import Record, Selection, SelectiveCollator, keep_samples
+
+# The vision tower, as the families name it; Qwen's merger is the projector and trains.
+VISION_TOWER = (
+    r"(^|\.)(vision_tower|vision_model|vision_encoder)\.",
+    r"(^|\.)visual\.(?!merger|deepstack_merger)",
+)
+LORA_TARGETS = r"(?!.*(vision|visual)).*\.(q|k|v|o|gate|up|down)_proj"
+RECORD = "train.json"
+
+
+class TrainError(ValueError):
+    """Training cannot start, or went wrong; says what, and what helps."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that shapes a run, with the defaults of ``vig train``.
+
+    A step runs over batch_size x accumulate x processes samples. Its loss is divided by its kept tokens, so
+    accumulate trades memory for time and nothing else.
+    """
+
+    epochs: float = 1.0
+    max_steps: int | None = None  # overrides epochs
+    batch_size: int = 8  # samples of a micro-batch on one device
+    accumulate: int = 1  # micro-batches a step
+    lr: float = 2e-5
+    schedule: str = "cosine"  # or "linear", "constant_with_warmup", ...: transformers.SchedulerType
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = 0.0  # on matrices; norms and biases have none
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    z_loss: float = 0.0
+    dtype: str = (
+        "auto"  # of the forward: "bfloat16" (autocast over float32 weights), "float32", auto by device
+    )
+    freeze: tuple[str, ...] | None = None  # patterns searched in parameter names; None: the vision tower
+    lora_rank: int = 0  # 0: train the weights themselves
+    lora_alpha: float | None = None  # 2 * rank unless given
+    lora_targets: str = LORA_TARGETS  # pattern that the whole module name matches
+    gradient_checkpointing: bool = False
+    end_of_turn: str | None = None  # what the selection was scored with unless given
+    max_length: int | None = None  # the model's context unless given; longer samples lose their end
+    workers: int = 0  # processes that decode and tokenise ahead of the model
+    seed: int = 0
+    log_every: int = 10  # steps between two calls of on_progress, which read the loss back from the device
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"{name} = {getattr(self, name)}, expected at least 1")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise TrainError(f"dtype = {self.dtype!r}, expected auto, float32 or bfloat16")
+
+
+@dataclass
+class TrainProgress:
+    """Where a run stands; handed to the `on_progress` callback. str() gives a log line."""
+
+    steps: int
+    step: int = 0
+    loss: float = math.nan  # of the last step, nats a token
+    lr: float = 0.0
+    grad_norm: float = math.nan
+    samples: int = 0  # seen so far, on all devices
+    tokens: int = 0  # kept tokens trained on so far
+    truncated: int = 0  # answers cut short so far
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def seconds_left(self) -> float:
+        return self.seconds / max(self.step, 1) * (self.steps - self.step)
+
+    def __str__(self) -> str:
+        minutes, seconds = divmod(int(self.seconds_left), 60)
+        return (
+            f"step {self.step}/{self.steps}  loss {self.loss:.4f}  lr {self.lr:.2e}  "
+            f"grad norm {self.grad_norm:.3g}  {self.samples / max(self.seconds, 1e-9):.1f} samples/s  "
+            f"{self.tokens:,} tokens  {minutes}:{seconds:02d} left"
+        )
+
+
+@dataclass
+class TrainResult:
+    """What a run did. `model` is the trained model itself, in eval mode, on its device."""
+
+    model: nn.Module = field(repr=False)
+    out: Path | None
+    steps: int
+    interrupted: bool
+    losses: list[float] = field(repr=False)  # one a step: mean over its kept tokens, nats
+    samples: int  # seen, repetitions included
+    tokens: int  # kept tokens trained on, repetitions included
+    truncated: int  # answers cut short by max_length, repetitions included
+    kept: int  # samples with a selected token
+    dropped: int  # samples without
+    broken: int  # records that never became samples
+    seconds: float
+
+
+def train(
+    model: Any,
+    data: str | Path | Iterable[Record],
+    selection: Selection | str | Path | None,
+    out: str | Path | None,
+    *,
+    processor: Any = None,
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[TrainProgress], None] | None = None,
+    **settings: Any,
+) -> TrainResult:
+    """Trains a model on the selected answer tokens with AdamW, and saves model, processor and ``train.json``.
+
+    model: a checkpoint folder, a name on the hub, a `LoadedModel`, or a transformers model (then give `processor`
+        too). A model in memory is trained in place.
+    data: a file or folder as `vig.samples.read_samples` takes, or an iterable of Samples or Encoded samples.
+    selection: a folder of ``vig select``, a mapping key -> (keep, token_ids, token_keep), or None for all tokens.
+    out: folder of the checkpoint, None to save nothing. One that holds a checkpoint is refused unless `overwrite`.
+    settings: the fields of `TrainSettings`.
+
+    Ctrl-C ends the run after the current step and saves what there is; a second one stops at once. The folder is
+    complete when it holds train.json. Same inputs, settings, machine and thread count give the same weights.
+    Under ``accelerate launch`` or torchrun it runs on several devices, with the same loss.
+    Raises TrainError, SampleError (by key, for records that do not fit the selection) and HeadError.
+    """
+    settings = TrainSettings(**settings)
+    accelerator = _accelerator()
+    name, model, processor = _model(model, processor, settings, accelerator)
+    out = _prepare_folder(out, overwrite) if out is not None else None
+    torch.manual_seed(settings.seed)
+    model = _trainable(model, settings)
+
+    table = read_selection(selection) if isinstance(selection, str | Path) else selection
+    records = data
+    if isinstance(data, str | Path):
+        records = read_samples(data, image_root=image_root, limit=limit)
+    kept = keep_samples(islice(records, limit), table)
+    if not kept.samples:
+        raise TrainError(f"nothing to train on: {kept.dropped} samples not selected, {kept.broken} broken")
+    collator = SelectiveCollator(
+        processor,
+        table,
+        end_of_turn=settings.end_of_turn,
+        max_length=settings.max_length or _context(model),
+        image_root=image_root,
+        counts=True,
+    )
+    plan = plan_batches(len(kept.samples), settings, accelerator.num_processes, accelerator.process_index)
+    loader = DataLoader(
+        kept.samples,
+        batch_sampler=plan,
+        collate_fn=collator,
+        num_workers=settings.workers,
+        worker_init_fn=_leave_ctrl_c_to_the_parent,
+    )
+
+    model = accelerator.prepare(model)
+    progress, losses, interrupted = _run(accelerator, model, loader, settings, on_progress)
+    model = accelerator.unwrap_model(model).eval()
+    result = TrainResult(
+        model=model,
+        out=out,
+        steps=progress.step,
+        interrupted=interrupted,
+        losses=losses,
+        samples=progress.samples,
+        tokens=progress.tokens,
+        truncated=progress.truncated,
+        kept=len(kept.samples),
+        dropped=kept.dropped,
+        broken=kept.broken,
+        seconds=progress.seconds,
+    )
+    if out is not None and accelerator.is_main_process:
+        made_of = {"model": name, "data": str(data) if isinstance(data, str | Path) else None}
+        _save(result, processor, made_of | {"selection": getattr(table, "metadata", None)}, settings)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _run(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: DataLoader,
+    settings: TrainSettings,
+    on_progress: Callable[[TrainProgress], None] | None,
+) -> tuple[TrainProgress, list[float], bool]:
+    """The loop: one optimiser step a turn. Returns where it ended, the loss of each step, and if it was stopped."""
+    steps = len(loader) // settings.accumulate
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(_groups(model, settings), lr=settings.lr, betas=settings.betas)
+    schedule = transformers.get_scheduler(
+        settings.schedule,
+        optimizer,
+        num_warmup_steps=round(settings.warmup * steps),
+        num_training_steps=steps,
+    )
+    progress, losses, stopped = TrainProgress(steps), [], False
+    arriving = iter(loader)
+    model.train()
+    with _stop_on_ctrl_c() as stop:
+        for step in range(steps):
+            micro_batches = list(islice(arriving, settings.accumulate))
+            kept = [batch.pop("num_kept") for batch in micro_batches]
+            truncated = sum(batch.pop("num_truncated") for batch in micro_batches)
+            tokens, truncated, stopped = _over_all(accelerator, [sum(kept), truncated, stop.is_set()])
+            if stopped:
+                break
+            loss = torch.zeros((), device=accelerator.device)
+            for number, (batch, num_kept) in enumerate(zip(micro_batches, kept, strict=True), 1):
+                last = number == settings.accumulate  # DDP exchanges gradients once a step
+                batch = send_to_device(batch, accelerator.device)
+                with nullcontext() if last else accelerator.no_sync(model):
+                    with _autocast(accelerator, settings):
+                        part = selective_loss(
+                            model, batch, num_items=tokens, num_kept=num_kept, z_loss=settings.z_loss
+                        )
+                    # DDP averages the gradients over the processes; tokens counts those of all of them
+                    (part * accelerator.num_processes).backward()
+                loss += part.detach()
+            norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
+            progress.lr = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss)
+            progress.step = step + 1
+            progress.samples += settings.batch_size * settings.accumulate * accelerator.num_processes
+            progress.tokens += tokens
+            progress.truncated += truncated
+            if progress.step % settings.log_every == 0 or progress.step == steps:
+                _report(accelerator, progress, loss, norm, on_progress)
+    losses = accelerator.reduce(torch.stack(losses), "sum").tolist() if losses else []
+    return progress, losses, bool(stopped)
+
+
+# --- before the loop ---
+
+
+def _accelerator() -> Accelerator:
+    """Data parallelism alone. Text-only samples leave the projector unused, so DDP must look for such parameters."""
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise TrainError(
+            f"this loop does not shard the model ({accelerator.distributed_type.value}). Use SelectiveTrainer"
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise TrainError("float16 needs a gradient scaler, which this loop has not. Use bfloat16 or float32")
+    return accelerator
+
+
+def _model(
+    model: Any, processor: Any, settings: TrainSettings, accelerator: Accelerator
+) -> tuple[str, nn.Module, Any]:
+    """Its name, the model with float32 weights (16-bit ones stay only where LoRA freezes them), its processor."""
+    if isinstance(model, str | Path):
+        frozen = settings.lora_rank and _computes_in(settings, accelerator) == torch.bfloat16
+        model = load(model, dtype="bfloat16" if frozen else "float32", device=accelerator.device)
+    if isinstance(model, LoadedModel):
+        return model.name, model.model, processor or model.processor
+    if processor is None:
+        raise TrainError("a loaded model was given without its processor. Give processor=")
+    return model.config.name_or_path or type(model).__name__, model, processor
+
+
+def _trainable(model: nn.Module, settings: TrainSettings) -> nn.Module:
+    """Freezes what `settings` say, or puts LoRA adapters around the frozen model."""
+    if settings.lora_rank:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise TrainError('LoRA needs peft: pip install "vig-kernels[trl]"') from error
+        alpha = settings.lora_alpha or 2 * settings.lora_rank
+        model = get_peft_model(
+            model, LoraConfig(r=settings.lora_rank, lora_alpha=alpha, target_modules=settings.lora_targets)
+        )
+    for pattern in VISION_TOWER if settings.freeze is None else settings.freeze:
+        found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+        if not found and settings.freeze is not None:
+            names = ", ".join(list(dict(model.named_parameters()))[:3])
+            raise TrainError(f"freeze = {pattern!r} matches no parameter. They are called {names}, ...")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise TrainError("every parameter is frozen: nothing to train")
+    for name, parameter in trained:
+        if parameter.dtype != torch.float32:
+            raise TrainError(
+                f"{name} is {parameter.dtype}: AdamW's small steps would be rounded away. Load the model with "
+                "dtype float32; the forward still runs in bfloat16"
+            )
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _context(model: nn.Module) -> int | None:
+    return getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def plan_batches(n: int, settings: TrainSettings, world: int = 1, rank: int = 0) -> list[list[int]]:
+    """Which of the n samples each micro-batch of this process holds, in order: a pure function of the seed.
+
+    The samples run in a new random order each epoch, without a break between epochs; every step takes the same
+    number. Steps are the same samples for any split of a step into accumulate x batch_size x world.
+    """
+    per_step = settings.batch_size * settings.accumulate * world
+    steps = settings.max_steps or max(1, math.ceil(settings.epochs * n / per_step))
+    order: list[int] = []
+    epoch = 0
+    while len(order) < steps * per_step:
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+        order += torch.randperm(n, generator=generator).tolist()
+        epoch += 1
+    mine = order[: steps * per_step][rank::world]
+    return [mine[at : at + settings.batch_size] for at in range(0, len(mine), settings.batch_size)]
+
+
+def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+# --- in the loop ---
+
+
+def _computes_in(settings: TrainSettings, accelerator: Accelerator) -> torch.dtype:
+    if settings.dtype == "auto":
+        able = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if able else torch.float32
+    return getattr(torch, settings.dtype)
+
+
+def _autocast(accelerator: Accelerator, settings: TrainSettings) -> torch.autocast:
+    dtype = _computes_in(settings, accelerator)
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def _over_all(accelerator: Accelerator, counts: list[int]) -> list[int]:
+    """The sums of counts over all processes."""
+    if accelerator.num_processes == 1:
+        return counts
+    return accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
+
+
+def _report(
+    accelerator: Accelerator,
+    progress: TrainProgress,
+    loss: Tensor,
+    norm: Tensor,
+    on_progress: Callable[[TrainProgress], None] | None,
+) -> None:
+    progress.loss, progress.grad_norm = accelerator.reduce(loss, "sum").item(), norm.item()
+    if not (math.isfinite(progress.loss) and math.isfinite(progress.grad_norm)):
+        raise TrainError(
+            f"step {progress.step}: the loss is {progress.loss}, the gradient norm {progress.grad_norm}. "
+            "Lower lr or lengthen warmup"
+        )
+    if on_progress is not None and accelerator.is_main_process:
+        on_progress(progress)
+
+
+def _leave_ctrl_c_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _stop_on_ctrl_c() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second one interrupts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals reach the main thread alone
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# --- after the loop ---
+
+
+def _prepare_folder(out: str | Path, overwrite: bool) -> Path:
+    """Makes the folder and proves, before hours of work, that it can be written."""
+    out = Path(out)
+    if not overwrite and ((out / RECORD).exists() or (out / "config.json").exists()):
+        raise TrainError(f"{out} holds a checkpoint already. Choose another folder, or overwrite it")
+    with explain_write_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".partial"
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
+    return out
+
+
+def _save(result: TrainResult, processor: Any, made_of: dict[str, Any], settings: TrainSettings) -> None:
+    """Writes beside the final names, then renames; train.json comes last and says that the rest is whole."""
+    out = result.out
+    partial = out / ".partial"
+    with explain_write_errors(out):
+        shutil.rmtree(partial, ignore_errors=True)
+        result.model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        for old in (
+            out / RECORD,
+            *out.glob("*.safetensors*"),
+        ):  # other shards would be loaded with the new ones
+            old.unlink(missing_ok=True)
+        for file in sorted(partial.iterdir()):
+            if (out / file.name).is_dir():
+                shutil.rmtree(out / file.name)
+            file.replace(out / file.name)
+        partial.rmdir()
+    versions = {name: package_metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    record = {
+        **made_of,
+        "settings": asdict(settings),
+        "versions": versions,
+        **{name: value for name, value in vars(result).items() if name not in ("model", "out")},
+    }
+    write_atomically(out / RECORD, json.dumps(record, indent=1).encode())
