@@ -179,6 +179,62 @@ def select(
 
 
 @app.command()
+def train(
+    model: Model,
+    data: Data,
+    folder: Annotated[Path, typer.Option("-o", "--out", help="Folder of the trained checkpoint.")],
+    selection: Annotated[
+        Path | None, typer.Option(help="Folder of the selection. Without: all tokens.")
+    ] = None,
+    image_root: ImageRoot = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the kept samples.")] = 1.0,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a micro-batch.")] = 8,
+    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
+    schedule: Annotated[str, typer.Option(help="cosine, linear, constant_with_warmup, ...")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.03,
+    weight_decay: Annotated[float, typer.Option()] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option()] = 1.0,
+    z_loss: Annotated[float, typer.Option(help="Weight of lse^2.")] = 0.0,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of frozen parameters; repeat. Default: the vision tower."),
+    ] = None,
+    lora: Annotated[
+        int | None, typer.Option(min=1, help="Train a LoRA adapter of this rank (needs peft).")
+    ] = None,
+    dtype: Dtype = "auto",
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode and tokenise ahead.")] = 0,
+    end_of_turn: Annotated[
+        str | None, typer.Option(help="template, add or drop. Default: as the selection was scored.")
+    ] = None,
+    max_length: MaxLength = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    limit: Limit = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")
+    ] = False,
+) -> None:
+    """Train on the selected tokens of the selected samples, with the fused masked loss."""
+    from vig.train import train as run
+
+    with terminal.training(err) as on_progress:
+        result = run(
+            model, data, selection, folder, image_root=image_root, limit=limit, overwrite=overwrite,
+            on_progress=on_progress, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
+            accumulate=accumulate, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm, z_loss=z_loss, freeze=tuple(freeze) if freeze else None, lora_rank=lora_rank,
+            dtype=dtype, end_of_turn=end_of_turn, max_length=max_length, seed=seed,
+            gradient_checkpointing=gradient_checkpointing, workers=workers,
+        )  # fmt: skip
+    terminal.show_training(out, result)
+    if result.broken:
+        raise typer.Exit(SOME_FAILED)
+
+
+@app.command()
 def report(
     scores: Annotated[Path, typer.Argument(help="Folder of scores.")],
     page: Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")] = Path("report.html"),

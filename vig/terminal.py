@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vig.inspect import Inspection
     from vig.null_image import NullSettings
     from vig.score import Estimate, Progress
+    from vig.train import TrainProgress, TrainResult
 
 LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
 SHOWN_ERRORS = 10
@@ -76,6 +77,43 @@ def _log_lines(console: Console, verb: str) -> Callable[[Progress], None]:
         )
 
     return show
+
+
+@contextmanager
+def training(console: Console) -> Iterator[Callable[[TrainProgress], None]]:
+    """A callback that shows a training run: a bar on a terminal, plain log lines elsewhere."""
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def log(state: TrainProgress) -> None:
+            nonlocal last
+            if time.monotonic() - last >= LOG_EVERY or state.step == state.steps:
+                last = time.monotonic()
+                console.print(str(state), markup=False)
+
+        yield log
+        return
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[state]}"))
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("training", total=None, state="")
+        yield lambda state: bar.update(task, completed=state.step, total=state.steps, state=str(state))
+
+
+def show_training(console: Console, result: TrainResult) -> None:
+    """The summary of `vig train`."""
+    console.print(
+        f"trained {result.steps:,} steps on {result.samples:,} samples, {result.tokens:,} kept tokens in "
+        f"{duration(result.seconds)}{' (interrupted)' if result.interrupted else ''}"
+    )
+    if result.losses:
+        console.print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} nats a kept token")
+    console.print(f"{result.kept:,} samples kept, {result.dropped:,} not selected")
+    if result.truncated:
+        console.print(f"{result.truncated:,} answers were cut short by max_length")
+    if result.broken:
+        console.print(f"{result.broken:,} records could not be read")
+    if result.out is not None:
+        console.print(f"checkpoint: {result.out}")
 
 
 def rate(state: Progress) -> str:
