@@ -201,9 +201,7 @@ def train(
         list[str] | None,
         typer.Option(help="Pattern of frozen parameters; repeat. Default: the vision tower."),
     ] = None,
-    lora: Annotated[
-        int | None, typer.Option(min=1, help="Train a LoRA adapter of this rank (needs peft).")
-    ] = None,
+    lora_rank: Annotated[int, typer.Option(min=0, help="Train LoRA adapters of this rank (needs peft).")] = 0,
     dtype: Dtype = "auto",
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode and tokenise ahead.")] = 0,
