@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -300,14 +302,15 @@ def test_ddp_hooks_fire(tmp_path):
 
 
 def test_autocast_of_a_wrapper_reaches_the_model():
-    accelerate = pytest.importorskip("accelerate")
+    AcceleratorState._reset_state()  # other tests have made accelerators without autocast
     model, inputs = build("llava"), batch("llava")
     exact = stock(model, inputs).item()
-    prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     loss = selective_loss(prepared, inputs)
     assert loss.dtype == torch.float32
     assert loss.item() != pytest.approx(exact, rel=1e-5)  # the layers ran in bfloat16
     assert loss.item() == pytest.approx(exact, rel=2e-2)
+    AcceleratorState._reset_state()
 
 
 # --- refusals ---

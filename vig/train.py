@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -22,8 +23,8 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import send_to_device
+from accelerate import DistributedType, PartialState
+from accelerate.utils import reduce, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -165,8 +166,8 @@ def train(
     Raises TrainError, SampleError (by key, for records that do not fit the selection) and HeadError.
     """
     settings = TrainSettings(**settings)
-    accelerator = _accelerator()
-    name, model, processor = _model(model, processor, settings, accelerator)
+    processes = _processes()
+    name, model, processor = _model(model, processor, settings, processes.device)
     out = _prepare_folder(out, overwrite) if out is not None else None
     torch.manual_seed(settings.seed)
     model = _trainable(model, settings)
@@ -186,7 +187,7 @@ def train(
         image_root=image_root,
         counts=True,
     )
-    plan = plan_batches(len(kept.samples), settings, accelerator.num_processes, accelerator.process_index)
+    plan = plan_batches(len(kept.samples), settings, processes.num_processes, processes.process_index)
     loader = DataLoader(
         kept.samples,
         batch_sampler=plan,
@@ -195,11 +196,9 @@ def train(
         worker_init_fn=_leave_ctrl_c_to_the_parent,
     )
 
-    model = accelerator.prepare(model)
-    progress, losses, interrupted = _run(accelerator, model, loader, settings, on_progress)
-    model = accelerator.unwrap_model(model).eval()
+    progress, losses, interrupted = _run(processes, model, loader, settings, on_progress)
     result = TrainResult(
-        model=model,
+        model=model.eval(),
         out=out,
         steps=progress.step,
         interrupted=interrupted,
@@ -212,15 +211,15 @@ def train(
         broken=kept.broken,
         seconds=progress.seconds,
     )
-    if out is not None and accelerator.is_main_process:
+    if out is not None and processes.is_main_process:
         made_of = {"model": name, "data": str(data) if isinstance(data, str | Path) else None}
         _save(result, processor, made_of | {"selection": getattr(table, "metadata", None)}, settings)
-    accelerator.wait_for_everyone()
+    processes.wait_for_everyone()
     return result
 
 
 def _run(
-    accelerator: Accelerator,
+    processes: PartialState,
     model: nn.Module,
     loader: DataLoader,
     settings: TrainSettings,
@@ -228,6 +227,7 @@ def _run(
 ) -> tuple[TrainProgress, list[float], bool]:
     """The loop: one optimiser step a turn. Returns where it ended, the loss of each step, and if it was stopped."""
     steps = len(loader) // settings.accumulate
+    model, world = _on_device(model, processes), processes.num_processes
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(_groups(model, settings), lr=settings.lr, betas=settings.betas)
     schedule = transformers.get_scheduler(
@@ -244,20 +244,20 @@ def _run(
             micro_batches = list(islice(arriving, settings.accumulate))
             kept = [batch.pop("num_kept") for batch in micro_batches]
             truncated = sum(batch.pop("num_truncated") for batch in micro_batches)
-            tokens, truncated, stopped = _over_all(accelerator, [sum(kept), truncated, stop.is_set()])
+            tokens, truncated, stopped = _over_all(processes, [sum(kept), truncated, stop.is_set()])
             if stopped:
                 break
-            loss = torch.zeros((), device=accelerator.device)
+            loss = torch.zeros((), device=processes.device)
             for number, (batch, num_kept) in enumerate(zip(micro_batches, kept, strict=True), 1):
                 last = number == settings.accumulate  # DDP exchanges gradients once a step
-                batch = send_to_device(batch, accelerator.device)
-                with nullcontext() if last else accelerator.no_sync(model):
-                    with _autocast(accelerator, settings):
+                batch = send_to_device(batch, processes.device)
+                with nullcontext() if last or world == 1 else model.no_sync():
+                    with _autocast(settings, processes.device):
                         part = selective_loss(
                             model, batch, num_items=tokens, num_kept=num_kept, z_loss=settings.z_loss
                         )
                     # DDP averages the gradients over the processes; tokens counts those of all of them
-                    (part * accelerator.num_processes).backward()
+                    (part * world).backward()
                 loss += part.detach()
             norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
             progress.lr = schedule.get_last_lr()[0]
@@ -266,37 +266,43 @@ def _run(
             optimizer.zero_grad()
             losses.append(loss)
             progress.step = step + 1
-            progress.samples += settings.batch_size * settings.accumulate * accelerator.num_processes
+            progress.samples += settings.batch_size * settings.accumulate * world
             progress.tokens += tokens
             progress.truncated += truncated
             if progress.step % settings.log_every == 0 or progress.step == steps:
-                _report(accelerator, progress, loss, norm, on_progress)
-    losses = accelerator.reduce(torch.stack(losses), "sum").tolist() if losses else []
+                _report(processes, progress, loss, norm, on_progress)
+    losses = reduce(torch.stack(losses), "sum").tolist() if losses else []
     return progress, losses, bool(stopped)
 
 
 # --- before the loop ---
 
 
-def _accelerator() -> Accelerator:
-    """Data parallelism alone. Text-only samples leave the projector unused, so DDP must look for such parameters."""
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise TrainError(
-            f"this loop does not shard the model ({accelerator.distributed_type.value}). Use SelectiveTrainer"
-        )
-    if accelerator.mixed_precision == "fp16":
-        raise TrainError("float16 needs a gradient scaler, which this loop has not. Use bfloat16 or float32")
-    return accelerator
+def _processes() -> PartialState:
+    """This process among the others. (An Accelerator would also carry over the precision of an earlier one.)"""
+    processes = PartialState()
+    sharded = processes.distributed_type == DistributedType.DEEPSPEED
+    if sharded or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise TrainError("this loop does not shard the model. For FSDP and DeepSpeed use SelectiveTrainer")
+    return processes
+
+
+def _on_device(model: nn.Module, processes: PartialState) -> nn.Module:
+    """Text-only samples leave the projector unused, so DDP must look for parameters without a gradient."""
+    model = model.to(processes.device)
+    if processes.num_processes == 1:
+        return model
+    devices = [processes.device] if processes.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
 
 
 def _model(
-    model: Any, processor: Any, settings: TrainSettings, accelerator: Accelerator
+    model: Any, processor: Any, settings: TrainSettings, device: torch.device
 ) -> tuple[str, nn.Module, Any]:
     """Its name, the model with float32 weights (16-bit ones stay only where LoRA freezes them), its processor."""
     if isinstance(model, str | Path):
-        frozen = settings.lora_rank and _computes_in(settings, accelerator) == torch.bfloat16
-        model = load(model, dtype="bfloat16" if frozen else "float32", device=accelerator.device)
+        frozen = settings.lora_rank and _computes_in(settings, device) == torch.bfloat16
+        model = load(model, dtype="bfloat16" if frozen else "float32", device=device)
     if isinstance(model, LoadedModel):
         return model.name, model.model, processor or model.processor
     if processor is None:
@@ -369,39 +375,40 @@ def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
 # --- in the loop ---
 
 
-def _computes_in(settings: TrainSettings, accelerator: Accelerator) -> torch.dtype:
+def _computes_in(settings: TrainSettings, device: torch.device) -> torch.dtype:
     if settings.dtype == "auto":
-        able = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        able = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if able else torch.float32
     return getattr(torch, settings.dtype)
 
 
-def _autocast(accelerator: Accelerator, settings: TrainSettings) -> torch.autocast:
-    dtype = _computes_in(settings, accelerator)
-    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+def _autocast(settings: TrainSettings, device: torch.device) -> torch.autocast:
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=_computes_in(settings, device) == torch.bfloat16
+    )
 
 
-def _over_all(accelerator: Accelerator, counts: list[int]) -> list[int]:
+def _over_all(processes: PartialState, counts: list[int]) -> list[int]:
     """The sums of counts over all processes."""
-    if accelerator.num_processes == 1:
+    if processes.num_processes == 1:
         return counts
-    return accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
+    return reduce(torch.tensor(counts, device=processes.device), "sum").tolist()
 
 
 def _report(
-    accelerator: Accelerator,
+    processes: PartialState,
     progress: TrainProgress,
     loss: Tensor,
     norm: Tensor,
     on_progress: Callable[[TrainProgress], None] | None,
 ) -> None:
-    progress.loss, progress.grad_norm = accelerator.reduce(loss, "sum").item(), norm.item()
+    progress.loss, progress.grad_norm = reduce(loss, "sum").item(), norm.item()
     if not (math.isfinite(progress.loss) and math.isfinite(progress.grad_norm)):
         raise TrainError(
             f"step {progress.step}: the loss is {progress.loss}, the gradient norm {progress.grad_norm}. "
             "Lower lr or lengthen warmup"
         )
-    if on_progress is not None and accelerator.is_main_process:
+    if on_progress is not None and processes.is_main_process:
         on_progress(progress)
 
 
