@@ -323,7 +323,7 @@ def _refuse_duplicates(scores, hashes: np.ndarray) -> None:
 def _tau_warnings(tau: float | None, metadata: dict) -> list[str]:
     if tau is None:
         return ["no scored sample has an image: there is no tau, and only text-only samples are kept"]
-    floor = metadata.get("notes", {}).get("noise_floor")
+    floor = metadata.get("noise_floor", metadata.get("notes", {}).get("noise_floor"))
     if tau <= LOW_TAU:
         return [
             f"tau = {tau:.3g} is at or under {LOW_TAU:g} nats: nearly every token passes; a tau_floor helps"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -146,7 +145,7 @@ def read_selection(path: str | Path) -> SelectionTable:
     """Open a selection for random access by key.
 
     Small ones are read into memory. From IN_MEMORY_BYTES (of decoded columns) on, an uncompressed copy is
-    written once, beside the selection or else in the temporary folder, and mapped into memory.
+    written once, beside the selection (or else in the user's cache folder), and mapped into memory.
     """
     path, files = Path(path), selection_files(path)
     document = json.dumps(selection_metadata(path))
@@ -167,10 +166,15 @@ def _mapped_copy(path: Path, files: list[Path]) -> Path:
     """An Arrow file of all rows, remade when a file of the selection has changed."""
     stamp = "-".join(f"{s.st_size:x}.{s.st_mtime_ns:x}" for s in (file.stat() for file in files))
     name = f".selection-{int(hash_keys(pa.array([stamp]))[0]):016x}.arrow"
-    home = files[0].parent if os.access(files[0].parent, os.W_OK) else Path(tempfile.gettempdir())
+    home = files[0].parent
+    if not os.access(home, os.W_OK):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vig"
     copy = home / name
-    if not copy.exists():
-        partial = copy.with_suffix(f".{os.getpid()}.tmp")
+    if copy.exists():
+        return copy
+    partial = copy.with_suffix(f".{os.getpid()}.tmp")
+    with explain_write_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
         try:
             with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SELECTION_SCHEMA) as writer:
                 for file in files:
@@ -243,8 +247,9 @@ class _Files:
         for path in self.paths:
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-        for old in self.folder.glob("selection-*.parquet"):
-            old.unlink()
+        for pattern in ("selection-*.parquet", ".selection-*.arrow"):
+            for old in self.folder.glob(pattern):
+                old.unlink()
         for path in self.paths:
             os.replace(path, self.folder / (path.name[1:].partition(".parquet")[0] + ".parquet"))
         sync_folder(self.folder)

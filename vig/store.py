@@ -56,7 +56,9 @@ __all__ = [
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 # Settings that may differ between a run and its resumption: they do not change what is scored.
-NOT_BINDING = frozenset({"library_version", "data", "image_root", "batch_tokens", "batch_size", "noise_floor"})
+NOT_BINDING = frozenset(
+    {"library_version", "data", "image_root", "batch_tokens", "batch_size", "noise_floor"}
+)
 PARQUET = {"compression": "zstd", "compression_level": 1, "use_dictionary": ["source", "status"]}
 
 

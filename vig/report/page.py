@@ -36,7 +36,7 @@ def render(page: Page) -> str:
         css=Markup((here / "page.css").read_text(encoding="utf-8")),
         charts=_charts(page),
         legend=legend(),
-        answer=lambda view: answer(view, page.tau),
+        answer=answer,
         widest=max((abs(word.vig) for word in [*page.highest, *page.lowest]), default=1.0) or 1.0,
         shade=shade,
     )
@@ -62,14 +62,14 @@ def legend() -> list[tuple[str, str]]:
     return [*below, ("z", "0"), *above]
 
 
-def answer(view: SampleView, tau: float | None = None) -> Markup:
+def answer(view: SampleView) -> Markup:
     """The answer's tokens as coloured spans. White space before a word stays outside its colour."""
     turns = dict(view.turns)
     out = []
     for index, text in enumerate(view.tokens):
         if index in turns:
             out.append(Markup('</p><p class="question">{}</p><p class="answer">').format(turns[index]))
-        body = text.lstrip(" ")
+        body = text.lstrip(" ") or text
         out.append("" if index in turns or not index else " " * (len(text) - len(body)))
         breaks = body.count("\n")
         body = body.replace("\n", "⏎") if body.strip("\n") == "" else body
@@ -82,18 +82,20 @@ def answer(view: SampleView, tau: float | None = None) -> Markup:
 
 
 def _token_look(view: SampleView, index: int) -> tuple[str, str]:
-    image = view.nll_image[index] if len(view.nll_image) else math.nan
-    if not len(view.vig):
-        return "z", f"NLL {image:.3f} nats, one pass: no VIG"
-    vig, special = view.vig[index], " special" if SPECIAL.fullmatch(view.tokens[index].strip()) else ""
-    kind, title = (
-        shade(vig) + special,
-        f"VIG {signed(vig)} = {view.nll_null[index]:.3f} (null) − {image:.3f} (image) nats",
-    )
-    if view.kept is None:
-        return kind, title
-    kept = view.kept[index]
-    return f"{kind} {'kept' if kept else 'left'}", f"{title}; {'trained on' if kept else 'not trained on'}"
+    """CSS classes and hover text of a token."""
+    image = view.nll_image[index]
+    if len(view.vig):
+        kinds = [shade(view.vig[index])]
+        parts = f"{view.nll_null[index]:.3f} (null) − {image:.3f} (image)"
+        title = f"VIG {signed(view.vig[index])} = {parts} nats"
+    else:
+        kinds, title = ["z"], f"NLL {image:.3f} nats, one pass: no VIG"
+    if SPECIAL.fullmatch(view.tokens[index].strip()):
+        kinds.append("special")
+    if view.kept is not None:
+        kinds.append("kept" if view.kept[index] else "left")
+        title += "; trained on" if view.kept[index] else "; not trained on"
+    return " ".join(kinds), title
 
 
 def picture(image: Image.Image, alt: str) -> Markup:
