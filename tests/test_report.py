@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from transformers import AutoProcessor
 
 from vig.report import Page, SampleView, render, report
 from vig.report.facts import Counter, gather
 from vig.report.glue import token_texts, words
 from vig.report.page import EXACT_PIXELS, legend, shade, signed, ticks
 from vig.select import select
-from vig.store import ScoreBlock, ScoreRow, ScoreWriter, StoreError, read_scores
+from vig.store import ScoreBlock, ScoreRow, ScoreWriter, StoreError, read_scores, score_metadata
 
 VOID = {"meta", "img", "path", "rect"}
 
@@ -215,6 +216,8 @@ def test_the_whole_page(scored, tmp_path):
         sum("left" in classes for classes, *_ in shown.tokens)
         == sum(len(e.token_keep) for e in entries) - kept
     )
+    bare = report(scored / "scores", tmp_path / "bare.html", samples=0)
+    assert not Checked(bare.read_text()).tokens and "Distribution" in bare.read_text()
     in_memory = report(scored / "scores", tmp_path / "same.html", selection=selection)
     assert in_memory.read_bytes() == path.read_bytes()
 
@@ -235,6 +238,14 @@ def test_missing_things_are_said(scored, tmp_path):
     shown = report(scored / "scores", tmp_path / "moved.html", data=moved, image_root=tmp_path)
     text = "".join(Checked(shown.read_text()).text)
     assert "7 of the samples shown are not in" in text and "no image at" in text
+    settings = {**score_metadata(scored / "scores"), "model": str(tmp_path / "moved")}
+    with ScoreWriter(tmp_path / "elsewhere", settings) as writer:
+        writer.write(
+            0, ScoreBlock.from_rows([ScoreRow("data.json#0", "i", "", "ok", [9], [0], [0.1], [0.4])])
+        )
+    processor = AutoProcessor.from_pretrained(scored / "model")
+    shown = report(tmp_path / "elsewhere", tmp_path / "elsewhere.html", processor=processor)
+    assert len(Checked(shown.read_text()).images) == 2
     with pytest.raises(StoreError, match="does not exist"):
         report(tmp_path / "nothing", tmp_path / "x.html")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +109,11 @@ class Viewer:
         """The picture made back from the processor's pixels, its null, and why there is none."""
         if self.processor is None:
             return images[0], None, "not made without the processor"
-        from transformers import AutoConfig
-
-        from vig.families import family_of
         from vig.loader import content_hash
         from vig.null_image import NullSettings, PixelRange, as_image, null_pictures
-        from vig.prompts import Encoder
 
-        family = family_of(AutoConfig.from_pretrained(self.metadata["model"]))
-        pixels = Encoder(self.processor).encode(sample, images).pixels
-        pictures, span = family.pictures(pixels), PixelRange.of(self.processor)
+        pixels = self._encoder.encode(sample, images).pixels
+        pictures, span = self._family.pictures(pixels), PixelRange.of(self.processor)
         clean = as_image(pictures[0], span)
         null = self.metadata.get("null") or {}
         settings = NullSettings(null.get("kind", "blur"), **_sigma(null))
@@ -129,6 +124,24 @@ class Viewer:
         seeds = [int(content_hash(image), 16) for image in images]
         seeds += seeds[-1:] * (len(pictures) - len(seeds))
         return clean, as_image(null_pictures(pictures, settings, span, seeds[: len(pictures)])[0], span), ""
+
+    @cached_property
+    def _encoder(self):
+        from vig.prompts import Encoder
+
+        return Encoder(self.processor)
+
+    @cached_property
+    def _family(self):
+        """From the model's config, or, where the model has moved, from the one beside the given processor."""
+        from transformers import AutoConfig
+
+        from vig.families import family_of
+
+        try:
+            return family_of(AutoConfig.from_pretrained(self.metadata["model"]))
+        except (OSError, ValueError, KeyError):
+            return family_of(AutoConfig.from_pretrained(self.tokenizer.name_or_path))
 
 
 def _sigma(null: dict) -> dict[str, float]:
