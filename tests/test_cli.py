@@ -1,0 +1,147 @@
+"""The commands as a user types them: output, exit codes, and one line for what the user can mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from vig.cli import app, main
+from vig.store import read_selection
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    """A checkpoint and a dataset on disk; record 3 has no image file, record 5 is text alone."""
+    folder = tmp_path_factory.mktemp("road")
+    tiny.llava_model().save_pretrained(folder / "model")
+    tiny.llava_processor().save_pretrained(folder / "model")
+    records = []
+    for number in range(12):
+        tiny.save_picture(folder / f"{number}.png", number)
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"red {number}"}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    records[3]["image"] = "nowhere.png"
+    records[5] = {
+        "id": "5",
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "ho"}],
+    }
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+def test_score_select_train_report(road, tmp_path):
+    said = call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
+    assert "scored 11 samples" in said and "1 text-only" in said
+    assert "data.json#3 (id '3'): no image at" in said and "--image-root" in said
+    assert "1 of 12 samples could not be scored" in said
+
+    said = call("select", tmp_path / "scores", "--p", "50", "-o", tmp_path / "selection")
+    assert "tau = " in said and "samples kept 5 of 10" in said
+    kept = read_selection(tmp_path / "selection")
+    assert kept["data.json#5"][0] and not kept["data.json#3"][0]
+
+    said = call(
+        "train", road / "model", road / "data.json", "--selection", tmp_path / "selection", "-o", tmp_path / "out",
+        "--lr", "1e-3", "--batch-size", "2",
+    )  # fmt: skip
+    assert "6 samples kept, 6 not selected" in said and (tmp_path / "out" / "model.safetensors").exists()
+
+    call("report", tmp_path / "scores", "--selection", tmp_path / "selection", "-o", tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "data:image/png;base64," in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_select_passes_its_options_on(road, tmp_path):
+    call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
+    said = call(
+        "select",
+        tmp_path / "scores",
+        "-o",
+        tmp_path / "s",
+        "--level",
+        "token",
+        "--clip",
+        "0.01",
+        "--tau-floor",
+        "9",
+    )
+    assert "level token" in said and "tau = 9 nats (the floor" in said
+    assert "a probability between 0 and 1" in call(
+        "select", tmp_path / "scores", "-o", tmp_path / "s", "--clip", "-1", code=2
+    )
+
+
+def test_dry_run_scores_nothing(road, tmp_path):
+    said = call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", "--dry-run", code=3)
+    assert "checked 12 records: 10 with images, 1 text-only" in said
+    assert "estimate:" in said and "nothing was scored" in said
+    assert not (tmp_path / "scores").exists()
+
+
+def test_inspect_a_record_and_a_photograph(road, tmp_path):
+    picture = tmp_path / "seen.png"
+    said = call("inspect", road / "model", road / "data.json", "--index", "2", "-o", picture)
+    assert "data.json#2" in said and "<image> x 16" in said and "sample VIG" in said and picture.exists()
+    tiny.picture(5, (640, 480)).save(tmp_path / "photo.jpg")
+    said = call(
+        "inspect", road / "model", tmp_path / "photo.jpg", "--question", "What?", "--answer", "A red thing",
+        "-o", picture,
+    )  # fmt: skip
+    assert "photo.jpg" in said and "A red thing" not in said.split("NLL")[1] and "VIG" in said
+
+
+def test_wrong_usage_exits_with_2(road, tmp_path):
+    arguments = ("score", road / "model", road / "data.json", "-o", tmp_path / "s")
+    assert "0 <= i < n" in call(*arguments, "--shard", "4/4", code=2)
+    assert "expected failed" in call(*arguments, "--retry", "all", code=2)
+    call("score", road / "model", code=2)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("score", "model", "nowhere.json", "-o", "s"), "no such data: nowhere.json"),
+        (("score", "nowhere", "data.json", "-o", "s"), "cannot load nowhere"),
+        (("score", "model", "data.json", "-o", "s", "--null", "fog"), "null = 'fog', expected one of blur"),
+        (("select", "nowhere", "-o", "s"), "nowhere does not exist"),
+        (("inspect", "model", "data.json", "--index", "99"), "has no record number 99"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_1(road, arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(road)
+    monkeypatch.setattr(sys, "argv", ["vig", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert message in said and said.count("vig: ") == 1
+    monkeypatch.setenv("VIG_TRACEBACK", "1")
+    with pytest.raises((ValueError, OSError, RuntimeError)):
+        main()
+
+
+def test_python_dash_m_vig_is_the_same_program(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "vig", "select", "nowhere", "-o", "s"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "nowhere does not exist" in done.stderr and "Traceback" not in done.stderr
