@@ -60,17 +60,13 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t is None or t.dtype not in FLOATS else t.to(dtype) for t in tensors)
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
 def linear(hiddens: dict[str, Tensor], weight, target, bias, ignore_index) -> Flat:
     """Check shapes, dtypes and devices of a linear op (one hidden or two), apply autocast, flatten to (N, D)."""
     for name, hidden in hiddens.items():
-        tensor(
-            name,
-            hidden,
-            (*FLOATS, torch.float64) if torch.is_autocast_enabled(hidden.device.type) else FLOATS,
-        )
+        tensor(name, hidden, FLOATS)
         require(hidden.ndim >= 1, ValueError, f"expected {name} (..., D), got a 0-d tensor")
     tensor("weight", weight, FLOATS)
     tensor("target", target, (torch.int64, torch.int32))

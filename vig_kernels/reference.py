@@ -6,6 +6,7 @@ all of them are differentiable by autograd (torch.autograd.gradcheck holds in fl
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -98,6 +99,7 @@ def gaussian_blur(images, sigma, *, truncate=3.0, border="reflect"):
     return out.round().clamp(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else out
 
 
+@functools.lru_cache(maxsize=64)
 def _blur_matrix(size, sigma, truncate, border) -> Tensor:
     radius = math.ceil(truncate * sigma)
     taps = [math.exp(-(k**2) / (2 * sigma**2)) if sigma > 0 else 1.0 for k in range(-radius, radius + 1)]

@@ -1,0 +1,172 @@
+"""Choosing a backend, what is public, and the errors that all linear ops share."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vig_kernels
+from vig_kernels import (
+    BackendUnavailable,
+    backends,
+    dispatch,
+    linear_cross_entropy,
+    linear_nll,
+    linear_vig,
+    reference,
+)
+
+CPU = torch.device("cpu")
+HIDDEN, WEIGHT, TARGET = torch.randn(4, 8), torch.randn(11, 8), torch.tensor([0, 10, -100, 3])
+
+
+def test_public_names():
+    ops = {"linear_nll", "linear_vig", "linear_cross_entropy", "gaussian_blur"}
+    assert set(vig_kernels.__all__) == ops | {"backends", "BackendUnavailable", "TokenVIG"}
+
+
+def test_auto_takes_the_best_that_can_run(monkeypatch):
+    monkeypatch.delenv("VIG_BACKEND", raising=False)
+    able = {"triton": "no GPU", "cpu": None, "torch": None, "reference": None}
+    monkeypatch.setattr(dispatch, "why_not", lambda op, name, device: able[name])
+    assert dispatch.resolve("linear_nll", "auto", CPU) == "cpu"
+    able["cpu"] = "not built"
+    assert dispatch.resolve("linear_nll", "auto", CPU) == "torch"
+    assert dispatch.resolve("linear_nll", "reference", CPU) == "reference"
+    with pytest.raises(
+        BackendUnavailable, match="linear_nll cannot run on cpu with backend='cpu'; cpu: not built"
+    ):
+        dispatch.resolve("linear_nll", "cpu", CPU)
+    able["torch"] = able["reference"] = "broken"
+    with pytest.raises(
+        BackendUnavailable, match="triton: no GPU; cpu: not built; torch: broken; reference: broken"
+    ):
+        dispatch.resolve("linear_nll", "auto", CPU)
+
+
+def test_environment_overrides_auto_only(monkeypatch):
+    monkeypatch.setenv("VIG_BACKEND", "reference")
+    assert dispatch.resolve("linear_nll", "auto", CPU) == "reference"
+    assert dispatch.resolve("linear_nll", "torch", CPU) == "torch"
+    monkeypatch.setenv("VIG_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="VIG_BACKEND=fastest is not one of 'auto', 'triton'"):
+        linear_nll(HIDDEN, WEIGHT, TARGET)
+    with pytest.raises(ValueError, match="backend='best' is not one of"):
+        linear_nll(HIDDEN, WEIGHT, TARGET, backend="best")
+
+
+def test_a_module_that_is_missing_or_broken_has_a_reason(tmp_path, monkeypatch):
+    broken = tmp_path / "linear_nll_triton.py"
+    broken.write_text("import a_package_that_is_not_there\n")
+    monkeypatch.setattr(vig_kernels, "__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "vig_kernels.linear_nll_triton", raising=False)
+    load = dispatch._load.__wrapped__
+    assert "a_package_that_is_not_there" in load("linear_nll", "triton")
+    assert load("linear_nll", "cpu") == "not part of this build"
+
+
+def test_backends_lists_every_op():
+    states = backends()
+    assert {key[0] for key in states} == set(dispatch.OPS)
+    assert all(
+        states[op, "torch", "cpu"] is None and states[op, "reference", "cpu"] is None for op in dispatch.OPS
+    )
+    listing = subprocess.run(
+        [sys.executable, "-m", "vig_kernels"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=dict(os.environ),
+    ).stdout
+    assert "compiled part" in listing
+    for op, backend, _ in states:
+        assert any(line.split()[:2] == [op, backend] for line in listing.splitlines())
+
+
+def test_reference_runs_like_any_backend():
+    hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.bfloat16().float().requires_grad_()
+    options = {"stats": ("lse", "argmax"), "backend": "reference"}
+    nll, sinks = linear_nll(hidden, weight, TARGET, **options)
+    exact = reference.linear_nll(hidden, weight, TARGET)
+    assert nll.dtype == sinks["lse"].dtype == torch.float32 and torch.equal(nll, exact.float())
+    nll.sum().backward()
+    assert hidden.grad.dtype == torch.float32 and hidden.grad.any()
+    loss = linear_cross_entropy(hidden, weight, TARGET, backend="reference")
+    torch.testing.assert_close(loss, exact.sum().float() / 3)
+    found = linear_vig(hidden, hidden + 1, weight, TARGET, backend="reference")
+    torch.testing.assert_close(found.nll_image, nll.detach())
+
+
+class DTensor(torch.Tensor):
+    """Stands for torch.distributed.tensor.DTensor, which needs a process group."""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.randn(11, 7)}, r"expected weight \(V, 8\) to fit hidden \(4, 8\).* got \(11, 7\)"),
+        ({"weight": torch.randn(0, 8)}, r"got \(0, 8\) \(a ZeRO-3 shard"),
+        ({"weight": torch.randn(8)}, r"got \(8,\)"),
+        (
+            {"weight": torch.randn(11, 8).half()},
+            "hidden and weight of one dtype, got torch.float32 and torch.float16",
+        ),
+        (
+            {"weight": torch.randn(11, 8).double()},
+            "expected weight of dtype float32, bfloat16, float16, got float64",
+        ),
+        ({"weight": torch.randn(11, 8).as_subclass(DTensor)}, r"weight is a DTensor.*full_tensor\(\)"),
+        ({"hidden": [[1.0]]}, "expected hidden to be a torch.Tensor, got list"),
+        ({"hidden": torch.tensor(1.0)}, "expected hidden .* got a 0-d tensor"),
+        ({"target": torch.tensor([0, 1])}, r"expected target \(4,\) to fit hidden \(4, 8\), got \(2,\)"),
+        ({"target": torch.tensor([0.0, 1, 2, 3])}, "expected target of dtype int64, int32, got float32"),
+        ({"target": torch.tensor([0, 1, 11, 3])}, r"target\[2\] = 11 is not in \[0, 11\)"),
+        ({"target": torch.tensor([0, -1, 1, 3])}, r"target\[1\] = -1 is not in \[0, 11\)"),
+        ({"bias": torch.randn(10)}, r"expected bias \(11,\), got \(10,\)"),
+        ({"logit_scale": float("inf")}, "logit_scale=inf is not a finite number"),
+        ({"logit_scale": "1"}, "expected logit_scale to be a number, got str '1'"),
+        ({"logit_softcap": 0.0}, "logit_softcap=0.0 is not a finite positive number"),
+        ({"ignore_index": None}, "expected ignore_index to be an int, got NoneType"),
+        ({"weight": torch.empty(11, 8, device="meta")}, "expected hidden on meta with weight, got cpu"),
+    ],
+)
+@pytest.mark.parametrize("op", [linear_nll, linear_vig, linear_cross_entropy], ids=lambda op: op.__name__)
+def test_bad_arguments_show_their_value(op, change, message):
+    arguments = {"hidden": HIDDEN, "weight": WEIGHT, "target": TARGET} | change
+    hidden, weight, target = (arguments.pop(name) for name in ("hidden", "weight", "target"))
+    hiddens = (hidden, hidden) if op is linear_vig else (hidden,)
+    if op is linear_vig:
+        message = message.replace("hidden", "hidden_image")
+    for backend in ("torch", "reference"):
+        with pytest.raises((ValueError, TypeError), match=message):
+            op(*hiddens, weight, target, **arguments, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("op", "options", "message"),
+    [
+        (linear_nll, {"stats": ("lse", "top5")}, "stats='top5' is not one of 'lse', 'entropy', 'argmax'"),
+        (linear_nll, {"stats": "lse"}, r"expected stats to be a tuple such as \('lse',\)"),
+        (linear_cross_entropy, {"reduction": "avg"}, "reduction='avg' is not one of"),
+        (linear_cross_entropy, {"memory": "tiny"}, "memory='tiny' is not one of"),
+        (
+            linear_cross_entropy,
+            {"token_weight": torch.ones(3)},
+            r"expected token_weight \(4,\) as target, got \(3,\)",
+        ),
+        (linear_cross_entropy, {"num_items": torch.ones(2)}, r"expected num_items 0-d, got \(2,\)"),
+        (linear_cross_entropy, {"num_items": "3"}, "expected num_items to be a number, got str '3'"),
+        (linear_cross_entropy, {"num_kept": 2.0}, "expected num_kept to be an int, got float 2.0"),
+        (linear_cross_entropy, {"z_loss": float("nan")}, "z_loss=nan is not a finite number"),
+    ],
+)
+def test_bad_options_show_their_value(op, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        op(HIDDEN, WEIGHT, TARGET, **options)
+
+
+def test_the_two_passes_must_fit():
+    with pytest.raises(ValueError, match=r"expected hidden_null \(4, 8\) as hidden_image, got \(3, 8\)"):
+        linear_vig(HIDDEN, HIDDEN[:3], WEIGHT, TARGET)

@@ -1,0 +1,232 @@
+"""linear_cross_entropy against float64: options, reductions, gradients formed early or late."""
+
+import pytest
+import torch
+from cases import CASES, DTYPES, Case, assert_gradients, bound, eager_logits, make, runners
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vig_kernels import linear_cross_entropy, linear_cross_entropy_torch, linear_nll_torch, reference
+
+every = pytest.mark.parametrize(("backend", "device"), runners("linear_cross_entropy"))
+PLAIN = Case("plain", N=9, D=16, V=50, bias=True)
+
+
+def losses(inputs, options, backend):
+    args = (inputs.hidden, inputs.weight, inputs.target)
+    found = linear_cross_entropy(*args, **inputs.options, **options, backend=backend)
+    exact_options = {k: v for k, v in options.items() if k not in ("memory", "num_kept")}
+    return found, reference.linear_cross_entropy(*args, **inputs.options, **exact_options)
+
+
+def eager_loss(inputs, token_weight, z_loss, reduction):
+    """Same-dtype eager PyTorch: the yardstick of the gradients' error."""
+    log_z = eager_logits(inputs)
+    lse = log_z.logsumexp(-1)
+    ignore_index = inputs.options.get("ignore_index", -100)
+    valid = inputs.target != ignore_index
+    nll = torch.nn.functional.cross_entropy(log_z, inputs.target, ignore_index=ignore_index, reduction="none")
+    weight = token_weight.masked_fill(~valid, 0.0)
+    total = (weight * (nll + z_loss * lse.square())).sum()
+    divisor = weight.sum() if reduction == "mean" else torch.tensor(1.0)
+    return total / divisor if divisor else total * 0.0
+
+
+@every
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "logits-1e4"], ids=str)
+def test_weighted_loss_and_gradients(case, dtype, memory, backend, device):
+    for reduction in ("mean", "sum"):
+        inputs = make(case, dtype, device, grad=True)
+        token_weight = torch.rand(case.N, generator=torch.Generator().manual_seed(3)).to(device)
+        z_loss = (
+            1e-3 if case.V > 1 else 0.0
+        )  # with one word the rest of the gradient cancels to rounding errors
+        options = {"token_weight": token_weight, "z_loss": z_loss, "reduction": reduction, "memory": memory}
+        found, exact = losses(inputs, options, backend)
+        eager = eager_loss(inputs, token_weight, z_loss, reduction)
+        slack = (bound(inputs) * (1 + 2e-3 * 100)).sum() if case.N else 0.0
+        assert found.dtype == torch.float32 and found.shape == ()
+        assert abs(found - exact) <= slack + 2e-6 * abs(exact)
+        assert_gradients(
+            *(torch.autograd.grad(loss * 3.5, inputs.leaves()) for loss in (found, exact, eager)),
+        )
+
+
+@every
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "sum"},
+        {"num_items": 17},
+        {"num_items": 2.5, "reduction": "sum"},
+        {"num_items": torch.tensor(17)},
+        {"num_kept": 6},
+        {"z_loss": 0.01, "num_items": torch.tensor(4.0)},
+    ],
+    ids=str,
+)
+def test_divisors(options, memory, backend, device):
+    inputs = make(PLAIN, torch.float32, device, grad=True)
+    found, exact = losses(inputs, {**options, "memory": memory}, backend)
+    torch.testing.assert_close(found, exact.float())
+    for mine, truth in zip(
+        torch.autograd.grad(found, inputs.leaves()), torch.autograd.grad(exact, inputs.leaves()), strict=True
+    ):
+        torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-6)
+
+
+@every
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_to_learn(dtype, memory, backend, device):
+    zeros = torch.zeros(9, device=device)
+    for change in (
+        {"ignored": "all"},
+        {"N": 0, "ignored": "none"},
+        {"options": {"num_items": 0}},
+        {"options": {"num_items": torch.tensor(0)}},
+        {"options": {"token_weight": zeros}},
+    ):
+        options = change.pop("options", {})
+        inputs = make(
+            Case("empty", **{"N": 9, "D": 16, "V": 50, "bias": True} | change), dtype, device, grad=True
+        )
+        args = (inputs.hidden, inputs.weight, inputs.target)
+        loss = linear_cross_entropy(*args, **inputs.options, **options, memory=memory, backend=backend)
+        loss.backward()
+        assert loss.item() == 0.0
+        assert all(leaf.grad is not None and not leaf.grad.any() for leaf in inputs.leaves())
+
+
+@every
+def test_no_reduction_takes_any_upstream(backend, device):
+    inputs = make(PLAIN, torch.float32, device, grad=True)
+    token_weight = torch.rand(9, device=device, requires_grad=True)
+    found, exact = losses(inputs, {"reduction": "none", "token_weight": token_weight, "z_loss": 0.1}, backend)
+    assert found.shape == (9,) and (found[inputs.target == -100] == 0).all()
+    torch.testing.assert_close(found, exact.float())
+    upstream = torch.randn(9, device=device)
+    leaves = [*inputs.leaves(), token_weight]
+    for mine, truth in zip(
+        torch.autograd.grad(found, leaves, upstream),
+        torch.autograd.grad(exact, leaves, upstream.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-6)
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_twice_gives_twice_the_gradient(dtype, backend, device):
+    inputs = make(PLAIN, dtype, device, grad=True)
+    args = (inputs.hidden, inputs.weight, inputs.target)
+    loss = linear_cross_entropy(*args, **inputs.options, z_loss=0.01, backend=backend)
+    loss.backward(retain_graph=True)
+    once = [leaf.grad.clone() for leaf in inputs.leaves()]
+    loss.backward()
+    for leaf, first in zip(inputs.leaves(), once, strict=True):
+        torch.testing.assert_close(
+            leaf.grad, 2 * first, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6
+        )
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_differentiating_twice_raises(memory, dtype, backend, device):
+    inputs = make(PLAIN, dtype, device, grad=True)
+    loss = linear_cross_entropy(
+        inputs.hidden, inputs.weight, inputs.target, **inputs.options, memory=memory, backend=backend
+    )
+    (gradient,) = torch.autograd.grad(loss, inputs.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd"):
+        torch.autograd.grad(gradient.sum() + inputs.hidden.square().sum(), inputs.hidden)
+
+
+@every
+def test_small_float16_gradients_survive_loss_scaling(backend, device):
+    """1/num_items and the scaler's 65536 meet in float32, ahead of the one cast."""
+    inputs = make(Case("scaled", N=6, D=16, V=50, ignored="none"), torch.float16, device, grad=True)
+    args = (inputs.hidden, inputs.weight, inputs.target)
+    plain, _ = torch.autograd.grad(linear_cross_entropy(*args, backend=backend), inputs.leaves())
+    tiny, _ = torch.autograd.grad(
+        linear_cross_entropy(*args, num_items=1e7, backend=backend) * 65536.0, inputs.leaves()
+    )
+    torch.testing.assert_close(tiny.float(), plain.float() * (6 * 65536.0 / 1e7), rtol=2e-3, atol=1e-6)
+
+
+def test_formed_gradients_are_handed_out_without_a_copy():
+    """For float32 the sums of the forward become the gradients: nothing of their size is allocated again."""
+    inputs = make(Case("big", N=4, D=64, V=4000), torch.float32, grad=True)
+    loss = linear_cross_entropy(inputs.hidden, inputs.weight, inputs.target, backend="torch")
+    held = (
+        loss.grad_fn.next_functions[0][0].grads[1].data_ptr()
+    )  # no reference: the engine copies what is shared
+    loss.backward()
+    assert inputs.weight.grad.data_ptr() == held
+
+
+class ProductCounter(TorchDispatchMode):
+    """Operations of the matrix products run under it."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.addmm_, torch.ops.aten.mm, torch.ops.aten.addmm):
+            left, right = args[-2:]
+            self.total += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_are_counted():
+    """Three products for a formed gradient, two with a frozen weight or hidden, none for ignored rows."""
+    inputs = make(Case("count", N=12, D=16, V=100), torch.float32)
+    kept = int((inputs.target >= 0).sum())
+    product = 2 * kept * 16 * 100
+    head = (inputs.hidden, inputs.weight, inputs.target, None)
+
+    def flops(call):
+        with ProductCounter() as counter:
+            call()
+        return counter.total / product
+
+    def form(needs):
+        return linear_cross_entropy_torch.forward_backward(*head, None, 1.0, None, -100, 0.0, None, needs)
+
+    def recompute(needs):
+        ones = torch.ones(12)
+        return linear_nll_torch.backward(ones, None, None, ones, None, *head, 1.0, None, -100, needs)
+
+    assert flops(lambda: linear_nll_torch.forward(*head, 1.0, None, -100, ())) == 1
+    assert flops(lambda: form((True, True, False))) == 3
+    assert flops(lambda: form((True, False, False))) == flops(lambda: form((False, True, False))) == 2
+    assert flops(lambda: recompute((True, True, False))) == 3
+    assert flops(lambda: recompute((False, True, False))) == 2
+
+
+def test_num_kept_must_be_right():
+    inputs = make(PLAIN, torch.float32, grad=True)
+    args = (inputs.hidden, inputs.weight, inputs.target)
+    with pytest.raises(ValueError, match="num_kept=5, but target has 6 rows"):
+        linear_cross_entropy(*args, num_kept=5, backend="torch")
+    with pytest.raises(ValueError, match="num_kept=10 is not in"):
+        linear_cross_entropy(*args, num_kept=10, backend="torch")
+
+
+def test_reference_passes_gradcheck():
+    draw = torch.Generator().manual_seed(1)
+    leaves = [
+        torch.randn(*s, generator=draw, dtype=torch.float64).requires_grad_() for s in ((4, 3), (6, 3), (6,))
+    ]
+    target = torch.tensor([0, 5, -100, 2])
+    token_weight = torch.rand(4, generator=draw)
+
+    def loss(hidden, weight, bias):
+        return reference.linear_cross_entropy(
+            hidden, weight, target, bias=bias, token_weight=token_weight, z_loss=0.1, logit_softcap=2.0
+        )
+
+    assert torch.autograd.gradcheck(loss, leaves)

@@ -1,0 +1,214 @@
+"""linear_nll against its float64 specification, on every backend that can run here."""
+
+import pytest
+import torch
+from cases import CASES, DTYPES, Case, assert_gradients, bound, eager_logits, make, runners
+
+from vig_kernels import linear_nll, reference
+
+STATS = ("lse", "entropy", "argmax")
+RUNNERS = runners("linear_nll")
+every = pytest.mark.parametrize(("backend", "device"), RUNNERS)
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values(case, dtype, backend, device):
+    inputs = make(case, dtype, device)
+    args = (inputs.hidden, inputs.weight, inputs.target)
+    nll, sinks = linear_nll(*args, **inputs.options, stats=STATS, backend=backend)
+    exact, exact_sinks = reference.linear_nll(*args, **inputs.options, stats=STATS)
+    limit = bound(inputs)
+    assert nll.dtype == sinks["lse"].dtype == sinks["entropy"].dtype == torch.float32
+    assert ((nll - exact).abs() <= limit).all()
+    assert ((sinks["lse"] - exact_sinks["lse"]).abs() <= limit).all()
+    # d entropy = sum p (z - <z>) dz: at most twice the bound times the spread of z under p
+    assert ((sinks["entropy"] - exact_sinks["entropy"]).abs() <= 4 * limit).all()
+    ignored = inputs.target == inputs.options.get("ignore_index", -100)
+    assert (nll[ignored] == 0).all() and (sinks["argmax"][ignored] == -1).all()
+    assert_argmax(inputs, sinks["argmax"], limit)
+    assert torch.equal(nll, linear_nll(*args, **inputs.options, backend=backend)), "sinks change bits"
+
+
+def assert_argmax(inputs, argmax, limit):
+    """The chosen column is the best one, up to the promised error, and the first of equal columns."""
+    live = argmax >= 0
+    options = {k: v for k, v in inputs.options.items() if k != "ignore_index"}
+    logits = reference.linear_logits(inputs.hidden, inputs.weight, **options)[live]
+    chosen = logits.gather(1, argmax[live].unsqueeze(1)).squeeze(1)
+    assert (chosen >= logits.amax(1) - 2 * limit[live]).all()
+
+
+@every
+def test_argmax_takes_the_first_of_equal_columns(backend, device):
+    hidden = torch.ones(3, 16, device=device)
+    weight = torch.zeros(5000, 16, device=device)
+    weight[[17, 40, 2600]] = 1.0
+    _, sinks = linear_nll(
+        hidden, weight, torch.zeros(3, dtype=torch.long, device=device), stats=("argmax",), backend=backend
+    )
+    assert sinks["argmax"].tolist() == [17, 17, 17]
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "logits-1e4"], ids=str)
+def test_gradients_with_random_upstream(case, dtype, backend, device):
+    def gradients(values, inputs):
+        draw = torch.Generator().manual_seed(7)
+        loss = sum((v * torch.randn(v.shape, generator=draw).to(v)).sum() for v in values)
+        return torch.autograd.grad(loss, inputs.leaves())
+
+    inputs = make(case, dtype, device, grad=True)
+    args = (inputs.hidden, inputs.weight, inputs.target)
+    stats = ("lse", "entropy")
+    nll, sinks = linear_nll(*args, **inputs.options, stats=stats, backend=backend)
+    exact, exact_sinks = reference.linear_nll(*args, **inputs.options, stats=stats)
+    log_p = eager_logits(inputs).log_softmax(-1)
+    ignored = inputs.target == inputs.options.get("ignore_index", -100)
+    eager = (
+        -log_p.gather(1, inputs.target.masked_fill(ignored, 0).unsqueeze(1))
+        .squeeze(1)
+        .masked_fill(ignored, 0),
+        eager_logits(inputs).logsumexp(-1).masked_fill(ignored, 0),
+        -(log_p.exp() * log_p).sum(-1).masked_fill(ignored, 0),
+    )
+    assert_gradients(
+        gradients((nll, sinks["lse"], sinks["entropy"]), inputs),
+        gradients((exact, exact_sinks["lse"], exact_sinks["entropy"]), inputs),
+        gradients(eager, inputs),
+    )
+
+
+@every
+def test_huge_logits_have_finite_gradients(backend, device):
+    inputs = make(Case("huge", N=6, D=32, V=90, scale=2000.0), torch.float32, device, grad=True)
+    args = (inputs.hidden, inputs.weight, inputs.target)
+    found = torch.autograd.grad(linear_nll(*args, backend=backend).sum(), inputs.leaves())
+    exact = torch.autograd.grad(reference.linear_nll(*args).sum(), inputs.leaves())
+    for mine, truth in zip(found, exact, strict=True):
+        assert (mine - truth).norm() <= 5e-3 * truth.norm()
+
+
+@every
+def test_shapes_and_integer_targets(backend, device):
+    hidden = torch.randn(2, 3, 8, device=device)
+    weight = torch.randn(11, 8, device=device)
+    target = torch.tensor([[1, -100, 10], [0, 4, -100]], device=device)
+    nll, sinks = linear_nll(hidden, weight, target.int(), stats=("lse",), backend=backend)
+    assert nll.shape == sinks["lse"].shape == (2, 3)
+    assert torch.equal(nll[target == -100], torch.zeros(2, device=device))
+    flat = linear_nll(hidden.reshape(6, 8), weight, target.reshape(6), backend=backend)
+    assert torch.equal(flat.reshape(2, 3), nll)
+    one = linear_nll(hidden[0, 0], weight, target[0, 0], backend=backend)
+    assert one.shape == () and abs(one - nll[0, 0]) < 1e-5
+    turned = linear_nll(hidden.transpose(0, 1), weight.T.contiguous().T, target.T, backend=backend)
+    torch.testing.assert_close(turned.T, nll)
+
+
+@every
+def test_only_what_needs_a_gradient_gets_one(backend, device):
+    hidden = torch.randn(4, 8, device=device, requires_grad=True)
+    weight = torch.randn(11, 8, device=device)
+    target = torch.tensor([1, 2, -100, 3], device=device)
+    linear_nll(hidden, weight, target, backend=backend).sum().backward()
+    assert weight.grad is None and hidden.grad[2].abs().sum() == 0 and hidden.grad[0].abs().sum() > 0
+
+
+@every
+def test_nothing_to_learn_gives_zero_gradients(backend, device):
+    for size in (0, 3):
+        hidden = torch.randn(size, 8, device=device, requires_grad=True)
+        weight = torch.randn(11, 8, device=device, requires_grad=True)
+        target = torch.full((size,), -100, device=device)
+        linear_nll(hidden, weight, target, backend=backend).sum().backward()
+        assert not hidden.grad.any() and not weight.grad.any()
+
+
+@every
+def test_minus_infinity_masks_words(backend, device):
+    inputs = make(Case("masked", N=5, D=16, V=70, bias=True), torch.float32, device)
+    inputs.options["bias"][:64] = float("-inf")
+    target = torch.full((5,), 66, device=device)
+    nll, sinks = linear_nll(
+        inputs.hidden, inputs.weight, target, **inputs.options, stats=("entropy",), backend=backend
+    )
+    exact = reference.linear_nll(
+        inputs.hidden, inputs.weight[64:], target - 64, bias=inputs.options["bias"][64:]
+    )
+    torch.testing.assert_close(nll, exact.float())
+    assert sinks["entropy"].isfinite().all()
+
+
+@every
+def test_nan_is_shown_and_stays_in_its_row(backend, device):
+    inputs = make(Case("nan", ignored="none"), torch.float32, device)
+    clean = linear_nll(inputs.hidden, inputs.weight, inputs.target, backend=backend)
+    inputs.hidden[2, 3] = float("nan")
+    nll = linear_nll(inputs.hidden, inputs.weight, inputs.target, backend=backend)
+    rest = [0, 1, 3, 4]
+    assert nll[2].isnan() and torch.equal(nll[rest], clean[rest])
+
+
+@every
+def test_runs_repeat_bit_by_bit(backend, device):
+    inputs = make(Case("again", N=50, D=100, V=700), torch.float32, device, grad=True)
+
+    def run():
+        nll = linear_nll(inputs.hidden, inputs.weight, inputs.target, backend=backend)
+        return [nll.detach(), *torch.autograd.grad(nll.square().sum(), inputs.leaves())]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize(("backend", "device"), [r for r in RUNNERS if r[0] in ("cpu", "triton")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_the_others(dtype, backend, device):
+    inputs = make(Case("rows", N=41, D=300, V=1003, ignored="none"), dtype, device)
+    whole = linear_nll(inputs.hidden, inputs.weight, inputs.target, backend=backend)
+    for rows in ([0], [40], [3, 17, 18, 29], list(range(7, 30))):
+        part = linear_nll(inputs.hidden[rows], inputs.weight, inputs.target[rows], backend=backend)
+        assert torch.equal(part, whole[rows])
+
+
+def test_float32_products_survive_global_tf32(monkeypatch):
+    inputs = make(Case("tf32", N=6, D=700, V=50), torch.float32)
+    args = (inputs.hidden, inputs.weight, inputs.target)
+    before = linear_nll(*args, backend="torch")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(linear_nll(*args, backend="torch"), before)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 4000, 100], ids=["rows outside", "columns outside", "two sweeps"])
+def test_every_order_of_sums(limit, monkeypatch):
+    """16-bit gradients choose the loop order by what can be buffered; the result may not depend on it."""
+    from vig_kernels import linear_nll_torch
+
+    monkeypatch.setattr(linear_nll_torch, "BUFFER_BYTES", limit)
+    monkeypatch.setattr(linear_nll_torch, "tile_shape", lambda width: (7, 11))
+    inputs = make(Case("orders", N=20, D=32, V=90, bias=True), torch.bfloat16, grad=True)
+    args = (inputs.hidden, inputs.weight, inputs.target)
+    found = torch.autograd.grad(linear_nll(*args, **inputs.options, backend="torch").sum(), inputs.leaves())
+    exact = torch.autograd.grad(reference.linear_nll(*args, **inputs.options).sum(), inputs.leaves())
+    for mine, truth in zip(found, exact, strict=True):
+        assert (mine.double() - truth.double()).norm() <= 3e-3 * truth.double().norm()
+
+
+def test_reference_passes_gradcheck():
+    draw = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(*s, generator=draw, dtype=torch.float64) for s in ((4, 3), (6, 3)))
+    bias = torch.randn(6, generator=draw, dtype=torch.float64)
+    target = torch.tensor([0, 5, -100, 2])
+
+    def values(hidden, weight, bias):
+        nll, sinks = reference.linear_nll(
+            hidden, weight, target, bias=bias, logit_scale=0.8, logit_softcap=2.0, stats=("lse", "entropy")
+        )
+        return nll, sinks["lse"], sinks["entropy"]
+
+    assert torch.autograd.gradcheck(values, [t.requires_grad_() for t in (hidden, weight, bias)])

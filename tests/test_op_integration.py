@@ -1,0 +1,151 @@
+"""The ops inside PyTorch's machinery: opcheck, torch.compile, autocast, checkpointing, GradScaler."""
+
+import pytest
+import torch
+from cases import runners
+from torch.utils.checkpoint import checkpoint
+
+from vig_kernels import gaussian_blur, linear_cross_entropy, linear_nll, linear_vig
+
+OPS = torch.ops.vig_kernels
+TARGET = torch.tensor([1, 49, -100, 7, 0, 3, -100])
+BACKENDS = [backend for backend, device in runners("linear_cross_entropy") if device == "cpu"]
+
+
+def leaves(dtype=torch.float32, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((7, 16), (50, 16), (50,))
+    return [torch.randn(shape, generator=draw).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_linear_ops(dtype, backend):
+    hidden, weight, bias = leaves(dtype)
+    head = (weight, TARGET, bias, 0.7, 5.0, -100)
+    torch.library.opcheck(OPS.linear_nll.default, (hidden, *head, True, True, True, backend))
+    torch.library.opcheck(OPS.linear_nll.default, (hidden, *head, True, False, False, backend))
+    detached = (weight.detach(), TARGET, bias.detach(), 0.7, 5.0, -100)
+    torch.library.opcheck(OPS.linear_vig.default, (hidden.detach(), hidden.detach() + 1, *detached, backend))
+    torch.library.opcheck(
+        OPS.linear_cross_entropy.default,
+        (hidden, weight, TARGET, bias, torch.rand(7), 0.7, 5.0, -100, 0.1, 5, [True, True, True], backend),
+    )
+
+
+@pytest.mark.parametrize("backend", [b for b, device in runners("gaussian_blur") if device == "cpu"])
+def test_opcheck_of_blur(backend):
+    images, sigma = torch.rand(2, 3, 9, 8), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    options = (sigma, sigma, 3.0, "reflect", "float32", backend)
+    torch.library.opcheck(OPS.gaussian_blur.default, (images, *options))
+    torch.library.opcheck(OPS.gaussian_blur_out.default, (images, *options, torch.empty_like(images)))
+
+
+def objective(hidden, weight, bias, backend):
+    """All linear ops on one graph."""
+    hidden = torch.tanh(hidden)
+    loss = linear_cross_entropy(hidden, weight, TARGET, bias=bias, z_loss=1e-2, num_items=9, backend=backend)
+    nll, sinks = linear_nll(
+        hidden, weight, TARGET, bias=bias, stats=("lse", "entropy", "argmax"), backend=backend
+    )
+    vig = linear_vig(hidden, hidden * 0.5, weight, TARGET, backend=backend).vig
+    upstream = torch.arange(7.0)
+    return (
+        3 * loss
+        + (nll * upstream).sum()
+        + (sinks["entropy"] * upstream).sum()
+        + sinks["lse"].sum()
+        + vig.sum()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_whole_forward_and_backward(dtype, backend):
+    torch._dynamo.reset()
+    inputs = leaves(dtype)
+    eager = objective(*inputs, backend)
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")(*inputs, backend)
+    torch.testing.assert_close(compiled, eager)
+    for mine, truth in zip(
+        torch.autograd.grad(compiled, inputs), torch.autograd.grad(eager, inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, truth)
+
+
+def test_blur_compiles_whole():
+    images, sigma = torch.rand(2, 3, 9, 8), torch.tensor([1.0, 2.0])
+
+    def both(images, sigma):
+        out = torch.empty_like(images)
+        gaussian_blur(images, 2.0, out=out)
+        return out + gaussian_blur(images, sigma)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, sigma), both(images, sigma))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant, backend):
+    inputs = leaves()
+    expected = torch.autograd.grad(objective(*inputs, backend), inputs)
+    checkpoint(objective, *inputs, backend, use_reentrant=use_reentrant).backward()
+    for leaf, truth in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_as_linear_does(backend):
+    hidden, weight, bias = leaves()
+    low = [t.detach().bfloat16() for t in (hidden, weight, bias)]
+    expected = linear_nll(*low[:2], TARGET, bias=low[2], backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nll = linear_nll(hidden, weight, TARGET, bias=bias, backend=backend)
+        mixed = linear_nll(low[0], weight, TARGET, bias=bias, backend=backend)
+        loss = linear_cross_entropy(hidden, weight, TARGET, bias=bias, backend=backend)
+        vig = linear_vig(hidden, hidden, weight, TARGET, bias=bias, backend=backend)
+        loss.backward()
+    assert nll.dtype == torch.float32
+    for found in (nll, mixed, vig.nll_image):
+        assert torch.equal(found.detach(), expected)
+    assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in (hidden, weight, bias))
+    exact = linear_nll(hidden, weight, TARGET, bias=bias, backend=backend)
+    assert not torch.equal(exact, expected), "outside of autocast nothing is rounded"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products_stay_float32_inside_autocast(backend):
+    """The inputs are cast; the work inside the op is not."""
+    hidden, weight, _ = leaves(torch.bfloat16)
+    expected = linear_nll(hidden, weight, TARGET, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear_nll(hidden, weight, TARGET, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grad_scaler(backend):
+    """A scaled step equals the plain one, and an overflow skips the step."""
+    steps = {}
+    for scaled in (False, True):
+        hidden, weight, bias = leaves()
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, enabled=scaled)
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = linear_cross_entropy(hidden, weight, TARGET, bias=bias, backend=backend)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        steps[scaled] = weight.detach().clone()
+    torch.testing.assert_close(steps[True], steps[False], rtol=1e-3, atol=1e-5)
+
+    hidden, weight, bias = leaves()
+    before = weight.detach().clone()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = linear_cross_entropy(hidden, weight, TARGET, bias=bias, backend=backend)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weight.detach(), before) and scaler.get_scale() < 2.0**60

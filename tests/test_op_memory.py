@@ -1,0 +1,61 @@
+"""The memory promise, as growth of the resident set of a fresh process: scoring 64 MiB, training 256 MiB."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from cases import runners
+
+PROGRAM = """
+import resource, sys, threading, time
+import psutil, torch
+torch.set_num_threads(1)
+from vig_kernels import linear_cross_entropy, linear_nll
+what, dtype, N, D, V, backend = sys.argv[1], getattr(torch, sys.argv[2]), *map(int, sys.argv[3:6]), sys.argv[6]
+training = what != "score"
+warm = [torch.randn(4, 300).to(dtype).requires_grad_(training), torch.randn(64, 300).to(dtype).requires_grad_(training)]
+call = {
+    "score": lambda h, w, t: linear_nll(h, w, t, backend=backend),
+    "fast": lambda h, w, t: linear_cross_entropy(h, w, t, backend=backend).backward(),
+    "low": lambda h, w, t: linear_cross_entropy(h, w, t, memory="low", backend=backend).backward(),
+}[what]
+call(*warm, torch.arange(4))
+hidden = torch.randn(N, D, dtype=torch.float32).to(dtype).requires_grad_(training)
+weight = (torch.randn(V, D, dtype=torch.float32) * 0.02).to(dtype).requires_grad_(training)
+target = torch.randint(0, V, (N,))
+target[::5] = -100
+process = psutil.Process()
+before, peak, done = process.memory_info().rss, 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, process.memory_info().rss)
+        time.sleep(0.002)
+watcher = threading.Thread(target=watch)
+watcher.start()
+call(hidden, weight, target)
+done = True
+watcher.join()
+gradients = sum(t.grad.nbytes for t in (hidden, weight)) if training else 0
+print((peak - before - gradients) / 2**20)
+"""
+BUFFER = {"float32": 0, "bfloat16": 4}  # bytes an element of the float32 weight-gradient buffer
+SHAPES = {"score": (1500, 256, 40000), "fast": (1200, 128, 70000), "low": (1200, 128, 70000)}
+
+
+@pytest.mark.parametrize("backend", [b for b, device in runners("linear_cross_entropy") if device == "cpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("what", ["score", "fast", "low"])
+def test_extra_memory(what, dtype, backend):
+    """Full logits would take 240 and 336 MB in float32, several times over."""
+    size, width, vocabulary = SHAPES[what]
+    arguments = [what, dtype, *map(str, SHAPES[what]), backend]
+    env = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", PYTHONPATH=os.pathsep.join(sys.path))
+    run = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    extra = float(run.stdout)
+    allowed = 64 if what == "score" else 256
+    if what == "fast":
+        allowed += BUFFER[dtype] * vocabulary * width / 2**20
+    assert extra <= allowed, f"{extra:.0f} MiB over the promised {allowed:.0f}"
