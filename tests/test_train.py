@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 import signal
+import socket
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from test_trainer import masked_cross_entropy, samples, selection, stock_gradients
 from tiny import llava_model, llava_processor
@@ -17,7 +20,8 @@ from transformers import LlavaForConditionalGeneration
 
 from vig.files import StoreError
 from vig.samples import SampleError
-from vig.train import TrainError, TrainSettings, plan_batches, train
+from vig.train import plan_batches, train
+from vig.train_settings import TrainError, TrainSettings
 from vig.trainer import SelectiveCollator
 
 
@@ -254,3 +258,50 @@ def test_a_diverging_run_stops_with_its_step(processor):
         model.model.language_model.norm.weight[5] = float("nan")
     with pytest.raises(TrainError, match=r"step 1: the loss is nan"):
         train(model, samples(2), None, None, processor=processor, max_steps=3, log_every=1)
+
+
+# --- two processes ---
+
+
+def run_rank(rank: int, port: int, folder, items, chosen, processor):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    PartialState._reset_state()
+    torch.set_num_threads(1)
+    out = train(
+        base(), items, chosen, folder, processor=processor, lr=1e-3, max_steps=2, batch_size=2, accumulate=2
+    )
+    torch.save((out.losses, out.tokens, out.samples, weights(out.model)), folder.with_suffix(f".{rank}"))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_take_the_steps_of_one(processor, tmp_path):
+    """Uneven kept tokens on the ranks; both end with the same weights, those of a single process."""
+    items = encoded(processor)
+    chosen = selection(processor, samples(8), lambda row, n: np.arange(n) < (1 if row % 2 else n))
+    one = train(base(), items, chosen, None, processor=processor, lr=1e-3, max_steps=2, batch_size=8)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder, fork = tmp_path / "out", multiprocessing.get_context("fork")
+    ranks = [
+        fork.Process(target=run_rank, args=(r, port, folder, items, chosen, processor)) for r in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    results = [torch.load(folder.with_suffix(f".{rank}")) for rank in range(2)]
+    for losses, tokens, seen, _ in results:
+        assert losses == pytest.approx(one.losses, rel=1e-5)
+        assert (tokens, seen) == (one.tokens, one.samples)
+    assert torch.equal(results[0][3], results[1][3])
+    moved, should = results[0][3] - weights(base()), weights(one.model) - weights(base())
+    assert (moved - should).norm() < 5e-3 * should.norm()
+    assert torch.equal(weights(LlavaForConditionalGeneration.from_pretrained(folder)), results[0][3])

@@ -12,10 +12,9 @@ import re
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib import metadata as package_metadata
 from itertools import islice
 from pathlib import Path
@@ -33,6 +32,7 @@ from vig.files import explain_write_errors, write_atomically
 from vig.loss import selective_loss, unwrap
 from vig.samples import read_samples
 from vig.selection_table import read_selection
+from vig.train_settings import TrainError, TrainProgress, TrainResult, TrainSettings
 from vig.trainer import Record, Selection, SelectiveCollator, keep_samples
 
 # The vision tower, as the families name it; Qwen's merger is the projector and trains.
@@ -40,102 +40,7 @@ VISION_TOWER = (
     r"(^|\.)(vision_tower|vision_model|vision_encoder)\.",
     r"(^|\.)visual\.(?!merger|deepstack_merger)",
 )
-LORA_TARGETS = r"(?!.*(vision|visual)).*\.(q|k|v|o|gate|up|down)_proj"
 RECORD = "train.json"
-
-
-class TrainError(ValueError):
-    """Training cannot start, or went wrong; says what, and what helps."""
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Everything that shapes a run, with the defaults of ``vig train``.
-
-    A step runs over batch_size x accumulate x processes samples. Its loss is divided by its kept tokens, so
-    accumulate trades memory for time and nothing else.
-    """
-
-    epochs: float = 1.0
-    max_steps: int | None = None  # overrides epochs
-    batch_size: int = 8  # samples of a micro-batch on one device
-    accumulate: int = 1  # micro-batches a step
-    lr: float = 2e-5
-    schedule: str = "cosine"  # or "linear", "constant_with_warmup", ...: transformers.SchedulerType
-    warmup: float = 0.03  # share of the steps
-    weight_decay: float = 0.0  # on matrices; norms and biases have none
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    z_loss: float = 0.0
-    dtype: str = (
-        "auto"  # of the forward: "bfloat16" (autocast over float32 weights), "float32", auto by device
-    )
-    freeze: tuple[str, ...] | None = None  # patterns searched in parameter names; None: the vision tower
-    lora_rank: int = 0  # 0: train the weights themselves
-    lora_alpha: float | None = None  # 2 * rank unless given
-    lora_targets: str = LORA_TARGETS  # pattern that the whole module name matches
-    gradient_checkpointing: bool = False
-    end_of_turn: str | None = None  # what the selection was scored with unless given
-    max_length: int | None = None  # the model's context unless given; longer samples lose their end
-    workers: int = 0  # processes that decode and tokenise ahead of the model
-    seed: int = 0
-    log_every: int = 10  # steps between two calls of on_progress, which read the loss back from the device
-
-    def __post_init__(self):
-        for name in ("batch_size", "accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise TrainError(f"{name} = {getattr(self, name)}, expected at least 1")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise TrainError(f"dtype = {self.dtype!r}, expected auto, float32 or bfloat16")
-
-
-@dataclass
-class TrainProgress:
-    """Where a run stands; handed to the `on_progress` callback. str() gives a log line."""
-
-    steps: int
-    step: int = 0
-    loss: float = math.nan  # of the last step, nats a token
-    lr: float = 0.0
-    grad_norm: float = math.nan
-    samples: int = 0  # seen so far, on all devices
-    tokens: int = 0  # kept tokens trained on so far
-    truncated: int = 0  # answers cut short so far
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
-
-    @property
-    def seconds_left(self) -> float:
-        return self.seconds / max(self.step, 1) * (self.steps - self.step)
-
-    def __str__(self) -> str:
-        minutes, seconds = divmod(int(self.seconds_left), 60)
-        return (
-            f"step {self.step}/{self.steps}  loss {self.loss:.4f}  lr {self.lr:.2e}  "
-            f"grad norm {self.grad_norm:.3g}  {self.samples / max(self.seconds, 1e-9):.1f} samples/s  "
-            f"{self.tokens:,} tokens  {minutes}:{seconds:02d} left"
-        )
-
-
-@dataclass
-class TrainResult:
-    """What a run did. `model` is the trained model itself, in eval mode, on its device."""
-
-    model: nn.Module = field(repr=False)
-    out: Path | None
-    steps: int
-    interrupted: bool
-    losses: list[float] = field(repr=False)  # one a step: mean over its kept tokens, nats
-    samples: int  # seen, repetitions included
-    tokens: int  # kept tokens trained on, repetitions included
-    truncated: int  # answers cut short by max_length, repetitions included
-    kept: int  # samples with a selected token
-    dropped: int  # samples without
-    broken: int  # records that never became samples
-    seconds: float
 
 
 def train(
@@ -168,7 +73,7 @@ def train(
     settings = TrainSettings(**settings)
     processes = _processes()
     name, model, processor = _model(model, processor, settings, processes.device)
-    out = _prepare_folder(out, overwrite) if out is not None else None
+    out = None if out is None else _prepare_folder(out, overwrite, processes.is_main_process)
     torch.manual_seed(settings.seed)
     model = _trainable(model, settings)
 
@@ -280,7 +185,12 @@ def _run(
 
 def _processes() -> PartialState:
     """This process among the others. (An Accelerator would also carry over the precision of an earlier one.)"""
-    processes = PartialState()
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    if processes.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise TrainError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate was set up for {processes.num_processes} "
+            "processes earlier in this one. Call train() first"
+        )
     sharded = processes.distributed_type == DistributedType.DEEPSPEED
     if sharded or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise TrainError("this loop does not shard the model. For FSDP and DeepSpeed use SelectiveTrainer")
@@ -439,11 +349,13 @@ def _stop_on_ctrl_c() -> Iterator[threading.Event]:
 # --- after the loop ---
 
 
-def _prepare_folder(out: str | Path, overwrite: bool) -> Path:
+def _prepare_folder(out: str | Path, overwrite: bool, is_main: bool) -> Path:
     """Makes the folder and proves, before hours of work, that it can be written."""
     out = Path(out)
     if not overwrite and ((out / RECORD).exists() or (out / "config.json").exists()):
         raise TrainError(f"{out} holds a checkpoint already. Choose another folder, or overwrite it")
+    if not is_main:
+        return out
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".partial"
