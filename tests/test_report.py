@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 from vig.report import Page, SampleView, render, report
 from vig.report.facts import Counter, gather
 from vig.report.glue import token_texts, words
-from vig.report.page import EXACT_PIXELS, legend, shade, signed, ticks
+from vig.report.page import EXACT_PIXELS, legend, rounded, shade, signed, ticks
 from vig.select import select
 from vig.store import ScoreBlock, ScoreRow, ScoreWriter, StoreError, read_scores, score_metadata
 
@@ -107,6 +107,7 @@ def test_colour_scale_and_numbers():
         and labels[-1] == ("p5", "+4")
     )
     assert [signed(value) for value in (1.005, -0.004, -3.2, 0)] == ["+1.00", "0.00", "−3.20", "0.00"]
+    assert [rounded(value) for value in (-0.06243, 2.4e-6, 1.5)] == ["−0.0624", "2.4e−6", "1.5"]
     assert np.allclose(ticks(-0.3, 3.9), np.arange(0, 4)) and np.allclose(ticks(0, 0.05), np.arange(6) * 0.01)
 
 
@@ -203,7 +204,7 @@ def test_the_whole_page(scored, tmp_path):
     shown = Checked(path.read_text(encoding="utf-8"))
     text = "".join(shown.text)
     assert f"τ = {selection.tau:.3g}" in text and "50.0 %" in text and "noise floor" in text
-    assert "1 samples could not be scored: data.json#6: no image at gone.png" in text
+    assert "1 sample could not be scored: data.json#6: no image at gone.png" in text
     assert "text only" in text and "how many?" in text and "what is number 11?" in text
     assert len(shown.images) == 2 * 10  # as the model sees them: 32 x 32, and their nulls
     for (_, image), (_, null) in zip(shown.images[::2], shown.images[1::2], strict=True):

@@ -140,11 +140,13 @@ def test_random_tokens_are_uniform_over_places():
 def test_float32_rounding_of_tau_does_not_matter():
     """A token a hair under tau in float64, equal to it in float32, stays out."""
     value = np.float32(0.1)
-    nudged = float(value) + 1e-9
-    table = ScoreBlock(
-        ["a"], ["a"], ["s"], ["ok"], np.array([2]), np.arange(2), np.arange(2), [0, 0], [value, 9.0]
-    ).table()
-    assert as_dict(select(table, 100, tau_floor=nudged, level="token").batches())["a"][1] == [False, True]
+    block = ScoreBlock(
+        *(["a", "b"], ["a", "b"], ["s", "s"], ["ok", "ok"], np.array([2, 1])),
+        *(np.arange(3), np.arange(3), [0, 0, 0], [value, 9.0, -1.0]),
+    )
+    selection = select(block.table(), 100, tau_floor=float(value) + 1e-9, level="token")
+    assert selection.tau == float(value) + 1e-9 and selection.tau_p == -1
+    assert as_dict(selection.batches())["a"][1] == [False, True]
 
 
 def test_low_tau_unfinished_scores_and_noise_are_said(tmp_path):

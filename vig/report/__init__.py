@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from vig.files import explain_write_errors, write_atomically
 from vig.report.facts import Facts, gather
 from vig.report.glue import Viewer, words
-from vig.report.page import render
+from vig.report.page import render, rounded
 from vig.report.views import Histogram, Page, SampleView, Word
 from vig.select import Selection
 from vig.selection_table import selection_files, selection_metadata
@@ -126,12 +126,12 @@ def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str,
     figures = [
         ("samples", f"{facts.multimodal:,}", "; ".join(part for part in rest if part)),
         ("answer tokens", f"{facts.tokens.count:,}", "of these samples"),
-        ("mean sample VIG", f"{facts.samples.mean:.3g}", "nats"),
+        ("mean sample VIG", rounded(facts.samples.mean), "nats"),
     ]
     if chosen:
         counts, tau = chosen["counts"], chosen["tau"]
         remark = f"nats; level {chosen['level']}, p\u202f=\u202f{chosen['p']:g}"
-        figures.append(("threshold τ", "none" if tau is None else f"{tau:.3g}", remark))
+        figures.append(("threshold τ", "none" if tau is None else rounded(tau), remark))
         for what in ("samples", "tokens"):
             part, whole = counts[f"{what}_kept"], counts[f"{what}_total"]
             figures.append(
@@ -139,7 +139,7 @@ def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str,
             )
     floor = metadata.get("noise_floor", metadata.get("notes", {}).get("noise_floor"))
     if isinstance(floor, int | float):
-        figures.append(("noise floor", f"{floor:.2g}", "nats; same image scored twice"))
+        figures.append(("noise floor", rounded(floor, 2), "nats; same image scored twice"))
     return figures
 
 
@@ -147,7 +147,8 @@ def _error_notes(facts: Facts) -> list[str]:
     if not facts.n_errors:
         return []
     more = f", and {facts.n_errors - len(facts.errors):,} more" if facts.n_errors > len(facts.errors) else ""
-    return [f"{facts.n_errors:,} samples could not be scored: " + "; ".join(facts.errors) + more]
+    what = "1 sample" if facts.n_errors == 1 else f"{facts.n_errors:,} samples"
+    return [f"{what} could not be scored: " + "; ".join(facts.errors) + more]
 
 
 def _settings(metadata: dict, chosen: dict) -> list[tuple[str, str]]:

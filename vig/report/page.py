@@ -30,7 +30,7 @@ def render(page: Page) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(picture=picture, signed=signed, grouped=lambda n: f"{n:,}")
+    environment.filters.update(picture=picture, signed=signed, rounded=rounded, grouped=lambda n: f"{n:,}")
     return environment.get_template("page.html.j2").render(
         page=page,
         css=Markup((here / "page.css").read_text(encoding="utf-8")),
@@ -52,6 +52,14 @@ def signed(value: float) -> str:
     """A value in nats with its sign, to two places; a true minus."""
     text = f"{value:+.2f}".replace("-", "−")
     return "0.00" if text in ("+0.00", "−0.00") else text
+
+
+def rounded(value: float, digits: int = 3) -> str:
+    """A value to so many digits, with a true minus and no padded exponent."""
+    text = f"{value:.{digits}g}"
+    mantissa, _, exponent = text.partition("e")
+    text = f"{mantissa}e{int(exponent)}" if exponent else text
+    return text.replace("-", "−")
 
 
 def legend() -> list[tuple[str, str]]:
@@ -183,7 +191,7 @@ def histogram(data: Histogram, tau: float | None, unit: str, *, logarithmic: boo
         end = across(tau) > width - 90
         place = f'x="{across(tau) + (-5 if end else 5):.1f}" y="{top - 8}" text-anchor="{"end" if end else "start"}"'
         parts.append(f'<path class="tau" d="M{across(tau):.1f} {top - 18}V{floor}"/>')
-        parts.append(f'<text class="taulabel" {place}>τ = {tau:.3g}</text>')
+        parts.append(f'<text class="taulabel" {place}>τ = {rounded(tau)}</text>')
     label = f"Histogram of VIG in nats, {int(data.counts.sum()):,} {unit}"
     return Markup(
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
