@@ -12,12 +12,13 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from vig import plan
+from vig.engine import score_dataset
 from vig.families import ModelError, as_loaded, load
 from vig.loader import content_hash
 from vig.null_image import NULLS, PixelRange
 from vig.prompts import Encoder, without_images
 from vig.samples import answers, open_images, read_samples
-from vig.score import Scorer, score_dataset
+from vig.score import Scorer
 from vig.store import StoreError, read_scores, score_metadata
 
 N_SAMPLES = 200

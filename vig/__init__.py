@@ -12,10 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vig.engine import score_dataset
     from vig.inspect import inspect
     from vig.report import report
     from vig.samples import Sample, read_samples
-    from vig.score import Scorer, score_dataset
+    from vig.score import Scorer
     from vig.select import select
     from vig.train import train
     from vig.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer
@@ -29,7 +30,7 @@ _HOMES = {
     "inspect": "vig.inspect",
     "read_samples": "vig.samples",
     "report": "vig.report",
-    "score_dataset": "vig.score",
+    "score_dataset": "vig.engine",
     "select": "vig.select",
     "train": "vig.train",
 }

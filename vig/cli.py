@@ -119,7 +119,8 @@ def score(
 ) -> None:
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
     from vig import plan
-    from vig.score import Scorer, dry_run_dataset, score_dataset
+    from vig.engine import dry_run_dataset, score_dataset
+    from vig.score import Scorer
 
     if retry not in (None, "failed"):
         raise typer.BadParameter(f"got {retry!r}, expected failed", param_hint="--retry")

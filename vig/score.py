@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,13 @@ import torch
 
 from vig import plan
 from vig.families import LoadedModel, ModelError, as_loaded, context_length, load, prove
+from vig.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
 from vig.forward import TokenNLL, TwoPasses
 from vig.loader import Donors, LoadedRecord, load_records
 from vig.null_image import BLUR_SIGMA, NullSettings
 from vig.prompts import Encoder
-from vig.samples import BrokenRecord, Sample, read_samples
+from vig.samples import BrokenRecord, Sample
 from vig.score_rows import ScoreRow
-from vig.store import ScoreWriter
 from vig_kernels.dispatch import resolve
 
 NOISE_SAMPLES = 16
@@ -136,21 +134,21 @@ class Scorer:
         return rows
 
     def _score_block(self, block: Sequence[LoadedRecord], progress: Progress, on_progress) -> list[ScoreRow]:
-        rows: list[ScoreRow | None] = [_error_row(item) for item in block]
-        _count(progress, [row for row in rows if row is not None], on_progress)
+        rows: list[ScoreRow | None] = [error_row(item) for item in block]
+        count_rows(progress, [row for row in rows if row is not None], on_progress)
         for multimodal in (True, False):  # a batch is all one or all the other
             items = [
                 place
                 for place, item in enumerate(block)
                 if item.encoded is not None and item.is_multimodal == multimodal
             ]
-            lengths = [_fed_tokens(block[place]) for place in items]
+            lengths = [fed_tokens(block[place]) for place in items]
             for batch in plan.batches(lengths, self.batch_tokens, self.batch_size):
                 places = [items[index] for index in batch]
                 scored = self._score_batch([block[place] for place in places], progress)
                 for place, row in zip(places, scored, strict=True):
                     rows[place] = row
-                _count(progress, scored, on_progress)
+                count_rows(progress, scored, on_progress)
         progress.straddles += sum(item.encoded.straddles for item in block if item.encoded is not None)
         return rows
 
@@ -206,7 +204,7 @@ class Scorer:
     def measure_rate(self, block: Sequence[LoadedRecord]) -> tuple[int, float]:
         """(samples, tokens a second) of one batch like those to come, after one to warm up."""
         chosen = [item for item in block if item.is_multimodal] or list(block)
-        lengths = [_fed_tokens(item) for item in chosen]
+        lengths = [fed_tokens(item) for item in chosen]
         chosen = [chosen[index] for index in plan.batches(lengths, self.batch_tokens, self.batch_size)[-1]]
         self._prove(chosen)
         started = 0.0
@@ -214,7 +212,7 @@ class Scorer:
             started = time.perf_counter()
             self._score_batch(chosen, Progress())
         passes = 2 if chosen[0].is_multimodal else 1
-        tokens = passes * sum(_fed_tokens(item) for item in chosen)
+        tokens = passes * sum(fed_tokens(item) for item in chosen)
         return len(chosen), tokens / (time.perf_counter() - started)
 
     # --- what the scores are made with ---
@@ -228,13 +226,13 @@ class Scorer:
             "model": str(Path(self.loaded.name).resolve())
             if Path(self.loaded.name).is_dir()
             else self.loaded.name,
-            "revision": self.loaded.revision or _fingerprint_of_weights(self.loaded.name),
-            "tokenizer_hash": _hash(tokenizer.backend_tokenizer.to_str()),
-            "processor_hash": _hash(_processor_json(processor)),
-            "template_hash": _hash(self.encoder.template),
+            "revision": self.loaded.revision or weights_fingerprint(self.loaded.name),
+            "tokenizer_hash": text_hash(tokenizer.backend_tokenizer.to_str()),
+            "processor_hash": text_hash(processor_json(processor)),
+            "template_hash": text_hash(self.encoder.template),
             "answers_from": self.encoder.source_of_answers,
             "data": None if data is None else str(Path(data).resolve()),
-            "data_fingerprint": None if data is None else fingerprint(data),
+            "data_fingerprint": None if data is None else data_fingerprint(data),
             "image_root": None if image_root is None else str(Path(image_root).resolve()),
             "null": self.null.metadata(),
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
@@ -246,120 +244,10 @@ class Scorer:
         }
 
 
-# --- a dataset on disk ---
-
-
-def score_dataset(
-    scorer: Scorer,
-    data: str | Path,
-    out: str | Path,
-    *,
-    image_root: str | Path | None = None,
-    limit: int | None = None,
-    shard: tuple[int, int] | None = None,
-    retry_failed: bool = False,
-    window: int = plan.WINDOW,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> Progress:
-    """Scores `data` into the folder `out`; the same call resumes where an earlier one stopped.
-
-    shard: (i, n), only windows whose number is i modulo n. retry_failed: score the error rows of finished
-    windows again. Raises DataError, ModelError and StoreError (other settings, no permission, disk full).
-    """
-    progress = Progress(total=count_records(data, image_root=image_root, limit=limit))
-    first = list(read_samples(data, image_root=image_root, limit=4 * NOISE_SAMPLES))
-    settings = scorer.settings(data, image_root) | {
-        "window": window,
-        "limit": limit,
-        "noise_floor": scorer.noise_floor(first),
-    }
-    with ScoreWriter(out, settings) as writer:
-        failed = writer.failed() if retry_failed else {}
-        records = read_samples(data, image_root=image_root, limit=limit)
-        for number, chunk in enumerate(plan.chunks(records, window)):
-            if not plan.in_shard(number, shard):
-                progress.total -= len(chunk)
-                continue
-            again = set(failed.get(number, ()))
-            if number not in writer.finished:
-                writer.write(number, scorer.score_window(chunk, progress, on_progress))
-                continue
-            progress.done += len(chunk) - len(again)
-            progress.resumed += len(chunk) - len(again)
-            if again:
-                chosen = [record for record in chunk if record.key in again]
-                writer.replace(number, scorer.score_window(chosen, progress, on_progress))
-        if shard is None:
-            writer.mark_complete()
-    return progress
-
-
-@dataclass
-class Estimate:
-    """What a dry run found: counts, and how fast this machine went through the first samples."""
-
-    progress: Progress
-    multimodal: int = 0
-    model_tokens: int = 0  # that the model will read, both passes
-    measured: int = 0  # samples that the rate was measured on
-    tokens_per_second: float | None = None
-
-
-def dry_run_dataset(
-    scorer: Scorer,
-    data: str | Path,
-    *,
-    image_root: str | Path | None = None,
-    limit: int | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> Estimate:
-    """Opens, decodes and tokenises every record, scores only a few to take the time, stores nothing."""
-    estimate = Estimate(Progress(total=count_records(data, image_root=image_root, limit=limit)))
-    records = read_samples(data, image_root=image_root, limit=limit)
-    for block in _blocks(records, scorer):
-        rows = [_error_row(item) for item in block]
-        _count(estimate.progress, [row for row in rows if row is not None], None)
-        good = [item for item in block if item.encoded is not None]
-        for item in good:
-            estimate.multimodal += item.is_multimodal
-            estimate.model_tokens += _fed_tokens(item) * (2 if item.is_multimodal else 1)
-            estimate.progress.tokens += len(item.encoded.answer_index)
-        estimate.progress.text_only += sum(not item.is_multimodal for item in good)
-        estimate.progress.done += len(good)
-        if estimate.tokens_per_second is None and good:
-            estimate.measured, estimate.tokens_per_second = scorer.measure_rate(good)
-        if on_progress is not None:
-            on_progress(estimate.progress)
-    return estimate
-
-
-def _blocks(records: Iterable[Sample | BrokenRecord], scorer: Scorer) -> Iterator[list[LoadedRecord]]:
-    for window in plan.chunks(records, plan.WINDOW):
-        yield from plan.chunks(load_records(window, scorer.encoder, "pixels", scorer.workers), plan.BLOCK)
-
-
-def count_records(data: str | Path, *, image_root: str | Path | None = None, limit: int | None = None) -> int:
-    """How many records there are, so that the time left can be told."""
-    return sum(1 for _ in read_samples(data, image_root=image_root, limit=limit))
-
-
-def fingerprint(path: str | Path) -> str:
-    """Of a data file's content, or of the names and sizes in a folder."""
-    path = Path(path)
-    if path.is_dir():
-        names = [(file.name, file.stat().st_size) for file in sorted(path.iterdir()) if file.is_file()]
-        return _hash(json.dumps(names))
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
 # --- rows ---
 
 
-def _fed_tokens(item: LoadedRecord) -> int:
+def fed_tokens(item: LoadedRecord) -> int:
     encoded = [item.encoded] if item.null is None else [item.encoded, item.null]
     return max(one.answer_index[-1] + 1 for one in encoded)
 
@@ -368,7 +256,7 @@ def _row(item: LoadedRecord, status: str, **columns: Any) -> ScoreRow:
     return ScoreRow(item.record.key, item.record.id, item.record.source, status, **columns)
 
 
-def _error_row(item: LoadedRecord) -> ScoreRow | None:
+def error_row(item: LoadedRecord) -> ScoreRow | None:
     if item.error is None:
         return None
     return _row(item, f"error: {item.error.reason}. {item.error.cure}")
@@ -392,7 +280,7 @@ def _scored_row(item: LoadedRecord, value: TokenNLL) -> ScoreRow:
     )
 
 
-def _count(progress: Progress, rows: Sequence[ScoreRow], on_progress) -> None:
+def count_rows(progress: Progress, rows: Sequence[ScoreRow], on_progress) -> None:
     progress.done += len(rows)
     for row in rows:
         if row.status.startswith("error: "):
@@ -402,30 +290,3 @@ def _count(progress: Progress, rows: Sequence[ScoreRow], on_progress) -> None:
             progress.text_only += row.status == "text_only"
     if on_progress is not None and rows:
         on_progress(progress)
-
-
-# --- hashes ---
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _processor_json(processor: Any) -> str:
-    settings = json.loads(processor.to_json_string()) if hasattr(processor, "to_json_string") else {}
-    for name in ("chat_template", "processor_class", "transformers_version", "_name_or_path", "name_or_path"):
-        settings.pop(name, None)
-    return json.dumps(settings, sort_keys=True, default=str)
-
-
-def _fingerprint_of_weights(name: str) -> str | None:
-    """For a local checkpoint: of its config and of the head of every weight file. None for what is not a folder."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-    return digest.hexdigest()[:16]

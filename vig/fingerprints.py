@@ -1,0 +1,48 @@
+"""Fingerprints: what scores were made with, short enough to be stored beside them and compared on resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def processor_json(processor: Any) -> str:
+    settings = json.loads(processor.to_json_string()) if hasattr(processor, "to_json_string") else {}
+    for name in ("chat_template", "processor_class", "transformers_version", "_name_or_path", "name_or_path"):
+        settings.pop(name, None)
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def weights_fingerprint(name: str) -> str | None:
+    """For a local checkpoint: of its config and of 64 MiB of every weight file, spread evenly; None elsewhere."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for part in range(64):
+                stream.seek(size * part // 64)
+                digest.update(stream.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def data_fingerprint(path: str | Path) -> str:
+    """Of a data file's content, or of the names and sizes in a folder."""
+    path = Path(path)
+    if path.is_dir():
+        names = [(file.name, file.stat().st_size) for file in sorted(path.iterdir()) if file.is_file()]
+        return text_hash(json.dumps(names))
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
