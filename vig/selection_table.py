@@ -31,7 +31,7 @@ SELECTION_SCHEMA = pa.schema(
     ]
 )
 FILE_TOKENS = 1 << 30  # answer tokens a file: offsets of Arrow lists are int32
-IN_MEMORY_BYTES = 1 << 30  # larger selections are read through a memory-mapped copy
+IN_MEMORY_BYTES = 1 << 28  # larger selections are read through a memory-mapped copy
 
 
 def mix64(values: np.ndarray) -> np.ndarray:
@@ -47,9 +47,14 @@ def hash_keys(keys: pa.Array) -> np.ndarray:
     h = mix64(sum_j (byte_j + 1) * w_j) with a fixed random 64-bit weight w_j a byte position: two given keys
     collide with probability of at most 2^-56.
     """
+    parts = [_hash_slice(keys.slice(start, 1 << 15)) for start in range(0, len(keys), 1 << 15)]
+    return np.concatenate(parts) if parts else np.empty(0, np.uint64)
+
+
+def _hash_slice(keys: pa.Array) -> np.ndarray:
     keys = keys.cast(pa.large_binary())
     offsets = np.frombuffer(keys.buffers()[1], np.int64)[keys.offset : keys.offset + len(keys) + 1]
-    if not len(keys) or offsets[-1] == offsets[0]:
+    if offsets[-1] == offsets[0]:
         return np.zeros(len(keys), np.uint64)
     bytes_ = np.frombuffer(keys.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
     lengths = np.diff(offsets)
