@@ -13,7 +13,7 @@ import tiny
 from PIL import Image
 from transformers import AutoProcessor
 
-from vig.report import Page, SampleView, render, report
+from vig.report import Page, SampleView, _fitting, render, report
 from vig.report.facts import Counter, gather
 from vig.report.glue import token_texts, words
 from vig.report.page import EXACT_PIXELS, legend, rounded, shade, signed, ticks
@@ -108,6 +108,7 @@ def test_colour_scale_and_numbers():
     )
     assert [signed(value) for value in (1.005, -0.004, -3.2, 0)] == ["+1.00", "0.00", "−3.20", "0.00"]
     assert [rounded(value) for value in (-0.06243, 2.4e-6, 1.5)] == ["−0.0624", "2.4e−6", "1.5"]
+    assert (_fitting(9_999_999), _fitting(142_284_115)) == ("9,999,999", "142.3\u202fM")
     assert np.allclose(ticks(-0.3, 3.9), np.arange(0, 4)) and np.allclose(ticks(0, 0.05), np.arange(6) * 0.01)
 
 

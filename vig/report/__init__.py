@@ -124,8 +124,8 @@ def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str,
     rest = ["with an image", f"{facts.text_only:,} text only" if facts.text_only else ""]
     rest.append(f"{facts.n_errors:,} not scored" if facts.n_errors else "")
     figures = [
-        ("samples", f"{facts.multimodal:,}", "; ".join(part for part in rest if part)),
-        ("answer tokens", f"{facts.tokens.count:,}", "of these samples"),
+        ("samples", _fitting(facts.multimodal), "; ".join(part for part in rest if part)),
+        ("answer tokens", _fitting(facts.tokens.count), "of these samples"),
         ("mean sample VIG", rounded(facts.samples.mean), "nats"),
     ]
     if chosen:
@@ -141,6 +141,11 @@ def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str,
     if isinstance(floor, int | float):
         figures.append(("noise floor", rounded(floor, 2), "nats; same image scored twice"))
     return figures
+
+
+def _fitting(count: int) -> str:
+    """A count in full, or in millions where it would not fit its column."""
+    return f"{count:,}" if count < 10**7 else f"{count / 1e6:,.1f}\u202fM"
 
 
 def _error_notes(facts: Facts) -> list[str]:
