@@ -162,11 +162,11 @@ def test_formed_gradients_are_handed_out_without_a_copy():
     """For float32 the sums of the forward become the gradients: nothing of their size is allocated again."""
     inputs = make(Case("big", N=4, D=64, V=4000), torch.float32, grad=True)
     loss = linear_cross_entropy(inputs.hidden, inputs.weight, inputs.target, backend="torch")
-    held = (
-        loss.grad_fn.next_functions[0][0].grads[1].data_ptr()
-    )  # no reference: the engine copies what is shared
+    node = loss.grad_fn.next_functions[0][0]
+    held = node.grads[1].data_ptr()  # not the tensor: the engine copies what is shared
     loss.backward()
     assert inputs.weight.grad.data_ptr() == held
+    assert node.grads is None, "a loss kept for the log would keep the sums alive"
 
 
 class ProductCounter(TorchDispatchMode):

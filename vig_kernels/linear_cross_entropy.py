@@ -47,11 +47,11 @@ def linear_cross_entropy(
 
     "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32 and
     unnormalised until backward, where the divisor and the upstream factor are applied and the result is cast once.
-    For float32 inputs these sums are themselves scaled in place and handed out as the gradients; a second
-    backward (`retain_graph=True`) then recomputes them. For 16-bit inputs they are buffers: 4 V D bytes for the
-    weight, and at most 96 MiB for hidden (beyond that, and with memory="low" or reduction="none", gradients are
-    recomputed in the backward: four products, no buffer). Differentiating twice raises. What does not require grad
-    costs no product.
+    For float32 inputs these sums are themselves scaled in place and handed out as the gradients. For 16-bit inputs
+    they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 96 MiB for hidden (beyond that,
+    and with memory="low" or reduction="none", gradients are recomputed in the backward: four products, no buffer).
+    A second backward (`retain_graph=True`) recomputes. Differentiating twice raises. What does not require grad costs
+    no product.
 
     Raises:
         ValueError, TypeError, BackendUnavailable: as `linear_nll`.
@@ -239,8 +239,8 @@ def _backward(ctx, grad_loss, *_):
             None if dtype is None else _scaled(ctx, grad, grad_loss, dtype)
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
-        if _in_place(ctx):
-            ctx.grads = None
+        if _given_away(ctx):
+            ctx.grads = None  # or the loss, kept for the log, would keep them alive
     grad_hidden, grad_weight, grad_bias = grads
     return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
 
@@ -253,16 +253,16 @@ def _traced(ctx) -> bool:
     return any(type(grad) is not Tensor for grad in ctx.grads)
 
 
-def _in_place(ctx) -> bool:
-    """Whether this backward gives the float32 sums away. Under create_graph they must stay as they are."""
-    return torch.float32 in ctx.dtypes and not torch.is_grad_enabled() and not _traced(ctx)
+def _given_away(ctx) -> bool:
+    """Whether this backward uses up the float32 sums. Under create_graph they must stay as they are."""
+    return not torch.is_grad_enabled() and not _traced(ctx)
 
 
 def _scaled(ctx, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor in `dtype`: in place where it may be, else through an op that refuses a second derivative."""
     if _traced(ctx):  # the compiler reuses memory itself, and refuses a second derivative itself
         return (grad * factor).to(dtype)
-    if dtype == torch.float32 and _in_place(ctx):
+    if dtype == torch.float32 and _given_away(ctx):
         return grad.mul_(factor)
     differentiated = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
     return _scale_op(grad, factor, dtype, differentiated[0] if torch.is_grad_enabled() else None)
