@@ -167,11 +167,21 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
         ScoreWriter(tmp_path, SETTINGS)
 
 
+def test_settings_bind_from_the_first_shard_on(tmp_path):
+    ScoreWriter(tmp_path, {**SETTINGS, "dtype": "float16"}).close()  # stopped before anything was scored
+    with ScoreWriter(tmp_path, SETTINGS) as writer:
+        writer.write(0, [row("a#0")])
+    with pytest.raises(SettingsDiffer):
+        ScoreWriter(tmp_path, {**SETTINGS, "dtype": "float16"})
+
+
 def test_readers_refuse_shards_of_different_settings_but_join_shards_of_one_job_array(tmp_path):
     for name, settings in (("0", {"shard": "0/2"}), ("1", {"shard": "1/2"})):
         with ScoreWriter(tmp_path / "array" / name, {**SETTINGS, **settings}) as writer:
             writer.write(0, [row(f"a#{name}")])
     assert [record["key"] for record in rows_of(tmp_path / "array")] == ["a#0", "a#1"]
+    with ScoreWriter(tmp_path / "array", SETTINGS) as writer:
+        assert not writer.finished  # shards of folders within are not its own
     write_shard(tmp_path / "array" / "1", 1, [row("b")], {**SETTINGS, "model": "other"})
     with pytest.raises(SettingsDiffer, match="model"):
         rows_of(tmp_path / "array")

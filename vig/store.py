@@ -19,7 +19,6 @@ the key "vig", so a single shard explains itself.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata as package_metadata
 from pathlib import Path
@@ -155,19 +154,16 @@ class ScoreWriter:
     def _open(self) -> None:
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        manifest = _read_manifest(self.folder) or {
-            "settings": self.settings,
-            "complete": False,
-            "notes": {},
-            "shards": {},
-        }
+        manifest = _read_manifest(self.folder)
+        if manifest is None or not manifest["shards"]:  # nothing is scored yet: any settings will do
+            manifest = {"settings": self.settings, "complete": False, "notes": {}, "shards": {}}
         _refuse_differences(self.folder, manifest["settings"], self.settings)
         self.complete: bool = manifest["complete"]
         self.notes: dict = manifest["notes"]
         listed = {int(window): entry for window, entry in manifest["shards"].items()}
         self.finished: dict[int, dict] = {}
-        for path in score_files(self.folder, missing_ok=True):
-            window = int(re.findall(r"\d+", path.name)[-1])
+        for path in _shards_in(self.folder):
+            window = int(path.stem.removeprefix("scores-"))
             entry = listed.get(window)
             if entry is None or entry["bytes"] != path.stat().st_size:
                 entry = self._adopt(path)
@@ -285,17 +281,17 @@ def _refuse_differences(folder: Path, old: dict, new: dict) -> None:
         raise SettingsDiffer(folder, differences)
 
 
-def score_files(path: str | Path | Sequence[str | Path], *, missing_ok: bool = False) -> list[Path]:
+def score_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
     """The shards of a file, a folder, a folder of folders (one a job of ``--shard i/n``), or a list of these."""
     if not isinstance(path, str | Path):
-        return [file for part in path for file in score_files(part, missing_ok=missing_ok)]
+        return [file for part in path for file in score_files(part)]
     path = Path(path)
     if path.is_file():
         return [path]
     found = _shards_in(path)
     if not found and path.is_dir():
         found = [file for folder in sorted(path.iterdir()) if folder.is_dir() for file in _shards_in(folder)]
-    if not found and not missing_ok:
+    if not found:
         state = "holds no scores" if path.exists() else "does not exist"
         raise StoreError(f"{path} {state}. `vig score MODEL DATA -o {path}` writes them.")
     return found
