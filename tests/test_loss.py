@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
 from vig.loss import (
     HeadError,
@@ -100,6 +102,25 @@ def idefics3():
     )
 
 
+class CappedLlava(transformers.LlavaForConditionalGeneration):
+    """A vision-language model that applies the softcap of its text config, as Gemma3n's does."""
+
+    def forward(self, *args, **kwargs):
+        outputs, cap = super().forward(*args, **kwargs), self.config.text_config.final_logit_softcapping
+        outputs.logits = cap * torch.tanh(outputs.logits / cap)
+        return outputs
+
+
+def capped_llava():
+    return CappedLlava(
+        transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**VISION),
+            text_config=transformers.Gemma2Config(**TEXT, final_logit_softcapping=4.0),
+            image_token_id=3,
+        )
+    )
+
+
 def text(name: str, **more):
     config = getattr(transformers, f"{name}Config")(**TEXT, **more)
     return getattr(transformers, f"{name}ForCausalLM")(config)
@@ -128,6 +149,7 @@ FAMILIES = {
         HeadTransform(softcap=3.0),
     ),
     "gemma2": (lambda: text("Gemma2", final_logit_softcapping=5.0), HeadTransform(softcap=5.0)),
+    "capped llava": (capped_llava, HeadTransform(softcap=4.0)),
     "cohere": (lambda: text("Cohere", logit_scale=0.3), HeadTransform(scale=0.3)),
     "granite": (lambda: text("Granite", logits_scaling=7.0), HeadTransform(scale=1 / 7)),
     "phi": (phi, HeadTransform()),
@@ -301,6 +323,41 @@ def test_ddp_hooks_fire(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "cohere"])
+def test_fsdp2_gathers_the_head_and_gets_the_gradient(name, tmp_path):
+    """Its hooks hang on the model's outputs; the head's weight is whole only while the head is called."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, inputs = build(name), batch(name)
+        expected, loss = gradients(stock(model, inputs), model), stock(model, inputs).item()
+        for layer in model.model.modules():
+            if type(layer).__name__.endswith("DecoderLayer"):
+                fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        for _ in range(2):
+            model.zero_grad()  # before the forward, which leaves the root's weights whole until the backward
+            ours = selective_loss(model, inputs)
+            assert ours.item() == pytest.approx(loss, rel=1e-5)
+            found = gradients(ours, model)
+        assert found.keys() == expected.keys()
+        for parameter, grad in expected.items():
+            assert torch.allclose(found[parameter].full_tensor(), grad, rtol=1e-4, atol=1e-6), parameter
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_gradient_leaves_through_the_outputs():
+    model, inputs, fired = build("cohere"), batch(), []
+
+    def hook(module, args, outputs):
+        if outputs.logits.requires_grad:
+            outputs.logits.register_hook(lambda grad: fired.append(grad.item()))
+
+    model.register_forward_hook(hook)
+    selective_loss(model, inputs).backward()
+    assert fired == [1.0]
+
+
 def test_autocast_of_a_wrapper_reaches_the_model():
     AcceleratorState._reset_state()  # other tests have made accelerators without autocast
     model, inputs = build("llava"), batch("llava")
@@ -345,8 +402,6 @@ def test_unusable_weights_are_refused(weight, message):
 
 
 def test_sharded_weight_is_refused(tmp_path):
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
-
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model, inputs = build("gemma2"), batch()

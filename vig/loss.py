@@ -146,7 +146,7 @@ def selective_loss(
             return forward(hidden)
         # The gradient must leave through the model's outputs, where DDP and FSDP hang their hooks. Scaling and
         # softcap, which the model still applies, map this 0 to 0 with slope `scale`.
-        return ((loss - loss.detach()) / transform.scale).reshape(1, 1, 1)
+        return (loss - loss.detach()).reshape(1, 1, 1) / transform.scale
 
     with head_replaced(head, fused):
         outputs = model(**inputs)
