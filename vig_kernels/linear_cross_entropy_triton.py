@@ -130,20 +130,25 @@ def train_chunks(hidden, weight, target, order, count, kept, gain, nll, lse, gra
     """Fill nll and lse and add to the gradients, over the first `kept` rows of `order`."""
     bias, row_weight, logit_scale, logit_softcap, z_loss = options
     (V, D), (grad_hidden, grad_weight, grad_bias) = weight.shape, grads
-    config = head_config("store", weight, D, V)
     aligned = triton.cdiv(V, 16) * 16  # rows of the block start on 16-byte borders, as the GEMM likes them
     chunk = max(1, min(kept, BLOCK_BYTES // (aligned * hidden.element_size())))
-    if chunk > config.block_n:
-        chunk = chunk // config.block_n * config.block_n
+    if chunk > 128:  # whole tiles
+        chunk = chunk // 128 * 128
     storage = hidden.new_empty(chunk, aligned)
+
+    def run(first, rows, config):
+        partials = Partials(rows, 1, V, config, (), hidden.device)
+        fold(
+            (hidden,), weight, target, bias, order, count, first, rows, partials, storage[:rows, :V],
+            logit_scale, logit_softcap, config,
+        )  # fmt: skip
+        return partials
+
+    config = head_config("store", weight, lambda config: run(0, chunk, config)) if kept else None
     for first in range(0, kept, chunk):
         rows = min(chunk, kept - first)
         block = storage[:rows, :V]
-        partials = Partials(rows, 1, V, config, (), hidden.device)
-        fold(
-            (hidden,), weight, target, bias, order, count, first, rows, partials, block,
-            logit_scale, logit_softcap, config,
-        )  # fmt: skip
+        partials = run(first, rows, config)
         combine(partials, target, order, count, nll, lse, None, None, first, rows, 0, 1, V)
         bias_sums = finish(
             block, partials, lse, row_weight, target, order, count, gain, first, logit_softcap, z_loss,

@@ -287,18 +287,21 @@ def gradient_block(
     """Fill `block` with gain * d loss / d y of rows `chunk` and vocabulary `vocab`; return the column sums of d loss / d y."""
     grad_nll, grad_lse, grad_entropy, lse, entropy = upstream
     (V, D), (rows, columns) = weight.shape, block.shape
-    config = head_config("gradient", weight, D, V)
-    descriptor = config.descriptor and fits_descriptor(weight)
-    row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(columns, config.block_v)
-    partial = torch.empty(row_tiles, columns, dtype=torch.float32, device=block.device) if bias_sums else None
-    gradient_kernel[(row_tiles * vocab_tiles,)](
-        hidden, operand(weight, config) if descriptor else weight, bias, target, *order,
-        lse, entropy if grad_entropy is not None else None, grad_nll, grad_lse, grad_entropy, gain, block, partial,
-        hidden.stride(0), weight.stride(0), block.stride(0), chunk.start, rows, row_tiles, vocab.start, columns,
-        vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
-        BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
-        GROUP=config.group, EVEN_K=D % config.block_k == 0, DESCRIPTOR=descriptor,
-        SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight), CAST_DOT=interpreted(),
-        **config.launch_options,
-    )  # fmt: skip
-    return partial.sum(0) if bias_sums else None
+
+    def run(config):
+        descriptor = config.descriptor and fits_descriptor(weight)
+        row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(columns, config.block_v)
+        partial = torch.empty(row_tiles, columns, dtype=torch.float32, device=block.device) if bias_sums else None
+        gradient_kernel[(row_tiles * vocab_tiles,)](
+            hidden, operand(weight, config) if descriptor else weight, bias, target, *order,
+            lse, entropy if grad_entropy is not None else None, grad_nll, grad_lse, grad_entropy, gain, block, partial,
+            hidden.stride(0), weight.stride(0), block.stride(0), chunk.start, rows, row_tiles, vocab.start, columns,
+            vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
+            BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
+            GROUP=config.group, EVEN_K=D % config.block_k == 0, DESCRIPTOR=descriptor,
+            SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight), CAST_DOT=interpreted(),
+            **config.launch_options,
+        )  # fmt: skip
+        return partial.sum(0) if bias_sums else None
+
+    return run(head_config("gradient", weight, run))

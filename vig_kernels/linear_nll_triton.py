@@ -278,23 +278,31 @@ def sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_inde
     hiddens: one or two (N, D) tensors that share `target` (N,). Every row of every pass goes through the same
     kernel with the same tiles, so its bits are the same alone, paired, and in any company.
     """
-    (V, D), N, passes = weight.shape, target.shape[0], len(hiddens)
-    config = head_config("fold", weight, D, V)
+    V, N, passes = weight.shape[0], target.shape[0], len(hiddens)
     empty = {"lse": torch.float32, "entropy": torch.float32, "argmax": torch.int64}
     results = [
         (target.new_empty(N, dtype=torch.float32), {s: target.new_empty(N, dtype=empty[s]) for s in stats})
         for _ in hiddens
     ]
     order, count = keep_order(target, ignore_index)
-    chunk = Partials.chunk_rows(N, passes, V, config, stats)
+
+    def run(first, rows, partials, config):
+        fold(hiddens, weight, target, bias, order, count, first, rows, partials, None,
+             logit_scale, logit_softcap, config)  # fmt: skip
+
+    def trial(config):
+        rows = Partials.chunk_rows(N, passes, V, config, stats)
+        run(0, rows, Partials(rows, passes, V, config, stats, target.device), config)
+
     with device_guard(target.device):
+        config = head_config("fold", weight, trial)
+        chunk = Partials.chunk_rows(N, passes, V, config, stats)
         partials = None
         for first in range(0, N, chunk):
             rows = min(chunk, N - first)
             if partials is None or rows != chunk:
                 partials = Partials(rows, passes, V, config, stats, target.device)
-            fold(hiddens, weight, target, bias, order, count, first, rows, partials, None,
-                 logit_scale, logit_softcap, config)  # fmt: skip
+            run(first, rows, partials, config)
             for index, (nll, sinks) in enumerate(results):
                 sink = (sinks.get("lse"), sinks.get("entropy"), sinks.get("argmax"))
                 combine(partials, target, order, count, nll, *sink, first, rows, index, passes, V)

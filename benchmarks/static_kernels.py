@@ -1,0 +1,127 @@
+"""Every Triton kernel with the arguments it is launched with, as sources for compilation without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vig_kernels import gaussian_blur_triton, linear_cross_entropy_triton, linear_nll_backward_triton, linear_nll_triton
+from vig_kernels.tile_configs import TileConfig
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTER = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8"}
+
+INT64 = ("target", "order", "count")
+FLOAT32 = (
+    "partial_max", "partial_sum", "target_logit", "lse", "nll", "gain", "row_weight", "grad_nll", "centre_of", "factor_of"
+)  # fmt: skip
+FLOATS = ("logit_scale", "logit_softcap", "z_loss")
+ALIGNED = ("stride_hidden", "stride_hidden_second", "stride_weight", "stride_block", "stride_matrix", "D")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A set of options that changes the code of a kernel."""
+
+    name: str
+    softcap: bool = False
+    bias: bool = False
+    entropy: bool = False
+    argmax: bool = False
+    store: bool = False
+    even_k: bool = True
+
+
+def head_source(kernel, variant: Variant, dtype: str, config: TileConfig, precision: str) -> ASTSource:
+    """fold_kernel or gradient_kernel for `dtype` operands."""
+    data = "*" + POINTER[dtype]
+    descriptor = config.descriptor and variant.even_k
+    types = {
+        "hidden": data,
+        "hidden_second": data,
+        "weight": f"tensordesc<{data[1:]}[{config.block_v}, {config.block_k}]>" if descriptor else data,
+        "bias": "*fp32" if variant.bias else None,
+        "partial_dot": "*fp32" if variant.entropy else None,
+        "partial_arg": "*i32" if variant.argmax else None,
+        "partial_bias": "*fp32" if variant.bias else None,
+        "entropy": "*fp32" if variant.entropy else None,
+        "grad_entropy": "*fp32" if variant.entropy else None,
+        "grad_lse": "*fp32" if variant.entropy else None,
+        "block": data if variant.store or kernel is linear_nll_backward_triton.gradient_kernel else None,
+    }
+    constants = {
+        "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_K": config.block_k, "PARTS": config.parts,
+        "GROUP": config.group, "EVEN_K": variant.even_k, "DESCRIPTOR": descriptor, "SOFTCAP": variant.softcap,
+        "PRECISION": precision, "CAST_DOT": False,
+    }  # fmt: skip
+    return source(kernel, types, constants, aligned=variant.even_k)
+
+
+def source(kernel, types: dict, constants: dict, aligned: bool = True) -> ASTSource:
+    """ASTSource of `kernel`; what `types` does not name follows from the argument's name."""
+    signature, constants = {}, dict(constants)
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in types:
+            signature[name] = types[name] or "constexpr"
+            if types[name] is None:
+                constants[name] = None
+        elif name in INT64:
+            signature[name] = "*i64"
+        elif name in FLOAT32:
+            signature[name] = "*fp32"
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or (aligned and name in ALIGNED)
+    }
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def combine_source(variant: Variant) -> ASTSource:
+    types = {
+        "partial_dot": "*fp32" if variant.entropy else None,
+        "partial_arg": "*i32" if variant.argmax else None,
+        "lse": "*fp32" if variant.entropy or variant.store else None,
+        "entropy": "*fp32" if variant.entropy else None,
+        "argmax": "*i64" if variant.argmax else None,
+    }
+    return source(linear_nll_triton.combine_kernel, types, {"PART": 128, "BLOCK_N": 32, "BLOCK_T": 32})
+
+
+def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:
+    types = {"block": "*" + POINTER[dtype], "partial_bias": "*fp32" if variant.bias else None}
+    constants = {"PART": part, "BLOCK_N": 16, "SOFTCAP": variant.softcap}
+    return source(linear_cross_entropy_triton.finish_kernel, types, constants)
+
+
+def blur_source(first_launch: bool, dtype: str, fast: bool, config: TileConfig, precision: str) -> ASTSource:
+    """band_kernel: the launch that reads the samples, or the one that writes them."""
+    middle = "*fp16" if fast else "*fp32"
+    data = "*" + POINTER[dtype]
+    int64 = ("source_plane", "source_line", "source_step", "out_plane", "out_row", "out_column")
+    types = dict.fromkeys(int64, "*i64") | {
+        "matrix": middle,
+        "operator_of": "*i32",
+        "radius_of": "*i32",
+        "source": data if first_launch else middle,
+        "out": middle if first_launch else data,
+        "centre_of": "*fp32" if fast else None,
+        "factor_of": "*fp32" if fast else None,
+    }
+    constants = {
+        "BLOCK_R": config.block_n, "BLOCK_L": config.block_v, "BLOCK_K": config.block_k,
+        "ENTER": fast and first_launch, "LEAVE": fast and not first_launch, "SOURCE_UNIT": True, "OUT_UNIT": True,
+        "PRECISION": precision,
+    }  # fmt: skip
+    return source(gaussian_blur_triton.band_kernel, types, constants)
