@@ -1,0 +1,101 @@
+"""`python -m benchmarks [SUITE]`: measure, print, store; `python -m benchmarks report` writes the README's tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+SUITES = ("score", "train", "blur", "memory", "peak")
+app = typer.Typer(add_completion=False, no_args_is_help=False, rich_markup_mode=None)
+WIDE = None if sys.stdout.isatty() else 130  # tables in a log are not squeezed to 80 columns
+console = Console(width=WIDE)
+log = Console(stderr=True)
+
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Small shapes and few rounds: less than a minute a suite.")
+]
+Threads = Annotated[int | None, typer.Option(help="Threads of every contender. Default: all cores.", min=1)]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the JSON results. Quick results are stored only if it is given."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def main(context: typer.Context, threads: Threads = None) -> None:
+    """Benchmarks of vig_kernels. Without a suite: all CPU suites, quick."""
+    if context.invoked_subcommand is None:
+        for suite in SUITES:
+            measure(suite, True, threads, None)
+
+
+def _command(suite: str, text: str) -> None:
+    @app.command(suite, help=text)
+    def command(quick: Quick = False, threads: Threads = None, out: Out = None) -> None:
+        measure(suite, quick, threads, out)
+
+
+_command("score", "Per-token log-probabilities on the CPU, against the bare GEMM and the peers.")
+_command("train", "Loss and gradients on the CPU, against three bare GEMMs and the peers.")
+_command("blur", "Gaussian blur on the CPU, against OpenCV and others.")
+_command("memory", "Peak extra memory, each call in a fresh process.")
+_command("peak", "Register-only instruction peak of each instruction set.")
+_command("gpu", "The same on a GPU; without one, the plan.")
+
+
+@app.command()
+def report(
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit 1 when README and results differ.")
+    ] = False,
+    readme: Annotated[Path | None, typer.Option(help="Default: README.md of the checkout.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of JSON results. Default: benchmarks/results.")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder of the plots. Default: docs/plots.")] = None,
+) -> None:
+    """Write the README's tables and the plots from the stored results."""
+    from benchmarks import report as writer
+
+    paths = writer.Paths.default(readme, results, plots)
+    if check:
+        found = writer.disagreements(paths)
+        for line in found:
+            log.print(line, markup=False)
+        raise typer.Exit(1 if found else 0)
+    for path in writer.write(paths):
+        console.print(f"wrote {path}", highlight=False)
+
+
+def measure(suite: str, quick: bool, threads: int | None, out: Path | None) -> None:
+    """Run a suite, print it, store it."""
+    import importlib
+
+    import torch
+
+    from benchmarks import machine, results, terminal
+
+    threads = threads or (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    torch.set_num_threads(threads)
+    module = importlib.import_module(f"benchmarks.{suite}")
+    if hasattr(module, "plan") and module.why_not() is not None:
+        module.plan(quick, console)
+        return
+    with log.status(suite) as status:
+        say = (lambda text: status.update(f"{suite}: {text}")) if log.is_terminal else (lambda text: None)
+        result = machine.header(suite, threads, quick) | {"cases": module.run(threads, quick, say)}
+    terminal.show(result, console)
+    if not quick or out is not None:
+        path = results.write(result, out or results.FOLDER)
+        console.print(f"wrote {path}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(app(prog_name="python -m benchmarks"))

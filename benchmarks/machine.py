@@ -1,0 +1,128 @@
+"""What a measurement was taken on: processor, memory, versions, commit, date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from vig_kernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
+    "asimd", "sve", "bf16",
+)  # fmt: skip
+PACKAGES = (
+    "torch", "triton", "numpy", "trl", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "kornia",
+    "opencv-python-headless", "opencv-python", "pillow", "scipy", "torchvision",
+)  # fmt: skip
+
+
+def describe() -> dict:
+    """Processor, its flags that matter here, cores, memory, GPU, and the instruction set of the native kernels."""
+    info = _proc_table(Path("/proc/cpuinfo"))
+    flags = (info.get("flags") or info.get("Features") or "").split()
+    gpu = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+    return {
+        "cpu": info.get("model name") or platform.processor() or platform.machine(),
+        "architecture": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "memory_gib": _memory_gib(),
+        "gpu": gpu,
+        "isa": native.isa(),
+        "system": platform.system(),
+    }
+
+
+def slug(machine: dict) -> str:
+    """A file name for a machine, such as amd-epyc-2-cores-avx512-bf16."""
+    name = machine["gpu"]["name"] if machine["gpu"] else machine["cpu"]
+    best = next(
+        (flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in machine["flags"]), ""
+    )
+    text = name if machine["gpu"] else f"{name} {machine['cores']} cores {best}"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def sentence(result: dict) -> str:
+    """One line for a caption."""
+    machine = result["machine"]
+    if machine["gpu"]:
+        return f"{machine['gpu']['name']}, {machine['gpu']['memory_gib']} GiB"
+    units = ", ".join(
+        label
+        for flag, label in (
+            ("avx2", "AVX2"),
+            ("avx512f", "AVX-512"),
+            ("avx512_bf16", "BF16"),
+            ("amx_bf16", "AMX"),
+        )
+        if flag in machine["flags"]
+    )
+    return f"{machine['cpu']}, {machine['cores']} cores ({units or 'no vector flags'}), {machine['memory_gib']} GiB"
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of Python, of this library and of the peers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def header(suite: str, threads: int, quick: bool) -> dict:
+    """The part of a result that does not depend on the suite."""
+    return {
+        "suite": suite,
+        "quick": quick,
+        "command": f"python -m benchmarks {suite}" + (" --quick" if quick else "") + f" --threads {threads}",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "threads": threads,
+        "machine": describe(),
+        "versions": versions(),
+    }
+
+
+def commit() -> str:
+    """The commit of the checkout, with "+" when tracked files differ from it; "unknown" outside git."""
+    try:
+        run = [
+            subprocess.run(
+                ["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
+            ).stdout
+            for args in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return run[0].strip() + ("+" if run[1].strip() else "")
+
+
+def _proc_table(path: Path) -> dict[str, str]:
+    """The first block of a "key : value" file of /proc; {} where there is none."""
+    if not path.exists():
+        return {}
+    block = path.read_text().split("\n\n")[0]
+    pairs = (line.split(":", 1) for line in block.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _memory_gib() -> float | None:
+    if sys.platform != "linux":
+        return None
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)

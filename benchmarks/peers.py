@@ -1,0 +1,305 @@
+"""Who takes part in the LM-head suites: the library, bare matrix products, and the peers, each in its own words.
+
+A peer that is not installed or cannot run on the device is listed with the reason. `pip install
+"vig-kernels[bench-peers]"` brings those that are optional.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vig_kernels
+from benchmarks.harness import Contender, can_run
+from benchmarks.heads import HeadInputs
+from vig_kernels import dispatch
+
+IGNORE = -100
+TRL_CHUNK = 8192  # vocabulary columns a tile, TRL's default
+
+
+def installed(package: str, pip_name: str) -> Callable[[], str | None]:
+    """A why_not that asks whether `package` can be found."""
+    return lambda: None if importlib.util.find_spec(package) else f"not installed (pip install {pip_name})"
+
+
+def on_gpu(package: str, pip_name: str) -> Callable[[], str | None]:
+    """A why_not for GPU-only peers."""
+
+    def why_not() -> str | None:
+        return installed(package, pip_name)() or (None if torch.cuda.is_available() else "needs a CUDA GPU")
+
+    return why_not
+
+
+def compiler() -> str | None:
+    """torch.compile on a CPU needs a C++ compiler."""
+    if torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++"):
+        return None
+    return "torch.compile needs a C++ compiler (g++ or clang++)"
+
+
+def backend(op: str, name: str, device: str) -> Callable[[], str | None]:
+    """A why_not for one backend of the library."""
+    return lambda: dispatch.why_not(op, name, torch.device(device))
+
+
+def eager_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """What everybody writes first."""
+    logits = F.linear(hidden, weight).float()
+    return -torch.log_softmax(logits, 1).gather(1, target[:, None]).squeeze(1)
+
+
+def eager_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), target, ignore_index=IGNORE)
+
+
+def torch_chunked(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, weight, target, reduction=reduction, options=options)
+
+
+def torch_plain(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+    return F.linear_cross_entropy(hidden, weight, target, reduction=reduction)
+
+
+def torch_has_it() -> str | None:
+    has = hasattr(F, "linear_cross_entropy")
+    return None if has else f"torch {torch.__version__} has no linear_cross_entropy (2.13 has)"
+
+
+def trl_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    return -ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, TRL_CHUNK, None, 1.0, ())[0]
+
+
+def cce(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str, impl: str) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, target, reduction=reduction, impl=impl)
+
+
+def liger_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    found = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def liger_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden, weight, target)
+
+
+def quack_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(hidden, weight, target)
+
+
+def mean_of(nll: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A mean loss from per-token values; no row is ignored in the train suite."""
+    return lambda hidden, weight, target: nll(hidden, weight, target).mean()
+
+
+def forward_only(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[HeadInputs], Callable]:
+    """make() of a scoring contender."""
+
+    def make(inputs: HeadInputs):
+        @torch.no_grad()
+        def run():
+            return function(inputs.hidden, inputs.weight, inputs.target)
+
+        return run
+
+    return make
+
+
+def forward_backward(function: Callable[[Tensor, Tensor, Tensor], Tensor], frozen: bool = False):
+    """make() of a training contender: () -> (loss, grad_hidden, grad_weight or None)."""
+
+    def make(inputs: HeadInputs):
+        hidden, weight = inputs.leaves(frozen)
+
+        def run():
+            loss = function(hidden, weight, inputs.target)
+            if frozen:
+                return loss.detach(), *torch.autograd.grad(loss, (hidden,)), None
+            return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+        return run
+
+    return make
+
+
+def compiled(function: Callable) -> Callable[[HeadInputs], Callable]:
+    """A compiled twin of `function`, compiled anew for every shape, as a fixed training shape would be."""
+    return torch.compile(function, dynamic=False)
+
+
+def score_peers(gpu: bool) -> list[Contender]:
+    """Everyone else's way to per-token negative log-likelihoods."""
+
+    def peer(name, function, why_not=can_run, **more):
+        return Contender(name, forward_only(function), why_not, "nll", **more)
+
+    peers = [
+        Contender("bare GEMM", forward_only(lambda h, w, t: F.linear(h, w)), output="logits", baseline=True),
+        peer("eager PyTorch", eager_nll),
+        peer("torch.compile", compiled(eager_nll), compiler, compiles=True),
+        peer("torch linear_cross_entropy", functools.partial(torch_plain, reduction="none"), torch_has_it),
+        peer(
+            "torch linear_cross_entropy, chunked",
+            functools.partial(torch_chunked, reduction="none"),
+            torch_has_it,
+        ),
+        peer("TRL ChunkedLogProb", trl_nll, installed("trl", "trl")),
+    ]
+    if gpu:
+        peers += [
+            peer(
+                "CCE",
+                functools.partial(cce, reduction="none", impl="cce"),
+                on_gpu("cut_cross_entropy", "cut-cross-entropy"),
+            ),
+            peer("Liger", liger_nll, on_gpu("liger_kernel", "liger-kernel")),
+            peer("quack", quack_loss, lambda: "gives sums and means only, no per-token values"),
+        ]
+    else:
+        peers += [
+            peer(
+                "CCE torch_compile",
+                functools.partial(cce, reduction="none", impl="torch_compile"),
+                installed("cut_cross_entropy", "cut-cross-entropy"),
+                compiles=True,
+            ),
+            peer("Liger, fallback", liger_nll, installed("liger_kernel", "liger-kernel")),
+        ]
+    return peers
+
+
+def score_ours(name: str, device: str) -> list[Contender]:
+    """The library's ops on backend `name`; the last three have names that the suite's comparisons use."""
+
+    def nll(h, w, t):
+        return vig_kernels.linear_nll(h, w, t, backend=name)
+
+    def paired(inputs: HeadInputs):
+        def run():
+            return vig_kernels.linear_vig(
+                inputs.hidden, inputs.hidden_null, inputs.weight, inputs.target, backend=name
+            )[1:]
+
+        return run
+
+    def twice(inputs: HeadInputs):
+        @torch.no_grad()
+        def run():
+            return tuple(nll(h, inputs.weight, inputs.target) for h in (inputs.hidden, inputs.hidden_null))
+
+        return run
+
+    def sparse(inputs: HeadInputs):
+        @torch.no_grad()
+        def run():
+            return nll(inputs.hidden, inputs.weight, inputs.sparse_target)
+
+        return run
+
+    def entry(label, make, output, op="linear_nll"):
+        return Contender(label, make, backend(op, name, device), output, "promise", ours=True)
+
+    return [
+        entry("linear_nll", forward_only(nll), "nll"),
+        entry("linear_nll, 70 % of the rows ignored", sparse, "sparse"),
+        entry("two linear_nll calls", twice, "pair"),
+        entry("linear_vig, N + N rows", paired, "pair", "linear_vig"),
+    ]
+
+
+def bare_products(upstream: Tensor) -> list[Contender]:
+    """The three products of a head's forward and backward, as torch runs them."""
+
+    def product(label, output, function):
+        def make(inputs: HeadInputs):
+            return lambda: function(inputs.hidden, inputs.weight)
+
+        return Contender(label, make, output=output, baseline=True)
+
+    return [
+        product("bare F.linear(h, w)", "logits", F.linear),
+        product("bare g @ w", "hidden", lambda h, w: upstream @ w),
+        product("bare g.t() @ h", "weight", lambda h, w: upstream.t() @ h),
+    ]
+
+
+def train_peers(gpu: bool) -> list[Contender]:
+    """Everyone else's way to a mean loss with the gradients of hidden and weight."""
+
+    def peer(name, function, why_not=can_run, **more):
+        return Contender(name, forward_backward(function), why_not, "loss", **more)
+
+    peers = [
+        peer("eager PyTorch", eager_loss),
+        peer("torch.compile", compiled(eager_loss), compiler, compiles=True),
+        peer("torch linear_cross_entropy", functools.partial(torch_plain, reduction="mean"), torch_has_it),
+        peer(
+            "torch linear_cross_entropy, chunked",
+            functools.partial(torch_chunked, reduction="mean"),
+            torch_has_it,
+        ),
+        peer("TRL ChunkedLogProb", mean_of(trl_nll), installed("trl", "trl")),
+    ]
+    if gpu:
+        peers += [
+            peer(
+                "CCE",
+                functools.partial(cce, reduction="mean", impl="cce"),
+                on_gpu("cut_cross_entropy", "cut-cross-entropy"),
+            ),
+            peer("Liger", liger_loss, on_gpu("liger_kernel", "liger-kernel")),
+            peer("quack", quack_loss, on_gpu("quack", "quack-kernels")),
+        ]
+    else:
+        peers += [
+            peer(
+                "CCE torch_compile",
+                functools.partial(cce, reduction="mean", impl="torch_compile"),
+                installed("cut_cross_entropy", "cut-cross-entropy"),
+                compiles=True,
+            ),
+            peer("Liger, fallback", mean_of(liger_nll), installed("liger_kernel", "liger-kernel")),
+        ]
+    return peers
+
+
+def train_ours(name: str, device: str) -> list[Contender]:
+    """The library's loss on backend `name`: both memory settings, and a frozen weight."""
+
+    def loss(h, w, t, memory="fast"):
+        return vig_kernels.linear_cross_entropy(h, w, t, memory=memory, backend=name)
+
+    why_not = backend("linear_cross_entropy", name, device)
+    low = functools.partial(loss, memory="low")
+    return [
+        Contender("linear_cross_entropy", forward_backward(loss), why_not, "loss", "promise", ours=True),
+        Contender(
+            "linear_cross_entropy, frozen weight",
+            forward_backward(loss, True),
+            why_not,
+            "loss",
+            "promise",
+            ours=True,
+        ),
+        Contender(
+            'linear_cross_entropy, memory="low"', forward_backward(low), why_not, "loss", "promise", ours=True
+        ),
+    ]

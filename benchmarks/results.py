@@ -1,0 +1,79 @@
+"""Results on disk, and as rows of a table: what the terminal, the README and the plots have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from benchmarks import machine
+
+FOLDER = Path(__file__).with_name("results")
+
+
+def path_of(result: dict, folder: Path) -> Path:
+    """<suite>-<machine>.json; quick results have their own name and never replace full ones."""
+    kind = f"{result['suite']}-quick" if result["quick"] else result["suite"]
+    return folder / f"{kind}-{machine.slug(result['machine'])}.json"
+
+
+def write(result: dict, folder: Path) -> Path:
+    """Stores a result; returns where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = path_of(result, folder)
+    path.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    return path
+
+
+def read_full(suite: str, folder: Path = FOLDER) -> list[dict]:
+    """The full results of a suite, of all machines, by file name."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{suite}-*.json"))]
+    return [result for result in found if result["suite"] == suite and not result["quick"]]
+
+
+def label(case: dict) -> str:
+    """A case in a few words, such as "512 x 2048 x 32000, float32"."""
+    if "shape" not in case:
+        return case["label"]
+    shape = case["shape"]
+    return f"{shape['N']} x {shape['D']} x {shape['V']}, {case['dtype']}"
+
+
+def cells(row: dict) -> tuple[str, str, str, str, str]:
+    """(p50, p20-p80, ratio, share of the peak, largest error) of a row that was timed."""
+    share = row.get("of_peak")
+    return (
+        milliseconds(row["p50_ms"]),
+        f"{milliseconds(row['p20_ms'])}-{milliseconds(row['p80_ms'])}",
+        "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        "" if share is None else f"{share:.2f}",
+        f"{row['max_error']:.1e}",
+    )
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits, no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def problems(case: dict) -> Iterator[str]:
+    """One line for every contender that was not timed."""
+    for row in case["rows"]:
+        if row["status"] != "ok":
+            yield f"{row['name']}: {row['status']}: {row['reason']}"
+
+
+def names(cases: Iterable[dict]) -> list[str]:
+    """Names of all rows, in order of first appearance."""
+    return list(dict.fromkeys(row["name"] for case in cases for row in case["rows"]))
+
+
+def _rounded(value):
+    """Five significant digits are more than any timing holds."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,77 @@
+"""Suite `score`: per-token negative log-likelihoods against the bare GEMM and the peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from benchmarks import harness, peers
+from benchmarks.harness import Contender
+from benchmarks.heads import ScoreJudge, make_inputs
+from benchmarks.shapes import Shape, score_cases
+from vig_kernels import native
+
+PEAK_SECONDS = 0.15
+COMPARISONS = (  # (what is shown, row, row it is divided by)
+    ("linear_vig on N + N rows / two linear_nll calls", "linear_vig, N + N rows", "two linear_nll calls"),
+    ("linear_nll with 70 % of the rows ignored / none ignored", "linear_nll, 70 % of the rows ignored", "linear_nll"),
+)  # fmt: skip
+
+
+def contenders() -> list[Contender]:
+    return [*peers.score_peers(gpu=False), *peers.score_ours("cpu", "cpu")]
+
+
+def run(threads: int, quick: bool, say: Callable[[str], None]) -> list[dict]:
+    """The cases of the suite, measured."""
+    cases = score_cases(quick)
+    return [case(s, d, threads, 3 if quick else 5, contenders(), say) for s, d in cases]
+
+
+def case(
+    shape: Shape, dtype: torch.dtype, threads: int, rounds: int, field: Sequence[Contender], say
+) -> dict:
+    """One shape in one precision."""
+    label = f"{shape}, {str(dtype).removeprefix('torch.')}"
+    say(f"{label}: inputs and float64 truth")
+    inputs = make_inputs(shape, dtype)
+    judge = ScoreJudge(inputs)
+    probe = peak_probe(dtype, threads)
+    result = harness.measure(
+        field, inputs, judge, rounds=rounds, probe=probe, say=lambda text: say(f"{label}: {text}")
+    )
+    work = {"linear_nll": 1, "bare GEMM": 1, "linear_vig, N + N rows": 2, "two linear_nll calls": 2}
+    add_share_of_peak(result, {name: times * shape.gemm_flops for name, times in work.items()})
+    return describe(shape, dtype, result, COMPARISONS)
+
+
+def peak_probe(dtype: torch.dtype, threads: int) -> Callable[[], float] | None:
+    """Measures the machine's register-only peak for products of `dtype`; None without the compiled kernels."""
+    if native.why_not() is not None:
+        return None
+    peak = native.peak_bf16 if dtype == torch.bfloat16 else native.peak_f32
+    return lambda: peak(threads, PEAK_SECONDS)
+
+
+def add_share_of_peak(result: dict, flops: dict[str, float]) -> None:
+    """`of_peak`: operations a second of a row over the register-only peak of the same rounds."""
+    for row in result["rows"]:
+        if result["probe"] and row["name"] in flops and row["status"] == "ok":
+            row["of_peak"] = flops[row["name"]] / (row["p50_ms"] * 1e-3) / result["probe"]
+
+
+def describe(shape: Shape, dtype: torch.dtype, result: dict, comparisons) -> dict:
+    """A case as it is stored."""
+    found = [
+        {"name": name, "ratio": harness.median_ratio(result["rows"], row, other)}
+        for name, row, other in comparisons
+    ]
+    return {
+        "model": shape.name,
+        "shape": {"N": shape.N, "D": shape.D, "V": shape.V},
+        "dtype": str(dtype).removeprefix("torch."),
+        "peak_gflops": None if result["probe"] is None else result["probe"] / 1e9,
+        "rows": result["rows"],
+        "comparisons": found,
+    }

@@ -1,0 +1,58 @@
+"""Results on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import machine, results
+
+
+def show(result: dict, console: Console) -> None:
+    """One table a case, then what was compared and who did not run."""
+    versions = result["versions"]
+    console.print(
+        f"[bold]{result['suite']}[/] on {machine.sentence(result)}; {result['threads']} threads; torch "
+        f"{versions['torch']}; commit {result['commit']}",
+        highlight=False,
+    )
+    for case in result["cases"]:
+        if "unit" in case:
+            _show_values(case, console)
+        else:
+            _show_timings(case, console)
+        for comparison in case.get("comparisons", ()):
+            if comparison["ratio"] is not None:
+                console.print(f"  {comparison['name']}: {comparison['ratio']:.2f}", highlight=False)
+        for line in results.problems(case):
+            console.print(f"  not timed: {line}", style="yellow", markup=False, highlight=False)
+
+
+def _show_timings(case: dict, console: Console) -> None:
+    peak = f"; register-only peak {case['peak_gflops']:.0f} GFLOP/s" if case.get("peak_gflops") else ""
+    table = Table(title=f"{results.label(case)} ({case['model']}){peak}", title_justify="left")
+    table.add_column("contender", no_wrap=True)
+    for column in ("p50 ms", "p20-p80", case.get("ratio_to", "/ GEMM"), "of peak", "max error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in case["rows"]:
+        if row["status"] == "ok":
+            table.add_row(row["name"], *results.cells(row), style="bold" if row["ours"] else "")
+    console.print(table)
+
+
+def _show_values(case: dict, console: Console) -> None:
+    """Suites that measure something else than time: a value and its unit."""
+    table = Table(title=results.label(case), title_justify="left")
+    table.add_column("contender", no_wrap=True)
+    table.add_column(case["unit"], justify="right")
+    table.add_column("promised", justify="right")
+    for row in case["rows"]:
+        if row["status"] == "ok":
+            promised = row.get("promised")
+            table.add_row(
+                row["name"],
+                f"{row['value']:.1f}",
+                "" if promised is None else f"{promised:g}",
+                style="bold" if row["ours"] else "",
+            )
+    console.print(table)
