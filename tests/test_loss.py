@@ -102,6 +102,73 @@ def idefics3():
     )
 
 
+def llava_next():
+    return transformers.LlavaNextForConditionalGeneration(
+        transformers.LlavaNextConfig(
+            vision_config=transformers.CLIPVisionConfig(**VISION),
+            text_config=transformers.LlamaConfig(**TEXT),
+            image_token_id=3,
+            vision_feature_layer=-1,
+            image_grid_pinpoints=[[16, 16]],
+        )
+    )
+
+
+def llava_onevision():
+    return transformers.LlavaOnevisionForConditionalGeneration(
+        transformers.LlavaOnevisionConfig(
+            vision_config=transformers.SiglipVisionConfig(**VISION),
+            text_config=transformers.Qwen2Config(**TEXT),
+            image_token_id=3,
+            video_token_id=4,
+        )
+    )
+
+
+def qwen3_vl():
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    return transformers.Qwen3VLForConditionalGeneration(
+        transformers.Qwen3VLConfig(
+            vision_config={
+                "hidden_size": 16,
+                "out_hidden_size": 32,
+                "intermediate_size": 24,
+                "depth": 1,
+                "num_heads": 2,
+                "patch_size": 4,
+                "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+            },
+            text_config=TEXT | {"rope_parameters": rope},
+            image_token_id=3,
+            video_token_id=4,
+            vision_start_token_id=5,
+            vision_end_token_id=6,
+        )
+    )
+
+
+def smolvlm():
+    return transformers.SmolVLMForConditionalGeneration(
+        transformers.SmolVLMConfig(
+            vision_config=VISION,
+            text_config=transformers.LlamaConfig(**TEXT),
+            image_token_id=3,
+            scale_factor=1,
+        )
+    )
+
+
+def internvl():
+    return transformers.InternVLForConditionalGeneration(
+        transformers.InternVLConfig(
+            vision_config=VISION | {"image_size": [16, 16], "patch_size": [8, 8]},
+            text_config=transformers.Qwen2Config(**TEXT),
+            image_token_id=3,
+        )
+    )
+
+
 class CappedLlava(transformers.LlavaForConditionalGeneration):
     """A vision-language model that applies the softcap of its text config, as Gemma3n's does."""
 
@@ -135,7 +202,12 @@ def phi():  # its head has a bias
 # family -> (builder, what it does to its logits)
 FAMILIES = {
     "llava": (llava, HeadTransform()),
+    "llava-next": (llava_next, HeadTransform()),
+    "llava-onevision": (llava_onevision, HeadTransform()),
     "qwen2.5-vl": (qwen2_5_vl, HeadTransform()),
+    "qwen3-vl": (qwen3_vl, HeadTransform()),
+    "smolvlm": (smolvlm, HeadTransform()),
+    "internvl": (internvl, HeadTransform()),
     "idefics3": (idefics3, HeadTransform()),
     "gemma3": (gemma3, HeadTransform()),  # its config has a softcap, which this class ignores
     "gemma3-text": (

@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from vig.prompts import Encoder
 from vig.samples import BrokenRecord, SampleError, sample_from_record
+from vig.select import Selection
 from vig.selection_table import Entry
-from vig.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer, keep_samples
+from vig.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer, keep_samples, open_selection
 
 ANSWERS = (
     "red",
@@ -125,6 +126,16 @@ def test_answers_of_another_length_are_refused(processor, cut):
     chosen["data.json#1"] = Entry(True, ids, np.ones(len(ids), bool))
     with pytest.raises(SampleError, match=r"data.json#1 .*tokens here and"):
         SelectiveCollator(processor, chosen)(items)
+
+
+def test_what_select_returns_is_a_selection(processor, monkeypatch):
+    chosen = selection(processor, samples(2))
+    made = Selection.__new__(Selection)
+    monkeypatch.setattr(made, "table", lambda: chosen)
+    assert (
+        open_selection(made) is chosen and open_selection(chosen) is chosen and open_selection(None) is None
+    )
+    assert SelectiveCollator(processor, made).selection is chosen
 
 
 def test_end_of_turn_is_the_selections_own(processor):

@@ -31,9 +31,9 @@ from vig.families import LoadedModel, load
 from vig.files import explain_write_errors, write_atomically
 from vig.loss import selective_loss, unwrap
 from vig.samples import read_samples
-from vig.selection_table import read_selection
+from vig.select import Selection
 from vig.train_settings import TrainError, TrainProgress, TrainResult, TrainSettings
-from vig.trainer import Record, Selection, SelectiveCollator, keep_samples
+from vig.trainer import Record, Selected, SelectiveCollator, keep_samples, open_selection
 
 # The vision tower, as the families name it; Qwen's merger is the projector and trains.
 VISION_TOWER = (
@@ -46,7 +46,7 @@ RECORD = "train.json"
 def train(
     model: Any,
     data: str | Path | Iterable[Record],
-    selection: Selection | str | Path | None,
+    selection: Selection | Selected | str | Path | None,
     out: str | Path | None,
     *,
     processor: Any = None,
@@ -61,7 +61,8 @@ def train(
     model: a checkpoint folder, a name on the hub, a `LoadedModel`, or a transformers model (then give `processor`
         too). A model in memory is trained in place.
     data: a file or folder as `vig.samples.read_samples` takes, or an iterable of Samples or Encoded samples.
-    selection: a folder of ``vig select``, a mapping key -> (keep, token_ids, token_keep), or None for all tokens.
+    selection: a folder of ``vig select``, what `vig.select.select` returned, a mapping key -> (keep, token_ids,
+        token_keep), or None for all tokens.
     out: folder of the checkpoint, None to save nothing. One that holds a checkpoint is refused unless `overwrite`.
     settings: the fields of `TrainSettings`.
 
@@ -77,7 +78,7 @@ def train(
     torch.manual_seed(settings.seed)
     model = _trainable(model, settings)
 
-    table = read_selection(selection) if isinstance(selection, str | Path) else selection
+    table = open_selection(selection)
     records = data
     if isinstance(data, str | Path):
         records = read_samples(data, image_root=image_root, limit=limit)

@@ -22,13 +22,21 @@ from torch import Tensor, nn
 from vig.loss import IGNORE, count_kept, selective_loss
 from vig.prompts import Encoded, Encoder
 from vig.samples import BrokenRecord, Sample, SampleError, sample_from_record
+from vig.select import Selection
 from vig.selection_table import Entry, read_selection
 
-Selection = Mapping[str, Entry]
+Selected = Mapping[str, Entry]
 Record = Sample | Encoded | Mapping[str, Any]
 
 
 # --- data ---
+
+
+def open_selection(selection: Selection | Selected | str | Path | None) -> Selected | None:
+    """The mapping key -> Entry of a folder, of what `vig.select.select` returned, or of a mapping itself."""
+    if isinstance(selection, str | Path):
+        return read_selection(selection)
+    return selection.table() if isinstance(selection, Selection) else selection
 
 
 class Kept(NamedTuple):
@@ -39,7 +47,7 @@ class Kept(NamedTuple):
     broken: int  # records that never became samples
 
 
-def keep_samples(records: Iterable[Record | BrokenRecord], selection: Selection | None) -> Kept:
+def keep_samples(records: Iterable[Record | BrokenRecord], selection: Selected | None) -> Kept:
     """The records worth training on, in order: those with at least one selected token; all without a selection.
 
     Raises SampleError for a record that the selection does not know.
@@ -74,7 +82,7 @@ def _names(record: Record) -> tuple[str, str]:
     return record["key"], str(record.get("id", record["key"]))
 
 
-def _entry(selection: Selection, key: str, id: str) -> Entry:
+def _entry(selection: Selected, key: str, id: str) -> Entry:
     try:
         return selection[key]
     except KeyError:
@@ -87,7 +95,8 @@ class SelectiveCollator:
     """Turns records into a batch whose labels are the trainer's answer tokens AND the selected ones.
 
     processor: the model's transformers processor, or a tokenizer for text alone.
-    selection: mapping key -> (keep, token_ids, token_keep), or the folder of one; None keeps every answer token.
+    selection: mapping key -> (keep, token_ids, token_keep), the folder of one, or what `vig.select.select` returned;
+        None keeps every answer token.
     end_of_turn: "template" | "add" | "drop"; what the selection was scored with unless given.
     max_length: longer sequences lose their end. An answer cut short is a prefix of the scored one; it keeps the
         selection of its tokens and is counted in `truncated`. Any other difference between the answer tokens
@@ -102,14 +111,14 @@ class SelectiveCollator:
     def __init__(
         self,
         processor: Any,
-        selection: Selection | str | Path | None = None,
+        selection: Selection | Selected | str | Path | None = None,
         *,
         end_of_turn: str | None = None,
         max_length: int | None = None,
         image_root: str | Path | None = None,
         counts: bool = False,
     ):
-        self.selection = read_selection(selection) if isinstance(selection, str | Path) else selection
+        self.selection = open_selection(selection)
         metadata = getattr(self.selection, "metadata", {})
         end_of_turn = end_of_turn or metadata.get("end_of_turn", "template")
         self.encoder = Encoder(processor, end_of_turn=end_of_turn, max_length=max_length, truncate=True)
