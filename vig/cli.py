@@ -125,6 +125,7 @@ def score(
     if retry not in (None, "failed"):
         raise typer.BadParameter(f"got {retry!r}, expected failed", param_hint="--retry")
     part = None if shard is None else _usage(plan.parse_shard, shard)
+    terminal.quiet_libraries()
     with terminal.waiting(err, f"loading {model}"):
         scorer = Scorer(
             model, null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens,
@@ -219,6 +220,7 @@ def train(
     """Train on the selected tokens of the selected samples, with the fused masked loss."""
     from vig.train import train as run
 
+    terminal.quiet_libraries()
     with terminal.training(err) as on_progress:
         result = run(
             model, data, selection, folder, image_root=image_root, limit=limit, overwrite=overwrite,
@@ -250,6 +252,7 @@ def report(
 
     from vig.report import report as write
 
+    terminal.quiet_libraries()
     given = None if processor is None else AutoProcessor.from_pretrained(processor)
     write(
         scores,
@@ -261,6 +264,19 @@ def report(
         samples=samples,
     )
     out.print(f"report: {page}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path, typer.Option("-o", "--out", help="Where to work; an earlier demo there is replaced.")
+    ] = Path("demo-output"),
+) -> None:
+    """The whole road in miniature, offline: drawn scenes, a tiny model, score, select, train, examine, report."""
+    from vig.demo.run import demo as run
+
+    terminal.quiet_libraries()
+    run(folder, console=out)
 
 
 def _usage(parse, text: str) -> Any:

@@ -31,6 +31,13 @@ def wants_traceback() -> bool:
     return os.environ.get("VIG_TRACEBACK", "") not in ("", "0")
 
 
+def quiet_libraries() -> None:
+    """Leaves the terminal to our own progress: no bars for loading and writing weights."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 @contextmanager
 def waiting(console: Console, text: str) -> Iterator[None]:
     """A spinner on a terminal, one line elsewhere."""
