@@ -21,6 +21,7 @@ class Case:
     ignored: str = "some"  # none, some, all
     options: dict = field(default_factory=dict)
     bias: bool = False
+    sunk: float = 0.0  # subtracted from the bias, hence from all logits
     strided: bool = False  # rows of hidden and weight lie apart
     twins: bool = False  # vocabulary rows 1 and 5 are equal, and the best
 
@@ -43,8 +44,10 @@ CASES = (
     Case("logits-1e4", N=8, D=32, V=90, scale=2000.0),
     Case("twins", N=8, D=32, V=90, twins=True),
     Case("bias", N=8, D=40, V=100, bias=True),
+    Case("all-logits-below-minus-100", N=8, D=40, V=100, bias=True, sunk=400.0),
     Case("scale", N=8, D=40, V=100, bias=True, options={"logit_scale": 0.0625}),
     Case("softcap", N=8, D=40, V=100, scale=6.0, options={"logit_softcap": 3.0}),
+    Case("softcap-of-peaked", N=8, D=40, V=100, scale=150.0, options={"logit_softcap": 200.0}),
     Case(
         "all-options",
         N=20,
@@ -86,7 +89,7 @@ def make(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0, grad: bool
         target[1:2] = case.V - 1
     options = dict(case.options)
     if case.bias:
-        options["bias"] = torch.randn(case.V, generator=draw).to(device, dtype)
+        options["bias"] = torch.randn(case.V, generator=draw).sub(case.sunk).to(device, dtype)
     hidden, weight = hidden.to(device, dtype)[:, : case.D], weight.to(device, dtype)[:, : case.D]
     inputs = Inputs(hidden, weight, target.to(device), options)
     if grad:
