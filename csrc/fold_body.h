@@ -77,11 +77,12 @@ void fold_tile(const FoldArgs& f) {
       Vec::store(f.keep + n * kPanel, left);
       Vec::store(f.keep + n * kPanel + W, right);
     }
-    Vec::F maximum = Vec::load(lanes), sum = Vec::load(lanes + W), moment = Vec::zero();
+    Vec::F maximum = f.fresh ? Vec::set1(kLowest) : Vec::load(lanes);
+    Vec::F sum = f.fresh ? Vec::zero() : Vec::load(lanes + W), moment = Vec::zero();
     if constexpr (Stats) {
-      moment = Vec::load(lanes + 2 * W);
       const int32_t first = static_cast<int32_t>(f.first_column);
-      Vec::I column = Vec::iload(lanes + 3 * W);
+      if (!f.fresh) moment = Vec::load(lanes + 2 * W);
+      Vec::I column = f.fresh ? Vec::ramp(first) : Vec::iload(lanes + 3 * W);
       column = Vec::iselect(Vec::greater(left, maximum), Vec::ramp(first), column);
       column = Vec::iselect(Vec::greater(right, Vec::max(left, maximum)), Vec::ramp(first + W), column);
       Vec::istore(lanes + 3 * W, column);
@@ -91,8 +92,8 @@ void fold_tile(const FoldArgs& f) {
       const Vec::F raised = Vec::max(highest, maximum);
       rebase<Stats>(maximum, raised, sum, moment);
       maximum = raised;
-      Vec::store(lanes, maximum);
     }
+    Vec::store(lanes, maximum);
     gather<Stats>(left, maximum, sum, moment);
     gather<Stats>(right, maximum, sum, moment);
     Vec::store(lanes + W, sum);
@@ -105,38 +106,78 @@ void fold(const FoldArgs& f) {
   f.stats ? fold_tile<false, true>(f) : fold_tile<false, false>(f);
 }
 
-// The lanes of each row to one value, in lane order.
+// One step of a sum over parts of a row that have maxima of their own, W rows at a time.
 template <bool Stats>
-void reduce_rows(const float* lanes, int64_t rows, Partial* out) {
-  constexpr int W = Vec::W;
-  for (int64_t n = 0; n < rows; ++n, lanes += W * (Stats ? 4 : 2)) {
-    float maximum = lanes[0];
-    for (int i = 1; i < W; ++i) maximum = lanes[i] > maximum ? lanes[i] : maximum;
-    Vec::F sum = Vec::load(lanes + W), moment = Vec::zero();
-    if constexpr (Stats) moment = Vec::load(lanes + 2 * W);
-    rebase<Stats>(Vec::load(lanes), Vec::set1(maximum), sum, moment);
-    float sums[W], moments[W];
-    Vec::store(sums, sum);
-    Vec::store(moments, moment);
-    Partial total = {maximum, 0.0f, 0.0f, 0};
-    bool found = false;
-    for (int i = 0; i < W; ++i) {
-      total.sum += sums[i];
-      total.moment += moments[i];
-      if constexpr (Stats) {
-        const int32_t column = static_cast<int32_t>(float_to_bits(lanes[3 * W + i]));
-        if (lanes[i] != maximum || (found && column >= total.column)) continue;
-        total.column = column;
-        found = true;
-      }
+inline void add_part(Vec::F part_maximum, Vec::F part_sum, Vec::F part_moment, Vec::F maximum, Vec::F& sum,
+                     Vec::F& moment) {
+  rebase<Stats>(part_maximum, maximum, part_sum, part_moment);
+  sum = Vec::add(sum, part_sum);
+  if constexpr (Stats) moment = Vec::add(moment, part_moment);
+}
+
+inline void store_part(const Partials& out, int64_t n, Vec::F maximum, Vec::F sum, Vec::F moment, Vec::I column) {
+  Vec::store(out.maximum + n, maximum);
+  Vec::store(out.sum + n, sum);
+  Vec::store(out.moment + n, moment);
+  Vec::istore(out.column + n, column);
+}
+
+// The lanes of W rows, turned so that a vector holds one lane of each row, summed in lane order.
+template <bool Stats>
+void reduce_rows(const float* lanes, int64_t rows, const Partials& out) {
+  constexpr int W = Vec::W, kFields = Stats ? 4 : 2;
+  for (int64_t n = 0; n < rows; n += W) {
+    Vec::F field[kFields][W];
+    for (int f = 0; f < kFields; ++f) {
+      for (int i = 0; i < W; ++i) field[f][i] = Vec::load(lanes + ((n + i) * kFields + f) * W);
+      Vec::transpose(field[f]);
     }
-    (void)found;
-    out[n] = total;
+    Vec::F maximum = field[0][0], sum = Vec::zero(), moment = Vec::zero();
+    for (int i = 1; i < W; ++i) maximum = Vec::max(field[0][i], maximum);
+    for (int i = 0; i < W; ++i) {
+      add_part<Stats>(field[0][i], field[1][i], field[Stats ? 2 : 0][i], maximum, sum, moment);
+    }
+    int32_t first[W] = {};
+    if constexpr (Stats) {
+      for (int i = 0; i < W; ++i) {  // the least column among the lanes that hold the maximum
+        float best[W], value[W];
+        int32_t column[W];
+        Vec::store(best, maximum);
+        Vec::store(value, field[0][i]);
+        Vec::store(reinterpret_cast<float*>(column), field[3][i]);
+        for (int r = 0; r < W; ++r) {
+          if (value[r] == best[r] && (first[r] == 0 || column[r] + 1 < first[r])) first[r] = column[r] + 1;
+        }
+      }
+      for (int r = 0; r < W; ++r) first[r] -= first[r] > 0 ? 1 : 0;
+    }
+    store_part(out, n, maximum, sum, moment, Vec::iload(first));
   }
 }
 
-void reduce_lanes(const float* lanes, int64_t rows, bool stats, Partial* out) {
+void reduce_lanes(const float* lanes, int64_t rows, bool stats, const Partials& out) {
   stats ? reduce_rows<true>(lanes, rows, out) : reduce_rows<false>(lanes, rows, out);
+}
+
+// Rows [first, first + W) over all groups, in the groups' order.
+template <bool Stats>
+void combine_rows(const Partials* groups, int64_t count, int64_t first, const Partials& out) {
+  Vec::F maximum = Vec::load(groups[0].maximum + first), sum = Vec::zero(), moment = Vec::zero();
+  Vec::I column = Vec::iload(groups[0].column + first);
+  for (int64_t g = 1; g < count; ++g) {
+    const Vec::F other = Vec::load(groups[g].maximum + first);
+    column = Vec::iselect(Vec::greater(other, maximum), Vec::iload(groups[g].column + first), column);
+    maximum = Vec::max(other, maximum);
+  }
+  for (int64_t g = 0; g < count; ++g) {
+    add_part<Stats>(Vec::load(groups[g].maximum + first), Vec::load(groups[g].sum + first),
+                    Vec::load(groups[g].moment + first), maximum, sum, moment);
+  }
+  store_part(out, first, maximum, sum, moment, column);
+}
+
+void combine(const Partials* groups, int64_t count, int64_t first, bool stats, const Partials& out) {
+  stats ? combine_rows<true>(groups, count, first, out) : combine_rows<false>(groups, count, first, out);
 }
 
 // d(upstream) / d(product) of W columns of row n; `plain` adds up the gradient before the scale.

@@ -9,8 +9,33 @@ namespace vig {
 namespace {
 
 constexpr int64_t kPanelWords = 4096;  // words of D packed at a time: 512 KiB of an AVX-512 panel, half of an L2
-constexpr int64_t kMaxGroups = 128;
-constexpr double kLn2 = 0.69314718055994530942;
+constexpr int64_t kMaxGroups = 64;
+constexpr int64_t kPackedWords = 96 << 10;  // of several shallow panels together: 384 KiB
+constexpr double kLn2 = 0.69314718055994530942, kLog2E = 1.4426950408889634074;
+
+// Hands out the weight rows of the next panels, a share with every tile, for the tile to ask the cache for.
+class Ahead {
+ public:
+  Ahead(const Head& head, int64_t panel, int64_t panels, int64_t tiles) {
+    const int64_t row_bytes = head.depth * (head.dtype == Dtype::kFloat32 ? 4 : 2);
+    if (panel >= head.panels() || head.weight_stride != row_bytes) return;  // rows with gaps: left to the hardware
+    const int64_t first = panel * head.kernels.panel;
+    const int64_t rows = std::min(panels * head.kernels.panel, head.vocab - first);
+    at_ = head.weight + first * row_bytes;
+    end_ = at_ + rows * row_bytes;
+    share_ = (rows * row_bytes / tiles + 127) / 64 * 64;
+  }
+
+  std::pair<const char*, const char*> take() {
+    const char* from = at_;
+    at_ = end_ - at_ > share_ ? at_ + share_ : end_;
+    return {from, at_};
+  }
+
+ private:
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t share_ = 0;
+};
 
 }  // namespace
 
@@ -26,8 +51,11 @@ void KeptRows::add(const char* data, int64_t stride, const int64_t* targets, int
 
 Buffer make_buffer(int64_t floats) { return Buffer(new float[static_cast<size_t>(std::max<int64_t>(floats, 1))]); }
 
+int64_t padded_rows(const Head& head, int64_t rows) { return round_up(rows, 4 * head.kernels.tile); }
+
 RowChunk::RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_t count, int threads)
-    : target(kept.target.data() + begin), rows(count), packed(make_buffer(round_up(count, head.kernels.tile) * head.words())) {
+    : target(kept.target.data() + begin), rows(count), padded(padded_rows(head, count)),
+      packed(make_buffer(padded * head.words())) {
   const int64_t tile = head.kernels.tile, words = head.words();
   parallel_for((count + tile - 1) / tile, threads, [&](int64_t i, int) {
     const int64_t row = begin + i * tile;
@@ -41,85 +69,133 @@ RowChunk::RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_
 }
 
 PanelSweep::PanelSweep(const Head& head, int64_t max_rows, bool stats)
-    : head_(head), stats_(stats), packed_(make_buffer(std::min(head.words(), kPanelWords) * head.kernels.panel)),
+    : head_(head), stats_(stats), together_(panels_together(head)),
+      packed_(make_buffer(std::min(head.words(), kPanelWords) * head.kernels.panel * together_)),
       product_(make_buffer((head.words() > kPanelWords ? round_up(max_rows, head.kernels.tile) : head.kernels.tile) *
                            head.kernels.panel)),
-      lanes_(make_buffer(max_rows * lane_floats(head.kernels.lanes, stats))), bias_(make_buffer(head.kernels.panel)),
-      rows_(head.kernels.panel) {}
+      lanes_(make_buffer(padded_rows(head, max_rows) * lane_floats(head.kernels.lanes, stats))),
+      bias_(make_buffer(head.kernels.panel * together_)), rows_(head.kernels.panel) {}
+
+int64_t PanelSweep::panels_together(const Head& head) {
+  return std::clamp<int64_t>(kPackedWords / (std::max<int64_t>(head.words(), 1) * head.kernels.panel), 1, 16);
+}
 
 int64_t PanelSweep::bytes_per_row(const Head& head, bool stats) {
   return 4 * (lane_floats(head.kernels.lanes, stats) + (head.words() > kPanelWords ? head.kernels.panel : 0));
 }
 
 void PanelSweep::start(int64_t rows) {
-  const int lanes = head_.kernels.lanes, floats = lane_floats(lanes, stats_);
-  std::fill_n(lanes_.get(), rows * floats, 0.0f);
-  for (int64_t n = 0; n < rows; ++n) std::fill_n(lanes_.get() + n * floats, lanes, kLowest);
+  fresh_ = true;
+  const int64_t floats = lane_floats(head_.kernels.lanes, stats_);  // rows that only fill up the last vector
+  std::fill(lanes_.get() + rows * floats, lanes_.get() + padded_rows(head_, rows) * floats, 0.0f);
 }
 
-void PanelSweep::fold_panel(const RowChunk& chunk, int64_t panel, float* picked, float* keep) {
-  const Kernels& k = head_.kernels;
-  const int64_t first = panel * k.panel, words = head_.words();
-  const float factor = head_.scale * (head_.cap == 0.0f ? 1.4426950408889634f : 1.0f);
-  for (int i = 0; i < k.panel; ++i) {
-    const int64_t row = std::min(first + i, head_.vocab - 1);
-    rows_[i] = head_.weight + row * head_.weight_stride;
-    bias_[i] = head_.bias == nullptr ? 0.0f : head_.bias[row] * factor;
+void PanelSweep::fold_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked,
+                             float* keep) {
+  for (int64_t panel = begin; panel < end; panel += together_) {
+    const int64_t last = std::min(panel + together_, end);
+    const int64_t after = last < end ? last : next;
+    if (head_.words() > kPanelWords) {
+      fold_deep_panel(chunk, panel, after, picked, keep);
+    } else {
+      fold_shallow_panels(chunk, panel, last, after, picked, keep);
+    }
+    fresh_ = false;
   }
-  for (int64_t begin = 0; begin < words || begin == 0; begin += kPanelWords) {
-    const int64_t end = std::min(words, begin + kPanelWords);
-    uint32_t* packed = reinterpret_cast<uint32_t*>(packed_.get());
-    k.pack({packed, rows_.data(), k.panel, head_.dtype, head_.pairs(), begin, end, head_.depth});
-    for (int64_t row = 0; row < chunk.rows; row += k.tile) {
-      const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk.rows - row));
-      const int unit = k.tile / 3, padded = (rows + unit - 1) / unit * unit;
-      const uint32_t* a = reinterpret_cast<const uint32_t*>(chunk.packed.get()) + row * words + begin * padded;
-      float* product = product_.get() + (words > kPanelWords ? row * k.panel : 0);
-      k.multiply({a, packed, product, k.panel, end - begin, 1, 0, rows, begin > 0}, head_.pairs());
-      if (end == words) fold_tile(chunk, panel, row, rows, product, picked, keep);
+}
+
+void PanelSweep::pack(int64_t panel, int64_t place, int64_t begin, int64_t end) {
+  const Kernels& k = head_.kernels;
+  const double factor = head_.scale * (head_.cap == 0.0f ? kLog2E : 1.0);
+  for (int i = 0; i < k.panel; ++i) {
+    const int64_t row = std::min(panel * k.panel + i, head_.vocab - 1);
+    rows_[i] = head_.weight + row * head_.weight_stride;
+    bias_[place * k.panel + i] = head_.bias == nullptr ? 0.0f : static_cast<float>(head_.bias[row] * factor);
+  }
+  k.pack({packed_words() + place * (end - begin) * k.panel, rows_.data(), k.panel, head_.dtype, head_.pairs(), begin,
+          end, head_.depth});
+}
+
+// The packed panels and one tile of rows stay in cache together, so that rows come from afar once for all of them.
+void PanelSweep::fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked,
+                                     float* keep) {
+  const Kernels& k = head_.kernels;
+  const int64_t words = head_.words();
+  for (int64_t panel = begin; panel < end; ++panel) pack(panel, panel - begin, 0, words);
+  Ahead ahead(head_, next, end - begin, (end - begin) * ((chunk.rows + k.tile - 1) / k.tile));
+  for (int64_t row = 0; row < chunk.rows; row += k.tile) {
+    const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk.rows - row));
+    const uint32_t* a = reinterpret_cast<const uint32_t*>(chunk.packed.get()) + row * words;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const uint32_t* b = packed_words() + (panel - begin) * words * k.panel;
+      const auto [from, to] = ahead.take();
+      k.multiply({a, b, product_.get(), k.panel, words, 1, 0, rows, false, from, to}, head_.pairs());
+      fold_tile(chunk, panel, panel - begin, row, rows, product_.get(), picked, keep);
     }
   }
 }
 
-void PanelSweep::fold_tile(const RowChunk& chunk, int64_t panel, int64_t row, int rows, const float* product,
-                           float* picked, float* keep) {
+// One panel whose columns are too many for the cache: block by block of D, with the products of all rows held between.
+void PanelSweep::fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t next, float* picked, float* keep) {
   const Kernels& k = head_.kernels;
-  const int64_t first = panel * k.panel;
-  const float scale = head_.scale * (head_.cap == 0.0f ? 1.4426950408889634f : 1.0f);
-  k.fold({product, rows, static_cast<int>(std::min<int64_t>(k.panel, head_.vocab - first)), first, chunk.target + row,
-          picked + row, lanes_.get() + row * lane_floats(k.lanes, stats_), stats_, scale, bias_.get(), head_.cap,
-          keep == nullptr ? nullptr : keep + row * k.panel});
+  const int64_t words = head_.words(), blocks = (words + kPanelWords - 1) / kPanelWords;
+  Ahead ahead(head_, next, 1, blocks * ((chunk.rows + k.tile - 1) / k.tile));
+  for (int64_t begin = 0; begin < words; begin += kPanelWords) {
+    const int64_t end = std::min(words, begin + kPanelWords);
+    pack(panel, 0, begin, end);
+    for (int64_t row = 0; row < chunk.rows; row += k.tile) {
+      const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk.rows - row));
+      const int unit = k.tile / 3, padded = (rows + unit - 1) / unit * unit;
+      const uint32_t* a = reinterpret_cast<const uint32_t*>(chunk.packed.get()) + row * words + begin * padded;
+      float* product = product_.get() + row * k.panel;
+      const auto [from, to] = ahead.take();
+      k.multiply({a, packed_words(), product, k.panel, end - begin, 1, 0, rows, begin > 0, from, to}, head_.pairs());
+      if (end == words) fold_tile(chunk, panel, 0, row, rows, product, picked, keep);
+    }
+  }
 }
 
-void PanelSweep::finish(int64_t rows, Partial* out) const {
-  head_.kernels.reduce_lanes(lanes_.get(), rows, stats_, out);
+void PanelSweep::fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, int64_t row, int rows,
+                           const float* product, float* picked, float* keep) {
+  const Kernels& k = head_.kernels;
+  const int64_t first = panel * k.panel;
+  const float scale = static_cast<float>(head_.scale * (head_.cap == 0.0f ? kLog2E : 1.0));
+  k.fold({product, rows, static_cast<int>(std::min<int64_t>(k.panel, head_.vocab - first)), first, chunk.target + row,
+          picked + row, lanes_.get() + row * lane_floats(k.lanes, stats_), stats_,
+          fresh_ && place == 0, scale,
+          bias_.get() + place * k.panel, head_.cap,
+          keep == nullptr ? nullptr : keep + (panel * chunk.padded + row) * k.panel});
+}
+
+void PanelSweep::finish(int64_t rows, const Partials& out) const {
+  head_.kernels.reduce_lanes(lanes_.get(), round_up(rows, head_.kernels.lanes), stats_, out);
 }
 
 PanelGroups::PanelGroups(const Head& head)
     : panels(head.panels()), per_group((panels + kMaxGroups - 1) / kMaxGroups),
       count((panels + per_group - 1) / per_group) {}
 
-RowTotal combine(const Partial* partial, int64_t groups, int64_t stride, bool stats) {
-  float maximum = partial[0].maximum;
-  int32_t column = partial[0].column;
-  for (int64_t g = 1; g < groups; ++g) {
-    if (partial[g * stride].maximum <= maximum) continue;  // of equals the first
-    maximum = partial[g * stride].maximum;
-    column = partial[g * stride].column;
+PartialTable::PartialTable(int64_t groups, int64_t rows)
+    : memory_(make_buffer((groups + 1) * rows * 4)), groups_(groups + 1) {
+  for (int64_t g = 0; g <= groups; ++g) {
+    float* at = memory_.get() + g * rows * 4;
+    groups_[g] = {at, at + rows, at + 2 * rows, reinterpret_cast<int32_t*>(at + 3 * rows)};
   }
-  double sum = 0, moment = 0;
-  for (int64_t g = 0; g < groups; ++g) {
-    const Partial& part = partial[g * stride];
-    const double change = double(part.maximum) - maximum;
-    const float factor = std::exp2(static_cast<float>(change));
-    sum += double(factor) * part.sum;
-    if (stats && factor > 0) moment += double(factor) * (part.moment + part.sum * change);
-  }
-  return {maximum, std::log2(sum), moment / sum - std::log2(sum), column};
+}
+
+void PartialTable::combine(const Head& head, int64_t first, bool stats) {
+  head.kernels.combine(groups_.data(), static_cast<int64_t>(groups_.size()) - 1, first, stats, groups_.back());
+}
+
+RowTotal PartialTable::total(int64_t row) const {
+  const Partials& all = groups_.back();
+  return {all.maximum[row], std::log2(static_cast<double>(all.sum[row])),
+          static_cast<double>(all.moment[row]) / all.sum[row], all.column[row]};
 }
 
 double RowTotal::nll(float picked) const { return kLn2 * ((maximum - picked) + log2_sum); }
-double RowTotal::lse() const { return kLn2 * (maximum + log2_sum); }
-double RowTotal::entropy() const { return -kLn2 * mean_below; }
+double RowTotal::lse() const { return kLn2 * lse2(); }
+double RowTotal::lse2() const { return maximum + log2_sum; }
+double RowTotal::entropy() const { return kLn2 * (log2_sum - mean_below); }
 
 }  // namespace vig

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -41,10 +42,12 @@ using Buffer = std::unique_ptr<float[]>;
 Buffer make_buffer(int64_t floats);
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+int64_t padded_rows(const Head& head, int64_t rows);
+
 // Some rows of a call, packed tile by tile: tile i starts at word i * tile * words and has [word][rows of the tile].
 struct RowChunk {
   const int64_t* target;
-  int64_t rows;
+  int64_t rows, padded;  // padded: to whole tiles and vectors
   Buffer packed;
 
   RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_t count, int threads);
@@ -56,18 +59,26 @@ class PanelSweep {
   PanelSweep(const Head& head, int64_t max_rows, bool stats);
 
   void start(int64_t rows);  // forgets all maxima and sums
-  // Folds one panel of the vocabulary into the rows' lanes. `keep` (rows * panel floats) receives the logits if set.
-  void fold_panel(const RowChunk& chunk, int64_t panel, float* picked, float* keep);
-  void finish(int64_t rows, Partial* out) const;
+  // Folds panels [begin, end) of the vocabulary into the rows' lanes; `next` is where this thread will probably go on.
+  // `keep` ([panel][padded rows][panel columns], from panel 0) receives the logits in units of log2 e, if set.
+  void fold_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked, float* keep);
+  void finish(int64_t rows, const Partials& out) const;
 
   static int64_t bytes_per_row(const Head& head, bool stats);
 
  private:
-  void fold_tile(const RowChunk& chunk, int64_t panel, int64_t row, int rows, const float* product, float* picked,
-                 float* keep);
+  static int64_t panels_together(const Head& head);
+  uint32_t* packed_words() { return reinterpret_cast<uint32_t*>(packed_.get()); }
+  void pack(int64_t panel, int64_t place, int64_t begin, int64_t end);
+  void fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked, float* keep);
+  void fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t next, float* picked, float* keep);
+  void fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, int64_t row, int rows, const float* product,
+                 float* picked, float* keep);
 
   const Head& head_;
   const bool stats_;
+  const int64_t together_;
+  bool fresh_ = true;
   Buffer packed_, product_, lanes_, bias_;
   std::vector<const char*> rows_;
 };
@@ -80,14 +91,27 @@ struct PanelGroups {
   int64_t end(int64_t group) const { return begin(group + 1) < panels ? begin(group + 1) : panels; }
 };
 
-// Running values of a row over all groups: log2 of the sum of 2^y, and the softmax mean of (y - lse).
+// A row's values over all groups, logits in units of log2 e.
 struct RowTotal {
-  double maximum, log2_sum, mean_below;
-  int32_t column;
-  double nll(float picked) const;      // nats
-  double lse() const;                  // nats
-  double entropy() const;              // nats
+  double maximum, log2_sum, mean_below;  // mean_below: softmax mean of (y - maximum)
+  int32_t column;                        // of the first maximum
+  double nll(float picked) const;        // nats
+  double lse() const;                    // nats
+  double lse2() const;                   // units of log2 e
+  double entropy() const;                // nats
 };
-RowTotal combine(const Partial* partial, int64_t groups, int64_t stride, bool stats);
+
+// What each group of panels gathered for each row, and their sum in the groups' order.
+class PartialTable {
+ public:
+  PartialTable(int64_t groups, int64_t padded_rows);
+  const Partials& group(int64_t g) const { return groups_[g]; }
+  void combine(const Head& head, int64_t first, bool stats);  // one vector of rows, from `first` on
+  RowTotal total(int64_t row) const;
+
+ private:
+  Buffer memory_;
+  std::vector<Partials> groups_;  // the last one is the sum
+};
 
 }  // namespace vig

@@ -33,6 +33,8 @@ struct MultiplyArgs {
   int64_t words, segments, a_segment;
   int rows;                  // 1 .. tile
   bool accumulate;
+  const char* ahead = nullptr;      // memory that will be wanted soon: asked for line by line, up to ahead_end
+  const char* ahead_end = nullptr;
 };
 
 // One tile of products turned into logits (in units of log2 e) and folded into the rows' running values.
@@ -45,16 +47,17 @@ struct FoldArgs {
   float* picked;             // (rows) logit of the target, written by the panel that holds it
   float* lanes;              // [rows][lane_floats]: maximum, sum (, sum of e * (y - maximum), column of the maximum)
   bool stats;
+  bool fresh;                // the first panel: what stands in `lanes` is not read
   float scale;               // logit = scale * product + bias, times log2 e when there is no cap
   const float* bias;         // [panel], in the same units
   float cap;                 // 0: none; else the cap of cap * tanh(logit / cap)
   float* keep;               // [rows][panel] logits in units of log2 e, or null
 };
 
-// What a row has gathered from one group of panels.
-struct Partial {
-  float maximum, sum, moment;  // moment = sum of 2^(y - maximum) * (y - maximum)
-  int32_t column;
+// What rows have gathered: arrays over rows. moment = sum of 2^(y - maximum) * (y - maximum).
+struct Partials {
+  float *maximum, *sum, *moment;
+  int32_t* column;
 };
 
 // Gradients of a panel's logits, from the logits that the sweep kept.
@@ -107,7 +110,8 @@ struct Kernels {
   void (*multiply_columns)(const MultiplyArgs&, bool pairs); // a_row 1, a_word panel
   void (*multiply_rows)(const MultiplyArgs&, bool pairs);    // a_row panel (pairs: panel / 2), a_word 1
   void (*fold)(const FoldArgs&);
-  void (*reduce_lanes)(const float* lanes, int64_t rows, bool stats, Partial* out);
+  void (*reduce_lanes)(const float* lanes, int64_t rows, bool stats, const Partials& out);  // rows: whole vectors
+  void (*combine)(const Partials* groups, int64_t count, int64_t first, bool stats, const Partials& out);  // `lanes` rows
   void (*gradient)(const GradArgs&);
   void (*blur)(const BlurArgs&);
   void (*load_strip)(const ConvertArgs&);

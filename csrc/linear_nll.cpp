@@ -1,7 +1,6 @@
 #include "linear_nll.h"
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "pool.h"
@@ -20,12 +19,13 @@ int64_t rows_per_chunk(const Head& head, bool stats, int threads) {
   return std::max(rows / tile, int64_t{1}) * tile;
 }
 
-void finish_rows(const KeptRows& kept, int64_t begin, int64_t rows, int64_t groups, const Partial* partial,
+void finish_rows(const Head& head, const KeptRows& kept, int64_t begin, int64_t rows, PartialTable& table,
                  const float* picked, const NllOutputs& out, bool stats, int threads) {
-  constexpr int64_t kRows = 64;
-  parallel_for((rows + kRows - 1) / kRows, threads, [&](int64_t task, int) {
-    for (int64_t n = task * kRows; n < std::min(rows, (task + 1) * kRows); ++n) {
-      const RowTotal total = combine(partial + n, groups, rows, stats);
+  const int64_t lanes = head.kernels.lanes;
+  parallel_for((rows + lanes - 1) / lanes, threads, [&](int64_t task, int) {
+    table.combine(head, task * lanes, stats);
+    for (int64_t n = task * lanes; n < std::min(rows, (task + 1) * lanes); ++n) {
+      const RowTotal total = table.total(n);
       const int64_t slot = kept.slot[begin + n];
       out.nll[slot] = static_cast<float>(total.nll(picked[n]));
       if (out.lse != nullptr) out.lse[slot] = static_cast<float>(total.lse());
@@ -45,7 +45,7 @@ void linear_nll(const Head& head, const KeptRows& kept, const NllOutputs& out, i
   const int64_t chunk_rows = std::min(rows_per_chunk(head, stats, threads), kept.size());
   std::vector<std::unique_ptr<PanelSweep>> sweeps;
   for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, chunk_rows, stats));
-  std::vector<Partial> partial(groups.count * chunk_rows);
+  PartialTable table(groups.count, padded_rows(head, chunk_rows));
   const Buffer picked = make_buffer(chunk_rows);
   for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
     const int64_t rows = std::min(chunk_rows, kept.size() - begin);
@@ -53,12 +53,11 @@ void linear_nll(const Head& head, const KeptRows& kept, const NllOutputs& out, i
     parallel_for(groups.count, threads, [&](int64_t group, int worker) {
       PanelSweep& sweep = *sweeps[worker];
       sweep.start(rows);
-      for (int64_t panel = groups.begin(group); panel < groups.end(group); ++panel) {
-        sweep.fold_panel(chunk, panel, picked.get(), nullptr);
-      }
-      sweep.finish(rows, partial.data() + group * rows);
+      sweep.fold_panels(chunk, groups.begin(group), groups.end(group), groups.begin(group + threads), picked.get(),
+                        nullptr);
+      sweep.finish(rows, table.group(group));
     });
-    finish_rows(kept, begin, rows, groups.count, partial.data(), picked.get(), out, stats, threads);
+    finish_rows(head, kept, begin, rows, table, picked.get(), out, stats, threads);
   }
 }
 

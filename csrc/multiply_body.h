@@ -5,6 +5,8 @@ constexpr int kPanel = 2 * Vec::W;             // columns of a tile
 constexpr int kUnit = Vec::W == 16 ? 4 : 2;    // rows of the smallest tile; the others have 2 and 3 units
 constexpr int kTile = 3 * kUnit;
 
+constexpr int kAhead = 8;                     // words that the tile asks the cache for ahead of their use
+
 enum class Layout { kPacked, kColumns, kRows };  // where a[i][k] stands: see Kernels
 
 template <bool Pairs, class V = Vec>
@@ -24,6 +26,7 @@ void multiply_tile(const MultiplyArgs& m) {
   const float* b = reinterpret_cast<const float*>(m.b);
   Vec::F sum[Rows][2];
   for (int i = 0; i < Rows; ++i) sum[i][0] = sum[i][1] = Vec::zero();
+  const char* ahead = m.ahead;
   int64_t in_block = 0;
   bool add = m.accumulate;
   for (int64_t s = 0; s < m.segments; ++s) {
@@ -31,7 +34,14 @@ void multiply_tile(const MultiplyArgs& m) {
     for (int64_t done = 0; done < m.words;) {
       const int64_t steps = m.words - done < kBlock ? m.words - done : kBlock;
       for (int64_t k = 0; k < steps; ++k) {
+        if ((k & 7) == 0) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += ahead < m.ahead_end ? 64 : 0;
+        }
         const Vec::F left = Vec::load(b), right = Vec::load(b + Vec::W);
+        __builtin_prefetch(b + kAhead * kPanel);
+        __builtin_prefetch(b + kAhead * kPanel + Vec::W);
+        if constexpr (L == Layout::kPacked) __builtin_prefetch(a + kAhead * kWord);
 #pragma GCC unroll 12
         for (int i = 0; i < Rows; ++i) {
           const Vec::F value = Vec::set1(a[i * kRow]);
@@ -87,27 +97,44 @@ inline Vec::F words_of(const char* row, int64_t e, int64_t depth, int64_t size, 
   return load(padded);
 }
 
+// Transposes one square of W rows by W words; `rows` and `count` are what of it is stored.
+template <class Load>
+inline void pack_square(const PackArgs& p, int first, int rows, int64_t word, int64_t size, int per_word, Load load) {
+  Vec::F square[Vec::W];
+#pragma GCC unroll 16
+  for (int i = 0; i < Vec::W; ++i) {
+    square[i] = words_of(p.rows[first + (i < rows ? i : 0)], word * per_word, p.depth, size, per_word, load);
+  }
+  Vec::transpose(square);
+  alignas(64) float lanes[Vec::W][Vec::W];
+  for (int k = 0; k < Vec::W; ++k) Vec::store(lanes[k], square[k]);
+  const int64_t count = p.end - word < Vec::W ? p.end - word : Vec::W;
+  uint32_t* out = p.out + (word - p.begin) * p.width + first;
+  for (int64_t k = 0; k < count; ++k) __builtin_memcpy(out + k * p.width, lanes[k], rows * sizeof(float));
+}
+
+// The same where the whole square is there: nothing leaves the registers.
+template <class Load>
+inline void pack_whole_square(const PackArgs& p, int first, int64_t word, int64_t size, int per_word, Load load) {
+  Vec::F square[Vec::W];
+#pragma GCC unroll 16
+  for (int i = 0; i < Vec::W; ++i) square[i] = load(p.rows[first + i] + word * per_word * size);
+  Vec::transpose(square);
+  float* out = reinterpret_cast<float*>(p.out) + (word - p.begin) * p.width + first;
+#pragma GCC unroll 16
+  for (int k = 0; k < Vec::W; ++k) Vec::store(out + static_cast<int64_t>(k) * p.width, square[k]);
+}
+
 template <class Load>
 void pack_with(const PackArgs& p, int64_t size, int per_word, Load load) {
-  for (int first = 0; first < p.width; first += Vec::W) {
-    const int rows = p.width - first < Vec::W ? p.width - first : Vec::W;
-    for (int64_t word = p.begin; word < p.end; word += Vec::W) {
-      Vec::F square[Vec::W];
-      for (int i = 0; i < Vec::W; ++i) {
-        const char* row = p.rows[first + (i < rows ? i : 0)];
-        square[i] = words_of(row, word * per_word, p.depth, size, per_word, load);
-      }
-      Vec::transpose(square);
-      const int64_t count = p.end - word < Vec::W ? p.end - word : Vec::W;
-      uint32_t* out = p.out + (word - p.begin) * p.width + first;
-      for (int64_t k = 0; k < count; ++k) {
-        if (rows == Vec::W) {
-          Vec::store(reinterpret_cast<float*>(out + k * p.width), square[k]);
-        } else {
-          float lane[Vec::W];
-          Vec::store(lane, square[k]);
-          __builtin_memcpy(out + k * p.width, lane, rows * sizeof(float));
-        }
+  for (int64_t word = p.begin; word < p.end; word += Vec::W) {
+    const bool inside = word + Vec::W <= p.end && (word + Vec::W) * per_word <= p.depth;
+    for (int first = 0; first < p.width; first += Vec::W) {
+      const int rows = p.width - first < Vec::W ? p.width - first : Vec::W;
+      if (inside && rows == Vec::W) {
+        pack_whole_square(p, first, word, size, per_word, load);
+      } else {
+        pack_square(p, first, rows, word, size, per_word, load);
       }
     }
   }

@@ -6,7 +6,7 @@ float bits_to_float(uint32_t bits) {
   return x;
 }
 
-uint32_t float_to_bits(float x) {
+[[maybe_unused]] uint32_t float_to_bits(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
   return bits;

@@ -14,6 +14,7 @@ constexpr Kernels make_table(const char* name) {
           multiply<Layout::kRows>,
           fold,
           reduce_lanes,
+          combine,
           gradient,
           blur,
           load_strip,

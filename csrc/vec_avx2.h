@@ -67,16 +67,19 @@ struct Vec {
 
   static void transpose(F* r) {
     F t[8];
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i += 2) {
       t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
       t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i += 4) {
       r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
       r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
       r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
       r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < 4; ++i) {
       const F low = r[i], high = r[i + 4];
       r[i] = _mm256_permute2f128_ps(low, high, 0x20);

@@ -69,22 +69,26 @@ struct Vec {
 
   static void transpose(F* r) {
     F t[16];
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {
       t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
       t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 4) {
       r[i] = unpack_low(t[i], t[i + 2]);
       r[i + 1] = unpack_high(t[i], t[i + 2]);
       r[i + 2] = unpack_low(t[i + 1], t[i + 3]);
       r[i + 3] = unpack_high(t[i + 1], t[i + 3]);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 4; ++i) {
       t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
       t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
       t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
       t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 4; ++i) {
       r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
       r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
