@@ -89,11 +89,11 @@ def test_equal_passes_give_exactly_zero_and_columns_equal_rows():
 @pytest.mark.parametrize("status", ["ok", "text_only"])
 def test_values_that_are_not_finite_become_an_error_row_alone(bad, status):
     rows = [row("a"), row("b", status), row("c")]
-    rows[1].token_nll_image = [0.5, bad, 0.5]
+    rows[1].token_nll_image = [bad, 0.5, 0.5]  # the first token of its row
     table = ScoreBlock.from_rows(rows).table()
     a, b, c = table.to_pylist()
     assert (
-        b["status"].startswith(f"error: answer token 1: nll_image {bad}")
+        b["status"].startswith(f"error: answer token 0: nll_image {bad}")
         and b["vig"] is None
         and b["n_tokens"] == 0
     )
