@@ -130,11 +130,12 @@ def test_every_null_image_scores_and_keeps_the_clean_pass(data, null):
 def test_nulls_are_what_they_say(data):
     processor, (sample, *_) = tiny.llava_processor(), list(read_samples(data, limit=1))
     one = scorer()
-    pixels = one.encoder.encode(sample).pixels
+    encoded = one.encoder.encode(sample)
+    pixels, sizes = encoded.pixels, [encoded.sizes]
     content = [content_hash(image) for image in open_images(sample)]
 
-    def null(kind):
-        return scorer(null=kind).passes.null_pixels(pixels, content)["pixel_values"]
+    def null(kind, content=content):
+        return scorer(null=kind).passes.null_pixels(pixels, sizes, content)["pixel_values"]
 
     expected = PixelRange.of(processor)
     assert null("black")[0, :, 3, 4].tolist() == pytest.approx(list(expected.black))
@@ -142,7 +143,7 @@ def test_nulls_are_what_they_say(data):
     assert torch.allclose(null("mean").amax(dim=(2, 3)), mean, atol=1e-6)
     noise = null("noise")
     assert torch.equal(noise, null("noise"))  # seeded by the picture
-    assert not torch.equal(noise, scorer(null="noise").passes.null_pixels(pixels, ["ab"])["pixel_values"])
+    assert not torch.equal(noise, null("noise", ["ab"]))
     assert noise.std() > 0.5
     shown = without_images(sample)
     assert shown.images == () and answers(shown) == answers(sample)

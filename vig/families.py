@@ -1,15 +1,15 @@
 """Model families: how to load them, where their pictures lie in the batch, and the proofs at start.
 
-The model itself is transformers' own class. A family only says how the processor's pixel inputs turn into plain
-pictures (n, C, H, W) and back, so that null images are made on the device from the clean pixels. Before anything
-is scored, the loaded model proves on one real batch that its last hidden state times its head is its own logits,
-and that a later token does not change an earlier row.
+The model itself is transformers' own class. A family only says how pictures lie in the processor's pixel inputs
+(`vig.pixels`), so that null images are made on the device from the clean pixels. Before anything is scored, the
+loaded model proves on one real batch that its last hidden state times its head is its own logits, and that a later
+token does not change an earlier row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from vig.loss import HeadTransform, find_head, head_replaced, verify_head
+from vig.pixels import (
+    Layout,
+    Patches,
+    Picture,
+    Sizes,
+    Tiles,
+    any_resolution,
+    masked_tiles,
+    optimal_canvas,
+    plain,
+    same_shapes,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CAUSAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -29,25 +41,56 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """name, the config's model_type, and how pictures are taken out of the pixel inputs and put back."""
+    """One model_type of transformers, and where pictures lie in its pixel inputs.
+
+    `family_of` binds it to a processor, whose settings say how pictures were cut. sizes: for each sample of the
+    batch, the (height, width) of its decoded images (`Encoded.sizes`).
+    """
 
     name: str
     model_type: str
-    pictures: Callable[[dict[str, Tensor]], Tensor]  # pixel inputs -> (n, C, H, W)
-    put_back: Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
+    layout: Layout
+    processor: Any = None
 
+    def pictures(self, pixels: dict[str, Tensor], sizes: Sizes) -> list[Picture]:
+        """The pictures (C, H, W) of a batch without their padding, tiles put together; a thumbnail counts as one."""
+        return self.layout.take(pixels, sizes, self.processor)
 
-def _plain_pictures(pixels: dict[str, Tensor]) -> Tensor:
-    return pixels["pixel_values"]
+    def put_back(
+        self, pixels: dict[str, Tensor], sizes: Sizes, pictures: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """The same pixel inputs with other pictures in the places of `pictures`' own; padding stays as it is."""
+        return self.layout.put_back(pixels, sizes, self.processor, pictures)
 
-
-def _put_plain_pictures(pixels: dict[str, Tensor], pictures: Tensor) -> dict[str, Tensor]:
-    return pixels | {"pixel_values": pictures}
+    def null_pixels(
+        self, pixels: dict[str, Tensor], sizes: Sizes, make: Callable[[Tensor, list[int]], Tensor]
+    ) -> dict[str, Tensor]:
+        """The pixel inputs with every picture replaced by make(pictures (n, C, H, W), numbers of their images)."""
+        pictures = self.pictures(pixels, sizes)
+        made: list[Tensor] = [picture.pixels for picture in pictures]
+        for places in same_shapes(pictures):
+            stacked = torch.stack([pictures[place].pixels for place in places])
+            nulls = make(stacked, [pictures[place].image for place in places])
+            for place, null in zip(places, nulls, strict=True):
+                made[place] = null
+        return self.put_back(pixels, sizes, made)
 
 
 FAMILIES = {
     family.model_type: family
-    for family in (Family("LLaVA-1.5, ShareGPT4V", "llava", _plain_pictures, _put_plain_pictures),)
+    for family in (
+        Family("LLaVA-1.5, ShareGPT4V", "llava", Tiles(plain)),
+        Family("LLaVA-NeXT", "llava_next", Tiles(any_resolution)),
+        Family("LLaVA-OneVision", "llava_onevision", Tiles(any_resolution)),
+        Family("Qwen2-VL", "qwen2_vl", Patches()),
+        Family("Qwen2.5-VL", "qwen2_5_vl", Patches()),
+        Family("Qwen3-VL", "qwen3_vl", Patches()),
+        Family("Idefics3", "idefics3", Tiles(masked_tiles, keep_from_zero=True)),
+        Family("SmolVLM", "smolvlm", Tiles(masked_tiles, keep_from_zero=True)),
+        Family("InternVL", "internvl", Tiles(optimal_canvas)),
+        Family("Gemma 3", "gemma3", Tiles(plain)),
+        Family("PaliGemma", "paligemma", Tiles(plain)),
+    )
 }
 
 
@@ -108,7 +151,7 @@ def as_loaded(
     device: str | torch.device | None = None,
 ) -> LoadedModel:
     """Wraps a model and processor that are already in memory. Raises ModelError for an unknown family."""
-    family = family_of(model.config)
+    family = family_of(model.config, processor)
     if device is None:
         device = "cuda" if torch.cuda.is_available() and model.device.type == "cpu" else model.device
     name = name or model.config.name_or_path or type(model).__name__
@@ -116,7 +159,8 @@ def as_loaded(
     return LoadedModel(model.to(device).eval(), processor, family, name, revision)
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: Any, processor: Any = None) -> Family:
+    """The family of a checkpoint's config, bound to its processor. Raises ModelError where none fits."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         known = ", ".join(f"{family.model_type} ({family.name})" for family in FAMILIES.values())
@@ -124,7 +168,12 @@ def family_of(config: Any) -> Family:
             f"model_type {config.model_type!r} is not supported; supported: {known}. "
             "CONTRIBUTING.md says how a family is added"
         )
-    return family
+    if getattr(getattr(processor, "image_processor", None), "do_pan_and_scan", None):
+        raise ModelError(
+            "do_pan_and_scan shows crops of a picture as pictures of their own, whose null would not be that of the "
+            "picture. Set processor.image_processor.do_pan_and_scan = False"
+        )
+    return replace(family, processor=processor)
 
 
 def context_length(loaded: LoadedModel) -> int | None:

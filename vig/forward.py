@@ -16,6 +16,7 @@ from torch import Tensor
 from vig.families import LoadedModel, hidden_at_head
 from vig.loss import HeadTransform, find_head, shifted_rows
 from vig.null_image import NullSettings, PixelRange, null_pictures
+from vig.pixels import Sizes
 from vig.prompts import Encoded, Encoder
 from vig_kernels import linear_nll, linear_vig
 
@@ -58,7 +59,8 @@ class TwoPasses:
             batch = self.inputs(nulls)
             labels = batch.pop("labels")
         else:
-            batch = self._blind(batch, [content for sample in hashes for content in sample])
+            sizes = [sample.sizes for sample in samples]
+            batch = self.null_pixels(batch, sizes, [content for sample in hashes for content in sample])
         null = self._answer_rows(batch, labels)
         pair = linear_vig(image.hidden, null.hidden, self._weight, image.target, **self._head_options)
         columns = (_per_sample(pair.nll_image, samples), _per_sample(pair.nll_null, samples))
@@ -69,15 +71,19 @@ class TwoPasses:
         batch = self.encoder.collate(samples, until_last_answer=True)
         return {name: value.to(self.model.device) for name, value in batch.items()}
 
-    def null_pixels(self, pixels: dict[str, Tensor], hashes: Sequence[str]) -> dict[str, Tensor]:
-        """The null batch, made on the device from the clean pixels."""
-        family = self.loaded.family
-        seeds = [int(content, 16) for content in hashes]
-        pictures = null_pictures(family.pictures(pixels), self.null, self.pixel_range, seeds)
-        return family.put_back(pixels, pictures)
+    def null_pixels(
+        self, pixels: dict[str, Tensor], sizes: Sizes, hashes: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """The pixel inputs of the null batch, made on the device from the clean ones; all else as it is.
 
-    def _blind(self, batch: dict[str, Tensor], hashes: Sequence[str]) -> dict[str, Tensor]:
-        return batch | self.null_pixels({"pixel_values": batch["pixel_values"]}, hashes)
+        sizes: (height, width) of each sample's images. hashes: the content hash of each image of the batch.
+        """
+        seeds = [int(content, 16) for content in hashes]
+
+        def make(pictures: Tensor, images: list[int]) -> Tensor:
+            return null_pictures(pictures, self.null, self.pixel_range, [seeds[image] for image in images])
+
+        return self.loaded.family.null_pixels(pixels, sizes, make)
 
     @property
     def _weight(self) -> Tensor:

@@ -109,11 +109,12 @@ def pictures(scorer: Scorer, sample: Sample) -> tuple[list[Image.Image], list[Im
         return [], []
     passes, family = scorer.passes, scorer.loaded.family
     pixels = {name: value.to(scorer.loaded.model.device) for name, value in loaded.encoded.pixels.items()}
-    clean = [as_image(picture, passes.pixel_range) for picture in family.pictures(pixels)]
+    sizes = [loaded.encoded.sizes]
+    clean = [as_image(picture.pixels, passes.pixel_range) for picture in family.pictures(pixels, sizes)]
     if scorer.null.stage != "pixels":
         return clean, []
-    blind = family.pictures(passes.null_pixels(pixels, loaded.hashes))
-    return clean, [as_image(picture, passes.pixel_range) for picture in blind]
+    blind = family.pictures(passes.null_pixels(pixels, sizes, loaded.hashes), sizes)
+    return clean, [as_image(picture.pixels, passes.pixel_range) for picture in blind]
 
 
 def side_by_side(images: list[Image.Image], nulls: list[Image.Image], *, side: int = 336) -> Image.Image:

@@ -47,6 +47,7 @@ class Encoded:
     answer_index: list[int]  # positions in input_ids of the answer tokens, ascending
     turn_position: list[int]  # position of each answer token in its turn's answer; 0 starts a turn
     pixels: dict[str, Tensor]  # pixel_values and what goes with them; {} for a text-only sample
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) of each decoded image
     truncated: int = 0  # answer tokens cut off by max_length
     straddles: int = 0  # answer tokens that hold characters from outside their answer
     null_pixels: dict[str, Tensor] | None = field(default=None, repr=False)  # nulls made from other images
@@ -114,6 +115,7 @@ class Encoder:
             answer_index=[index for turn in turns for index in turn],
             turn_position=[position for turn in turns for position in range(len(turn))],
             pixels={key: value for key, value in outputs.items() if key not in NOT_MODEL_INPUT},
+            sizes=[(image.height, image.width) for image in images],
             straddles=sum(
                 _straddles(text, span, moved, offsets[turn[0]], offsets[turn[-1]])
                 for span, moved, turn in zip(spans, expanded, turns, strict=True)

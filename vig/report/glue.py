@@ -112,18 +112,19 @@ class Viewer:
         from vig.loader import content_hash
         from vig.null_image import NullSettings, PixelRange, as_image, null_pictures
 
-        pixels = self._encoder.encode(sample, images).pixels
-        pictures, span = self._family.pictures(pixels), PixelRange.of(self.processor)
-        clean = as_image(pictures[0], span)
+        encoded, span = self._encoder.encode(sample, images), PixelRange.of(self.processor)
+        pictures = self._family.pictures(encoded.pixels, [encoded.sizes])
+        first = [picture.pixels for picture in pictures if picture.image == 0]
+        shown = max(first, key=lambda picture: picture.numel())  # not its thumbnail
+        clean = as_image(shown, span)
         null = self.metadata.get("null") or {}
         settings = NullSettings(null.get("kind", "blur"), **_sigma(null))
         if settings.stage == "prompt":
             return clean, None, "no image at all"
         if settings.stage == "image":
             return clean, None, "another sample’s image"
-        seeds = [int(content_hash(image), 16) for image in images]
-        seeds += seeds[-1:] * (len(pictures) - len(seeds))
-        return clean, as_image(null_pictures(pictures, settings, span, seeds[: len(pictures)])[0], span), ""
+        seed = int(content_hash(images[0]), 16)
+        return clean, as_image(null_pictures(shown[None], settings, span, [seed])[0], span), ""
 
     @cached_property
     def _encoder(self):
@@ -139,9 +140,9 @@ class Viewer:
         from vig.families import family_of
 
         try:
-            return family_of(AutoConfig.from_pretrained(self.metadata["model"]))
+            return family_of(AutoConfig.from_pretrained(self.metadata["model"]), self.processor)
         except (OSError, ValueError, KeyError):
-            return family_of(AutoConfig.from_pretrained(self.tokenizer.name_or_path))
+            return family_of(AutoConfig.from_pretrained(self.tokenizer.name_or_path), self.processor)
 
 
 def _sigma(null: dict) -> dict[str, float]:
