@@ -114,12 +114,12 @@ def test_accumulation_does_not_change_the_steps(processor):
 def test_same_seed_same_bits_and_it_learns(processor):
     items = encoded(processor)
     runs = [
-        train(base(), items, None, None, processor=processor, lr=3e-3, epochs=12, batch_size=4, seed=seed)
+        train(base(), items, None, None, processor=processor, lr=3e-3, epochs=6, batch_size=4, seed=seed)
         for seed in (1, 1, 2)
     ]
     assert torch.equal(weights(runs[0].model), weights(runs[1].model))
     assert not torch.equal(weights(runs[0].model), weights(runs[2].model))
-    assert runs[0].steps == 24 and runs[0].losses[-1] < 0.6 * runs[0].losses[0]
+    assert runs[0].steps == 12 and runs[0].losses[-1] < 0.8 * runs[0].losses[0]
 
 
 def test_plan_visits_every_sample_once_an_epoch_whatever_the_split():
@@ -263,6 +263,9 @@ def test_a_diverging_run_stops_with_its_step(processor):
 # --- two processes ---
 
 
+TWO_STEPS = {"lr": 1e-3, "max_steps": 2, "log_every": 1}
+
+
 def run_rank(rank: int, port: int, folder, items, chosen, processor):
     os.environ |= {
         "RANK": str(rank),
@@ -273,10 +276,14 @@ def run_rank(rank: int, port: int, folder, items, chosen, processor):
     }
     PartialState._reset_state()
     torch.set_num_threads(1)
+    norms = []
     out = train(
-        base(), items, chosen, folder, processor=processor, lr=1e-3, max_steps=2, batch_size=2, accumulate=2
+        base(), items, chosen, folder, processor=processor, batch_size=2, accumulate=2,
+        on_progress=lambda progress: norms.append(progress.grad_norm), **TWO_STEPS,
+    )  # fmt: skip
+    torch.save(
+        (out.losses, norms, out.tokens, out.samples, weights(out.model)), folder.with_suffix(f".{rank}")
     )
-    torch.save((out.losses, out.tokens, out.samples, weights(out.model)), folder.with_suffix(f".{rank}"))
     torch.distributed.destroy_process_group()
 
 
@@ -284,7 +291,11 @@ def test_two_processes_take_the_steps_of_one(processor, tmp_path):
     """Uneven kept tokens on the ranks; both end with the same weights, those of a single process."""
     items = encoded(processor)
     chosen = selection(processor, samples(8), lambda row, n: np.arange(n) < (1 if row % 2 else n))
-    one = train(base(), items, chosen, None, processor=processor, lr=1e-3, max_steps=2, batch_size=8)
+    norms = []  # Adam does not see a gradient's scale, but its norm shows it
+    one = train(
+        base(), items, chosen, None, processor=processor, batch_size=8,
+        on_progress=lambda progress: norms.append(progress.grad_norm), **TWO_STEPS,
+    )  # fmt: skip
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -298,10 +309,11 @@ def test_two_processes_take_the_steps_of_one(processor, tmp_path):
         process.join(60)
     assert [process.exitcode for process in ranks] == [0, 0]
     results = [torch.load(folder.with_suffix(f".{rank}")) for rank in range(2)]
-    for losses, tokens, seen, _ in results:
+    assert results[0][1] == pytest.approx(norms, rel=1e-4)
+    for losses, _, tokens, seen, _ in results:
         assert losses == pytest.approx(one.losses, rel=1e-5)
         assert (tokens, seen) == (one.tokens, one.samples)
-    assert torch.equal(results[0][3], results[1][3])
-    moved, should = results[0][3] - weights(base()), weights(one.model) - weights(base())
+    assert torch.equal(results[0][4], results[1][4])
+    moved, should = results[0][4] - weights(base()), weights(one.model) - weights(base())
     assert (moved - should).norm() < 5e-3 * should.norm()
-    assert torch.equal(weights(LlavaForConditionalGeneration.from_pretrained(folder)), results[0][3])
+    assert torch.equal(weights(LlavaForConditionalGeneration.from_pretrained(folder)), results[0][4])
