@@ -5,6 +5,7 @@
 
 #include "gaussian_blur.h"
 #include "isa.h"
+#include "linear_cross_entropy.h"
 #include "linear_nll.h"
 #include "peak.h"
 
@@ -69,6 +70,36 @@ void linear_nll(const HeadArgs& args, const std::vector<RowsView>& hidden, uintp
                   threads);
 }
 
+double linear_cross_entropy(const HeadArgs& args, const RowsView& hidden, uintptr_t target, uintptr_t row_weight,
+                            int64_t ignore_index, double z_loss, uintptr_t grad_hidden, uintptr_t grad_weight,
+                            uintptr_t grad_bias, int threads) {
+  const vig::Head head = args.head();
+  py::gil_scoped_release released;
+  const auto [data, rows, stride] = hidden;
+  vig::KeptRows kept;
+  kept.add(pointer<char>(data), stride, pointer<int64_t>(target), rows, ignore_index);
+  std::vector<float> weights(kept.slot.size(), 1.0f);
+  for (size_t n = 0; row_weight != 0 && n < weights.size(); ++n) weights[n] = pointer<float>(row_weight)[kept.slot[n]];
+  return vig::linear_cross_entropy(head, kept, weights.data(), z_loss,
+                                   {pointer<float>(grad_hidden), pointer<float>(grad_weight), pointer<float>(grad_bias)},
+                                   threads);
+}
+
+// upstream: addresses of the gradients of nll, lse and entropy, then of the forward's lse and entropy (0: none).
+void linear_nll_backward(const HeadArgs& args, const RowsView& hidden, uintptr_t target, int64_t ignore_index,
+                         const std::array<uintptr_t, 5>& upstream, uintptr_t grad_hidden, uintptr_t grad_weight,
+                         uintptr_t grad_bias, int threads) {
+  const vig::Head head = args.head();
+  py::gil_scoped_release released;
+  const auto [data, rows, stride] = hidden;
+  vig::KeptRows kept;
+  kept.add(pointer<char>(data), stride, pointer<int64_t>(target), rows, ignore_index);
+  vig::linear_nll_backward(head, kept,
+                           {pointer<float>(upstream[0]), pointer<float>(upstream[1]), pointer<float>(upstream[2]),
+                            pointer<float>(upstream[3]), pointer<float>(upstream[4])},
+                           {pointer<char>(grad_hidden), pointer<char>(grad_weight), pointer<float>(grad_bias)}, threads);
+}
+
 py::dict isas() {
   py::dict reasons;
   for (const vig::Isa& isa : vig::isa_table()) {
@@ -99,6 +130,12 @@ PYBIND11_MODULE(_native, m) {
            py::arg("weight_stride"), py::arg("bias"), py::arg("scale"), py::arg("cap"));
   m.def("linear_nll", linear_nll, py::arg("head"), py::arg("hidden"), py::arg("target"), py::arg("ignore_index"),
         py::arg("nll"), py::arg("lse"), py::arg("entropy"), py::arg("argmax"), py::arg("threads"));
+  m.def("linear_cross_entropy", linear_cross_entropy, py::arg("head"), py::arg("hidden"), py::arg("target"),
+        py::arg("row_weight"), py::arg("ignore_index"), py::arg("z_loss"), py::arg("grad_hidden"),
+        py::arg("grad_weight"), py::arg("grad_bias"), py::arg("threads"));
+  m.def("linear_nll_backward", linear_nll_backward, py::arg("head"), py::arg("hidden"), py::arg("target"),
+        py::arg("ignore_index"), py::arg("upstream"), py::arg("grad_hidden"), py::arg("grad_weight"),
+        py::arg("grad_bias"), py::arg("threads"));
   m.def("gaussian_blur", gaussian_blur, py::arg("isa"), py::arg("dtype"), py::arg("shape"), py::arg("images"),
         py::arg("images_stride"), py::arg("out"), py::arg("out_stride"), py::arg("sigma_y"), py::arg("sigma_x"),
         py::arg("truncate"), py::arg("replicate"), py::arg("threads"));

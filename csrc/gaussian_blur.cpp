@@ -5,12 +5,11 @@
 #include <memory>
 #include <vector>
 
+#include "cast.h"
 #include "pool.h"
 
 namespace vig {
 namespace {
-
-#include "scalar_body.h"
 
 constexpr int64_t kScratchFloats = 2 << 20;  // half-blurred planes held at a time: 8 MiB stay in cache
 
@@ -45,47 +44,6 @@ struct Filter {
     return phase < length ? phase : period - phase;
   }
 };
-
-uint16_t float_to_bf16(float x) {
-  const uint32_t bits = float_to_bits(x);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 64);  // NaN stays NaN
-  return static_cast<uint16_t>((bits + ((bits >> 16) & 1) + 0x7fff) >> 16);
-}
-
-uint16_t float_to_f16(float x) {
-  const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
-  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
-  if (magnitude < 0x38800000) {  // denormal or zero: adding 0.5 leaves the rounded fraction in the low bits
-    const float shifted = bits_to_float(magnitude) + 0.5f;
-    return static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000));
-  }
-  const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000;
-  return static_cast<uint16_t>(sign | (rounded >> 13));
-}
-
-uint8_t float_to_u8(float x) {
-  return static_cast<uint8_t>(static_cast<int>(std::nearbyint(std::min(std::max(x, 0.0f), 255.0f))));
-}
-
-template <class Element, class Cast>
-void store_row(const float* from, char* to, int64_t stride, int64_t count, Cast cast) {
-  if (stride == static_cast<int64_t>(sizeof(Element))) {
-    Element* dense = reinterpret_cast<Element*>(to);
-    for (int64_t x = 0; x < count; ++x) dense[x] = cast(from[x]);
-  } else {
-    for (int64_t x = 0; x < count; ++x) *reinterpret_cast<Element*>(to + x * stride) = cast(from[x]);
-  }
-}
-
-void store_row(const float* from, char* to, int64_t stride, int64_t count, Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat32: return store_row<float>(from, to, stride, count, [](float x) { return x; });
-    case Dtype::kBFloat16: return store_row<uint16_t>(from, to, stride, count, float_to_bf16);
-    case Dtype::kFloat16: return store_row<uint16_t>(from, to, stride, count, float_to_f16);
-    default: return store_row<uint8_t>(from, to, stride, count, float_to_u8);
-  }
-}
 
 // Blurs planes [first, first + count) of one image size; plane p is (image p / C, channel p % C).
 class Blur {

@@ -91,7 +91,7 @@ void PanelSweep::start(int64_t rows) {
 }
 
 void PanelSweep::fold_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked,
-                             float* keep) {
+                             KeptLogits keep) {
   for (int64_t panel = begin; panel < end; panel += together_) {
     const int64_t last = std::min(panel + together_, end);
     const int64_t after = last < end ? last : next;
@@ -118,7 +118,7 @@ void PanelSweep::pack(int64_t panel, int64_t place, int64_t begin, int64_t end) 
 
 // The packed panels and one tile of rows stay in cache together, so that rows come from afar once for all of them.
 void PanelSweep::fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked,
-                                     float* keep) {
+                                     KeptLogits keep) {
   const Kernels& k = head_.kernels;
   const int64_t words = head_.words();
   for (int64_t panel = begin; panel < end; ++panel) pack(panel, panel - begin, 0, words);
@@ -136,7 +136,7 @@ void PanelSweep::fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64
 }
 
 // One panel whose columns are too many for the cache: block by block of D, with the products of all rows held between.
-void PanelSweep::fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t next, float* picked, float* keep) {
+void PanelSweep::fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t next, float* picked, KeptLogits keep) {
   const Kernels& k = head_.kernels;
   const int64_t words = head_.words(), blocks = (words + kPanelWords - 1) / kPanelWords;
   Ahead ahead(head_, next, 1, blocks * ((chunk.rows + k.tile - 1) / k.tile));
@@ -156,7 +156,7 @@ void PanelSweep::fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t n
 }
 
 void PanelSweep::fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, int64_t row, int rows,
-                           const float* product, float* picked, float* keep) {
+                           const float* product, float* picked, KeptLogits keep) {
   const Kernels& k = head_.kernels;
   const int64_t first = panel * k.panel;
   const float scale = static_cast<float>(head_.scale * (head_.cap == 0.0f ? kLog2E : 1.0));
@@ -164,7 +164,7 @@ void PanelSweep::fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, 
           picked + row, lanes_.get() + row * lane_floats(k.lanes, stats_), stats_,
           fresh_ && place == 0, scale,
           bias_.get() + place * k.panel, head_.cap,
-          keep == nullptr ? nullptr : keep + (panel * chunk.padded + row) * k.panel});
+          keep.data == nullptr ? nullptr : keep.data + ((panel - keep.first) * chunk.padded + row) * k.panel});
 }
 
 void PanelSweep::finish(int64_t rows, const Partials& out) const {

@@ -53,6 +53,12 @@ struct RowChunk {
   RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_t count, int threads);
 };
 
+// Where the logits of panels from `first` on are kept, in units of log2 e: [panel][padded rows][panel columns].
+struct KeptLogits {
+  float* data;  // null: nowhere
+  int64_t first;
+};
+
 // A thread's own memory for one panel at a time.
 class PanelSweep {
  public:
@@ -60,8 +66,7 @@ class PanelSweep {
 
   void start(int64_t rows);  // forgets all maxima and sums
   // Folds panels [begin, end) of the vocabulary into the rows' lanes; `next` is where this thread will probably go on.
-  // `keep` ([panel][padded rows][panel columns], from panel 0) receives the logits in units of log2 e, if set.
-  void fold_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked, float* keep);
+  void fold_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked, KeptLogits keep);
   void finish(int64_t rows, const Partials& out) const;
 
   static int64_t bytes_per_row(const Head& head, bool stats);
@@ -70,10 +75,11 @@ class PanelSweep {
   static int64_t panels_together(const Head& head);
   uint32_t* packed_words() { return reinterpret_cast<uint32_t*>(packed_.get()); }
   void pack(int64_t panel, int64_t place, int64_t begin, int64_t end);
-  void fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked, float* keep);
-  void fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t next, float* picked, float* keep);
+  void fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked,
+                           KeptLogits keep);
+  void fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t next, float* picked, KeptLogits keep);
   void fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, int64_t row, int rows, const float* product,
-                 float* picked, float* keep);
+                 float* picked, KeptLogits keep);
 
   const Head& head_;
   const bool stats_;

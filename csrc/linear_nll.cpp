@@ -54,7 +54,7 @@ void linear_nll(const Head& head, const KeptRows& kept, const NllOutputs& out, i
       PanelSweep& sweep = *sweeps[worker];
       sweep.start(rows);
       sweep.fold_panels(chunk, groups.begin(group), groups.end(group), groups.begin(group + threads), picked.get(),
-                        nullptr);
+                        {nullptr, 0});
       sweep.finish(rows, table.group(group));
     });
     finish_rows(head, kept, begin, rows, table, picked.get(), out, stats, threads);

@@ -30,7 +30,8 @@ def forward(
     rows = hidden.shape[0]
     nll = torch.zeros(rows, dtype=torch.float32)
     sinks = {
-        name: torch.full((rows,), -1) if name == "argmax" else torch.zeros(rows, dtype=torch.float32) for name in stats
+        name: torch.full((rows,), -1) if name == "argmax" else torch.zeros(rows, dtype=torch.float32)
+        for name in stats
     }
     described, kept_bias = native.head(hidden, weight, bias, logit_scale, logit_softcap)
     target = target.contiguous()
@@ -47,3 +48,46 @@ def forward(
     )
     del kept_bias  # read until here
     return nll, sinks
+
+
+def backward(
+    grad_nll: Tensor | None,  # (N,) float32
+    grad_lse: Tensor | None,  # (N,) float32
+    grad_entropy: Tensor | None,  # (N,) float32
+    lse: Tensor,  # (N,) float32, of the forward
+    entropy: Tensor | None,  # (N,) float32, of the forward; needed with grad_entropy
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of any upstream in the inputs' dtypes, with the logits formed anew, a block of the vocabulary at a time.
+
+    dlogit = p * (g_nll + g_lse - g_entropy * (logit - lse + entropy)) - [v = target] * g_nll, sums in float32.
+    """
+    grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype) if needs[0] else None
+    grad_weight = torch.empty(weight.shape, dtype=weight.dtype) if needs[1] else None
+    grad_bias = torch.empty(weight.shape[0], dtype=torch.float32) if needs[2] and bias is not None else None
+    described, kept_bias = native.head(hidden, weight, bias, logit_scale, logit_softcap)
+    upstream = [
+        None if x is None else x.float().contiguous()
+        for x in (grad_nll, grad_lse, grad_entropy, lse, entropy)
+    ]
+    target = target.contiguous()
+    native.module().linear_nll_backward(
+        described,
+        native.rows_view(hidden),
+        target.data_ptr(),
+        ignore_index,
+        [native.address(x) for x in upstream],
+        native.address(grad_hidden),
+        native.address(grad_weight),
+        native.address(grad_bias),
+        torch.get_num_threads(),
+    )
+    del kept_bias  # read until here
+    return grad_hidden, grad_weight, grad_bias if grad_bias is None else grad_bias.to(bias.dtype)

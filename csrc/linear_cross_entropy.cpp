@@ -1,0 +1,151 @@
+#include "linear_cross_entropy.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cast.h"
+#include "pool.h"
+
+namespace vig {
+namespace {
+
+constexpr int64_t kLogitBytes = 160 << 20;  // kept logits, and the copies of the rows that go with them
+constexpr int64_t kBlockBytes = 64 << 20;   // the same where the logits are formed anew, block by block of V
+constexpr double kLog2E = 1.4426950408889634074;
+
+using Sweeps = std::vector<std::unique_ptr<PanelSweep>>;
+
+Sweeps make_sweeps(const Head& head, int64_t rows, int threads) {
+  Sweeps sweeps;
+  for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, rows, false));
+  return sweeps;
+}
+
+int64_t rows_within(const Head& head, int64_t bytes, int64_t columns, int64_t kept) {
+  const int64_t unit = padded_rows(head, 1);
+  const int64_t row = 4 * columns + 4 * head.words() + ChunkGradients::bytes_per_row(head);
+  return std::min(kept, std::max<int64_t>(bytes / row / unit, 1) * unit);
+}
+
+// Log-sum-exp of every row, with the logits kept; returns the chunk's share of the loss and what its slopes are.
+double forward_chunk(const Head& head, const RowChunk& chunk, const float* weight, double z_loss, Sweeps& sweeps,
+                     float* logits, RowSlopes& slopes, int threads) {
+  const PanelGroups groups(head);
+  PartialTable table(groups.count, chunk.padded);
+  const Buffer picked = make_buffer(chunk.rows);
+  parallel_for(groups.count, threads, [&](int64_t group, int worker) {
+    sweeps[worker]->start(chunk.rows);
+    sweeps[worker]->fold_panels(chunk, groups.begin(group), groups.end(group), groups.begin(group + threads),
+                                picked.get(), {logits, 0});
+    sweeps[worker]->finish(chunk.rows, table.group(group));
+  });
+  for (int64_t first = 0; first < chunk.rows; first += head.kernels.lanes) table.combine(head, first, false);
+  double loss = 0;
+  slopes = {std::vector<float>(chunk.rows), std::vector<float>(chunk.rows), std::vector<float>(chunk.rows), {}, {}};
+  for (int64_t n = 0; n < chunk.rows; ++n) {
+    const RowTotal total = table.total(n);
+    const double w = weight[n], lse = total.lse();
+    if (w != 0.0) loss += w * (total.nll(picked[n]) + z_loss * lse * lse);
+    slopes.lse[n] = static_cast<float>(total.lse2());
+    slopes.weight[n] = static_cast<float>(w * (1.0 + 2.0 * z_loss * lse));
+    slopes.onehot[n] = static_cast<float>(w);
+  }
+  return loss;
+}
+
+RowSlopes slopes_of(const KeptRows& kept, int64_t begin, int64_t rows, const Upstream& up) {
+  RowSlopes slopes = {std::vector<float>(rows), std::vector<float>(rows), std::vector<float>(rows),
+                      std::vector<float>(up.entropy == nullptr ? 0 : rows), std::vector<float>(rows)};
+  for (int64_t n = 0; n < rows; ++n) {
+    const int64_t slot = kept.slot[begin + n];
+    const float nll = up.nll == nullptr ? 0.0f : up.nll[slot];
+    slopes.lse[n] = static_cast<float>(up.saved_lse[slot] * kLog2E);
+    slopes.weight[n] = nll + (up.lse == nullptr ? 0.0f : up.lse[slot]);
+    slopes.onehot[n] = nll;
+    if (up.entropy == nullptr) continue;
+    slopes.moment[n] = up.entropy[slot];
+    slopes.entropy[n] = up.saved_entropy[slot];
+  }
+  return slopes;
+}
+
+template <class T>
+void clear(T* data, int64_t count) {
+  if (data != nullptr) std::fill_n(data, count, T{});
+}
+
+}  // namespace
+
+double linear_cross_entropy(const Head& head, const KeptRows& kept, const float* row_weight, double z_loss,
+                            const FloatGradients& out, int threads) {
+  const Needs needs = {out.hidden != nullptr, out.weight != nullptr, out.bias != nullptr};
+  if (kept.size() == 0) {
+    clear(out.weight, head.vocab * head.depth);
+    clear(out.bias, head.vocab);
+    return 0;
+  }
+  const int64_t columns = head.panels() * head.kernels.panel;
+  const int64_t chunk_rows = rows_within(head, kLogitBytes, columns, kept.size());
+  const Buffer logits = make_buffer(padded_rows(head, chunk_rows) * columns);
+  Sweeps sweeps = make_sweeps(head, chunk_rows, threads);
+  double loss = 0;
+  for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
+    const RowChunk chunk(head, kept, begin, std::min(chunk_rows, kept.size() - begin), threads);
+    RowSlopes slopes;
+    loss += forward_chunk(head, chunk, row_weight + begin, z_loss, sweeps, logits.get(), slopes, threads);
+    ChunkGradients gradients(head, kept, begin, chunk, needs, threads);
+    gradients.run({0, head.panels(), out.weight, out.bias, begin > 0}, slopes, logits.get());
+    if (!needs.hidden) continue;
+    for (int64_t n = 0; n < chunk.rows; ++n) {
+      gradients.read_hidden(n, out.hidden + kept.slot[begin + n] * head.depth);
+    }
+  }
+  return loss;
+}
+
+void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream& upstream, const StoredGradients& out,
+                         int threads) {
+  const Needs needs = {out.hidden != nullptr, out.weight != nullptr, out.bias != nullptr};
+  const int64_t width = head.kernels.panel, depth = head.depth;
+  if (kept.size() == 0) {
+    clear(out.weight, head.vocab * depth * size_of(head.dtype));
+    clear(out.bias, head.vocab);
+    return;
+  }
+  const int64_t chunk_rows = std::min(rows_within(head, kBlockBytes, 256 * width, kept.size()), int64_t{4096});
+  const int64_t block = std::clamp<int64_t>(
+      std::min(kBlockBytes / (4 * padded_rows(head, chunk_rows) * width), kBlockBytes / (4 * depth * width)), 1, head.panels());
+  const Buffer logits = make_buffer(padded_rows(head, chunk_rows) * block * width);
+  const Buffer grad_weight = make_buffer(needs.weight ? block * width * depth : 0);
+  const Buffer picked = make_buffer(chunk_rows), row = make_buffer(depth);
+  std::vector<float> grad_hidden(needs.hidden ? kept.size() * depth : 0, 0.0f);
+  Sweeps sweeps = make_sweeps(head, chunk_rows, threads);
+  for (int64_t first = 0; first < head.panels(); first += block) {
+    const int64_t last = std::min(first + block, head.panels());
+    for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
+      const RowChunk chunk(head, kept, begin, std::min(chunk_rows, kept.size() - begin), threads);
+      parallel_for(last - first, threads, [&](int64_t i, int worker) {
+        sweeps[worker]->start(chunk.rows);
+        sweeps[worker]->fold_panels(chunk, first + i, first + i + 1, head.panels(), picked.get(), {logits.get(), first});
+      });
+      ChunkGradients gradients(head, kept, begin, chunk, needs, threads);
+      gradients.run({first, last, grad_weight.get(), needs.bias ? out.bias + first * width : nullptr, begin > 0},
+                    slopes_of(kept, begin, chunk.rows, upstream), logits.get());
+      for (int64_t n = 0; needs.hidden && n < chunk.rows; ++n) {
+        gradients.read_hidden(n, row.get());
+        float* sum = grad_hidden.data() + (begin + n) * depth;
+        for (int64_t d = 0; d < depth; ++d) sum[d] += row[d];
+      }
+    }
+    const int64_t bytes = size_of(head.dtype), rows = std::min(last * width, head.vocab) - first * width;
+    for (int64_t v = 0; needs.weight && v < rows; ++v) {
+      store_row(grad_weight.get() + v * depth, out.weight + (first * width + v) * depth * bytes, bytes, depth, head.dtype);
+    }
+  }
+  for (int64_t n = 0; needs.hidden && n < kept.size(); ++n) {
+    store_row(grad_hidden.data() + n * depth, out.hidden + kept.slot[n] * depth * size_of(head.dtype),
+              size_of(head.dtype), depth, head.dtype);
+  }
+}
+
+}  // namespace vig

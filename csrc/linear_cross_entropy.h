@@ -1,0 +1,32 @@
+#pragma once
+#include "logit_gradients.h"
+
+namespace vig {
+
+// Gradients by slot and row, float32 and unnormalised; null where not needed. hidden: rows of D floats.
+struct FloatGradients {
+  float* hidden;
+  float* weight;
+  float* bias;
+};
+
+// sum_n w_n (nll_n + z_loss lse_n^2) over the kept rows, and its gradients, in one sweep: three matrix products.
+double linear_cross_entropy(const Head& head, const KeptRows& kept, const float* row_weight, double z_loss,
+                            const FloatGradients& out, int threads);
+
+// Upstream gradients by slot (null: none) and what the forward found, in nats.
+struct Upstream {
+  const float *nll, *lse, *entropy;
+  const float *saved_lse, *saved_entropy;
+};
+
+// Gradients of linear_nll for any upstream, with the logits formed anew: stored in the head's dtype (bias: float32).
+struct StoredGradients {
+  char* hidden;
+  char* weight;
+  float* bias;
+};
+void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream& upstream, const StoredGradients& out,
+                         int threads);
+
+}  // namespace vig

@@ -1,0 +1,152 @@
+#include "logit_gradients.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cast.h"
+#include "pool.h"
+
+namespace vig {
+
+ChunkGradients::ChunkGradients(const Head& head, const KeptRows& kept, int64_t begin, const RowChunk& chunk,
+                               Needs needs, int threads)
+    : head_(head), chunk_(chunk), needs_(needs), threads_(threads), pairs_(head.pairs()) {
+  const int64_t columns = blocks_of_columns(), width = head.kernels.panel;
+  const int64_t words = (chunk.rows + (pairs_ ? 1 : 0)) / (pairs_ ? 2 : 1);
+  if (needs.hidden) {
+    const int64_t floats = columns * chunk.padded * width;
+    grad_hidden_ = make_buffer(floats);
+    std::fill_n(grad_hidden_.get(), floats, 0.0f);
+  }
+  if (needs.weight) {
+    hidden_ = make_buffer(columns * words * width);
+    parallel_for(columns, threads, [&](int64_t column, int) {
+      head.kernels.pack_rows({reinterpret_cast<uint32_t*>(hidden_.get()) + column * words * width,
+                              kept.hidden.data() + begin, static_cast<int>(chunk.rows), head.dtype, pairs_,
+                              column * width, std::min((column + 1) * width, head.depth), head.depth});
+    });
+  }
+  const int64_t floats = std::max<int64_t>({words * width, block_rows() * width, 1}) + head.kernels.tile * width;
+  for (int i = 0; i < threads; ++i) scratch_.push_back(make_buffer(floats));
+}
+
+int64_t ChunkGradients::blocks_of_columns() const {
+  return (head_.depth + head_.kernels.panel - 1) / head_.kernels.panel;
+}
+
+void ChunkGradients::run(const PanelRange& range, const RowSlopes& slopes, float* logits) {
+  parallel_for(range.end - range.begin, threads_, [&](int64_t i, int worker) {
+    panel_gradient(range, range.begin + i, slopes, logits + i * chunk_.padded * head_.kernels.panel, worker);
+  });
+  if (!needs_.hidden) return;
+  parallel_for(std::min<int64_t>(threads_, blocks_of_columns()), threads_,
+               [&](int64_t slice, int worker) { hidden_product(range, logits, slice, worker); });
+}
+
+void ChunkGradients::panel_gradient(const PanelRange& range, int64_t panel, const RowSlopes& slopes, float* logits,
+                                    int worker) {
+  const Kernels& k = head_.kernels;
+  const int64_t first = panel * k.panel;
+  const int columns = static_cast<int>(std::min<int64_t>(k.panel, head_.vocab - first));
+  uint32_t* row_pairs = pairs_ && needs_.weight ? reinterpret_cast<uint32_t*>(scratch_[worker].get()) : nullptr;
+  // bfloat16 gradients take half the place of the logits, and never overtake the row that is read.
+  uint16_t* column_pairs = pairs_ ? reinterpret_cast<uint16_t*>(logits) : nullptr;
+  float sums[64];
+  k.gradient({logits, chunk_.rows, columns, first, chunk_.target, slopes.lse.data(), slopes.weight.data(),
+              slopes.onehot.data(), slopes.moment.empty() ? nullptr : slopes.moment.data(), slopes.entropy.data(),
+              head_.scale, head_.cap, row_pairs, column_pairs, needs_.bias ? sums : nullptr});
+  if (needs_.bias) {
+    float* out = range.grad_bias + (panel - range.begin) * k.panel;
+    for (int i = 0; i < columns; ++i) out[i] = (range.add ? out[i] : 0.0f) + sums[i] * head_.scale;
+  }
+  if (needs_.weight) {
+    weight_product(range, panel, pairs_ ? row_pairs : reinterpret_cast<const uint32_t*>(logits), worker);
+  }
+}
+
+// grad_weight[v, :] (+)= sum_n gradient[n, v] hidden[n, :] for the columns v of one panel.
+void ChunkGradients::weight_product(const PanelRange& range, int64_t panel, const uint32_t* gradient, int worker) {
+  const Kernels& k = head_.kernels;
+  const int64_t width = k.panel, words = (chunk_.rows + (pairs_ ? 1 : 0)) / (pairs_ ? 2 : 1);
+  const int64_t valid = std::min(width, head_.vocab - panel * width);
+  float* edge = scratch_[worker].get() + std::max<int64_t>({words * width, block_rows() * width, 1});
+  for (int64_t column = 0; column < blocks_of_columns(); ++column) {
+    const uint32_t* b = reinterpret_cast<const uint32_t*>(hidden_.get()) + column * words * width;
+    const int64_t wide = std::min(width, head_.depth - column * width);
+    for (int64_t v = 0; v < valid; v += k.tile) {
+      const int rows = static_cast<int>(std::min<int64_t>(k.tile, width - v));
+      float* out = range.grad_weight + ((panel - range.begin) * width + v) * head_.depth + column * width;
+      if (wide == width && v + rows <= valid) {
+        k.multiply_columns({gradient + v, b, out, head_.depth, words, 1, 0, rows, range.add}, pairs_);
+        continue;
+      }
+      k.multiply_columns({gradient + v, b, edge, width, words, 1, 0, rows, false}, pairs_);
+      for (int64_t i = 0; i < std::min<int64_t>(rows, valid - v); ++i) {
+        for (int64_t j = 0; j < wide; ++j) {
+          float& at = out[i * head_.depth + j];
+          at = range.add ? at + edge[i * width + j] : edge[i * width + j];
+        }
+      }
+    }
+  }
+}
+
+// Rows of the weight as the right side of a product over the vocabulary; rows past the end meet gradients of 0.
+void ChunkGradients::pack_weight(int64_t panel, int64_t rows, int64_t column, uint32_t* packed) const {
+  const int64_t width = head_.kernels.panel;
+  const char* at[2 * kBlock];
+  for (int64_t i = 0; i < rows; ++i) {
+    at[i] = head_.weight + std::min(panel * width + i, head_.vocab - 1) * head_.weight_stride;
+  }
+  head_.kernels.pack_rows({packed, at, static_cast<int>(rows), head_.dtype, pairs_, column * width,
+                           std::min((column + 1) * width, head_.depth), head_.depth});
+}
+
+// grad_hidden[n, slice of D] += sum_v gradient[n, v] weight[v, slice], kBlock words of v at a time.
+void ChunkGradients::hidden_product(const PanelRange& range, const float* logits, int64_t slice, int worker) {
+  const int64_t slices = std::min<int64_t>(threads_, blocks_of_columns()), width = head_.kernels.panel;
+  const int64_t from = blocks_of_columns() * slice / slices, to = blocks_of_columns() * (slice + 1) / slices;
+  const int64_t together = block_rows() / width;
+  uint32_t* packed = reinterpret_cast<uint32_t*>(scratch_[worker].get());
+  for (int64_t block = range.begin; block < range.end; block += together) {
+    for (int64_t column = from; column < to; ++column) {
+      pack_weight(block, std::min(together, range.end - block) * width, column, packed);
+      hidden_block(range, logits, block, column, packed);
+    }
+  }
+}
+
+void ChunkGradients::hidden_block(const PanelRange& range, const float* logits, int64_t block, int64_t column,
+                                  const uint32_t* packed) {
+  const Kernels& k = head_.kernels;
+  const int64_t width = k.panel, panel_words = chunk_.padded * width;
+  const int64_t panels = std::min(block_rows() / width, range.end - block);
+  const uint32_t* a = reinterpret_cast<const uint32_t*>(logits) + (block - range.begin) * panel_words;
+  float* out = grad_hidden_.get() + column * panel_words;
+  // The next columns of the same rows of the weight lie too far apart for the hardware to guess.
+  const int64_t tiles = (chunk_.rows + k.tile - 1) / k.tile, weight_rows = panels * width;
+  const int64_t share = (weight_rows + tiles - 1) / tiles;
+  const char* next = head_.weight + (column + 1) * width * size_of(head_.dtype);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t row = tile * k.tile;
+    for (int64_t i = tile * share; i < std::min(weight_rows, (tile + 1) * share); ++i) {
+      const char* line = next + std::min(block * width + i, head_.vocab - 1) * head_.weight_stride;
+      __builtin_prefetch(line, 0, 2);
+      __builtin_prefetch(line + 64, 0, 2);
+    }
+    const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk_.rows - row));
+    const int64_t row_words = pairs_ ? width / 2 : width;
+    k.multiply_rows({a + row * row_words, packed, out + row * width, width, row_words, panels, panel_words, rows, true},
+                    pairs_);
+  }
+}
+
+void ChunkGradients::read_hidden(int64_t n, float* out) const {
+  const int64_t width = head_.kernels.panel;
+  for (int64_t column = 0; column < blocks_of_columns(); ++column) {
+    const float* from = grad_hidden_.get() + (column * chunk_.padded + n) * width;
+    std::copy_n(from, std::min(width, head_.depth - column * width), out + column * width);
+  }
+}
+
+}  // namespace vig

@@ -1,0 +1,59 @@
+// From kept logits to the gradients of hidden, weight and bias: the second and third matrix product.
+#pragma once
+#include "head.h"
+
+namespace vig {
+
+struct Needs {
+  bool hidden, weight, bias;
+};
+
+// What is known of each row of a chunk once its log-sum-exp is.
+struct RowSlopes {
+  std::vector<float> lse;      // units of log2 e
+  std::vector<float> weight;   // factor of the softmax
+  std::vector<float> onehot;   // subtracted at the target
+  std::vector<float> moment;   // upstream of the entropy; empty: none
+  std::vector<float> entropy;  // nats
+};
+
+// Panels [begin, end) of the vocabulary, and where their gradients go: (columns, D) and (columns), float32.
+struct PanelRange {
+  int64_t begin, end;
+  float* grad_weight;
+  float* grad_bias;
+  bool add;  // to what stands there
+};
+
+// One chunk of rows: its logits, then their gradients in the same memory, and both products with them.
+class ChunkGradients {
+ public:
+  ChunkGradients(const Head& head, const KeptRows& kept, int64_t begin, const RowChunk& chunk, Needs needs, int threads);
+
+  // logits: [panel - range.begin][padded rows][panel columns] in units of log2 e; overwritten.
+  void run(const PanelRange& range, const RowSlopes& slopes, float* logits);
+  // Row n of the chunk: the sum over all ranges so far, (D) float32.
+  void read_hidden(int64_t n, float* out) const;
+
+  static int64_t bytes_per_row(const Head& head) { return 8 * round_up(head.depth, head.kernels.panel); }
+
+ private:
+  void panel_gradient(const PanelRange& range, int64_t panel, const RowSlopes& slopes, float* logits, int worker);
+  void weight_product(const PanelRange& range, int64_t panel, const uint32_t* gradient, int worker);
+  void hidden_product(const PanelRange& range, const float* logits, int64_t slice, int worker);
+  void hidden_block(const PanelRange& range, const float* logits, int64_t block, int64_t column, const uint32_t* packed);
+  void pack_weight(int64_t panel, int64_t rows, int64_t column, uint32_t* packed) const;
+  int64_t blocks_of_columns() const;
+  int64_t block_rows() const { return (pairs_ ? 2 : 1) * kBlock; }
+
+  const Head& head_;
+  const RowChunk& chunk_;
+  const Needs needs_;
+  const int threads_;
+  const bool pairs_;
+  Buffer hidden_;       // [block of columns][row words][panel columns]: rows in order, for the weight's gradient
+  Buffer grad_hidden_;  // [block of columns][padded rows][panel columns]
+  std::vector<Buffer> scratch_;
+};
+
+}  // namespace vig
