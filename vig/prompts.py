@@ -22,6 +22,13 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from vig.image_tokens import (
+    PREFIX_TEMPLATE,
+    has_bidirectional_prefix,
+    image_token_id,
+    prefix_inputs,
+    prefix_marks,
+)
 from vig.samples import Sample, SampleError, answers, open_images
 
 IGNORE = -100
@@ -85,8 +92,8 @@ class Encoder:
         self.end_of_turn, self.max_length, self.truncate = end_of_turn, max_length, truncate
         self.template, self.source_of_answers = _answer_template(processor)
         self.image_token = getattr(processor, "image_token", None)
-        image_token_id = getattr(processor, "image_token_id", None)
-        self.image_token_id = -1 if image_token_id is None else image_token_id
+        self.image_token_id = image_token_id(processor)
+        self.has_bidirectional_prefix = has_bidirectional_prefix(processor)
         self._turn_ends = _turn_ends(self.tokenizer, self.image_token)
 
     def encode(self, sample: Sample, images: list[Image.Image] | None = None) -> Encoded:
@@ -109,12 +116,15 @@ class Encoder:
         if not all(turns):
             raise refuse("an answer has no tokens", "Check the chat template and the answer's text")
         self._check_decoded(sample, input_ids, turns, refuse)
+        pixels = {key: value for key, value in outputs.items() if key not in NOT_MODEL_INPUT}
+        if self.has_bidirectional_prefix:
+            pixels |= prefix_marks(len(input_ids), turns[0][0])
         encoded = Encoded(
             sample,
             input_ids,
             answer_index=[index for turn in turns for index in turn],
             turn_position=[position for turn in turns for position in range(len(turn))],
-            pixels={key: value for key, value in outputs.items() if key not in NOT_MODEL_INPUT},
+            pixels=pixels,
             sizes=[(image.height, image.width) for image in images],
             straddles=sum(
                 _straddles(text, span, moved, offsets[turn[0]], offsets[turn[-1]])
@@ -221,10 +231,11 @@ class Encoder:
         if self.image_token is None:
             return dict(self.tokenizer([text], **options))
         try:
+            if self.has_bidirectional_prefix:
+                return prefix_inputs(self.processor, text, images)
+            nested = [images] if images else None  # one list a sample: LLaVA-OneVision tiles only lone images
             return dict(
-                self.processor(
-                    text=[text], images=images or None, return_text_replacement_offsets=True, **options
-                )
+                self.processor(text=[text], images=nested, return_text_replacement_offsets=True, **options)
             )
         except (ValueError, ZeroDivisionError) as error:
             raise refuse(
@@ -315,6 +326,8 @@ def _answer_template(processor: Any) -> tuple[str, str]:
     template = getattr(processor, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")
+    if template is None and has_bidirectional_prefix(processor):
+        template = PREFIX_TEMPLATE
     if template is None:
         raise PromptError(
             f"{type(processor).__name__} has no chat template. Set processor.chat_template, "
