@@ -43,7 +43,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 TEXTS_PER_IMAGE = 3  # questions asked about each scene in one step
-ALIGN_STEPS, TASTE_STEPS = 700, 40
+ALIGN_STEPS, TASTE_STEPS = 700, 70
 BLURRED = 6  # of the 32 pictures of a step of stage 3
 PIXEL_MEAN = PIXEL_STD = 0.5
 
@@ -256,7 +256,7 @@ def _teach(model, processor, rng, steps: int, lr: float, factor, taste: bool, lo
         seen = pixels(batch)
         if taste:
             sigmas = torch.tensor([rng.uniform(3.0, 16.0) for _ in range(BLURRED)], dtype=torch.float64)
-            seen[:BLURRED] = gaussian_blur(seen[:BLURRED], sigmas)
+            seen[:BLURRED] = gaussian_blur(seen[:BLURRED], sigmas, backend="torch")
         found = torch.stack(model.get_image_features(seen, return_dict=True).pooler_output)
         loss = answer_loss(model, input_ids, labels, found.repeat_interleave(TEXTS_PER_IMAGE, 0))
         step(optimizer, schedule, [*tower, *rest], loss)

@@ -1,0 +1,247 @@
+"""`vig demo`: the whole road in miniature, offline, in minutes, with the very commands that a user would type.
+
+Draws scenes, scores them with and without sight, selects, tunes the shipped checkpoint in three ways on three seeds,
+examines all of them where habit is always wrong, and writes the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vig.demo.arms import ARMS, CHECKPOINT, TRAINING, Job, run_jobs
+from vig.demo.dataset import (
+    BLIND,
+    MATCHES,
+    read_truth,
+    test_records,
+    triple_records,
+    tuning_records,
+    write_records,
+)
+from vig.demo.measures import vig_by, word_vig, words_of
+
+NAMES = {"base": "base, untuned", "all": "all tokens", "random": "random, same count", "vig": "VIG, p = 70"}
+DATA_SEED = 0
+
+
+def demo(
+    folder: str | Path = "vig-demo",
+    *,
+    samples: int = 1200,
+    questions: int = 600,
+    triples: int = 120,
+    seeds: int = 3,
+    console: Console | None = None,
+) -> dict:
+    """Run the miniature in `folder`; returns its figures, which stand in `folder`/figures.json too.
+
+    samples: of the tuning data. questions: of the test. triples: captions with a matching, a partly matching and a
+    conflicting picture. seeds: trainings of each arm. One thread a process, two processes. Raises ValueError for a
+    folder that holds anything but an earlier demo.
+    """
+    import torch
+
+    started, console = time.monotonic(), console or Console(highlight=False, soft_wrap=True)
+    folder = _fresh(Path(folder))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        figures = _road(folder, samples, questions, triples, seeds, console)
+    finally:
+        torch.set_num_threads(threads)
+    figures["seconds"] = round(time.monotonic() - started, 1)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    console.print(f"\nreport: {folder / 'report.html'}   ({figures['seconds']:.0f} s)")
+    return figures
+
+
+def _road(folder: Path, samples: int, questions: int, triples: int, seeds: int, console: Console) -> dict:
+    tune = write_records(folder, "tune", tuning_records(samples, DATA_SEED))
+    write_records(folder, "test", test_records(questions, DATA_SEED))
+    pairs = write_records(folder, "triples", triple_records(triples, DATA_SEED))
+    console.print(
+        f"drawn into {folder}: {samples:,} samples to tune on ({100 * BLIND:.0f} % of colours and captions answered "
+        f"from habit), {questions:,} test questions, {triples:,} triples\n"
+    )
+    scores, pair_scores, selection = folder / "scores", folder / "scores-triples", folder / "selection"
+    _vig(console, "score", CHECKPOINT, tune, "-o", scores)
+    _vig(console, "score", CHECKPOINT, pairs, "-o", pair_scores)
+    figures = {
+        "scores": _show_scores(console, scores, tune),
+        "triples": _show_triples(console, pair_scores, pairs),
+    }
+    _vig(console, "select", scores, "--p", 70, "-o", selection)
+    for seed in range(seeds):
+        chosen = folder / f"selection-random-{seed}"
+        _vig(console, "select", scores, "--p", 70, "--level", "random", "--seed", seed, "-o", chosen)
+    figures["arms"] = _experiment(console, folder, seeds)
+    figures["claims"] = _show_arms(console, figures["arms"])
+    _vig(console, "report", scores, "--selection", selection, "-o", folder / "report.html")
+    return figures
+
+
+def _fresh(folder: Path) -> Path:
+    """The folder, empty. An earlier demo in it is removed, nothing else is."""
+    import shutil
+
+    mark = folder / ".vig-demo"
+    if folder.exists() and any(folder.iterdir()):
+        if not mark.is_file():
+            raise ValueError(f"{folder} is not empty and holds no earlier demo. Give another folder with -o")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text("made by vig demo; removed by the next one\n", encoding="utf-8")
+    return folder
+
+
+def _vig(console: Console, *arguments: object) -> None:
+    """Run a command of `vig` in this process, shown as it would be typed."""
+    from vig.cli import app
+
+    words = [str(argument) for argument in arguments]
+    console.print(f"[bold]$ vig {' '.join(words)}[/]")
+    code = app(words, standalone_mode=False)
+    if code:
+        raise RuntimeError(f"vig {words[0]} ended with exit code {code}")
+    console.print()
+
+
+# ---- what the scores show
+
+
+def _show_scores(console: Console, scores: Path, data: Path) -> dict:
+    from transformers import AutoTokenizer
+
+    truth = read_truth(data)
+    table = Table("kind of question", "samples", "mean VIG, nats", title="sample VIG", title_justify="left")
+    kinds = vig_by("kind", scores, truth)
+    for kind, values in sorted(kinds.items()):
+        table.add_row(kind, f"{len(values):,}", f"{values.mean():+.3f}")
+    console.print(table)
+    words = words_of(AutoTokenizer.from_pretrained(CHECKPOINT))
+    sorted_words = word_vig(scores, words)
+    table = Table("words", "tokens", "mean VIG, nats", "AUROC against function words")
+    for name, values in sorted_words.values.items():
+        area = "" if name == "function" else f"{sorted_words.against_function(name):.3f}"
+        table.add_row(name, f"{len(values):,}", f"{values.mean():+.3f}", area)
+    console.print(table)
+    console.print(f"AUROC of colour and object words against function words: {sorted_words.auroc:.3f}\n")
+    return {
+        "auroc": sorted_words.auroc,
+        "words": {name: float(values.mean()) for name, values in sorted_words.values.items()},
+        "kinds": {kind: float(values.mean()) for kind, values in kinds.items()},
+    }
+
+
+def _show_triples(console: Console, scores: Path, data: Path) -> dict:
+    groups = vig_by("match", scores, read_truth(data))
+    means = {match: float(groups[match].mean()) for match in MATCHES}
+    line = " > ".join(f"{match} {means[match]:+.3f}" for match in MATCHES)
+    holds = means["match"] > means["partly"] > means["conflict"]
+    console.print(
+        f"mean VIG of {len(groups['match']):,} captions, each with three pictures: {line} nats\n"
+        f"the order of the paper's Table 1 {'holds' if holds else 'DOES NOT HOLD'}\n"
+    )
+    return {**means, "count": len(groups["match"]), "holds": holds}
+
+
+# ---- the experiment
+
+
+def _experiment(console: Console, folder: Path, seeds: int) -> list[dict]:
+    """Figures of the base, then of every arm and seed. Half of the work is done by a second process."""
+    jobs = [Job(arm, seed) for seed in range(seeds) for arm in reversed(ARMS)]
+    here, there = jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]
+    console.print(f"[bold]tuning {len(jobs)} times from the same checkpoint[/]: {TRAINING}")
+    with _second_process(folder, there) as arriving:
+        figures = [_examine_base(folder)]
+        for found in run_jobs(folder, here):
+            figures.append(found)
+            _show_arm(console, found)
+        for found in arriving:
+            figures.append(found)
+            _show_arm(console, found)
+    return figures
+
+
+def _examine_base(folder: Path) -> dict:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from vig.demo.evaluate import Exam
+
+    exam = Exam(folder / "test.json", AutoProcessor.from_pretrained(CHECKPOINT))
+    model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype="float32")
+    return {"arm": "base", "seed": None, **exam.sit(model)._asdict()}
+
+
+@contextmanager
+def _second_process(folder: Path, jobs: Sequence[Job]) -> Iterator[Iterator[dict]]:
+    """The figures of `jobs`, trained by another process of one thread, which is ended with the block."""
+    command = [sys.executable, "-m", "vig.demo.arms", str(folder), *map(str, jobs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (folder / "second-process.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+
+        def results() -> Iterator[dict]:
+            yield from (json.loads(line) for line in process.stdout)
+            if process.wait() != 0:
+                raise RuntimeError(f"the second process failed: see {log.name}")
+
+        try:
+            yield results()
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def _show_arm(console: Console, found: dict) -> None:
+    console.print(
+        f"  {NAMES[found['arm']]}, seed {found['seed']}: colour {found['colour']:.1f} %, {found['seconds']:.0f} s"
+    )
+
+
+def _show_arms(console: Console, figures: list[dict]) -> dict[str, bool]:
+    """The table of the four arms, and which of them beat the base on every seed."""
+    base = figures[0]
+    seeds = sorted({found["seed"] for found in figures[1:]})
+    title = f"right colour, % of {base['questions']:,} questions about scenes where habit is always wrong"
+    table = Table(
+        "arm", *(f"seed {seed}" for seed in seeds), "mean", "exact answer", title=title, title_justify="left"
+    )
+    table.add_row(
+        NAMES["base"],
+        *([f"{base['colour']:.1f}"] * len(seeds)),
+        f"{base['colour']:.1f}",
+        f"{base['exact']:.1f}",
+    )
+    claims = {}
+    for arm in ARMS:
+        rows = sorted((found for found in figures if found["arm"] == arm), key=lambda found: found["seed"])
+        colour = [found["colour"] for found in rows]
+        exact = np.mean([found["exact"] for found in rows])
+        table.add_row(
+            NAMES[arm], *(f"{value:.1f}" for value in colour), f"{np.mean(colour):.1f}", f"{exact:.1f}"
+        )
+        claims[arm] = all(value > base["colour"] for value in colour)
+    console.print(table)
+    for arm, claimed in claims.items():
+        said = (
+            "beats the base on every seed"
+            if claimed
+            else "does not beat the base on every seed: nothing is claimed"
+        )
+        console.print(f"{NAMES[arm]}: {said}")
+    console.print()
+    return claims
