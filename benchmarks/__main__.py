@@ -48,6 +48,17 @@ _command("peak", "Register-only instruction peak of each instruction set.")
 _command("gpu", "The same on a GPU; without one, the plan.")
 
 
+@app.command(
+    "static",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def static(context: typer.Context) -> None:
+    """Compile the Triton kernels for four GPU targets without a GPU, and count: see `static --help`."""
+    from benchmarks import static as suite
+
+    raise typer.Exit(suite.main(context.args))
+
+
 @app.command()
 def report(
     check: Annotated[

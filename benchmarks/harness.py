@@ -19,7 +19,8 @@ SHORT_MS = 20.0  # calls shorter than this are repeated within a sample, after o
 LONG_MS = 500.0  # a first call longer than this is warm enough
 SAMPLE_MS = 8.0  # what the repeated calls of a sample last at least
 SLOW = 3.0  # a contender slower than this many baselines...
-SLOW_ROUNDS = 2  # ...is timed in this many rounds only
+SLOW_ROUNDS = 2  # ...is timed in this many rounds only,
+HOPELESS = 10.0  # and one slower than this, if a call is also long, has the call that was verified for its only sample
 
 
 def can_run() -> str | None:
@@ -96,13 +97,15 @@ def measure(
     rounds: int,
     timer: Callable[[Callable[[], Any], int], float] = wall_clock,
     probe: Callable[[], float] | None = None,
+    extra_mib: Callable[[Callable[[], Any]], float] | None = None,
     settle_s: float = SETTLE_S,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict:
     """{"rows": one dict a contender, in the given order, "probe": median of what `probe` returned, or None}.
 
     A row holds name, ours, baseline, note, status ("ok", "wrong", "cannot run" or "failed") and either the reason
-    or max_error, p20_ms, p50_ms, p80_ms, samples, and `ratio` to the baselines' summed medians (None without one).
+    or max_error, p20_ms, p50_ms, p80_ms, samples, and `ratio` to the baselines' summed medians (None without one);
+    peak_mib too where `extra_mib` is given.
     """
     rows: dict[str, dict] = {}
     entrants: list[Entrant] = []
@@ -113,12 +116,20 @@ def measure(
         if entrant is not None:
             entrants.append(entrant)
         gc.collect()
+    baseline_ms = sum(e.warm_ms for e in entrants if e.contender.baseline)
     for entrant in entrants:
+        hopeless = entrant.warm_ms > max(HOPELESS * baseline_ms, LONG_MS) and baseline_ms > 0
+        if hopeless and not entrant.contender.compiles:
+            entrant.samples_ms.append(entrant.warm_ms)
+            continue
         say(f"warming {entrant.contender.name}")
         _warm(entrant, timer)
-    probed = _rounds(entrants, rounds, timer, probe, settle_s, say)
+    live = [entrant for entrant in entrants if not entrant.samples_ms]
+    probed = _rounds(live, rounds, timer, probe, settle_s, say)
     for entrant in entrants:
         rows[entrant.contender.name].update(_summary(entrant))
+        if extra_mib is not None:
+            rows[entrant.contender.name]["peak_mib"] = extra_mib(entrant.run)
     _add_ratios(rows.values())
     return {"rows": list(rows.values()), "probe": quantile(probed, 0.5) if probed else None}
 

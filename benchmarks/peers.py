@@ -47,7 +47,13 @@ def compiler() -> str | None:
 
 def backend(op: str, name: str, device: str) -> Callable[[], str | None]:
     """A why_not for one backend of the library."""
-    return lambda: dispatch.why_not(op, name, torch.device(device))
+
+    def why_not() -> str | None:
+        if device == "cuda" and not torch.cuda.is_available():
+            return "needs a CUDA GPU"
+        return dispatch.why_not(op, name, torch.device(device))
+
+    return why_not
 
 
 def eager_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -61,7 +67,17 @@ def eager_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def torch_chunked(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """With the options that torch chooses."""
     options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, weight, target, reduction=reduction, options=options)
+
+
+def torch_wide_chunks(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """With the options that were found fastest on a CPU: few chunks, and sums in the dtype of the inputs."""
+    rows = -(-hidden.shape[0] // 4)
+    options = torch.nn.LinearCrossEntropyOptions(
+        batch_chunk_size=rows, chunking_method=None, acc_policy="accurate", acc_dtype=hidden.dtype
+    )
     return F.linear_cross_entropy(hidden, weight, target, reduction=reduction, options=options)
 
 
@@ -157,8 +173,13 @@ def score_peers(gpu: bool) -> list[Contender]:
         peer("torch.compile", compiled(eager_nll), compiler, compiles=True),
         peer("torch linear_cross_entropy", functools.partial(torch_plain, reduction="none"), torch_has_it),
         peer(
-            "torch linear_cross_entropy, chunked",
+            "torch linear_cross_entropy, auto",
             functools.partial(torch_chunked, reduction="none"),
+            torch_has_it,
+        ),
+        peer(
+            "torch linear_cross_entropy, 4 chunks",
+            functools.partial(torch_wide_chunks, reduction="none"),
             torch_has_it,
         ),
         peer("TRL ChunkedLogProb", trl_nll, installed("trl", "trl")),
@@ -252,8 +273,13 @@ def train_peers(gpu: bool) -> list[Contender]:
         peer("torch.compile", compiled(eager_loss), compiler, compiles=True),
         peer("torch linear_cross_entropy", functools.partial(torch_plain, reduction="mean"), torch_has_it),
         peer(
-            "torch linear_cross_entropy, chunked",
+            "torch linear_cross_entropy, auto",
             functools.partial(torch_chunked, reduction="mean"),
+            torch_has_it,
+        ),
+        peer(
+            "torch linear_cross_entropy, 4 chunks",
+            functools.partial(torch_wide_chunks, reduction="mean"),
             torch_has_it,
         ),
         peer("TRL ChunkedLogProb", mean_of(trl_nll), installed("trl", "trl")),

@@ -39,16 +39,25 @@ def label(case: dict) -> str:
     return f"{shape['N']} x {shape['D']} x {shape['V']}, {case['dtype']}"
 
 
-def cells(row: dict) -> tuple[str, str, str, str, str]:
-    """(p50, p20-p80, ratio, share of the peak, largest error) of a row that was timed."""
-    share = row.get("of_peak")
-    return (
-        milliseconds(row["p50_ms"]),
-        f"{milliseconds(row['p20_ms'])}-{milliseconds(row['p80_ms'])}",
-        "" if row["ratio"] is None else f"{row['ratio']:.2f}",
-        "" if share is None else f"{share:.2f}",
-        f"{row['max_error']:.1e}",
-    )
+COLUMNS = ("p50 ms", "p20-p80", "ratio", "of peak", "peak MiB", "max error")
+
+
+def cells(row: dict) -> dict[str, str]:
+    """Column -> text, of a row that was timed; "" where a column does not apply."""
+    share, mib = row.get("of_peak"), row.get("peak_mib")
+    return {
+        "p50 ms": milliseconds(row["p50_ms"]),
+        "p20-p80": f"{milliseconds(row['p20_ms'])}-{milliseconds(row['p80_ms'])}",
+        "ratio": "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        "of peak": "" if share is None else f"{share:.2f}",
+        "peak MiB": "" if mib is None else f"{mib:.0f}",
+        "max error": f"{row['max_error']:.1e}",
+    }
+
+
+def named(row: dict) -> str:
+    """The contender, with its note."""
+    return f"{row['name']} ({row['note']})" if row["note"] else row["name"]
 
 
 def milliseconds(value: float) -> str:

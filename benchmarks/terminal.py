@@ -31,12 +31,16 @@ def show(result: dict, console: Console) -> None:
 def _show_timings(case: dict, console: Console) -> None:
     peak = f"; register-only peak {case['peak_gflops']:.0f} GFLOP/s" if case.get("peak_gflops") else ""
     table = Table(title=f"{results.label(case)} ({case['model']}){peak}", title_justify="left")
+    timed = [(row, results.cells(row)) for row in case["rows"] if row["status"] == "ok"]
+    columns = [column for column in results.COLUMNS if any(cells[column] for _, cells in timed)]
     table.add_column("contender", no_wrap=True)
-    for column in ("p50 ms", "p20-p80", case.get("ratio_to", "/ GEMM"), "of peak", "max error"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in case["rows"]:
-        if row["status"] == "ok":
-            table.add_row(row["name"], *results.cells(row), style="bold" if row["ours"] else "")
+    for column in columns:
+        title = case.get("ratio_to", "/ GEMM") if column == "ratio" else column
+        table.add_column(title, justify="right", no_wrap=True)
+    for row, cells in timed:
+        table.add_row(
+            results.named(row), *(cells[column] for column in columns), style="bold" if row["ours"] else ""
+        )
     console.print(table)
 
 
@@ -45,14 +49,12 @@ def _show_values(case: dict, console: Console) -> None:
     table = Table(title=results.label(case), title_justify="left")
     table.add_column("contender", no_wrap=True)
     table.add_column(case["unit"], justify="right")
-    table.add_column("promised", justify="right")
+    promises = any(row.get("promised") for row in case["rows"])
+    if promises:
+        table.add_column("promised", justify="right")
     for row in case["rows"]:
         if row["status"] == "ok":
-            promised = row.get("promised")
-            table.add_row(
-                row["name"],
-                f"{row['value']:.1f}",
-                "" if promised is None else f"{promised:g}",
-                style="bold" if row["ours"] else "",
-            )
+            promised = f"{row['promised']:.0f}" if row.get("promised") else ""
+            values = (f"{row['value']:.1f}", promised) if promises else (f"{row['value']:.1f}",)
+            table.add_row(row["name"], *values, style="bold" if row["ours"] else "")
     console.print(table)
