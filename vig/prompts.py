@@ -397,7 +397,7 @@ def _text_end(text: str, start: int, end: int, turn_ends: re.Pattern[str]) -> in
 
 def _expanded_spans(spans: list[Span], replacements: list[list[dict]] | None) -> list[Span]:
     """Moves spans of the rendered text past the image placeholders that were expanded before them."""
-    if not replacements or not replacements[0]:
+    if replacements is None or len(replacements) == 0 or len(replacements[0]) == 0:  # a tensor, where empty
         return spans
     ends = [item["span"][1] for item in replacements[0]]
     gained = [0] + [item["new_span"][1] - item["span"][1] for item in replacements[0]]
