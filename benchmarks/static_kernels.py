@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vig_kernels import gaussian_blur_triton, linear_cross_entropy_triton, linear_nll_backward_triton, linear_nll_triton
+from vig_kernels import (
+    gaussian_blur_triton,
+    linear_cross_entropy_triton,
+    linear_nll_backward_triton,
+    linear_nll_triton,
+)
 from vig_kernels.tile_configs import TileConfig
 
 TARGETS = {
@@ -20,7 +25,8 @@ POINTER = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u
 
 INT64 = ("target", "order", "count")
 FLOAT32 = (
-    "partial_max", "partial_sum", "target_logit", "lse", "nll", "gain", "row_weight", "grad_nll", "centre_of", "factor_of"
+    "partial_max", "partial_sum", "target_logit", "target_slope", "lse", "nll", "gain", "row_weight", "grad_nll",
+    "centre_of", "factor_of",
 )  # fmt: skip
 FLOATS = ("logit_scale", "logit_softcap", "z_loss")
 ALIGNED = ("stride_hidden", "stride_hidden_second", "stride_weight", "stride_block", "stride_matrix", "D")
@@ -54,14 +60,21 @@ def head_source(kernel, variant: Variant, dtype: str, config: TileConfig, precis
         "entropy": "*fp32" if variant.entropy else None,
         "grad_entropy": "*fp32" if variant.entropy else None,
         "grad_lse": "*fp32" if variant.entropy else None,
-        "block": data if variant.store or kernel is linear_nll_backward_triton.gradient_kernel else None,
+        "block": block_type(kernel, variant, dtype),
     }
     constants = {
         "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_K": config.block_k, "PARTS": config.parts,
         "GROUP": config.group, "EVEN_K": variant.even_k, "DESCRIPTOR": descriptor, "SOFTCAP": variant.softcap,
-        "PRECISION": precision, "CAST_DOT": False,
+        "PRECISION": precision,
     }  # fmt: skip
     return source(kernel, types, constants, aligned=variant.even_k)
+
+
+def block_type(kernel, variant: Variant, dtype: str) -> str | None:
+    """The gradient block has the operands' type; the fold leaves float16 weights for 16-bit operands."""
+    if kernel is linear_nll_backward_triton.gradient_kernel:
+        return "*" + POINTER[dtype]
+    return ("*fp32" if dtype == "float32" else "*fp16") if variant.store else None
 
 
 def source(kernel, types: dict, constants: dict, aligned: bool = True) -> ASTSource:
@@ -100,7 +113,12 @@ def combine_source(variant: Variant) -> ASTSource:
 
 
 def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:
-    types = {"block": "*" + POINTER[dtype], "partial_bias": "*fp32" if variant.bias else None}
+    weights = "*fp32" if dtype == "float32" else "*fp16"
+    types = {
+        "weights": weights,
+        "block": "*" + POINTER[dtype],
+        "partial_bias": "*fp32" if variant.bias else None,
+    }
     constants = {"PART": part, "BLOCK_N": 16, "SOFTCAP": variant.softcap}
     return source(linear_cross_entropy_triton.finish_kernel, types, constants)
 

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch_triton import compute_precision, device_guard, why_not
+from .logit_tiles_triton import narrow
 from .tile_configs import blur_config
 
 __all__ = ["Addresses", "blur_at", "forward", "patch_addresses", "strided_addresses", "why_not"]
@@ -104,7 +105,9 @@ def band_kernel(
     else:
         to_column = tl.load(out_column + line, mask=line < lines, other=0)
     to = out + tl.load(out_plane + plane) + to_row[:, None] + to_column[None, :]
-    tl.store(to, accumulator.to(out.dtype.element_ty), mask=(row < size)[:, None] & (line < lines)[None, :])
+    tl.store(
+        to, narrow(accumulator, out.dtype.element_ty), mask=(row < size)[:, None] & (line < lines)[None, :]
+    )
 
 
 class Addresses(NamedTuple):

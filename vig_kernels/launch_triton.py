@@ -22,7 +22,11 @@ def interpreted() -> bool:
 def why_not(device: torch.device) -> str | None:
     """None when Triton kernels can run on tensors of `device`, else the reason and the cure."""
     if device.type == "cpu":
-        return None if interpreted() else "Triton runs on a CPU only interpreted: set TRITON_INTERPRET=1 before import"
+        return (
+            None
+            if interpreted()
+            else "Triton runs on a CPU only interpreted: set TRITON_INTERPRET=1 before import"
+        )
     if device.type not in ("cuda", "xpu"):
         return f"Triton has no {device.type} target; use backend='torch'"
     if device.type == "cuda" and torch.version.hip is None:
@@ -66,7 +70,14 @@ def fits_descriptor(weight: Tensor) -> bool:
 
 def operand(weight: Tensor, config) -> TensorDescriptor:
     """The weight (V, D) as a tensor descriptor of BLOCK_V x BLOCK_K blocks."""
-    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [config.block_v, config.block_k])
+    return TensorDescriptor(
+        weight, list(weight.shape), list(weight.stride()), [config.block_v, config.block_k]
+    )
+
+
+def dense(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """One-dimensional operands, which kernels read with stride 1 (an upstream gradient is often expanded)."""
+    return tuple(vector if vector is None else vector.contiguous() for vector in vectors)
 
 
 def keep_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

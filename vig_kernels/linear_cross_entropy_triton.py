@@ -1,6 +1,6 @@
 """linear_cross_entropy by Triton: the scalar loss with its gradients in three GEMMs.
 
-Row chunk by row chunk: `fold_kernel` of linear_nll leaves exp(z - part max) in a 16-bit (float32: 32-bit) block and
+Row chunk by row chunk: `fold_kernel` of linear_nll leaves exp(z - part max) in a float16 (float32) block, and
 its partials; once they are joined the block becomes d loss / d y in place, and the vendor's GEMM takes it to the
 gradients of hidden and weight. A chunk is as long as the memory promise allows, because every chunk reads and
 writes the float32 weight gradient once.
@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import device_guard, keep_order, why_not
+from .launch_triton import dense, device_guard, keep_order, why_not
 from .linear_nll_backward_triton import accumulate, block_gain
 from .linear_nll_triton import Partials, combine, fold, sweep
+from .logit_tiles_triton import narrow
 from .tile_configs import head_config
 
 __all__ = ["forward_backward", "why_not"]
@@ -26,9 +27,10 @@ LSE_MARGIN = 100.0  # what |lse| is taken to be where float16's range is set; 64
 
 @triton.jit(do_not_specialize=["first_row", "rows", "V"])
 def finish_kernel(
-    block,  # (rows, V): exp(z - partial_max) * dz/dy in, gain * d loss / d y out
+    weights,  # (rows, V): exp(z - partial_max) * dz/dy, float32 or float16
+    block,  # the same memory, in the type of hidden: gain * d loss / d y
     partial_max,  # (parts, rows) float32
-    target_logit,  # (rows,) float32
+    target_slope,  # (rows,) float32: dz/dy of the target
     lse,  # (N,) float32
     row_weight,  # (N,) float32 or None
     target,  # (N,) int64
@@ -40,7 +42,6 @@ def finish_kernel(
     first_row,
     rows,
     V,
-    logit_softcap,
     z_loss,
     PART: tl.constexpr,  # columns of a part, as in the fold
     BLOCK_N: tl.constexpr,
@@ -58,23 +59,24 @@ def finish_kernel(
         w = tl.load(row_weight + row, mask=live, other=0.0)
     row_lse = tl.load(lse + row, mask=live, other=0.0)
     top = tl.load(partial_max + part.to(tl.int64) * rows + local, mask=live, other=0.0)
-    at = block + local.to(tl.int64)[:, None] * stride_block + column[None, :]
+    at = local.to(tl.int64)[:, None] * stride_block + column[None, :]
     writable = inside[:, None] & (column < V)[None, :]
-    e = tl.load(at, mask=live[:, None] & (column < V)[None, :], other=0.0).to(tl.float32)
+    e = tl.load(weights + at, mask=live[:, None] & (column < V)[None, :], other=0.0).to(tl.float32)
     g = e * (tl.exp(top - row_lse) * w * (1.0 + 2.0 * z_loss * row_lse))[:, None]
 
     wanted = tl.load(target + row, mask=live, other=-1)
     known = (wanted >= 0) & (wanted < V)
     pull = w
     if SOFTCAP:
-        z = tl.load(target_logit + local, mask=live & known, other=0.0) / logit_softcap
-        pull *= 1.0 - z * z
+        pull *= tl.load(target_slope + local, mask=live & known, other=0.0)
     g -= tl.where((column[None, :] == wanted[:, None]) & known[:, None], pull[:, None], 0.0)
-    g = tl.where(live[:, None], g, 0.0)  # also where a row that is not there holds what an old block left behind
+    g = tl.where(
+        live[:, None], g, 0.0
+    )  # also where a row that is not there holds what an old block left behind
     if partial_bias is not None:
         sums = tl.program_id(0).to(tl.int64) * V + column
         tl.store(partial_bias + sums, tl.sum(g, axis=0), mask=column < V)
-    tl.store(at, (g * tl.load(gain)).to(block.dtype.element_ty), mask=writable)
+    tl.store(block + at, narrow(g * tl.load(gain), block.dtype.element_ty), mask=writable)
 
 
 def forward_backward(
@@ -97,6 +99,7 @@ def forward_backward(
     Extra memory: 192 MiB of blocks, their partials, and 16 bytes a row.
     """
     N, (V, D) = target.shape[0], weight.shape
+    target, bias, row_weight = dense(target, bias, row_weight)
     order, count = keep_order(target, ignore_index)
     nll, lse = (torch.zeros(N, dtype=torch.float32, device=target.device) for _ in range(2))
     grads = [
@@ -104,7 +107,9 @@ def forward_backward(
         for shape, need in zip(((N, D), (V, D), (V,)), needs, strict=True)
     ]
     if not any(needs):
-        nll, sinks = sweep((hidden,), weight, target, bias, logit_scale, logit_softcap, ignore_index, ("lse",))[0]
+        nll, sinks = sweep(
+            (hidden,), weight, target, bias, logit_scale, logit_softcap, ignore_index, ("lse",)
+        )[0]
         lse = sinks["lse"]
     else:
         bound = torch.ones_like(nll[:1]) if row_weight is None else row_weight.abs()
@@ -120,7 +125,9 @@ def forward_backward(
         if needs[2]:
             grads[2].mul_(logit_scale)
     losses = nll + z_loss * lse * lse if z_loss else nll
-    loss = (losses if row_weight is None else torch.where(target == ignore_index, 0.0, losses * row_weight)).sum()
+    loss = (
+        losses if row_weight is None else torch.where(target == ignore_index, 0.0, losses * row_weight)
+    ).sum()
     if num_kept is not None:
         loss = torch.where(count > num_kept, torch.nan, loss)
     return loss, *grads
@@ -135,11 +142,13 @@ def train_chunks(hidden, weight, target, order, count, kept, gain, nll, lse, gra
     if chunk > 128:  # whole tiles
         chunk = chunk // 128 * 128
     storage = hidden.new_empty(chunk, aligned)
+    # a weight in (0, 1] relative to its part's maximum: float16 holds it with 3 bits more than bfloat16
+    weights = storage if hidden.dtype == torch.float32 else storage.view(torch.float16)
 
     def run(first, rows, config):
         partials = Partials(rows, 1, V, config, (), hidden.device)
         fold(
-            (hidden,), weight, target, bias, order, count, first, rows, partials, storage[:rows, :V],
+            (hidden,), weight, target, bias, order, count, first, rows, partials, weights[:rows, :V],
             logit_scale, logit_softcap, config,
         )  # fmt: skip
         return partials
@@ -151,8 +160,8 @@ def train_chunks(hidden, weight, target, order, count, kept, gain, nll, lse, gra
         partials = run(first, rows, config)
         combine(partials, target, order, count, nll, lse, None, None, first, rows, 0, 1, V)
         bias_sums = finish(
-            block, partials, lse, row_weight, target, order, count, gain, first, logit_softcap, z_loss,
-            grad_bias is not None,
+            weights, block, partials, lse, row_weight, target, order, count, gain, first, logit_softcap is not None,
+            z_loss, grad_bias is not None,
         )  # fmt: skip
         picked = order[first : first + rows]
         if grad_hidden is not None:
@@ -165,15 +174,17 @@ def train_chunks(hidden, weight, target, order, count, kept, gain, nll, lse, gra
             grad_bias += bias_sums
 
 
-def finish(block, partials, lse, row_weight, target, order, count, gain, first, logit_softcap, z_loss, bias_sums):
+def finish(
+    weights, block, partials, lse, row_weight, target, order, count, gain, first, softcap, z_loss, bias_sums
+):
     """Launch `finish_kernel`; returns the column sums of d loss / d y, or None."""
     rows, V = block.shape
     BLOCK_N = 16
     row_tiles = triton.cdiv(rows, BLOCK_N)
     partial = torch.empty(row_tiles, V, dtype=torch.float32, device=block.device) if bias_sums else None
     finish_kernel[(row_tiles, partials.parts)](
-        block, partials.max, partials.target_logit, lse, row_weight, target, order, count, gain, partial,
-        block.stride(0), first, rows, V, logit_softcap or 0.0, z_loss,
-        PART=partials.part, BLOCK_N=BLOCK_N, SOFTCAP=logit_softcap is not None, num_warps=4, enable_fp_fusion=True,
+        weights, block, partials.max, partials.target[1], lse, row_weight, target, order, count, gain, partial,
+        block.stride(0), first, rows, V, z_loss,
+        PART=partials.part, BLOCK_N=BLOCK_N, SOFTCAP=softcap, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return partial.sum(0) if bias_sums else None

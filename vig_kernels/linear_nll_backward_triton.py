@@ -11,8 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import compute_precision, device_guard, fits_descriptor, interpreted, keep_order, operand
-from .logit_tiles_triton import dot_tile, halves, logits, tile_position
+from .launch_triton import (
+    compute_precision,
+    dense,
+    device_guard,
+    fits_descriptor,
+    keep_order,
+    operand,
+)
+from .logit_tiles_triton import dot_tile, halves, logits, narrow, slopes, tile_position
 from .tile_configs import head_config
 
 # 16-bit inputs: 96 + 96 + 48 MiB; float32 gradients are summed in place and need only the first
@@ -60,16 +67,20 @@ def gradient_part(
     position = tl.where((wanted >= 0) & (wanted < V), wanted - first_vocab, -1)
     g -= tl.where(column[None, :] == position[:, None], up_nll[:, None], 0.0)
     if SOFTCAP:
-        g *= 1.0 - (z / logit_softcap) * (z / logit_softcap)
+        g *= slopes(dot, bias, first_vocab + column, V, logit_scale, logit_softcap)
     g = tl.where(live[:, None] & (column < columns)[None, :], g, 0.0)
     if partial_bias is not None:
-        tl.store(partial_bias + row_tile.to(tl.int64) * columns + column, tl.sum(g, axis=0), mask=column < columns)
+        tl.store(
+            partial_bias + row_tile.to(tl.int64) * columns + column, tl.sum(g, axis=0), mask=column < columns
+        )
     g *= tl.load(gain)
     at = block + place[:, None] * stride_block + column[None, :]
-    tl.store(at, g.to(block.dtype.element_ty), mask=inside[:, None] & (column < columns)[None, :])
+    tl.store(at, narrow(g, block.dtype.element_ty), mask=inside[:, None] & (column < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "row_tiles", "first_vocab", "columns", "vocab_tiles", "V"])
+@triton.jit(
+    do_not_specialize=["first_row", "rows", "row_tiles", "first_vocab", "columns", "vocab_tiles", "V"]
+)
 def gradient_kernel(
     hidden,  # (N, D)
     weight,  # (V, D), pointer or descriptor
@@ -107,7 +118,6 @@ def gradient_kernel(
     DESCRIPTOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    CAST_DOT: tl.constexpr,
 ):
     """d loss / d y of one recomputed tile, y the logits before the cap. Ignored rows are written as zeros.
 
@@ -132,7 +142,7 @@ def gradient_kernel(
         return
     dot = dot_tile(
         hidden, row * stride_hidden, weight, stride_weight, first_vocab + vocab_tile * BLOCK_V, V, D,
-        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, PRECISION, CAST_DOT,
+        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, PRECISION,
     )  # fmt: skip
     up = tl.zeros((BLOCK_N,), dtype=tl.float32)  # upstream of the softmax term
     up_nll = up
@@ -212,12 +222,15 @@ def backward(
     Where the float32 sums of both a long hidden gradient and the weight gradient would break the memory promise,
     each has a sweep of its own (five GEMMs instead of four).
     """
-    upstream = (grad_nll, grad_lse, grad_entropy, lse, entropy)
+    upstream = dense(grad_nll, grad_lse, grad_entropy, lse, entropy)
+    target, bias = dense(target, bias)
     options = (bias, logit_scale, logit_softcap, ignore_index)
     long = hidden.dtype != torch.float32 and 4 * hidden.numel() > HIDDEN_BYTES
     if long and needs[0] and (needs[1] or needs[2]):
         grad_hidden, _, _ = gradient_sweep(upstream, hidden, weight, target, *options, (True, False, False))
-        return grad_hidden, *gradient_sweep(upstream, hidden, weight, target, *options, (False, *needs[1:]))[1:]
+        return grad_hidden, *gradient_sweep(upstream, hidden, weight, target, *options, (False, *needs[1:]))[
+            1:
+        ]
     return gradient_sweep(upstream, hidden, weight, target, *options, needs)
 
 
@@ -282,16 +295,30 @@ def settle(gradient: Tensor, total: Tensor, unscale: Tensor | None) -> None:
 
 
 def gradient_block(
-    block, upstream, hidden, weight, target, bias, order, chunk, vocab, gain, logit_scale, logit_softcap, bias_sums
+    block,
+    upstream,
+    hidden,
+    weight,
+    target,
+    bias,
+    order,
+    chunk,
+    vocab,
+    gain,
+    logit_scale,
+    logit_softcap,
+    bias_sums,
 ):
-    """Fill `block` with gain * d loss / d y of rows `chunk` and vocabulary `vocab`; return the column sums of d loss / d y."""
+    """Fill `block` with gain * d loss / d y of rows `chunk` and vocabulary `vocab`; return its column sums / gain."""
     grad_nll, grad_lse, grad_entropy, lse, entropy = upstream
     (V, D), (rows, columns) = weight.shape, block.shape
 
     def run(config):
         descriptor = config.descriptor and fits_descriptor(weight)
         row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(columns, config.block_v)
-        partial = torch.empty(row_tiles, columns, dtype=torch.float32, device=block.device) if bias_sums else None
+        partial = (
+            torch.empty(row_tiles, columns, dtype=torch.float32, device=block.device) if bias_sums else None
+        )
         gradient_kernel[(row_tiles * vocab_tiles,)](
             hidden, operand(weight, config) if descriptor else weight, bias, target, *order,
             lse, entropy if grad_entropy is not None else None, grad_nll, grad_lse, grad_entropy, gain, block, partial,
@@ -299,7 +326,7 @@ def gradient_block(
             vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
             BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
             GROUP=config.group, EVEN_K=D % config.block_k == 0, DESCRIPTOR=descriptor,
-            SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight), CAST_DOT=interpreted(),
+            SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight),
             **config.launch_options,
         )  # fmt: skip
         return partial.sum(0) if bias_sums else None

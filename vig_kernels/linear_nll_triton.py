@@ -12,9 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import compute_precision, device_guard, fits_descriptor, interpreted, keep_order, operand, why_not
+from .launch_triton import (
+    compute_precision,
+    dense,
+    device_guard,
+    fits_descriptor,
+    interpreted,
+    keep_order,
+    operand,
+    why_not,
+)
 from .linear_nll_backward_triton import backward
-from .logit_tiles_triton import dot_tile, halves, logits, tile_position
+from .logit_tiles_triton import dot_tile, halves, logits, narrow, slopes, tile_position
 from .tile_configs import TileConfig, head_config
 
 __all__ = ["backward", "forward", "sweep", "why_not"]
@@ -53,7 +62,8 @@ def fold_part(
 
     position = tl.where((wanted >= 0) & (wanted < V), wanted - part * PART, -1).to(tl.int32)
     picked = tl.sum(tl.where(lane[None, :] == position[:, None], z, 0.0), axis=1)
-    tl.store(target_logit + slot, picked, mask=live & (position >= 0) & (position < PART))
+    hit = live & (position >= 0) & (position < PART)
+    tl.store(target_logit + slot, picked, mask=hit)
 
     top = tl.max(z, axis=1)
     top_safe = tl.where(top == -float("inf"), 0.0, top)  # a part of nothing but -inf logits sums to 0
@@ -69,9 +79,12 @@ def fold_part(
         tl.store(partial_dot + at, tl.sum(tl.where(e > 0, e * shifted, 0.0), axis=1), mask=live)
     if block is not None:
         if SOFTCAP:
-            e = tl.where(e > 0, e * (1.0 - (z / logit_softcap) * (z / logit_softcap)), 0.0)
+            slope = slopes(dot, bias, column, V, logit_scale, logit_softcap)
+            e = tl.where(e > 0, e * slope, 0.0)
+            target_slope = tl.sum(tl.where(lane[None, :] == position[:, None], slope, 0.0), axis=1)
+            tl.store(target_logit + partial_stride + slot, target_slope, mask=hit)
         to = block + local.to(tl.int64)[:, None] * stride_block + column[None, :]
-        tl.store(to, e.to(block.dtype.element_ty), mask=live[:, None] & (column[None, :] < V))
+        tl.store(to, narrow(e, block.dtype.element_ty), mask=live[:, None] & (column[None, :] < V))
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "row_tiles", "passes", "vocab_tiles", "V"])
@@ -87,7 +100,7 @@ def fold_kernel(
     partial_sum,  # the same: sum of exp(z - partial_max)
     partial_dot,  # the same or None: sum of exp(z - partial_max) * (z - partial_max), for the entropy
     partial_arg,  # the same, int32, or None: first column of the maximum within the part
-    target_logit,  # (rows of the chunk x passes,) float32
+    target_logit,  # (2, rows of the chunk x passes) float32: z of the target, and with `block` its dz/dy
     block,  # (rows of the chunk, V) or None: exp(z - partial_max) * dz/dy, for linear_cross_entropy
     stride_hidden,
     stride_hidden_second,
@@ -111,7 +124,6 @@ def fold_kernel(
     DESCRIPTOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    CAST_DOT: tl.constexpr,
 ):
     """Reduce one tile to a partial a row. Grid: row_tiles x passes x vocab_tiles, one-dimensional."""
     row_tile, vocab_tile = tile_position(tl.program_id(0), row_tiles * passes, vocab_tiles, GROUP)
@@ -127,7 +139,7 @@ def fold_kernel(
     row_offset = row * tl.where(second, stride_hidden_second, stride_hidden)
     dot = dot_tile(
         base, row_offset, weight, stride_weight, vocab_tile * BLOCK_V, V, D,
-        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, PRECISION, CAST_DOT,
+        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, PRECISION,
     )  # fmt: skip
     slot = local + second.to(tl.int32) * rows
     wanted = tl.load(target + row, mask=live, other=-1)
@@ -234,30 +246,44 @@ class Partials:
         self.sum = torch.empty(shape, dtype=torch.float32, device=device)
         self.dot = torch.empty(shape, dtype=torch.float32, device=device) if "entropy" in stats else None
         self.arg = torch.empty(shape, dtype=torch.int32, device=device) if "argmax" in stats else None
-        self.target_logit = torch.empty(rows * passes, dtype=torch.float32, device=device)
+        self.target = torch.empty(2, rows * passes, dtype=torch.float32, device=device)  # logit and slope
 
     @staticmethod
     def chunk_rows(N: int, passes: int, V: int, config: TileConfig, stats: tuple[str, ...]) -> int:
         """Rows a chunk whose partials stay under PARTIALS_BYTES; whole tiles where at least one fits."""
         fields = 2 + ("entropy" in stats) + ("argmax" in stats)
-        row_bytes = 4 * passes * (fields * triton.cdiv(V, config.block_v // config.parts) + 1)
+        row_bytes = 4 * passes * (fields * triton.cdiv(V, config.block_v // config.parts) + 2)
         rows = max(1, PARTIALS_BYTES // row_bytes)
         return min(N, rows // config.block_n * config.block_n or rows)
 
 
-def fold(hiddens, weight, target, bias, order, count, first, rows, partials, block, logit_scale, logit_softcap, config):
+def fold(
+    hiddens,
+    weight,
+    target,
+    bias,
+    order,
+    count,
+    first,
+    rows,
+    partials,
+    block,
+    logit_scale,
+    logit_softcap,
+    config,
+):
     """Launch `fold_kernel` on rows [first, first + rows) of `order`, for one or two passes."""
     (V, D), passes = weight.shape, len(hiddens)
     descriptor = config.descriptor and fits_descriptor(weight)
     row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(V, config.block_v)
     fold_kernel[(row_tiles * passes * vocab_tiles,)](
         hiddens[0], hiddens[-1], operand(weight, config) if descriptor else weight, bias, target, order, count,
-        partials.max, partials.sum, partials.dot, partials.arg, partials.target_logit, block,
+        partials.max, partials.sum, partials.dot, partials.arg, partials.target, block,
         hiddens[0].stride(0), hiddens[-1].stride(0), weight.stride(0), block.stride(0) if block is not None else 0,
         first, rows, row_tiles, passes, vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
         BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
         GROUP=config.group, EVEN_K=D % config.block_k == 0, DESCRIPTOR=descriptor,
-        SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight), CAST_DOT=interpreted(),
+        SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight),
         **config.launch_options,
     )  # fmt: skip
 
@@ -266,7 +292,7 @@ def combine(partials, target, order, count, nll, lse, entropy, argmax, first, ro
     """Launch `combine_kernel` for one pass of a chunk."""
     BLOCK_N = 16 if interpreted() else 32
     combine_kernel[(triton.cdiv(rows, BLOCK_N),)](
-        partials.max, partials.sum, partials.dot, partials.arg, partials.target_logit, target, order, count,
+        partials.max, partials.sum, partials.dot, partials.arg, partials.target, target, order, count,
         nll, lse, entropy, argmax, first, rows, pass_index * rows, rows * passes, partials.parts, V,
         PART=partials.part, BLOCK_N=BLOCK_N, BLOCK_T=32, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -279,6 +305,7 @@ def sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_inde
     kernel with the same tiles, so its bits are the same alone, paired, and in any company.
     """
     V, N, passes = weight.shape[0], target.shape[0], len(hiddens)
+    target, bias = dense(target, bias)
     empty = {"lse": torch.float32, "entropy": torch.float32, "argmax": torch.int64}
     results = [
         (target.new_empty(N, dtype=torch.float32), {s: target.new_empty(N, dtype=empty[s]) for s in stats})

@@ -15,6 +15,19 @@ rows end in whole tiles that return at once. All offsets that grow with N, V or 
 import triton
 import triton.language as tl
 
+# The interpreter differs from a GPU in two ways that the kernels make up for: it multiplies the bits of bfloat16 as
+# integers, and it cuts float32 to bfloat16 where a GPU rounds to nearest even.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x, float32, rounded to nearest even in DTYPE."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
 
 @triton.jit
 def tanh(x):
@@ -60,7 +73,6 @@ def dot_tile(
     EVEN_K: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
-    CAST_DOT: tl.constexpr,
 ):
     """hidden @ weight.T of the tile, (BLOCK_N, BLOCK_V) float32; what stands in columns >= V is undefined."""
     k = tl.arange(0, BLOCK_K)
@@ -81,7 +93,7 @@ def dot_tile(
             w = tl.load(weight_ptr)
         else:
             w = tl.load(weight_ptr, mask=k[:, None] < D - start, other=0.0)
-        if CAST_DOT:  # the interpreter multiplies the bits of bfloat16 as integers
+        if INTERPRETED:
             h = h.to(tl.float32)
             w = w.to(tl.float32)
         accumulator = tl.dot(h, w, accumulator, input_precision=PRECISION)
@@ -98,12 +110,24 @@ def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def raw_logits(dot, bias, column, V, logit_scale):
+    """y of a (part of a) tile."""
+    if bias is not None:
+        dot += tl.load(bias + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
+    return dot * logit_scale
+
+
+@triton.jit
 def logits(dot, bias, column, V, logit_scale, logit_softcap, SOFTCAP: tl.constexpr):
     """z of a (part of a) tile; -inf in columns at or beyond V."""
-    z = dot
-    if bias is not None:
-        z += tl.load(bias + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
-    z *= logit_scale
+    z = raw_logits(dot, bias, column, V, logit_scale)
     if SOFTCAP:
         z = logit_softcap * tanh(z / logit_softcap)
     return tl.where(column[None, :] < V, z, -float("inf"))
+
+
+@triton.jit
+def slopes(dot, bias, column, V, logit_scale, logit_softcap):
+    """dz/dy = 1 - tanh(y / cap)^2, formed as 4 e / (1 + e)^2 with e = exp(-2 |y / cap|): no cancellation near 1."""
+    decay = tl.exp(-2.0 * tl.abs(raw_logits(dot, bias, column, V, logit_scale) / logit_softcap))
+    return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))

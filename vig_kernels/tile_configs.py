@@ -102,7 +102,7 @@ def table_target(target: str) -> str:
 
 
 def head_config(kernel: str, weight: Tensor, trial: Callable[[TileConfig], object]) -> TileConfig:
-    """The tile of "fold", "store" or "gradient" for a weight (V, D). `trial` runs one candidate under VIG_AUTOTUNE=1."""
+    """The tile of "fold", "store" or "gradient" for a weight (V, D). `trial` runs a candidate."""
     V, D = weight.shape
     target, kind = target_of(weight.device), kind_of(weight.dtype)
     if target == "interpreter":

@@ -1,0 +1,238 @@
+"""`python -m benchmarks.static`: compile every kernel x shipped tile x target without a GPU, and count.
+
+Prints and stores registers, spills, shared memory, tensor instructions and resident warps of every kernel that the
+Triton backends can launch, and the counted floors of time on named GPUs. Nothing here was run on a GPU, and no
+time here was measured. `--check` compiles nothing: it holds the stored counts against the rules and against the
+kernels of the checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import triton
+
+from benchmarks import static_counts, static_floors, static_kernels
+from benchmarks.static_kernels import TARGETS, Variant
+from vig_kernels import (
+    gaussian_blur_triton,
+    linear_cross_entropy_triton,
+    linear_nll_backward_triton,
+    linear_nll_triton,
+    logit_tiles_triton,
+)
+from vig_kernels.tile_configs import BLUR, HEAD, TileConfig
+
+STORE = Path(__file__).parent / "results" / "static.json"
+
+PLAIN = Variant("plain")
+SINKS = Variant("bias, softcap, entropy, argmax", softcap=True, bias=True, entropy=True, argmax=True)
+RAGGED = Variant("any D and stride", even_k=False)
+TRAIN = Variant("bias, softcap, block", softcap=True, bias=True, store=True)
+HEAD_VARIANTS = {"fold": (PLAIN, SINKS, RAGGED), "store": (TRAIN,), "gradient": (PLAIN, SINKS)}
+
+
+def precision(target: str, dtype: str) -> str:
+    return "tf32x3" if dtype == "float32" and target != "gfx942" else "ieee"
+
+
+def products(target: str, dtype: str) -> str:
+    """What the tensor instructions multiply: the 16-bit type, tf32x3 or ieee float32."""
+    return precision(target, dtype) if dtype == "float32" else dtype
+
+
+def rows() -> list[dict]:
+    """Every kernel x variant x target x dtype x tile that the tables can launch."""
+    found = []
+    for (kernel, target, kind), tiles in HEAD.items():
+        for dtype in ("float32",) if kind == "float32" else ("bfloat16", "float16"):
+            for tile in dict.fromkeys(tiles):
+                # half the types have every option: the epilogue does not know the operands' type
+                variants = HEAD_VARIANTS[kernel] if dtype != "float16" else HEAD_VARIANTS[kernel][:1]
+                found += [row(kernel, variant, target, dtype, tile) for variant in variants]
+    for (target, kind), tile in BLUR.items():
+        for dtype in ("uint8", "float32", "bfloat16", "float16"):
+            for launch in ("blur read", "blur write"):
+                found.append(row(launch, PLAIN, target, dtype, tile, fast=kind == "16-bit"))
+    small = TileConfig(0, 0, 0, 4, 3)
+    for target in TARGETS:
+        found += [row("combine", variant, target, "float32", small, gemm=False) for variant in (PLAIN, SINKS)]
+        for dtype in ("bfloat16", "float32"):
+            found += [
+                row("finish", TRAIN, target, dtype, replace(small, block_v=part), gemm=False)
+                for part in finish_parts(target, dtype)
+            ]
+    return found
+
+
+def finish_parts(target: str, dtype: str) -> list[int]:
+    kind = "float32" if dtype == "float32" else "16-bit"
+    return sorted({tile.block_v // tile.parts for tile in HEAD["store", target, kind]})
+
+
+def row(kernel, variant, target, dtype, tile, fast=False, gemm=True) -> dict:
+    kind = "float16" if fast else "float32" if kernel.startswith("blur") else dtype
+    return {
+        "kernel": kernel,
+        "variant": variant.name,
+        "target": target,
+        "dtype": dtype,
+        "products": products(target, kind) if gemm else None,
+        "tile": asdict(tile),
+        "options": asdict(variant),
+    }
+
+
+def ast_source(entry: dict):
+    """The Triton source of a row."""
+    variant, tile = Variant(**entry["options"]), TileConfig(**entry["tile"])
+    target, dtype, kernel = entry["target"], entry["dtype"], entry["kernel"]
+    if kernel in HEAD_VARIANTS:
+        function = (
+            linear_nll_backward_triton.gradient_kernel
+            if kernel == "gradient"
+            else linear_nll_triton.fold_kernel
+        )
+        return static_kernels.head_source(function, variant, dtype, tile, precision(target, dtype))
+    if kernel.startswith("blur"):
+        fast = entry["products"] == "float16"
+        how = "ieee" if fast else precision(target, "float32")
+        return static_kernels.blur_source(kernel == "blur read", dtype, fast, tile, how)
+    if kernel == "combine":
+        return static_kernels.combine_source(variant)
+    return static_kernels.finish_source(variant, dtype, tile.block_v)
+
+
+def compile_row(entry: dict) -> dict:
+    """The row with its counts."""
+    options = TileConfig(**entry["tile"]).launch_options
+    compiled = triton.compile(ast_source(entry), target=TARGETS[entry["target"]], options=options)
+    return entry | {
+        "counts": static_counts.count(entry["target"], compiled),
+        "code": code_of(entry["kernel"]),
+    }
+
+
+MODULES = {
+    "fold": (logit_tiles_triton, linear_nll_triton),
+    "store": (logit_tiles_triton, linear_nll_triton),
+    "gradient": (logit_tiles_triton, linear_nll_backward_triton),
+    "combine": (linear_nll_triton,),
+    "finish": (linear_cross_entropy_triton,),
+    "blur read": (gaussian_blur_triton,),
+    "blur write": (gaussian_blur_triton,),
+}
+
+
+def code_of(kernel: str) -> str:
+    """A fingerprint of the kernel's Triton functions, blind to comments and layout, and of Triton's version."""
+    digest = hashlib.sha256(triton.__version__.encode())
+    for module in MODULES[kernel]:
+        tree = ast.parse(Path(module.__file__).read_text())
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and any(
+                "jit" in ast.unparse(d) for d in node.decorator_list
+            ):
+                digest.update(ast.unparse(node).encode())
+    return digest.hexdigest()[:16]
+
+
+def key(entry: dict) -> tuple:
+    return tuple(
+        json.dumps(entry[name], sort_keys=True)
+        for name in ("kernel", "target", "dtype", "products", "tile", "options")
+    )
+
+
+def stored() -> dict:
+    return json.loads(STORE.read_text()) if STORE.exists() else {"rows": []}
+
+
+def check() -> list[str]:
+    """What is wrong with the stored counts: a rule broken, a row missing, a row of other code."""
+    known = {key(entry): entry for entry in stored()["rows"]}
+    problems = []
+    for wanted in rows():
+        entry = known.get(key(wanted))
+        if entry is None:
+            problems.append(f"{title(wanted)}: not counted; run python -m benchmarks.static")
+        elif entry["code"] != code_of(wanted["kernel"]):
+            problems.append(f"{title(wanted)}: the kernel has changed; run python -m benchmarks.static")
+        else:
+            problems += [f"{title(entry)}: {fault}" for fault in static_counts.faults(entry)]
+    return problems
+
+
+def title(entry: dict) -> str:
+    return f"{entry['target']} {entry['kernel']} [{entry['variant']}] {entry['dtype']} {TileConfig(**entry['tile'])}"
+
+
+def show(entry: dict) -> str:
+    c = entry["counts"]
+    spills = (
+        f"local {c['local_bytes_in_loop']}+{c['local_bytes_outside']} B"
+        if "local_bytes_in_loop" in c
+        else f"spilled {c['vgpr_spills']} v {c['sgpr_spills']} s"
+    )
+    return (
+        f"{title(entry)}: {c['registers']} registers, {spills}, {c['shared_bytes'] / 1024:.0f} KiB shared, "
+        f"{c['tensor_instructions']} x {', '.join(c['tensor_kinds']) or 'no tensor instruction'}, "
+        f"{c['resident_warps']} warps resident"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--check", action="store_true", help="compile nothing; hold the stored counts to the rules"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="compilations at a time")
+    parser.add_argument(
+        "--only", default="", help="only rows whose title holds this text; the others are kept"
+    )
+    options = parser.parse_args(arguments)
+    if options.check:
+        problems = check()
+        print("\n".join(problems) or f"{len(rows())} rows hold")
+        return 1 if problems else 0
+    known = {key(entry): entry for entry in stored()["rows"]}
+    todo = [
+        entry
+        for entry in rows()
+        if options.only in title(entry)
+        and (options.only or known.get(key(entry), {}).get("code") != code_of(entry["kernel"]))
+    ]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for done, entry in enumerate(pool.map(compile_row, todo), 1):
+            known[key(entry)] = entry
+            broken = static_counts.faults(entry)
+            print(
+                f"[{done}/{len(todo)}] {show(entry)}" + "".join(f"\n    BROKEN: {b}" for b in broken),
+                flush=True,
+            )
+            if done % 20 == 0 or done == len(todo):
+                write([known[key(entry)] for entry in rows() if key(entry) in known])
+    for entry in (known[key(e)] for e in rows() if key(e) in known and not todo):
+        print(show(entry))
+    print("\n".join(static_floors.lines()))
+    return 1 if check() else 0
+
+
+def write(entries: list[dict]) -> None:
+    """Store rows and floors, one row a line."""
+    STORE.parent.mkdir(exist_ok=True)
+    lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
+    floors = ",\n".join("  " + json.dumps(floor) for floor in static_floors.floors())
+    head = json.dumps({"triton": triton.__version__, "measured_on_gpu": False})[1:-1]
+    STORE.write_text(f'{{{head},\n"rows": [\n{lines}\n],\n"floors": [\n{floors}\n]}}\n')
+
+
+if __name__ == "__main__":
+    sys.exit(main())
