@@ -29,7 +29,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vig import score_folder
 from vig.files import FolderInUse, FolderLock, StoreError, explain_write_errors, write_atomically
+from vig.score_folder import (
+    MANIFEST,
+    SettingsDiffer,
+    read_manifest,
+    refuse_differences,
+    score_files,
+    settings_differences,
+    shard_name,
+    shards_in,
+    siblings,
+    window_of,
+)
 from vig.score_rows import METADATA_KEY, SCORE_SCHEMA, ScoreBlock, ScoreRow
 from vig.selection_table import SelectionTable, read_selection, selection_metadata
 
@@ -44,6 +57,7 @@ __all__ = [
     "StoreError",
     "read_scores",
     "read_selection",
+    "replace_rows",
     "score_files",
     "score_metadata",
     "selection_metadata",
@@ -53,29 +67,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-# Settings that may differ between a run and its resumption: they do not change what is scored.
-NOT_BINDING = frozenset(
-    {"library_version", "data", "image_root", "batch_tokens", "batch_size", "noise_floor"}
-)
 PARQUET = {"compression": "zstd", "compression_level": 1, "use_dictionary": ["source", "status"]}
-
-
-class SettingsDiffer(StoreError):
-    """The folder was made with other settings. ``differences``: [(setting, in the folder, in this run)]."""
-
-    def __init__(self, folder: Path, differences: list[tuple[str, Any, Any]]):
-        self.differences = differences
-        lines = [f"  {name}: the folder has {old!r}, this run has {new!r}" for name, old, new in differences]
-        super().__init__(
-            f"{folder} holds scores made with other settings:\n"
-            + "\n".join(lines)
-            + "\nGive the same settings to resume, or another output folder to score anew."
-        )
-
-
-def shard_name(window: int) -> str:
-    return f"scores-{window:05d}.parquet"
 
 
 def normal_settings(settings: dict) -> dict:
@@ -106,6 +98,24 @@ def write_shard(
     path = Path(folder) / shard_name(window)
     write_atomically(path, content)
     return _entry(path.name, content.size, rows)
+
+
+def replace_rows(
+    folder: str | Path, window: int, rows: ScoreBlock | Iterable[ScoreRow], settings: dict
+) -> dict:
+    """Rewrite a finished shard, the rows of the given keys replaced and the order kept; its new manifest entry.
+
+    Like ``write_shard`` it needs no lock."""
+    path = Path(folder) / shard_name(window)
+    new = (rows if isinstance(rows, ScoreBlock) else ScoreBlock.from_rows(rows)).table()
+    old = pq.read_table(path).replace_schema_metadata(None)
+    place = {key: row for row, key in enumerate(old["key"].to_pylist())}
+    order = np.arange(len(old))
+    for row, key in enumerate(new["key"].to_pylist()):
+        if key not in place:
+            raise StoreError(f"{path} has no sample {key!r} to replace")
+        order[place[key]] = len(old) + row
+    return write_shard(folder, window, pa.concat_tables([old, new]).take(order), settings)
 
 
 def _entry(name: str, size: int, rows: pa.Table) -> dict:
@@ -154,16 +164,17 @@ class ScoreWriter:
     def _open(self) -> None:
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        manifest = _read_manifest(self.folder)
+        manifest = read_manifest(self.folder)
         if manifest is None or not manifest["shards"]:  # nothing is scored yet: any settings will do
             manifest = {"settings": self.settings, "complete": False, "notes": {}, "shards": {}}
-        _refuse_differences(self.folder, manifest["settings"], self.settings)
+        refuse_differences(self.folder, manifest["settings"], self.settings)
+        self._fit_siblings()
         self.complete: bool = manifest["complete"]
         self.notes: dict = manifest["notes"]
         listed = {int(window): entry for window, entry in manifest["shards"].items()}
         self.finished: dict[int, dict] = {}
-        for path in _shards_in(self.folder):
-            window = int(path.stem.removeprefix("scores-"))
+        for path in shards_in(self.folder):
+            window = window_of(path)
             entry = listed.get(window)
             if entry is None or entry["bytes"] != path.stat().st_size:
                 entry = self._adopt(path)
@@ -172,13 +183,21 @@ class ScoreWriter:
         self.complete = self.complete and self.finished.keys() >= listed.keys()
         self._write_manifest()
 
+    def _fit_siblings(self) -> None:
+        """The jobs of an array must have the same settings, but for the part that each scores."""
+        for folder in siblings(self.folder):
+            manifest = read_manifest(folder)
+            if manifest is not None and manifest["shards"]:
+                part = {"shard": self.settings.get("shard")}
+                refuse_differences(folder, manifest["settings"] | part, self.settings)
+
     def _adopt(self, path: Path) -> dict | None:
         """The entry of a shard renamed just before a kill, ahead of the manifest; None if it is damaged."""
         try:
             table = pq.read_table(path, columns=["status", "n_tokens"])
         except (pa.ArrowException, OSError):
             return None  # not ours or damaged: its window is scored again
-        _refuse_differences(self.folder, _file_settings(table.schema, path), self.settings)
+        refuse_differences(self.folder, _file_settings(table.schema, path), self.settings)
         return _entry(path.name, path.stat().st_size, table)
 
     def _write_manifest(self) -> None:
@@ -228,78 +247,15 @@ class ScoreWriter:
         return found
 
     def replace(self, window: int, rows: ScoreBlock | Iterable[ScoreRow]) -> dict:
-        """Rewrite a finished shard with the rows of the given keys replaced, the order kept, atomically."""
-        new = (rows if isinstance(rows, ScoreBlock) else ScoreBlock.from_rows(rows)).table()
-        old = pq.read_table(self.folder / shard_name(window)).replace_schema_metadata(None)
-        place = {key: row for row, key in enumerate(old["key"].to_pylist())}
-        order = np.arange(len(old))
-        for row, key in enumerate(new["key"].to_pylist()):
-            if key not in place:
-                raise StoreError(f"{self.folder / shard_name(window)} has no sample {key!r} to replace")
-            order[place[key]] = len(old) + row
+        """``replace_rows``, and list the new shard; a complete folder stays complete."""
         complete = self.complete
-        entry = self.register(
-            window, write_shard(self.folder, window, pa.concat_tables([old, new]).take(order), self.settings)
-        )
+        entry = self.register(window, replace_rows(self.folder, window, rows, self.settings))
         if complete:
             self.mark_complete()
         return entry
 
     def close(self) -> None:
         self._lock.release()
-
-
-def _read_manifest(folder: Path) -> dict | None:
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text())
-        return {name: manifest[name] for name in ("settings", "complete", "notes", "shards")}
-    except (ValueError, KeyError, TypeError) as error:
-        cure = "Delete it: the shards beside it are checked and listed again."
-        raise StoreError(f"{path} is damaged ({error}). {cure}") from error
-
-
-def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return flat
-
-
-def settings_differences(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
-    """Binding settings that differ, nested ones by dotted name: [(name, old value, new value)]."""
-    old, new = _flat(old), _flat(new)
-    names = [name for name in {**old, **new} if name not in NOT_BINDING]
-    return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
-
-
-def _refuse_differences(folder: Path, old: dict, new: dict) -> None:
-    differences = settings_differences(old, new)
-    if differences:
-        raise SettingsDiffer(folder, differences)
-
-
-def score_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The shards of a file, a folder, a folder of folders (one a job of ``--shard i/n``), or a list of these."""
-    if not isinstance(path, str | Path):
-        return [file for part in path for file in score_files(part)]
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    found = _shards_in(path)
-    if not found and path.is_dir():
-        found = [file for folder in sorted(path.iterdir()) if folder.is_dir() for file in _shards_in(folder)]
-    if not found:
-        state = "holds no scores" if path.exists() else "does not exist"
-        raise StoreError(f"{path} {state}. `vig score MODEL DATA -o {path}` writes them.")
-    return found
-
-
-def _shards_in(folder: Path) -> list[Path]:
-    files = [file for file in folder.glob("scores-*.parquet") if file.stem[7:].isdigit()]
-    return sorted(files, key=lambda file: int(file.stem[7:]))
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
@@ -330,7 +286,7 @@ def score_metadata(scores: str | Path | Sequence[str | Path] | pa.Table) -> dict
     path = score_files(scores)[0]
     with _open_parquet(path) as file:
         settings = _file_settings(file.schema_arrow, path)
-    return {**settings, "notes": (_read_manifest(path.parent) or {}).get("notes", {})}
+    return {**settings, "notes": (read_manifest(path.parent) or {}).get("notes", {})}
 
 
 def count_rows(scores: str | Path | Sequence[str | Path] | pa.Table) -> int:
@@ -359,17 +315,10 @@ def read_scores(
         with _open_parquet(path) as file:
             settings = {**_file_settings(file.schema_arrow, path), "shard": None}
             first = first or settings
-            _refuse_differences(path, first, settings)
+            refuse_differences(path, first, settings)
             yield from file.iter_batches(batch_size, columns=columns)
 
 
 def unfinished(scores: str | Path | Sequence[str | Path] | pa.Table) -> list[str]:
-    """A line for each folder whose manifest says that scoring has not come to its end."""
-    if isinstance(scores, pa.Table):
-        return []
-    lines = []
-    for folder in dict.fromkeys(path.parent for path in score_files(scores)):
-        manifest = _read_manifest(folder)
-        if manifest and not manifest["complete"]:
-            lines.append(f"{folder}: scoring is unfinished ({len(manifest['shards'])} windows so far)")
-    return lines
+    """A line for each folder whose manifest says that scoring has not come to its end, and for missing jobs."""
+    return [] if isinstance(scores, pa.Table) else score_folder.unfinished(score_files(scores))
