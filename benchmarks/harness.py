@@ -34,8 +34,8 @@ class Contender:
 
     make(inputs) returns the callable that is timed; why_not() returns None or the reason why it cannot run here.
     `output` says what the callable returns and `exactness` by which rule it is judged; both are read by the suite's
-    judge. The medians of all `baseline` contenders of a case, summed, are what `ratio` divides by. A contender that
-    `compiles` is warmed up once more after the call that is verified. `note` is printed beside the name.
+    judge. The medians of all `baseline` contenders of a case, summed and times `work`, are what `ratio` divides by. A
+    contender that `compiles` is warmed up once more after the call that is verified. `note` is printed beside the name.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Contender:
     ours: bool = False
     baseline: bool = False
     compiles: bool = False
+    work: float = 1.0
     note: str = ""
 
 
@@ -115,7 +116,7 @@ def measure(
         rows[contender.name] = row
         if entrant is not None:
             entrants.append(entrant)
-        gc.collect()
+    gc.collect()
     baseline_ms = sum(e.warm_ms for e in entrants if e.contender.baseline)
     for entrant in entrants:
         hopeless = entrant.warm_ms > max(HOPELESS * baseline_ms, LONG_MS) and baseline_ms > 0
@@ -139,6 +140,7 @@ def _verify(contender: Contender, inputs, judge, timer) -> tuple[dict, Entrant |
         "name": contender.name,
         "ours": contender.ours,
         "baseline": contender.baseline,
+        "work": contender.work,
         "note": contender.note,
     }
     reason = contender.why_not()
@@ -204,7 +206,7 @@ def _add_ratios(rows) -> None:
     total = sum(row["p50_ms"] for row in baselines)
     for row in rows:
         if row["status"] == "ok":
-            row["ratio"] = row["p50_ms"] / total
+            row["ratio"] = row["p50_ms"] / (row["work"] * total)
 
 
 def median_ratio(rows: Sequence[dict], name: str, other: str, times: float = 1.0) -> float | None:

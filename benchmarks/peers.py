@@ -21,7 +21,8 @@ from benchmarks.heads import HeadInputs
 from vig_kernels import dispatch
 
 IGNORE = -100
-TRL_CHUNK = 8192  # vocabulary columns a tile, TRL's default
+TRL_CHUNK = 32768  # vocabulary columns a tile, as TRL's trainers choose
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden, weight, target) -> nll or loss
 
 
 def installed(package: str, pip_name: str) -> Callable[[], str | None]:
@@ -121,32 +122,35 @@ def quack_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return chunked_linear_cross_entropy(hidden, weight, target)
 
 
-def mean_of(nll: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def mean_of(nll: Head) -> Head:
     """A mean loss from per-token values; no row is ignored in the train suite."""
     return lambda hidden, weight, target: nll(hidden, weight, target).mean()
 
 
-def forward_only(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[HeadInputs], Callable]:
-    """make() of a scoring contender."""
+def forward_only(function: Head, compiles: bool = False) -> Callable[[HeadInputs], Callable[[], Tensor]]:
+    """make() of a scoring contender. What compiles is compiled anew for every shape."""
 
     def make(inputs: HeadInputs):
+        called = torch.compile(function, dynamic=False) if compiles else function
+
         @torch.no_grad()
         def run():
-            return function(inputs.hidden, inputs.weight, inputs.target)
+            return called(inputs.hidden, inputs.weight, inputs.target)
 
         return run
 
     return make
 
 
-def forward_backward(function: Callable[[Tensor, Tensor, Tensor], Tensor], frozen: bool = False):
+def forward_backward(function: Head, frozen: bool = False, compiles: bool = False):
     """make() of a training contender: () -> (loss, grad_hidden, grad_weight or None)."""
 
     def make(inputs: HeadInputs):
+        called = torch.compile(function, dynamic=False) if compiles else function
         hidden, weight = inputs.leaves(frozen)
 
         def run():
-            loss = function(hidden, weight, inputs.target)
+            loss = called(hidden, weight, inputs.target)
             if frozen:
                 return loss.detach(), *torch.autograd.grad(loss, (hidden,)), None
             return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
@@ -154,11 +158,6 @@ def forward_backward(function: Callable[[Tensor, Tensor, Tensor], Tensor], froze
         return run
 
     return make
-
-
-def compiled(function: Callable) -> Callable[[HeadInputs], Callable]:
-    """A compiled twin of `function`, compiled anew for every shape, as a fixed training shape would be."""
-    return torch.compile(function, dynamic=False)
 
 
 def score_peers(gpu: bool) -> list[Contender]:
@@ -170,7 +169,7 @@ def score_peers(gpu: bool) -> list[Contender]:
     peers = [
         Contender("bare GEMM", forward_only(lambda h, w, t: F.linear(h, w)), output="logits", baseline=True),
         peer("eager PyTorch", eager_nll),
-        peer("torch.compile", compiled(eager_nll), compiler, compiles=True),
+        Contender("torch.compile", forward_only(eager_nll, True), compiler, "nll", compiles=True),
         peer("torch linear_cross_entropy", functools.partial(torch_plain, reduction="none"), torch_has_it),
         peer(
             "torch linear_cross_entropy, auto",
@@ -235,14 +234,16 @@ def score_ours(name: str, device: str) -> list[Contender]:
 
         return run
 
-    def entry(label, make, output, op="linear_nll"):
-        return Contender(label, make, backend(op, name, device), output, "promise", ours=True)
+    def entry(label, make, output, op="linear_nll", **more):
+        return Contender(label, make, backend(op, name, device), output, "promise", ours=True, **more)
+
+    double = {"work": 2.0, "note": "against two GEMMs"}
 
     return [
         entry("linear_nll", forward_only(nll), "nll"),
         entry("linear_nll, 70 % of the rows ignored", sparse, "sparse"),
-        entry("two linear_nll calls", twice, "pair"),
-        entry("linear_vig, N + N rows", paired, "pair", "linear_vig"),
+        entry("two linear_nll calls", twice, "pair", **double),
+        entry("linear_vig, N + N rows", paired, "pair", "linear_vig", **double),
     ]
 
 
@@ -270,7 +271,9 @@ def train_peers(gpu: bool) -> list[Contender]:
 
     peers = [
         peer("eager PyTorch", eager_loss),
-        peer("torch.compile", compiled(eager_loss), compiler, compiles=True),
+        Contender(
+            "torch.compile", forward_backward(eager_loss, compiles=True), compiler, "loss", compiles=True
+        ),
         peer("torch linear_cross_entropy", functools.partial(torch_plain, reduction="mean"), torch_has_it),
         peer(
             "torch linear_cross_entropy, auto",

@@ -41,8 +41,7 @@ def case(
     result = harness.measure(
         field, inputs, judge, rounds=rounds, probe=probe, say=lambda text: say(f"{label}: {text}")
     )
-    work = {"linear_nll": 1, "bare GEMM": 1, "linear_vig, N + N rows": 2, "two linear_nll calls": 2}
-    add_share_of_peak(result, {name: times * shape.gemm_flops for name, times in work.items()})
+    add_share_of_peak(result, ("bare GEMM", "linear_nll", "linear_vig, N + N rows"), shape.gemm_flops)
     return describe(shape, dtype, result, COMPARISONS)
 
 
@@ -54,11 +53,11 @@ def peak_probe(dtype: torch.dtype, threads: int) -> Callable[[], float] | None:
     return lambda: peak(threads, PEAK_SECONDS)
 
 
-def add_share_of_peak(result: dict, flops: dict[str, float]) -> None:
-    """`of_peak`: operations a second of a row over the register-only peak of the same rounds."""
+def add_share_of_peak(result: dict, names: Sequence[str], flops: float) -> None:
+    """`of_peak`: operations a second of a row, `flops` times its work, over the register-only peak of the same run."""
     for row in result["rows"]:
-        if result["probe"] and row["name"] in flops and row["status"] == "ok":
-            row["of_peak"] = flops[row["name"]] / (row["p50_ms"] * 1e-3) / result["probe"]
+        if result["probe"] and row["name"] in names and row["status"] == "ok":
+            row["of_peak"] = row["work"] * flops / (row["p50_ms"] * 1e-3) / result["probe"]
 
 
 def describe(shape: Shape, dtype: torch.dtype, result: dict, comparisons) -> dict:

@@ -45,5 +45,5 @@ def case(shape: Shape, dtype: torch.dtype, threads: int, rounds: int, say) -> di
         probe=peak_probe(dtype, threads),
         say=lambda text: say(f"{label}: {text}"),
     )
-    add_share_of_peak(result, {"linear_cross_entropy": 3 * shape.gemm_flops})
+    add_share_of_peak(result, ("linear_cross_entropy",), 3 * shape.gemm_flops)
     return describe(shape, dtype, result, COMPARISONS)

@@ -1,0 +1,207 @@
+"""README tables and plots from stored results. The only way numbers get into the README.
+
+Each suite has a pair of markers, `<!-- benchmarks:score -->` and `<!-- /benchmarks:score -->`; what stands between
+them is replaced. A suite without results leaves its block without any table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import machine, results
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES = ("score", "train", "memory", "blur", "peak", "gpu")
+DTYPES = ("float32", "bfloat16", "float16", "uint8")
+
+
+@dataclass(frozen=True)
+class Paths:
+    readme: Path
+    results: Path
+    plots: Path
+
+    @classmethod
+    def default(cls, readme: Path | None, stored: Path | None, plots: Path | None) -> Paths:
+        return cls(readme or ROOT / "README.md", stored or results.FOLDER, plots or ROOT / "docs" / "plots")
+
+
+def write(paths: Paths) -> list[Path]:
+    """Rewrites the README's blocks and the plots; returns the files that were written."""
+    from benchmarks import plots
+
+    text = paths.readme.read_text()
+    for suite in SUITES:
+        if _has_marker(text, suite) and results.read_full(suite, paths.results):
+            text = _with_block(text, suite, block(suite, paths))
+    paths.readme.write_text(text)
+    drawn = [
+        plots.draw(result, paths.plots)
+        for suite in SUITES
+        for result in results.read_full(suite, paths.results)
+    ]
+    return [paths.readme, *(path for path in drawn if path is not None)]
+
+
+def disagreements(paths: Paths) -> list[str]:
+    """One line for every way in which the README does not show what the results hold."""
+    if not paths.readme.exists():
+        return [f"{paths.readme} does not exist"] if any(paths.results.glob("*.json")) else []
+    text = paths.readme.read_text()
+    return [line for suite in SUITES for line in _disagreements_of(suite, text, paths)]
+
+
+def _disagreements_of(suite: str, text: str, paths: Paths) -> Iterator[str]:
+    stored = results.read_full(suite, paths.results)
+    if not _has_marker(text, suite):
+        if stored and suite not in ("peak",):  # the peak stands in the captions of the others
+            yield f"{suite}: there are results, but {paths.readme.name} has no <!-- benchmarks:{suite} --> block"
+        return
+    shown = _pattern(suite).search(text).group("block")
+    if not stored:
+        if "|" in shown:
+            yield f"{suite}: {paths.readme.name} shows a table, but {paths.results} has no results"
+        return
+    if shown != block(suite, paths):
+        yield f"{suite}: {paths.readme.name} differs from the results: run `python -m benchmarks report`"
+    for result in stored:
+        picture = paths.plots / f"{results.path_of(result, Path()).stem}.png"
+        if suite != "peak" and not picture.exists():
+            yield f"{suite}: {picture} is missing: run `python -m benchmarks report`"
+
+
+def _pattern(suite: str) -> re.Pattern:
+    return re.compile(
+        rf"(?P<open><!-- benchmarks:{suite} -->\n)(?P<block>.*?)(?P<close><!-- /benchmarks:{suite} -->)",
+        re.DOTALL,
+    )
+
+
+def _has_marker(text: str, suite: str) -> bool:
+    return _pattern(suite).search(text) is not None
+
+
+def _with_block(text: str, suite: str, inner: str) -> str:
+    return _pattern(suite).sub(lambda match: match["open"] + inner + match["close"], text)
+
+
+def block(suite: str, paths: Paths) -> str:
+    """What stands between the markers of a suite: for each machine a caption, tables, and the plot."""
+    return "\n".join(
+        _machine_block(suite, result, paths) for result in results.read_full(suite, paths.results)
+    )
+
+
+def _machine_block(suite: str, result: dict, paths: Paths) -> str:
+    lines = [f"`{result['command']}`, {_caption(result)}", ""]
+    for group, cases in _groups(result["cases"]):
+        lines += [*_table(suite, group, cases), ""]
+    lines += _comparisons(result["cases"])
+    lines += _absent(result["cases"])
+    picture = paths.plots / f"{results.path_of(result, Path()).stem}.png"
+    if suite != "peak":
+        lines += [f"![{suite}]({_relative(picture, paths.readme.parent)})", ""]
+    return "\n".join(lines)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
+
+
+def _caption(result: dict) -> str:
+    versions = result["versions"]
+    peers = [
+        f"{name} {versions[package]}"
+        for name, package in (("TRL", "trl"), ("CCE", "cut-cross-entropy"), ("Liger", "liger-kernel"))
+        if package in versions and result["suite"] in ("score", "train", "memory", "gpu")
+    ]
+    if result["suite"] == "blur":
+        peers = [
+            f"{name} {versions[package]}"
+            for name, package in (
+                ("OpenCV", "opencv-python-headless"),
+                ("kornia", "kornia"),
+                ("SciPy", "scipy"),
+            )
+            if package in versions
+        ]
+    parts = [machine.sentence(result), f"{result['threads']} threads", f"torch {versions['torch']}", *peers]
+    return f"{', '.join(parts)}; commit {result['commit'].rstrip('+')}, {result['date']}."
+
+
+def _groups(cases: list[dict]) -> Iterator[tuple[str, list[dict]]]:
+    """Cases that share a table: same kind and dtype."""
+    kinds = list(dict.fromkeys((case.get("suite", ""), case.get("dtype", "")) for case in cases))
+    for kind, dtype in kinds:
+        title = " ".join(word for word in (kind, dtype) if word)
+        yield title, [c for c in cases if (c.get("suite", ""), c.get("dtype", "")) == (kind, dtype)]
+
+
+def _table(suite: str, group: str, cases: list[dict]) -> list[str]:
+    """Rows are contenders, columns are cases; a cell is the ratio to the baseline, then milliseconds."""
+    unit = cases[0].get("unit")
+    what = unit or f"ratio {cases[0].get('ratio_to', '/ bare GEMM')} (ms)"
+    if suite == "train" or (cases[0].get("suite") == "train" and unit is None):
+        what = "ratio / three bare GEMMs (ms)"
+    header = [f"{group}: {what}", *(_column(case) for case in cases)]
+    has_errors = unit is None
+    if has_errors:
+        header.append("max error")
+    lines = [_line(header), _line(["---"] + ["---:"] * (len(header) - 1))]
+    for name in results.names(cases):
+        rows = [next((row for row in case["rows"] if row["name"] == name), None) for case in cases]
+        timed = [row for row in rows if row is not None and row["status"] == "ok"]
+        if not timed:
+            continue
+        label = f"**{results.named(timed[0])}**" if timed[0]["ours"] else results.named(timed[0])
+        cells = [label, *(_cell(row) for row in rows)]
+        if has_errors:
+            cells.append(f"{max(row['max_error'] for row in timed):.0e}")
+        lines.append(_line(cells))
+    peaks = [case.get("peak_gflops") for case in cases]
+    if any(peaks):
+        lines.append(_line(["register-only peak, GFLOP/s", *(f"{p:.0f}" if p else "" for p in peaks), ""]))
+    return lines
+
+
+def _column(case: dict) -> str:
+    """A column's head; the dtype stands in the table's."""
+    label = results.label(case).rsplit(",", 1)[0] if "dtype" in case else results.label(case)
+    label = label.removeprefix(f"{case.get('suite', '')}: ").replace(" x ", " × ")
+    return label if "unit" in case or "sigma" in case else f"{label}<br>{case['model']}"
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    if row["status"] != "ok":
+        return {"cannot run": "-", "wrong": "wrong", "failed": "failed"}[row["status"]]
+    if "value" in row:
+        return f"{row['value']:.0f}"
+    share = f", {100 * row['of_peak']:.0f} % of peak" if row.get("of_peak") else ""
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} "
+    return f"{ratio}({results.milliseconds(row['p50_ms'])}{share})"
+
+
+def _comparisons(cases: list[dict]) -> list[str]:
+    """Ratios within the library, one line each, case by case."""
+    found: dict[str, list[str]] = {}
+    for case in cases:
+        for comparison in case.get("comparisons", ()):
+            if comparison["ratio"] is not None:
+                text = f"{comparison['ratio']:.2f} ({results.label(case).replace(' x ', ' × ')})"
+                found.setdefault(comparison["name"], []).append(text)
+    return [line for name, texts in found.items() for line in (f"{name}: {'; '.join(texts)}.", "")]
+
+
+def _absent(cases: list[dict]) -> list[str]:
+    """Who was not timed, and why; the same reason is given once."""
+    reasons = dict.fromkeys(line for case in cases for line in results.problems(case))
+    return [f"Not timed: {'; '.join(reasons)}.", ""] if reasons else []
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

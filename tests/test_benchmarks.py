@@ -1,0 +1,268 @@
+"""The benchmark harness: what it refuses, what it reports, and that the README shows what was measured."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import blur, gpu, harness, heads, memory, peers, plots, report, results, score, train
+from benchmarks.harness import Check, Contender
+from benchmarks.shapes import Picture, Shape
+
+TINY = Shape("tiny", 24, 40, 300)
+PATHS = report.Paths.default(None, None, None)
+
+
+def passes(contender, output):
+    return Check(0.0, 0.0)
+
+
+def scripted(times: dict[str, list[float]]):
+    """(contenders, timer): each contender's runs take the milliseconds given, in order."""
+    seen = []
+    fakes = {name: (lambda name=name: seen.append(name)) for name in times}
+    left = {name: list(values) for name, values in times.items()}
+
+    def timer(run, calls):
+        for _ in range(calls):
+            run()
+        return left[seen[-1]].pop(0)
+
+    def contender(name, **more):
+        return Contender(name, lambda inputs: fakes[name], **more)
+
+    return contender, timer, seen
+
+
+def test_quantiles():
+    assert harness.quantile([4.0, 1.0, 3.0, 2.0, 5.0], 0.5) == 3.0
+    assert harness.quantile([10.0, 20.0], 0.2) == pytest.approx(12.0)
+    assert harness.quantile([7.0], 0.8) == 7.0
+
+
+def test_ratios_rounds_and_order():
+    # the first two values of each are the verified call and its warm repetition: they are no samples
+    times = {
+        "gemm": [900, 100, 110, 90, 100],
+        "fast": [900, 50, 60, 40, 50],
+        "double": [900, 150, 150, 150, 150],
+    }
+    for values in times.values():
+        values[0] = 499  # shorter than LONG_MS: warmed once more
+    contender, timer, seen = scripted(times)
+    field = [
+        contender("gemm", baseline=True),
+        contender("fast", ours=True),
+        contender("double", work=2.0),
+    ]
+    rows = harness.measure(field, None, passes, rounds=3, timer=timer, settle_s=0)["rows"]
+    assert [row["samples"] for row in rows] == [3, 3, 3]
+    assert [row["p50_ms"] for row in rows] == [100, 50, 150]
+    assert rows[0]["p20_ms"] == pytest.approx(94) and rows[0]["p80_ms"] == pytest.approx(106)
+    assert [row["ratio"] for row in rows] == [1.0, 0.5, 0.75]
+    assert seen[6:] == ["gemm", "fast", "double", "fast", "double", "gemm", "double", "gemm", "fast"]
+    assert harness.median_ratio(rows, "fast", "gemm") == 0.5
+    assert harness.median_ratio(rows, "fast", "nobody") is None
+
+
+def test_baselines_are_summed():
+    contender, timer, _ = scripted({"a": [600, 100], "b": [600, 300], "both": [600, 200]})
+    field = [contender("a", baseline=True), contender("b", baseline=True), contender("both")]
+    rows = harness.measure(field, None, passes, rounds=1, timer=timer, settle_s=0)["rows"]
+    assert rows[2]["ratio"] == 0.5
+
+
+def test_short_calls_are_repeated_and_slow_ones_spared():
+    contender, timer, seen = scripted({"short": [2.0] * 20, "slow": [30.0] * 9, "hopeless": [9000.0]})
+    field = [contender("short", baseline=True), contender("slow"), contender("hopeless")]
+    rows = harness.measure(field, None, passes, rounds=5, timer=timer, settle_s=0)["rows"]
+    assert [row["samples"] for row in rows] == [5, harness.SLOW_ROUNDS, 1]
+    assert seen.count("hopeless") == 1
+    assert seen.count("short") == 3 + 5 * (1 + math.ceil(harness.SAMPLE_MS / 2.0))
+
+
+def test_refuses_what_is_wrong_and_lists_what_cannot_run():
+    def broken(inputs):
+        raise RuntimeError("no such kernel\nand a long story")
+
+    called = []
+    field = [
+        Contender("gemm", lambda inputs: lambda: 1.0, baseline=True),
+        Contender("wrong", lambda inputs: lambda: called.append(1) or 2.0),
+        Contender("nan", lambda inputs: lambda: math.nan),
+        Contender("absent", broken, lambda: "not installed (pip install absent)"),
+        Contender("raises", broken),
+    ]
+    judge = lambda contender, output: Check(abs(output - 1), abs(output - 1) / 0.5)  # noqa: E731
+    rows = harness.measure(field, None, judge, rounds=2, settle_s=0)["rows"]
+    assert [row["status"] for row in rows] == ["ok", "wrong", "wrong", "cannot run", "failed"]
+    assert len(called) == 1, "a wrong contender was timed"
+    assert "p50_ms" not in rows[1] and "not timed" in rows[1]["reason"]
+    assert rows[3]["reason"] == "not installed (pip install absent)"
+    assert rows[4]["reason"] == "RuntimeError: no such kernel"
+    case = {"rows": rows}
+    assert len(list(results.problems(case))) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_score_judge(dtype):
+    """Every contender that can run here passes; a small shift of one row, or the other output, does not."""
+    inputs = heads.make_inputs(TINY, dtype)
+    judge = heads.ScoreJudge(inputs)
+    field = [c for c in score.contenders() if not c.compiles and c.why_not() is None]
+    assert {"bare GEMM", "eager PyTorch"} <= {c.name for c in field}
+    for contender in field:
+        output = contender.make(inputs)()
+        assert judge(contender, output).passed, contender.name
+        shift = 0.2 if contender.exactness == "own" else 1e-3
+        worse = [x.clone().float() for x in (output if isinstance(output, tuple) else [output])]
+        worse[-1][-1] += shift
+        assert not judge(contender, tuple(worse) if len(worse) > 1 else worse[0]).passed, contender.name
+    assert (inputs.sparse_target == -100).float().mean() == pytest.approx(0.7, abs=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_train_judge(dtype):
+    inputs = heads.make_inputs(TINY, dtype)
+    upstream = torch.rand(TINY.N, TINY.V).to(dtype)
+    judge = heads.TrainJudge(inputs, upstream)
+    field = [c for c in train.contenders() if not c.compiles and c.why_not() is None]
+    for contender in [*peers.bare_products(upstream), *field]:
+        output = contender.make(inputs)()
+        assert judge(contender, output).passed, contender.name
+        if contender.output != "loss":
+            assert not judge(contender, output * 1.1).passed
+            continue
+        loss, grad_hidden, grad_weight = output
+        assert not judge(contender, (loss, grad_hidden * 1.1, grad_weight)).passed
+        assert not judge(contender, (loss * 1.1, grad_hidden, grad_weight)).passed
+        assert (grad_weight is None) == ("frozen" in contender.name)
+        if grad_weight is not None:
+            assert not judge(contender, (loss, grad_hidden, torch.zeros_like(grad_weight))).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_blur_judge(dtype):
+    inputs = blur.make_inputs(Picture(1, 48, 40, 3.0), dtype)
+    judge = blur.BlurJudge(inputs)
+    for contender in blur.contenders(dtype):
+        if contender.why_not() is None:
+            assert judge(contender, contender.make(inputs)()).passed, contender.name
+    mine = blur.ours("torch")
+    assert not judge(mine, inputs.images).passed
+    assert judge(mine, blur.reference.gaussian_blur(inputs.images.double(), 3.0)).error < 1e-12
+
+
+def test_memory_of_a_fresh_process():
+    """The child sees the logits of the materialising peer, and less from the library."""
+    shape = {"name": "tiny", "N": 400, "D": 8, "V": 30000}
+    order = {"suite": "score", "shape": shape, "dtype": "float32", "threads": 1}
+    logits_mib = 4 * 400 * 30000 / 2**20
+    eager = memory.child(order | {"name": "eager PyTorch"})
+    assert logits_mib < eager < 4 * logits_mib
+    assert memory.output_bytes((torch.zeros(3), None, torch.zeros(2, dtype=torch.bfloat16))) == 16
+
+
+def test_gpu_without_a_gpu_measures_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    console = Console(record=True, width=120, file=io.StringIO())
+    gpu.plan(False, console)
+    text = console.export_text()
+    assert text.startswith("Nothing was measured")
+    assert all(name in text for name in ("bare GEMM", "quack", "Liger", "CCE", "torchvision", "LLaVA-1.5 7B"))
+    assert " ms" not in text
+
+
+def stored(folder: Path, suite: str = "score", ratio: float = 0.61234567) -> dict:
+    """A small result as a suite stores it."""
+    timed = {"baseline": False, "work": 1.0, "note": "", "status": "ok", "max_error": 2e-6, "samples": 5}
+    ours = timed | {
+        "name": "linear_nll",
+        "ours": True,
+        "p20_ms": 9.0,
+        "p50_ms": 10.0,
+        "p80_ms": 11.0,
+        "ratio": ratio,
+    }
+    bare = timed | {
+        "name": "bare GEMM",
+        "ours": False,
+        "p20_ms": 15,
+        "p50_ms": 16.0,
+        "p80_ms": 18.0,
+        "ratio": 1.0,
+    }
+    absent = {
+        "name": "Peer",
+        "ours": False,
+        "baseline": False,
+        "note": "",
+        "status": "cannot run",
+        "reason": "why",
+    }
+    case = {
+        "model": "a model",
+        "shape": {"N": 4, "D": 5, "V": 6},
+        "dtype": "float32",
+        "peak_gflops": 200.0,
+        "rows": [bare | {"baseline": True}, ours | {"of_peak": 0.9}, absent],
+        "comparisons": [{"name": "this / that", "ratio": 0.5}, {"name": "unknown", "ratio": None}],
+    }
+    result = {
+        "suite": suite, "quick": False, "command": f"python -m benchmarks {suite} --threads 2", "date": "2026-01-02",
+        "commit": "abc1234", "threads": 2, "versions": {"torch": "2.13.0"}, "cases": [case],
+        "machine": {"cpu": "A CPU", "cores": 2, "flags": ["avx2"], "gpu": None, "memory_gib": 8.0, "isa": "avx2"},
+    }  # fmt: skip
+    results.write(result, folder)
+    return result
+
+
+def test_report_round_trip(tmp_path):
+    paths = report.Paths(tmp_path / "README.md", tmp_path / "results", tmp_path / "plots")
+    paths.results.mkdir()
+    paths.readme.write_text("# x\n<!-- benchmarks:score -->\n<!-- /benchmarks:score -->\nend\n")
+    assert report.disagreements(paths) == []  # nothing measured, nothing shown
+    stored(paths.results)
+    assert report.disagreements(paths)
+    written = report.write(paths)
+    assert report.disagreements(paths) == []
+    text = paths.readme.read_text()
+    assert text.startswith("# x\n") and text.endswith("end\n")
+    assert "| **linear_nll** | 0.61 (10.0, 90 % of peak) |" in text
+    assert "`python -m benchmarks score --threads 2`" in text
+    assert "Not timed: Peer: cannot run: why." in text and "this / that: 0.50" in text
+    assert [path.suffix for path in written] == [".md", ".png"] and written[1].stat().st_size > 5000
+    report.write(paths)
+    assert paths.readme.read_text() == text
+    stored(paths.results, ratio=0.7)
+    assert "differs" in report.disagreements(paths)[0]
+    report.write(paths)
+    written[1].unlink()
+    assert "missing" in report.disagreements(paths)[0]
+    next(paths.results.iterdir()).unlink()
+    assert "has no results" in report.disagreements(paths)[0]
+
+
+def test_quick_results_do_not_replace_full_ones(tmp_path):
+    result = stored(tmp_path)
+    path = results.write(result | {"quick": True}, tmp_path)
+    assert "quick" in path.name and len(list(tmp_path.iterdir())) == 2
+    assert len(results.read_full("score", tmp_path)) == 1
+    assert json.loads(path.read_text())["cases"][0]["rows"][1]["ratio"] == 0.61235
+
+
+def test_plots_cut_only_what_is_far_longer(tmp_path):
+    result = stored(tmp_path)
+    result["cases"][0]["rows"][0] |= {"baseline": False, "name": "slow peer", "ratio": 12.0}
+    path = plots.draw(result, tmp_path)
+    assert path is not None and path.stat().st_size > 5000
+
+
+def test_readme_shows_the_stored_results():
+    assert report.disagreements(PATHS) == []
