@@ -2,8 +2,8 @@
 
 The model itself is transformers' own class. A family only says how pictures lie in the processor's pixel inputs
 (`vig.pixels`), so that null images are made on the device from the clean pixels. Before anything is scored, the
-loaded model proves on one real batch that its last hidden state times its head is its own logits, and that a later
-token does not change an earlier row.
+loaded model proves on one real batch that its last hidden state times its head is its own logits, that a later token
+does not change an earlier row, and that the pictures lie where the family says.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from vig.pixels import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CAUSAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 class ModelError(ValueError):
@@ -53,8 +52,14 @@ class Family:
     processor: Any = None
 
     def pictures(self, pixels: dict[str, Tensor], sizes: Sizes) -> list[Picture]:
-        """The pictures (C, H, W) of a batch without their padding, tiles put together; a thumbnail counts as one."""
-        return self.layout.take(pixels, sizes, self.processor)
+        """The pictures (C, H, W) of a batch without their padding, tiles put together; a thumbnail counts as one.
+
+        Raises ModelError where the pixel inputs are not what the processor's settings make of images of such sizes.
+        """
+        try:
+            return self.layout.take(pixels, sizes, self.processor)
+        except ValueError as error:
+            raise ModelError(f"{self.name}: {error}") from error
 
     def put_back(
         self, pixels: dict[str, Tensor], sizes: Sizes, pictures: Sequence[Tensor]
@@ -182,34 +187,55 @@ def context_length(loaded: LoadedModel) -> int | None:
 
 
 @torch.inference_mode()
-def prove(loaded: LoadedModel, inputs: dict[str, Tensor]) -> HeadTransform:
-    """Checks the two facts that scoring stands on, on one real batch. Returns what the model does to its logits.
+def prove(loaded: LoadedModel, inputs: dict[str, Tensor], sizes: Sizes = ((),)) -> HeadTransform:
+    """Checks the facts that scoring stands on, on one real batch. Returns what the model does to its logits.
 
     1. hidden state x head, with that scale and softcap, equals the model's own logits;
-    2. attention is causal over the answers: another last token leaves the rows before it as they were.
-    Raises ModelError with the values.
+    2. attention is causal over the answers: another last token leaves the bits of the rows before it;
+    3. the pictures of the batch, taken out and put back, are the pixel inputs again.
+    sizes: (height, width) of the images of each sample. Raises ModelError with the values.
     """
     try:
         transform = verify_head(loaded.model, inputs)
     except ValueError as error:
         raise ModelError(f"{loaded.name}: {error}") from error
-    hidden = hidden_at_head(loaded.model, inputs)
-    changed = dict(inputs)
-    changed["input_ids"] = inputs["input_ids"].clone()
+    _prove_causal(loaded, inputs)
+    if any(sizes):
+        _prove_layout(loaded, inputs, sizes)
+    return transform
+
+
+def _prove_causal(loaded: LoadedModel, inputs: dict[str, Tensor]) -> None:
+    changed = inputs | {"input_ids": inputs["input_ids"].clone()}
     last = inputs["attention_mask"].sum(dim=1) - 1
-    rows = torch.arange(len(last), device=last.device)
-    other = (changed["input_ids"][rows, last] + 1) % loaded.model.get_input_embeddings().weight.shape[0]
-    special = loaded.model.config.image_token_id
-    changed["input_ids"][rows, last] = torch.where(other == special, (other + 1) % special, other)
+    for row, end in enumerate(last.tolist()):
+        changed["input_ids"][row, end] = _another_token(loaded.model, inputs["input_ids"][row, : end + 1])
+    hidden = hidden_at_head(loaded.model, inputs)
     before = torch.arange(hidden.shape[1], device=last.device) < last[:, None]
     moved = (hidden_at_head(loaded.model, changed) - hidden)[before].abs()
-    worst = float(moved.max()) if moved.numel() else 0.0
-    if worst > CAUSAL_TOLERANCE[hidden.dtype] * max(float(hidden.abs().max()), 1.0):
+    if not (moved == 0).all():
         raise ModelError(
-            f"{loaded.name}: changing a later token moves earlier hidden states by {worst:.3g}, so it is not causal "
-            "over the answer and cannot be scored token by token"
+            f"{loaded.name}: changing a later token moves earlier hidden states by {float(moved.max()):.3g}, so it is "
+            "not causal over the answer and cannot be scored token by token"
         )
-    return transform
+
+
+def _another_token(model: PreTrainedModel, ids: Tensor) -> int:
+    """An ordinary token that differs from the last of ids (T,): one that stands before it, no image's placeholder."""
+    config = model.config.to_dict()
+    special = {value for name, value in config.items() if name.endswith(("token_id", "token_index"))}
+    ordinary = [id for id in ids.tolist() if id not in special and id != int(ids[-1])]
+    return ordinary[-1] if ordinary else (int(ids[-1]) + 1) % model.get_input_embeddings().weight.shape[0]
+
+
+def _prove_layout(loaded: LoadedModel, inputs: dict[str, Tensor], sizes: Sizes) -> None:
+    pictures = loaded.family.pictures(inputs, sizes)
+    again = loaded.family.put_back(inputs, sizes, [picture.pixels for picture in pictures])
+    if not torch.equal(again["pixel_values"], inputs["pixel_values"]):
+        raise ModelError(
+            f"{loaded.name}: its pixel inputs {tuple(inputs['pixel_values'].shape)} are not laid out like those of "
+            f"{loaded.family.name}. Score with the processor that the checkpoint came with"
+        )
 
 
 def hidden_at_head(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor | None = None) -> Tensor:

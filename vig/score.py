@@ -101,7 +101,7 @@ class Scorer:
             workers,
             backend,
         )
-        self._proven = False
+        self._proven = 0  # 1: on text, 2: on images too
 
     # --- one window ---
 
@@ -169,15 +169,15 @@ class Scorer:
         return [_scored_row(item, value) for item, value in zip(items, values, strict=True)]
 
     def _prove(self, block: Sequence[LoadedRecord]) -> None:
-        """The model proves itself on the first sample that there is."""
+        """The model proves itself on the first sample that there is, and on the first one with images."""
         items = [item.encoded for item in block if item.encoded is not None]
-        if self._proven or not items:
-            return
         items.sort(key=lambda item: not item.sample.images)
+        if not items or self._proven >= 1 + bool(items[0].sample.images):
+            return
         inputs = self.passes.inputs(items[:1])
         inputs.pop("labels")
-        self.passes.transform = prove(self.loaded, inputs)
-        self._proven = True
+        self.passes.transform = prove(self.loaded, inputs, [items[0].sizes])
+        self._proven = 1 + bool(items[0].sample.images)
 
     def noise_floor(self, records: Sequence[Sample | BrokenRecord]) -> float | None:
         """Largest |VIG_t| in nats of the same image scored twice, alone and in a batch, over the first samples.
