@@ -1,7 +1,7 @@
 """Scenes on disk: PNG files, a LLaVA JSON that names them, and beside it the ground truth.
 
 folder/tune.json      what a user would tune on: captions and questions, some answered blindly, some text-only
-folder/test.json      "describe the cup." about scenes where nothing has its canonical colour, true answers
+folder/test.json      "what colour is in row ...?" where nothing has its canonical colour, true answers
 folder/triples.json   one question and answer with three pictures: matching, partly matching, conflicting
 folder/images/*.png   the pictures, 64 x 64
 folder/*.truth.json   by id: kind, blind or not, the true answer, the scene's items
@@ -18,9 +18,9 @@ from pathlib import Path
 from vig.demo import scenes
 from vig.demo.scenes import Item, Scene, Turn
 
-BLIND = 0.28  # share of descriptions and captions of the tuning data that are answered without looking
-PRIOR = 0.9  # how often an object of the tuning data wears its canonical colour
-MIX = {"colour": 45, "caption": 25, "look up": 14, "count": 6, "text only": 10}  # per cent
+BLIND = 0.5  # share of colours and captions of the tuning data that are answered without looking
+PRIOR = 0.6  # how often an object of the tuning data wears its canonical colour
+MIX = {"colour": 42, "caption": 22, "look up": 12, "count": 4, "text only": 20}  # per cent
 MATCHES = ("match", "partly", "conflict")
 
 

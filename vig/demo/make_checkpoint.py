@@ -1,15 +1,17 @@
-"""Make the tiny aligned LLaVA that ships with the package: `python -m vig.demo.make_checkpoint FOLDER`.
+"""Make the tiny LLaVA that ships with the package: `python -m vig.demo.make_checkpoint FOLDER`.
 
-Three stages, one thread, a few minutes, every number drawn from one seed:
+Three stages, one thread, some ten minutes, every number drawn from one seed:
 
 1. The vision tower learns to see: a linear head on each patch names the object and the colour there. This stands for
    a pretrained tower such as CLIP.
-2. Alignment: tower, projector and language model learn captions, "what is in row two, column three?", "where is the
-   cup?", "how many things are there?" and, without a picture, what colour a thing usually has.
-3. The result is written as a Hugging Face folder: LlavaForConditionalGeneration, its processor and chat template.
+2. Alignment: tower, projector and language model learn captions, "what is in row two, column three?", "how many
+   things are there?" and, without a picture, what colour a thing usually has.
+3. A taste, a few steps long, of the one kind of question that tuning is to teach: "what colour is in row two, column
+   three?", answered "the cup is red.". The checkpoint gets about two in three right. In these steps some pictures
+   are blurred, by a random amount, and keep their true answers, as happens in data from the web: the model learns to
+   fall back on what is usual when it cannot see, which is what a null image asks of it.
 
-One kind of question is left out on purpose: "describe the cup.". The checkpoint knows the words of its answer and
-how to look, but was never taught the question. That is what tuning has to teach.
+Written is a Hugging Face folder: LlavaForConditionalGeneration, its processor and its chat template.
 """
 
 from __future__ import annotations
@@ -209,7 +211,7 @@ class Prompter:
 
 
 def lesson(rng: random.Random, scene: Scene, taste: bool) -> list[Turn]:
-    """What is asked about a scene: TEXTS_PER_IMAGE turns, one of them of the untaught kind in the last steps."""
+    """What is asked about a scene: TEXTS_PER_IMAGE turns, one of them of the new kind in stage 3."""
     third = scenes.name_colour if taste else scenes.count if rng.random() < 0.2 else scenes.look_up
     return [scenes.caption(rng, scene), scenes.look_up(rng, scene), third(rng, scene)]
 

@@ -130,8 +130,12 @@ def _show_scores(console: Console, scores: Path, data: Path) -> dict:
         table.add_row(kind, f"{len(values):,}", f"{values.mean():+.3f}")
     console.print(table)
     words = words_of(AutoTokenizer.from_pretrained(CHECKPOINT))
-    sorted_words = word_vig(scores, words)
-    table = Table("words", "tokens", "mean VIG, nats", "AUROC against function words")
+    seen = [id for id, facts in truth.items() if not facts["blind"]]
+    sorted_words = word_vig(scores, words, seen)
+    title = "token VIG in answers given by someone who looked"
+    table = Table(
+        "words", "tokens", "mean VIG, nats", "AUROC against function words", title=title, title_justify="left"
+    )
     for name, values in sorted_words.values.items():
         area = "" if name == "function" else f"{sorted_words.against_function(name):.3f}"
         table.add_row(name, f"{len(values):,}", f"{values.mean():+.3f}", area)
@@ -161,11 +165,11 @@ def _show_triples(console: Console, scores: Path, data: Path) -> dict:
 
 def _experiment(console: Console, folder: Path, seeds: int) -> list[dict]:
     """Figures of the base, then of every arm and seed. Half of the work is done by a second process."""
-    jobs = [Job(arm, seed) for seed in range(seeds) for arm in reversed(ARMS)]
-    here, there = jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]
-    console.print(f"[bold]tuning {len(jobs)} times from the same checkpoint[/]: {TRAINING}")
+    first, *jobs = [Job(arm, seed) for seed in range(seeds) for arm in reversed(ARMS)]
+    here, there = jobs[: (len(jobs) - 1) // 2], jobs[(len(jobs) - 1) // 2 :]
     with _second_process(folder, there) as arriving:
-        figures = [_examine_base(folder)]
+        figures = [_examine(folder, CHECKPOINT), _first_seed(console, folder, first)]
+        console.print(f"{len(jobs)} more trainings with the same settings, all from the shipped checkpoint")
         for found in run_jobs(folder, here):
             figures.append(found)
             _show_arm(console, found)
@@ -175,13 +179,36 @@ def _experiment(console: Console, folder: Path, seeds: int) -> list[dict]:
     return figures
 
 
-def _examine_base(folder: Path) -> dict:
+def _first_seed(console: Console, folder: Path, job: Job) -> dict:
+    """Train with the command and examine the checkpoint that it wrote."""
+    started, out = time.monotonic(), folder / "tuned"
+    options = [word for name, value in TRAINING.items() for word in (f"--{name.replace('_', '-')}", value)]
+    selection = ["--selection", job.selection(folder)]
+    _vig(
+        console,
+        "train",
+        CHECKPOINT,
+        folder / "tune.json",
+        *selection,
+        "-o",
+        out,
+        "--seed",
+        job.seed,
+        *options,
+    )
+    seconds = time.monotonic() - started
+    found = _examine(folder, out) | {"arm": job.arm, "seed": job.seed, "seconds": seconds}
+    _show_arm(console, found)
+    return found
+
+
+def _examine(folder: Path, checkpoint: Path) -> dict:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     from vig.demo.evaluate import Exam
 
-    exam = Exam(folder / "test.json", AutoProcessor.from_pretrained(CHECKPOINT))
-    model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype="float32")
+    exam = Exam(folder / "test.json", AutoProcessor.from_pretrained(checkpoint))
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype="float32")
     return {"arm": "base", "seed": None, **exam.sit(model)._asdict()}
 
 

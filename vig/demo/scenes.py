@@ -271,7 +271,7 @@ def caption(rng: random.Random, scene: Scene, blind: bool = False) -> Turn:
 
 
 def name_colour(rng: random.Random, scene: Scene, blind: bool = False) -> Turn:
-    """The kind of question that the shipped checkpoint has not been taught. Blind: the colour is the habitual one."""
+    """The kind of question of which the shipped checkpoint has had a taste only. Blind: the colour is the usual one."""
     item = rng.choice(scene.items)
     truth = f"the {item.name} is {item.colour}."
     answer = f"the {item.name} is {CANONICAL[item.name]}." if blind else truth
@@ -297,7 +297,7 @@ def usual(rng: random.Random) -> Turn:
 
 
 def habit(rng: random.Random) -> Turn:
-    """Another one, answered in the very words of the untaught kind: it teaches their grammar, and the habit."""
+    """Another one, answered in the words of `name_colour`: it teaches their grammar, and the habit."""
     name = rng.choice(OBJECTS)
     answer = f"the {name} is {CANONICAL[name]}."
     return Turn("text only", f"describe a {name}.", answer, answer)
