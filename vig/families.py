@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from vig.loss import HeadTransform, find_head, head_replaced, verify_head
 from vig.pixels import (
@@ -30,6 +30,7 @@ from vig.pixels import (
     plain,
     same_shapes,
 )
+from vig.processors import load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -136,15 +137,30 @@ def load(
         model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True, attn_implementation=attn, **options
         )
-        processor = AutoProcessor.from_pretrained(name, **options)
+        processor = load_processor(name, **options)
     except ModelError:
         raise
     except (OSError, ValueError, ImportError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot load {name}: {first}. Give a folder with config.json and *.safetensors, or a name on the hub"
-        ) from error
+        raise ModelError(f"cannot load {name}: {_reason(error, name)}") from error
     return as_loaded(model, processor, name=name, revision=revision, device=device)
+
+
+def _reason(error: Exception, name: str) -> str:
+    """What went wrong, in a sentence, and what helps."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    first = lines[0].rstrip(". ")
+    pickled = sorted(path.name for path in Path(name).glob("*.bin")) if Path(name).is_dir() else []
+    if "safetensors" in str(error):
+        found = f" (found {', '.join(pickled)})" if pickled else ""
+        return (
+            f"{first}{found}. Only safetensors are read, since pickled weights can run code. Where you trust them, "
+            "convert them once: load the model with transformers and save_pretrained it"
+        )
+    if "trust_remote_code" in str(error):
+        return f"{first}. Such code runs only with --trust-remote-code; read it first"
+    if isinstance(error, ImportError):
+        return " ".join(lines)
+    return f"{first}. Give a folder with config.json and *.safetensors, or a name on the hub"
 
 
 def as_loaded(
