@@ -81,13 +81,13 @@ def test_duplicate_ids_are_allowed_and_keys_are_unique(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 def test_an_array_is_read_item_by_item(tmp_path, chunk):
-    from vig.samples import _array_items
+    from vig.readers import array_rows
 
     items = [{"a": [1, 2, {"b": "]},[ü😀"}]}, 12345, "x", [], None, {"n": -1.5e-3}]
     path = tmp_path / "array.json"
     path.write_text(json.dumps(items, indent=1, ensure_ascii=False), encoding="utf-8")
     with path.open(encoding="utf-8") as file:
-        assert list(_array_items(file, path, chunk)) == items
+        assert [row.record for row in array_rows(file, chunk)] == items
 
 
 @pytest.mark.parametrize(

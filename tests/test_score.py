@@ -19,7 +19,7 @@ from vig.null_image import NULLS, PixelRange
 from vig.prompts import Encoder, without_images
 from vig.samples import answers, open_images, read_samples
 from vig.score import Scorer
-from vig.store import StoreError, read_scores, score_metadata
+from vig.store import StoreError, read_scores, score_metadata, unfinished
 
 N_SAMPLES = 200
 WORDS = ("red", "a", "blue ball", "the cat sat", "no", "Two dogs, one bird.", "yes it is", "ü")
@@ -255,8 +255,10 @@ def test_windows_shards_and_resume_write_the_same_rows(tmp_path, data):
     score_dataset(scorer(), data, tmp_path / "whole", window=64)
     whole = table(tmp_path / "whole")
     for index in range(2):
-        score_dataset(scorer(), data, tmp_path / "parts", window=64, shard=(index, 2))
-    assert table(tmp_path / "parts") == whole and len(whole) == N_SAMPLES
+        progress = score_dataset(scorer(), data, tmp_path / "parts", window=64, shard=(index, 2))
+        assert progress.done == progress.total == (128, 72)[index]
+        assert bool(unfinished(tmp_path / "parts")) == (index == 0)
+    assert list(table(tmp_path / "parts").items()) == list(whole.items()) and len(whole) == N_SAMPLES
     (tmp_path / "whole" / "scores-00002.parquet").unlink()
     progress = score_dataset(scorer(), data, tmp_path / "whole", window=64)
     assert progress.resumed == N_SAMPLES - 64

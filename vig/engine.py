@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vig import plan
 from vig.loader import LoadedRecord, load_records
 from vig.samples import BrokenRecord, Sample, read_samples
 from vig.score import NOISE_SAMPLES, Progress, Scorer, count_rows, error_row, fed_tokens
+from vig.score_folder import output_folder
 from vig.store import ScoreWriter
 
 
@@ -27,35 +32,107 @@ def score_dataset(
 ) -> Progress:
     """Scores `data` into the folder `out`; the same call resumes where an earlier one stopped.
 
-    shard: (i, n), only windows whose number is i modulo n. retry_failed: score the error rows of finished
-    windows again. Raises DataError, ModelError and StoreError (other settings, no permission, disk full).
+    shard: (i, n), only windows whose number is i modulo n, into the folder ``shard-i-of-n`` within `out`: n jobs
+    may run at the same time, and `out` is complete when all have ended. retry_failed: score the error rows of
+    finished windows again. Raises DataError, ModelError and StoreError (other settings, no permission, disk
+    full).
     """
-    progress = Progress(total=count_records(data, image_root=image_root, limit=limit))
-    first = list(read_samples(data, image_root=image_root, limit=4 * NOISE_SAMPLES))
-    settings = scorer.settings(data, image_root) | {
-        "window": window,
-        "limit": limit,
-        "noise_floor": scorer.noise_floor(first),
-    }
-    with ScoreWriter(out, settings) as writer:
+    folder = output_folder(out, shard)
+    settings = run_settings(scorer, data, image_root=image_root, limit=limit, shard=shard, window=window)
+    with ScoreWriter(folder, settings) as writer, RecordCount(data, limit) as count:
+        progress = Progress()
+
+        def tell(state: Progress) -> None:
+            state.total = part_of(count.known(), window, shard)
+            if on_progress is not None:
+                on_progress(state)
+
         failed = writer.failed() if retry_failed else {}
         records = read_samples(data, image_root=image_root, limit=limit)
         for number, chunk in enumerate(plan.chunks(records, window)):
             if not plan.in_shard(number, shard):
-                progress.total -= len(chunk)
                 continue
             again = set(failed.get(number, ()))
             if number not in writer.finished:
-                writer.write(number, scorer.score_window(chunk, progress, on_progress))
+                writer.write(number, scorer.score_window(chunk, progress, tell))
                 continue
             progress.done += len(chunk) - len(again)
             progress.resumed += len(chunk) - len(again)
             if again:
                 chosen = [record for record in chunk if record.key in again]
-                writer.replace(number, scorer.score_window(chosen, progress, on_progress))
-        if shard is None:
-            writer.mark_complete()
+                writer.replace(number, scorer.score_window(chosen, progress, tell))
+        writer.mark_complete()
+    progress.total = progress.done
+    if on_progress is not None:
+        on_progress(progress)
     return progress
+
+
+def run_settings(
+    scorer: Scorer,
+    data: str | Path,
+    *,
+    image_root: str | Path | None,
+    limit: int | None,
+    shard: tuple[int, int] | None,
+    window: int,
+) -> dict[str, Any]:
+    """What the scores of a run are made with, the noise floor of the first samples included."""
+    first = list(read_samples(data, image_root=image_root, limit=min(limit or 1 << 62, 4 * NOISE_SAMPLES)))
+    return scorer.settings(data, image_root) | {
+        "window": window,
+        "limit": limit,
+        "shard": None if shard is None else f"{shard[0]}/{shard[1]}",
+        "noise_floor": scorer.noise_floor(first),
+    }
+
+
+class RecordCount:
+    """Counts the records of a dataset in another process, so that scoring need not wait for it.
+
+    ``known()`` is the number as soon as it is there, else None; it stays None where counting would mean to
+    read all the images as well.
+    """
+
+    def __init__(self, data: str | Path, limit: int | None = None):
+        self.limit = limit
+        self._asked, self._known = False, None
+        code = "import sys; from vig.samples import count_records; print(count_records(sys.argv[1]))"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, str(data)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> RecordCount:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def known(self) -> int | None:
+        if not self._asked and self._process.poll() is not None:
+            self._asked = True
+            text = self._process.stdout.read().strip()
+            if text.isdigit():
+                self._known = min(int(text), self.limit or int(text))
+        return self._known
+
+    def wait(self) -> int | None:
+        """The number of records, however long it takes; None where it cannot be told."""
+        self._process.wait()
+        return self.known()
+
+
+def part_of(total: int | None, window: int, shard: tuple[int, int] | None) -> int | None:
+    """How many of `total` records lie in the windows of job i of n."""
+    if total is None or shard is None:
+        return total
+    index, count = shard
+    windows, rest = divmod(total, window)
+    mine = len(range(index, windows, count)) * window
+    return mine + (rest if plan.in_shard(windows, shard) else 0)
 
 
 @dataclass
@@ -78,30 +155,27 @@ def dry_run_dataset(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Estimate:
     """Opens, decodes and tokenises every record, scores only a few to take the time, stores nothing."""
-    estimate = Estimate(Progress(total=count_records(data, image_root=image_root, limit=limit)))
+    estimate = Estimate(Progress())
     records = read_samples(data, image_root=image_root, limit=limit)
-    for block in _blocks(records, scorer):
-        rows = [error_row(item) for item in block]
-        count_rows(estimate.progress, [row for row in rows if row is not None], None)
-        good = [item for item in block if item.encoded is not None]
-        for item in good:
-            estimate.multimodal += item.is_multimodal
-            estimate.model_tokens += fed_tokens(item) * (2 if item.is_multimodal else 1)
-            estimate.progress.tokens += len(item.encoded.answer_index)
-        estimate.progress.text_only += sum(not item.is_multimodal for item in good)
-        estimate.progress.done += len(good)
-        if estimate.tokens_per_second is None and good:
-            estimate.measured, estimate.tokens_per_second = scorer.measure_rate(good)
-        if on_progress is not None:
-            on_progress(estimate.progress)
+    with RecordCount(data, limit) as count:
+        for block in _blocks(records, scorer):
+            rows = [error_row(item) for item in block]
+            count_rows(estimate.progress, [row for row in rows if row is not None], None)
+            good = [item for item in block if item.encoded is not None]
+            for item in good:
+                estimate.multimodal += item.is_multimodal
+                estimate.model_tokens += fed_tokens(item) * (2 if item.is_multimodal else 1)
+                estimate.progress.tokens += len(item.encoded.answer_index)
+            estimate.progress.text_only += sum(not item.is_multimodal for item in good)
+            estimate.progress.done += len(good)
+            if estimate.tokens_per_second is None and good:
+                estimate.measured, estimate.tokens_per_second = scorer.measure_rate(good)
+            if on_progress is not None:
+                estimate.progress.total = count.known()
+                on_progress(estimate.progress)
     return estimate
 
 
 def _blocks(records: Iterable[Sample | BrokenRecord], scorer: Scorer) -> Iterator[list[LoadedRecord]]:
     for window in plan.chunks(records, plan.WINDOW):
         yield from plan.chunks(load_records(window, scorer.encoder, "pixels", scorer.workers), plan.BLOCK)
-
-
-def count_records(data: str | Path, *, image_root: str | Path | None = None, limit: int | None = None) -> int:
-    """How many records there are, so that the time left can be told."""
-    return sum(1 for _ in read_samples(data, image_root=image_root, limit=limit))

@@ -1,14 +1,13 @@
 """From files to samples: readers of instruction data, one `Sample` or one `BrokenRecord` a record.
 
-Formats: LLaVA / ShareGPT JSON (``conversations``), Hugging Face ``messages``, both as a JSON array or as JSON
-lines, and a folder of photographs with a caption beside each. Nothing is ever dropped silently: what cannot
-become a sample is yielded as a `BrokenRecord` that carries its key, its id and the cure.
+Records: LLaVA / ShareGPT (``conversations``) and Hugging Face ``messages``. Files: a JSON array, JSON lines,
+Parquet, Arrow or WebDataset, or a folder of photographs with a caption beside each. Nothing is ever dropped
+silently: what cannot become a sample is yielded as a `BrokenRecord` that carries its key, its id and the cure.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
+
+from vig import readers
 
 ImageSource = Path | bytes | Image.Image
 
@@ -30,7 +31,7 @@ ROLES = {
 }
 IMAGE_MARK = "<image>"
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MAX_RECORD = 1 << 28  # characters; a longer run without a record means that the JSON is broken
+TURNS = {"conversations", "messages"}
 CAPTION_QUESTION = "Describe the image."
 
 
@@ -82,25 +83,39 @@ def read_samples(
 ) -> Iterator[Sample | BrokenRecord]:
     """Reads `path` record by record, in order, in constant memory.
 
-    path: a ``.json`` array, a ``.jsonl`` file, or a folder of photographs (caption ``photo.txt`` beside
-        ``photo.jpg``).
+    path: a ``.json`` array, a ``.jsonl`` file, ``.parquet``, ``.arrow`` or WebDataset ``.tar`` files (one, or a
+        folder of them), or a folder of photographs (caption ``photo.txt`` beside ``photo.jpg``).
     image_root: folder that relative image paths start from; the data file's own folder unless given. Paths
         that leave it are refused.
     limit: read at most this many records.
     Raises DataError where the file is missing or of an unknown format.
     """
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"no such data: {path}. Give a .json or .jsonl file, or a folder of photographs")
+    path, reader = _reader_of(path)
     root = Path(image_root) if image_root is not None else (path if path.is_dir() else path.parent)
     if not root.is_dir():
         raise DataError(f"no such image root: {root}. Give the folder of the images with --image-root")
-    reader = next((read for knows, read in READERS if knows(path)), None)
-    if reader is None:
+    return islice(reader.read(path, root.resolve()), limit)
+
+
+def count_records(path: str | Path) -> int | None:
+    """How many records `read_samples` yields; None where only reading all the images too would tell."""
+    path, reader = _reader_of(path)
+    return reader.count(path)
+
+
+def _reader_of(path: str | Path) -> tuple[Path, Reader]:
+    path = Path(path)
+    if not path.exists():
         raise DataError(
-            f"cannot read {path}: expected .json, .jsonl or a folder, got {path.suffix or 'no suffix'!r}"
+            f"no such data: {path}. Give a .json, .jsonl, .parquet, .arrow or .tar file, or a folder"
         )
-    return islice(reader(path, root.resolve()), limit)
+    reader = next((reader for reader in READERS if reader.knows(path)), None)
+    if reader is None:
+        got = f"{path.suffix or 'no suffix'!r}"
+        raise DataError(
+            f"cannot read {path}: expected .json, .jsonl, .parquet, .arrow, .tar or a folder, got {got}"
+        )
+    return path, reader
 
 
 def sample_from_record(
@@ -111,7 +126,7 @@ def sample_from_record(
         raise SampleError(
             key, "", f"the record is a {type(record).__name__}, not an object", "Give one object a record"
         )
-    id = str(record.get("id", key))
+    id = str(key if record.get("id") is None else record["id"])
     root = None if image_root is None else Path(image_root).resolve()
     images = tuple(_image_source(value, root, key, id) for value in _image_values(record))
     if "conversations" in record:
@@ -175,6 +190,8 @@ def _image_source(value: Any, root: Path | None, key: str, id: str) -> ImageSour
 
 
 def _turns(turns: Any, key: str, id: str) -> list[dict[str, Any]]:
+    if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
+        turns = [dict(zip(turns, turn, strict=False)) for turn in zip(*turns.values(), strict=False)]
     if not isinstance(turns, list | tuple) or not all(isinstance(turn, dict) for turn in turns):
         raise SampleError(
             key, id, "the turns are not a list of objects", "Give a list of {from, value} or {role, content}"
@@ -247,78 +264,11 @@ def _check_turns(messages: tuple[dict[str, Any], ...], n_images: int, key: str, 
 # --- readers ---
 
 
-def _read_json(path: Path, root: Path) -> Iterator[Sample | BrokenRecord]:
-    for number, record in enumerate(_json_records(path)):
-        key = f"{path.name}#{number}"
-        try:
-            if isinstance(record, SampleError):
-                raise record
-            yield sample_from_record(record, key=key, image_root=root, source=path.name)
-        except SampleError as error:
-            yield BrokenRecord(key, error.id, path.name, error)
-
-
-def _json_records(path: Path) -> Iterator[Any]:
-    """The records of a JSON array or of JSON lines, told apart by the first character."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        first = next((char for line in file for char in line if not char.isspace()), "")
-        file.seek(0)
-        yield from _array_items(file, path) if first == "[" else _lines(file, path)
-
-
-def _lines(file, path: Path) -> Iterator[Any]:
-    number = 0
-    for line_number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            reason = f"line {line_number} is not JSON ({error.msg} at column {error.colno})"
-            yield SampleError(f"{path.name}#{number}", "", reason, "Write one JSON object a line")
-        number += 1
-
-
-def _array_items(file, path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
-    """Decodes a JSON array item by item, so that a file of any size needs the memory of one record."""
-    decoder = json.JSONDecoder()
-    buffer, at, number, ended = "", 0, 0, False
-    opened = False
-    while True:
-        while at < len(buffer) and buffer[at] in " \t\r\n,[" and (buffer[at] != "[" or not opened):
-            opened = opened or buffer[at] == "["
-            at += 1
-        if at < len(buffer) and buffer[at] == "]":
-            return
-        try:
-            item, end = decoder.raw_decode(buffer, at)
-            # A number or a cut literal at the end of the buffer may go on in the next chunk.
-            if end == len(buffer) and not ended:
-                raise json.JSONDecodeError("incomplete", buffer, end)
-        except json.JSONDecodeError as error:
-            more = "" if ended or len(buffer) - at > MAX_RECORD else file.read(chunk)
-            if more:
-                buffer, at = buffer[at:] + more, 0
-                chunk *= 2  # a record larger than the chunk is read in few steps
-                continue
-            if not ended:
-                ended = True
-                continue
-            reason = (
-                f"the JSON array breaks off after {number} records ({error.msg} at character {error.pos})"
-            )
-            yield SampleError(
-                f"{path.name}#{number}", "", reason, "Repair the file; the records before it are read"
-            )
-            return
-        yield item
-        number, at, chunk = number + 1, end, 1 << 20
-
-
 def _read_folder(path: Path, root: Path) -> Iterator[Sample | BrokenRecord]:
-    photographs = sorted(file for file in path.iterdir() if file.suffix.lower() in PHOTOGRAPHS)
+    photographs = _photographs(path)
     if not photographs:
-        raise DataError(f"no photographs in {path}: expected {', '.join(PHOTOGRAPHS)}")
+        known = ", ".join((*PHOTOGRAPHS, *readers.BUILDERS))
+        raise DataError(f"no photographs and no data files in {path}: expected {known}")
     for photograph in photographs:
         key, caption = f"{path.name}#{photograph.name}", photograph.with_suffix(".txt")
         try:
@@ -329,24 +279,50 @@ def _read_folder(path: Path, root: Path) -> Iterator[Sample | BrokenRecord]:
                     "no answer turn",
                     f"Write the caption to score into {caption.name} beside it",
                 )
-            record = {
-                "id": photograph.name,
-                "image": photograph.name,
-                "conversations": [
-                    {"from": "human", "value": f"{IMAGE_MARK}\n{CAPTION_QUESTION}"},
-                    {"from": "gpt", "value": caption.read_text(encoding="utf-8").strip()},
-                ],
-            }
+            record = {"id": photograph.name, "image": photograph.name}
+            record["conversations"] = caption_turns(caption.read_text(encoding="utf-8"))
             yield sample_from_record(record, key=key, image_root=root, source=path.name)
         except SampleError as error:
             yield BrokenRecord(key, error.id, path.name, error)
 
 
-READERS: tuple[
-    tuple[Callable[[Path], bool], Callable[[Path, Path], Iterator[Sample | BrokenRecord]]], ...
-] = (
-    (Path.is_dir, _read_folder),
-    (lambda path: path.suffix in (".json", ".jsonl"), _read_json),
+def _photographs(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.suffix.lower() in PHOTOGRAPHS)
+
+
+def caption_turns(caption: str) -> list[dict[str, str]]:
+    """A caption as the answer to a question about its image."""
+    return [
+        {"from": "human", "value": f"{IMAGE_MARK}\n{CAPTION_QUESTION}"},
+        {"from": "gpt", "value": caption.strip()},
+    ]
+
+
+def _read_files(path: Path, root: Path) -> Iterator[Sample | BrokenRecord]:
+    for file in readers.data_files(path):
+        for number, record, problem, cure in readers.read_rows(file):
+            key = f"{file.name}#{number}"
+            try:
+                if problem is not None:
+                    raise SampleError(key, "", problem, cure)
+                if isinstance(record, dict) and "caption" in record and not record.keys() & TURNS:
+                    record = record | {"conversations": caption_turns(str(record["caption"]))}
+                yield sample_from_record(record, key=key, image_root=root, source=file.name)
+            except SampleError as error:
+                yield BrokenRecord(key, error.id, file.name, error)
+
+
+class Reader(NamedTuple):
+    """One format: whether a path is of it, its records, and how many they are if that is cheap to know."""
+
+    knows: Callable[[Path], Any]
+    read: Callable[[Path, Path], Iterator[Sample | BrokenRecord]]
+    count: Callable[[Path], int | None]
+
+
+READERS = (
+    Reader(readers.data_files, _read_files, readers.count_rows),
+    Reader(Path.is_dir, _read_folder, lambda path: len(_photographs(path))),
 )
 
 

@@ -80,9 +80,8 @@ def _log_lines(console: Console, verb: str) -> Callable[[Progress], None]:
         last = time.monotonic()
         left = f", {time_left(state)} left" if not finished else ""
         failed = f", {len(state.errors)} failed" if state.errors else ""
-        console.print(
-            f"{verb}: {state.done:,} of {state.total or 0:,} ({rate(state)}{left}{failed})", markup=False
-        )
+        total = "?" if state.total is None else f"{state.total:,}"
+        console.print(f"{verb}: {state.done:,} of {total} ({rate(state)}{left}{failed})", markup=False)
 
     return show
 
