@@ -1,6 +1,8 @@
 # make demo and make test each do their own set-up into .venv; nothing else has to be run first.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO_STAMP := .venv/installed-demo
 STAMP := .venv/installed
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 # One thread a test process: two OpenMP pools on two cores nearly stall.
@@ -10,13 +12,20 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 setup: $(STAMP)
 
-$(STAMP): $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,trl,bench,test,lint]"
-	touch $(STAMP)
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade "pip>=24"
 
-demo: $(STAMP)
+# The demo needs the package alone; tests and benchmarks need the extras too.
+$(DEMO_STAMP): $(SOURCES) | .venv/bin/python
+	$(PIP) -c constraints.txt -e .
+	touch $@
+
+$(STAMP): $(SOURCES) | .venv/bin/python
+	$(PIP) -c constraints.txt -e ".[data,trl,bench,test,lint]"
+	touch $@ $(DEMO_STAMP)
+
+demo: $(DEMO_STAMP)
 	$(BIN)/vig demo -o demo-output
 
 test: $(STAMP)
