@@ -54,7 +54,7 @@ struct HeadArgs {
 
   vig::Head head() const {
     return {vig::select_kernels(isa.c_str()), dtype_of(dtype), depth, vocab, pointer<char>(weight), weight_stride,
-            pointer<float>(bias), static_cast<float>(scale), static_cast<float>(cap)};
+            pointer<float>(bias), static_cast<float>(scale), static_cast<float>(cap), false};
   }
 };
 

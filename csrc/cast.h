@@ -20,6 +20,15 @@ inline uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((bits + ((bits >> 16) & 1) + 0x7fff) >> 16);
 }
 
+inline float from_bfloat16(const char* at) {
+  uint16_t half;
+  std::memcpy(&half, at, sizeof half);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 inline uint16_t to_float16(float x) {
   const uint32_t bits = bits_of(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);

@@ -1,12 +1,12 @@
 // Logits folded in cache: running (maximum, sum) of each row, a lane at a time, and the gradient of kept logits.
-// Included once per instruction set, inside its anonymous namespace. Logits are held in units of log2 e, so that the
-// maximum is subtracted exactly where the exponential needs it.
+// Included once per instruction set, inside its anonymous namespace. The maximum is subtracted from the logits as they
+// are: a conversion to another base ahead of that would round large logits once more.
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// 2^x for x <= 0; 0 from -150 down (and for -inf); NaN stays NaN. Relative error under 2e-7, and 2^0 is 1.
-inline Vec::F exp2_negative(Vec::F x) {
-  x = Vec::max(Vec::set1(-150.0f), x);
+// e^x for x <= 0; 0 from -104 down (and for -inf); NaN stays NaN. Relative error under 3e-7 near 0, and e^0 is 1.
+inline Vec::F exp_negative(Vec::F x) {
+  x = Vec::max(Vec::set1(-150.0f), Vec::mul(x, Vec::set1(kLog2E)));
   const Vec::F whole = Vec::round(x), part = Vec::sub(x, whole);
   Vec::F p = Vec::set1(1.3264726899e-03f);
   p = Vec::fma(p, part, Vec::set1(9.6715126606e-03f));
@@ -26,7 +26,7 @@ inline Vec::F tanh_of(Vec::F x) {
   p = Vec::fma(p, square, Vec::set1(1.3331441985e-01f));
   p = Vec::fma(p, square, Vec::set1(-3.3333281935e-01f));
   const Vec::F near = Vec::fma(Vec::mul(p, square), size, size);
-  const Vec::F e = exp2_negative(Vec::mul(size, Vec::set1(-2.0f * kLog2E)));
+  const Vec::F e = exp_negative(Vec::mul(size, Vec::set1(-2.0f)));
   const Vec::F far = Vec::div(Vec::sub(Vec::set1(1.0f), e), Vec::add(Vec::set1(1.0f), e));
   return Vec::with_sign(Vec::select(Vec::greater(size, Vec::set1(0.625f)), far, near), x);
 }
@@ -35,20 +35,20 @@ template <bool Cap>
 inline Vec::F logit_of(const FoldArgs& f, Vec::F product, Vec::F scale, Vec::F bias) {
   const Vec::F y = Vec::fma(product, scale, bias);
   if constexpr (!Cap) return y;
-  return Vec::mul(tanh_of(Vec::div(y, Vec::set1(f.cap))), Vec::set1(f.cap * kLog2E));
+  return Vec::mul(tanh_of(Vec::div(y, Vec::set1(f.cap))), Vec::set1(f.cap));
 }
 
 // sum and moment of the lanes, moved from the old maximum to a new one that is no smaller.
 template <bool Stats>
 inline void rebase(Vec::F from, Vec::F to, Vec::F& sum, Vec::F& moment) {
-  const Vec::F change = Vec::sub(from, to), factor = exp2_negative(change);
+  const Vec::F change = Vec::sub(from, to), factor = exp_negative(change);
   if constexpr (Stats) moment = Vec::mul(factor, Vec::fma(sum, change, moment));
   sum = Vec::mul(factor, sum);
 }
 
 template <bool Stats>
 inline void gather(Vec::F y, Vec::F maximum, Vec::F& sum, Vec::F& moment) {
-  const Vec::F below = Vec::sub(y, maximum), e = exp2_negative(below);
+  const Vec::F below = Vec::sub(y, maximum), e = exp_negative(below);
   sum = Vec::add(sum, e);
   if constexpr (Stats) moment = Vec::fma(e, Vec::max(Vec::set1(-200.0f), below), moment);
 }
@@ -182,12 +182,12 @@ void combine(const Partials* groups, int64_t count, int64_t first, bool stats, c
 
 // d(upstream) / d(product) of W columns of row n; `plain` adds up the gradient before the scale.
 inline Vec::F gradient_of(const GradArgs& g, int64_t n, const float* logit, int first, Vec::F& plain) {
-  const Vec::F y = Vec::load(logit), below = Vec::sub(y, Vec::set1(g.lse[n]));
-  const Vec::F p = exp2_negative(below);
+  const Vec::F y = Vec::load(logit);
+  const Vec::F below = Vec::sub(Vec::sub(y, Vec::set1(g.lse[n])), Vec::set1(g.lse_rest[n]));
+  const Vec::F p = exp_negative(below);
   Vec::F upstream = Vec::set1(g.weight[n]);
   if (g.moment != nullptr) {  // dH/dlogit = -p * (logit - lse + H)
-    const Vec::F centred = Vec::fma(Vec::max(Vec::set1(-200.0f), below), Vec::set1(0.69314718055994531f),
-                                    Vec::set1(g.entropy[n]));
+    const Vec::F centred = Vec::add(Vec::max(Vec::set1(-200.0f), below), Vec::set1(g.entropy[n]));
     upstream = Vec::fma(Vec::set1(-g.moment[n]), centred, upstream);
   }
   Vec::F slope = Vec::mul(p, upstream);
@@ -198,12 +198,20 @@ inline Vec::F gradient_of(const GradArgs& g, int64_t n, const float* logit, int 
     slope = Vec::sub(slope, Vec::load(lane));
   }
   if (g.cap != 0.0f) {  // d(cap * tanh(x / cap)) / dx = 1 - (logit / cap)^2
-    const Vec::F ratio = Vec::mul(y, Vec::set1(1.0f / (g.cap * kLog2E)));
+    const Vec::F ratio = Vec::mul(y, Vec::set1(1.0f / g.cap));
     slope = Vec::mul(slope, Vec::sub(Vec::set1(1.0f), Vec::mul(ratio, ratio)));
   }
   slope = Vec::select(Vec::first(g.columns - first), slope, Vec::zero());
   plain = Vec::add(plain, slope);
-  return Vec::mul(slope, Vec::set1(g.scale));
+  slope = Vec::mul(slope, Vec::set1(g.scale));
+  if (g.residual != nullptr && static_cast<uint64_t>(hit) < static_cast<uint64_t>(Vec::W)) {
+    float lane[Vec::W];
+    uint16_t rounded[Vec::W];
+    Vec::store(lane, slope);
+    Vec::to_bf16(rounded, slope);
+    g.residual[n] = lane[hit] - bf16_to_float(rounded[hit]);
+  }
+  return slope;
 }
 
 void gradient(const GradArgs& g) {

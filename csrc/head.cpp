@@ -11,7 +11,6 @@ namespace {
 constexpr int64_t kPanelWords = 4096;  // words of D packed at a time: 512 KiB of an AVX-512 panel, half of an L2
 constexpr int64_t kMaxGroups = 64;
 constexpr int64_t kPackedWords = 96 << 10;  // of several shallow panels together: 384 KiB
-constexpr double kLn2 = 0.69314718055994530942, kLog2E = 1.4426950408889634074;
 
 // Hands out the weight rows of the next panels, a share with every tile, for the tile to ask the cache for.
 class Ahead {
@@ -106,11 +105,10 @@ void PanelSweep::fold_panels(const RowChunk& chunk, int64_t begin, int64_t end, 
 
 void PanelSweep::pack(int64_t panel, int64_t place, int64_t begin, int64_t end) {
   const Kernels& k = head_.kernels;
-  const double factor = head_.scale * (head_.cap == 0.0f ? kLog2E : 1.0);
   for (int i = 0; i < k.panel; ++i) {
     const int64_t row = std::min(panel * k.panel + i, head_.vocab - 1);
     rows_[i] = head_.weight + row * head_.weight_stride;
-    bias_[place * k.panel + i] = head_.bias == nullptr ? 0.0f : static_cast<float>(head_.bias[row] * factor);
+    bias_[place * k.panel + i] = head_.bias == nullptr ? 0.0f : head_.bias[row] * head_.scale;
   }
   k.pack({packed_words() + place * (end - begin) * k.panel, rows_.data(), k.panel, head_.dtype, head_.pairs(), begin,
           end, head_.depth});
@@ -159,10 +157,9 @@ void PanelSweep::fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, 
                            const float* product, float* picked, KeptLogits keep) {
   const Kernels& k = head_.kernels;
   const int64_t first = panel * k.panel;
-  const float scale = static_cast<float>(head_.scale * (head_.cap == 0.0f ? kLog2E : 1.0));
   k.fold({product, rows, static_cast<int>(std::min<int64_t>(k.panel, head_.vocab - first)), first, chunk.target + row,
           picked + row, lanes_.get() + row * lane_floats(k.lanes, stats_), stats_,
-          fresh_ && place == 0, scale,
+          fresh_ && place == 0, head_.scale,
           bias_.get() + place * k.panel, head_.cap,
           keep.data == nullptr ? nullptr : keep.data + ((panel - keep.first) * chunk.padded + row) * k.panel});
 }
@@ -189,13 +186,12 @@ void PartialTable::combine(const Head& head, int64_t first, bool stats) {
 
 RowTotal PartialTable::total(int64_t row) const {
   const Partials& all = groups_.back();
-  return {all.maximum[row], std::log2(static_cast<double>(all.sum[row])),
+  return {all.maximum[row], std::log(static_cast<double>(all.sum[row])),
           static_cast<double>(all.moment[row]) / all.sum[row], all.column[row]};
 }
 
-double RowTotal::nll(float picked) const { return kLn2 * ((maximum - picked) + log2_sum); }
-double RowTotal::lse() const { return kLn2 * lse2(); }
-double RowTotal::lse2() const { return maximum + log2_sum; }
-double RowTotal::entropy() const { return kLn2 * (log2_sum - mean_below); }
+double RowTotal::nll(float picked) const { return (maximum - picked) + log_sum; }
+double RowTotal::lse() const { return maximum + log_sum; }
+double RowTotal::entropy() const { return log_sum - mean_below; }
 
 }  // namespace vig

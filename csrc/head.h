@@ -20,8 +20,9 @@ struct Head {
   int64_t weight_stride;
   const float* bias;  // (V,) or null
   float scale, cap;   // cap 0: none
+  bool in_float = false;  // multiply bfloat16 in float32 although there is an instruction for it
 
-  bool pairs() const { return dtype == Dtype::kBFloat16 && kernels.pairs; }
+  bool pairs() const { return dtype == Dtype::kBFloat16 && kernels.pairs && !in_float; }
   int64_t words() const { return pairs() ? (depth + 1) / 2 : depth; }
   int64_t panels() const { return (vocab + kernels.panel - 1) / kernels.panel; }
 };
@@ -53,7 +54,7 @@ struct RowChunk {
   RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_t count, int threads);
 };
 
-// Where the logits of panels from `first` on are kept, in units of log2 e: [panel][padded rows][panel columns].
+// Where the logits of panels from `first` on are kept: [panel][padded rows][panel columns].
 struct KeptLogits {
   float* data;  // null: nowhere
   int64_t first;
@@ -97,14 +98,13 @@ struct PanelGroups {
   int64_t end(int64_t group) const { return begin(group + 1) < panels ? begin(group + 1) : panels; }
 };
 
-// A row's values over all groups, logits in units of log2 e.
+// A row's values over all groups, in nats.
 struct RowTotal {
-  double maximum, log2_sum, mean_below;  // mean_below: softmax mean of (y - maximum)
-  int32_t column;                        // of the first maximum
-  double nll(float picked) const;        // nats
-  double lse() const;                    // nats
-  double lse2() const;                   // units of log2 e
-  double entropy() const;                // nats
+  double maximum, log_sum, mean_below;  // mean_below: softmax mean of (logit - maximum)
+  int32_t column;                       // of the first maximum
+  double nll(float picked) const;
+  double lse() const;
+  double entropy() const;
 };
 
 // What each group of panels gathered for each row, and their sum in the groups' order.

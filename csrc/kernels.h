@@ -37,7 +37,7 @@ struct MultiplyArgs {
   const char* ahead_end = nullptr;
 };
 
-// One tile of products turned into logits (in units of log2 e) and folded into the rows' running values.
+// One tile of products turned into logits and folded into the rows' running values.
 struct FoldArgs {
   const float* product;      // [rows][panel]
   int rows;
@@ -48,13 +48,13 @@ struct FoldArgs {
   float* lanes;              // [rows][lane_floats]: maximum, sum (, sum of e * (y - maximum), column of the maximum)
   bool stats;
   bool fresh;                // the first panel: what stands in `lanes` is not read
-  float scale;               // logit = scale * product + bias, times log2 e when there is no cap
-  const float* bias;         // [panel], in the same units
+  float scale;               // logit = scale * product + bias, then the cap
+  const float* bias;         // [panel], scaled
   float cap;                 // 0: none; else the cap of cap * tanh(logit / cap)
-  float* keep;               // [rows][panel] logits in units of log2 e, or null
+  float* keep;               // [rows][panel] logits, or null
 };
 
-// What rows have gathered: arrays over rows. moment = sum of 2^(y - maximum) * (y - maximum).
+// What rows have gathered: arrays over rows. moment = sum of e^(logit - maximum) * (logit - maximum).
 struct Partials {
   float *maximum, *sum, *moment;
   int32_t* column;
@@ -67,7 +67,8 @@ struct GradArgs {
   int columns;
   int64_t first_column;
   const int64_t* target;
-  const float* lse;          // (rows), units of log2 e
+  const float* lse;          // (rows), and what float32 cannot hold of it
+  const float* lse_rest;
   const float* weight;       // (rows) factor of the softmax
   const float* onehot;       // (rows) subtracted at the target
   const float* moment;       // (rows) upstream of the entropy, or null
@@ -75,6 +76,7 @@ struct GradArgs {
   float scale, cap;
   uint32_t* row_pairs;       // [ceil(rows / 2)][panel]: (n, n + 1) as bfloat16, or null
   uint16_t* column_pairs;    // [rows][panel] bfloat16, or null
+  float* residual;           // (rows) what bfloat16 loses of the gradient at the target, or null
   float* column_sum;         // [panel] sum over rows before the scale (gradient of the bias), or null
 };
 

@@ -11,7 +11,14 @@ namespace {
 
 constexpr int64_t kLogitBytes = 160 << 20;  // kept logits, and the copies of the rows that go with them
 constexpr int64_t kBlockBytes = 64 << 20;   // the same where the logits are formed anew, block by block of V
-constexpr double kLog2E = 1.4426950408889634074;
+
+constexpr int64_t kFewRows = 32;            // bfloat16 is then read faster than it can be multiplied: float32 is free
+
+Head head_for(const Head& head, const KeptRows& kept) {
+  Head chosen = head;
+  chosen.in_float = kept.size() < kFewRows;
+  return chosen;
+}
 
 using Sweeps = std::vector<std::unique_ptr<PanelSweep>>;
 
@@ -41,12 +48,14 @@ double forward_chunk(const Head& head, const RowChunk& chunk, const float* weigh
   });
   for (int64_t first = 0; first < chunk.rows; first += head.kernels.lanes) table.combine(head, first, false);
   double loss = 0;
-  slopes = {std::vector<float>(chunk.rows), std::vector<float>(chunk.rows), std::vector<float>(chunk.rows), {}, {}};
+  const std::vector<float> zeros(chunk.rows);
+  slopes = {zeros, zeros, zeros, zeros, {}, {}};
   for (int64_t n = 0; n < chunk.rows; ++n) {
     const RowTotal total = table.total(n);
     const double w = weight[n], lse = total.lse();
     if (w != 0.0) loss += w * (total.nll(picked[n]) + z_loss * lse * lse);
-    slopes.lse[n] = static_cast<float>(total.lse2());
+    slopes.lse[n] = static_cast<float>(lse);
+    slopes.lse_rest[n] = static_cast<float>(lse - slopes.lse[n]);
     slopes.weight[n] = static_cast<float>(w * (1.0 + 2.0 * z_loss * lse));
     slopes.onehot[n] = static_cast<float>(w);
   }
@@ -54,12 +63,12 @@ double forward_chunk(const Head& head, const RowChunk& chunk, const float* weigh
 }
 
 RowSlopes slopes_of(const KeptRows& kept, int64_t begin, int64_t rows, const Upstream& up) {
-  RowSlopes slopes = {std::vector<float>(rows), std::vector<float>(rows), std::vector<float>(rows),
-                      std::vector<float>(up.entropy == nullptr ? 0 : rows), std::vector<float>(rows)};
+  const std::vector<float> zeros(rows);
+  RowSlopes slopes = {zeros, zeros, zeros, zeros, std::vector<float>(up.entropy == nullptr ? 0 : rows), zeros};
   for (int64_t n = 0; n < rows; ++n) {
     const int64_t slot = kept.slot[begin + n];
     const float nll = up.nll == nullptr ? 0.0f : up.nll[slot];
-    slopes.lse[n] = static_cast<float>(up.saved_lse[slot] * kLog2E);
+    slopes.lse[n] = up.saved_lse[slot];
     slopes.weight[n] = nll + (up.lse == nullptr ? 0.0f : up.lse[slot]);
     slopes.onehot[n] = nll;
     if (up.entropy == nullptr) continue;
@@ -76,8 +85,9 @@ void clear(T* data, int64_t count) {
 
 }  // namespace
 
-double linear_cross_entropy(const Head& head, const KeptRows& kept, const float* row_weight, double z_loss,
+double linear_cross_entropy(const Head& given, const KeptRows& kept, const float* row_weight, double z_loss,
                             const FloatGradients& out, int threads) {
+  const Head head = head_for(given, kept);
   const Needs needs = {out.hidden != nullptr, out.weight != nullptr, out.bias != nullptr};
   if (kept.size() == 0) {
     clear(out.weight, head.vocab * head.depth);
@@ -103,8 +113,9 @@ double linear_cross_entropy(const Head& head, const KeptRows& kept, const float*
   return loss;
 }
 
-void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream& upstream, const StoredGradients& out,
+void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream& upstream, const StoredGradients& out,
                          int threads) {
+  const Head head = head_for(given, kept);
   const Needs needs = {out.hidden != nullptr, out.weight != nullptr, out.bias != nullptr};
   const int64_t width = head.kernels.panel, depth = head.depth;
   if (kept.size() == 0) {

@@ -10,7 +10,8 @@ namespace vig {
 
 ChunkGradients::ChunkGradients(const Head& head, const KeptRows& kept, int64_t begin, const RowChunk& chunk,
                                Needs needs, int threads)
-    : head_(head), chunk_(chunk), needs_(needs), threads_(threads), pairs_(head.pairs()) {
+    : head_(head), kept_(kept), begin_(begin), chunk_(chunk), needs_(needs), threads_(threads), pairs_(head.pairs()),
+      residual_(chunk.rows, 0.0f) {
   const int64_t columns = blocks_of_columns(), width = head.kernels.panel;
   const int64_t words = (chunk.rows + (pairs_ ? 1 : 0)) / (pairs_ ? 2 : 1);
   if (needs.hidden) {
@@ -38,6 +39,7 @@ void ChunkGradients::run(const PanelRange& range, const RowSlopes& slopes, float
   parallel_for(range.end - range.begin, threads_, [&](int64_t i, int worker) {
     panel_gradient(range, range.begin + i, slopes, logits + i * chunk_.padded * head_.kernels.panel, worker);
   });
+  if (pairs_ && needs_.weight) mend_weight(range);
   if (!needs_.hidden) return;
   parallel_for(std::min<int64_t>(threads_, blocks_of_columns()), threads_,
                [&](int64_t slice, int worker) { hidden_product(range, logits, slice, worker); });
@@ -52,9 +54,10 @@ void ChunkGradients::panel_gradient(const PanelRange& range, int64_t panel, cons
   // bfloat16 gradients take half the place of the logits, and never overtake the row that is read.
   uint16_t* column_pairs = pairs_ ? reinterpret_cast<uint16_t*>(logits) : nullptr;
   float sums[64];
-  k.gradient({logits, chunk_.rows, columns, first, chunk_.target, slopes.lse.data(), slopes.weight.data(),
-              slopes.onehot.data(), slopes.moment.empty() ? nullptr : slopes.moment.data(), slopes.entropy.data(),
-              head_.scale, head_.cap, row_pairs, column_pairs, needs_.bias ? sums : nullptr});
+  k.gradient({logits, chunk_.rows, columns, first, chunk_.target, slopes.lse.data(),
+              slopes.lse_rest.data(), slopes.weight.data(), slopes.onehot.data(), slopes.moment.empty() ? nullptr : slopes.moment.data(), slopes.entropy.data(),
+              head_.scale, head_.cap, row_pairs, column_pairs, pairs_ ? residual_.data() : nullptr,
+              needs_.bias ? sums : nullptr});
   if (needs_.bias) {
     float* out = range.grad_bias + (panel - range.begin) * k.panel;
     for (int i = 0; i < columns; ++i) out[i] = (range.add ? out[i] : 0.0f) + sums[i] * head_.scale;
@@ -141,12 +144,31 @@ void ChunkGradients::hidden_block(const PanelRange& range, const float* logits, 
   }
 }
 
+// grad_weight[target] += residual * hidden, row after row; threads share the columns.
+void ChunkGradients::mend_weight(const PanelRange& range) {
+  const int64_t width = head_.kernels.panel, first = range.begin * width, end = range.end * width;
+  parallel_for(blocks_of_columns(), threads_, [&](int64_t column, int) {
+    for (int64_t n = 0; n < chunk_.rows; ++n) {
+      const int64_t v = chunk_.target[n];
+      if (residual_[n] == 0.0f || v < first || v >= end) continue;
+      const char* hidden = kept_.hidden[begin_ + n];
+      float* out = range.grad_weight + (v - first) * head_.depth;
+      for (int64_t d = column * width; d < std::min((column + 1) * width, head_.depth); ++d) {
+        out[d] += residual_[n] * from_bfloat16(hidden + 2 * d);
+      }
+    }
+  });
+}
+
 void ChunkGradients::read_hidden(int64_t n, float* out) const {
   const int64_t width = head_.kernels.panel;
   for (int64_t column = 0; column < blocks_of_columns(); ++column) {
     const float* from = grad_hidden_.get() + (column * chunk_.padded + n) * width;
     std::copy_n(from, std::min(width, head_.depth - column * width), out + column * width);
   }
+  if (residual_[n] == 0.0f) return;
+  const char* weight = head_.weight + chunk_.target[n] * head_.weight_stride;
+  for (int64_t d = 0; d < head_.depth; ++d) out[d] += residual_[n] * from_bfloat16(weight + 2 * d);
 }
 
 }  // namespace vig

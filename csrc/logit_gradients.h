@@ -10,7 +10,8 @@ struct Needs {
 
 // What is known of each row of a chunk once its log-sum-exp is.
 struct RowSlopes {
-  std::vector<float> lse;      // units of log2 e
+  std::vector<float> lse;
+  std::vector<float> lse_rest;  // what float32 cannot hold of it
   std::vector<float> weight;   // factor of the softmax
   std::vector<float> onehot;   // subtracted at the target
   std::vector<float> moment;   // upstream of the entropy; empty: none
@@ -30,7 +31,7 @@ class ChunkGradients {
  public:
   ChunkGradients(const Head& head, const KeptRows& kept, int64_t begin, const RowChunk& chunk, Needs needs, int threads);
 
-  // logits: [panel - range.begin][padded rows][panel columns] in units of log2 e; overwritten.
+  // logits: [panel - range.begin][padded rows][panel columns]; overwritten.
   void run(const PanelRange& range, const RowSlopes& slopes, float* logits);
   // Row n of the chunk: the sum over all ranges so far, (D) float32.
   void read_hidden(int64_t n, float* out) const;
@@ -43,10 +44,13 @@ class ChunkGradients {
   void hidden_product(const PanelRange& range, const float* logits, int64_t slice, int worker);
   void hidden_block(const PanelRange& range, const float* logits, int64_t block, int64_t column, const uint32_t* packed);
   void pack_weight(int64_t panel, int64_t rows, int64_t column, uint32_t* packed) const;
+  void mend_weight(const PanelRange& range);
   int64_t blocks_of_columns() const;
   int64_t block_rows() const { return (pairs_ ? 2 : 1) * kBlock; }
 
   const Head& head_;
+  const KeptRows& kept_;
+  const int64_t begin_;
   const RowChunk& chunk_;
   const Needs needs_;
   const int threads_;
@@ -54,6 +58,7 @@ class ChunkGradients {
   Buffer hidden_;       // [block of columns][row words][panel columns]: rows in order, for the weight's gradient
   Buffer grad_hidden_;  // [block of columns][padded rows][panel columns]
   std::vector<Buffer> scratch_;
+  std::vector<float> residual_;  // by row: what the rounding to bfloat16 lost at the target, by far the largest loss
 };
 
 }  // namespace vig
