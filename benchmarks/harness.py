@@ -14,13 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+FEW_ROUNDS = 3  # at least, whatever a case may cost
 SETTLE_S = 0.004  # idle threads of the previous contender's runtime stop spinning meanwhile
 SHORT_MS = 20.0  # calls shorter than this are repeated within a sample, after one untimed call
 LONG_MS = 500.0  # a first call longer than this is warm enough
+HOPELESS_MS = 3000.0  # what such a call lasts at least
 SAMPLE_MS = 8.0  # what the repeated calls of a sample last at least
 SLOW = 3.0  # a contender slower than this many baselines...
 SLOW_ROUNDS = 2  # ...is timed in this many rounds only,
-HOPELESS = 10.0  # and one slower than this, if a call is also long, has the call that was verified for its only sample
+HOPELESS = 4.0  # and one slower than this, if a call is also long, has the call that was verified for its only sample
 
 
 def can_run() -> str | None:
@@ -96,6 +98,7 @@ def measure(
     judge: Callable[[Contender, Any], Check],
     *,
     rounds: int,
+    seconds: float = math.inf,
     timer: Callable[[Callable[[], Any], int], float] = wall_clock,
     probe: Callable[[], float] | None = None,
     extra_mib: Callable[[Callable[[], Any]], float] | None = None,
@@ -106,7 +109,8 @@ def measure(
 
     A row holds name, ours, baseline, note, status ("ok", "wrong", "cannot run" or "failed") and either the reason
     or max_error, p20_ms, p50_ms, p80_ms, samples, and `ratio` to the baselines' summed medians (None without one);
-    peak_mib too where `extra_mib` is given.
+    peak_mib too where `extra_mib` is given. There are at most `rounds` rounds, and as few as FEW_ROUNDS where more
+    would take longer than `seconds`.
     """
     rows: dict[str, dict] = {}
     entrants: list[Entrant] = []
@@ -119,13 +123,15 @@ def measure(
     gc.collect()
     baseline_ms = sum(e.warm_ms for e in entrants if e.contender.baseline)
     for entrant in entrants:
-        hopeless = entrant.warm_ms > max(HOPELESS * baseline_ms, LONG_MS) and baseline_ms > 0
+        hopeless = entrant.warm_ms > max(HOPELESS * baseline_ms, HOPELESS_MS) and baseline_ms > 0
         if hopeless and not entrant.contender.compiles:
             entrant.samples_ms.append(entrant.warm_ms)
             continue
         say(f"warming {entrant.contender.name}")
         _warm(entrant, timer)
     live = [entrant for entrant in entrants if not entrant.samples_ms]
+    round_s = sum(entrant.calls * entrant.warm_ms for entrant in live) * 1e-3
+    rounds = min(rounds, max(FEW_ROUNDS, int(min(rounds, seconds / max(round_s, 1e-9)))))
     probed = _rounds(live, rounds, timer, probe, settle_s, say)
     for entrant in entrants:
         rows[entrant.contender.name].update(_summary(entrant))

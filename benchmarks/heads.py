@@ -68,7 +68,8 @@ class RowTruth:
     products: Tensor  # A
 
 
-def row_truth(hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor) -> RowTruth:
+def row_truth(hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor, bounds: bool = True) -> RowTruth:
+    """In chunks of the vocabulary. Without `bounds`, `largest` and `products` stay 0."""
     picked = hidden[rows].double()
     lse = picked.new_full((len(rows),), -math.inf)
     largest, products = picked.new_zeros(len(rows)), picked.new_zeros(len(rows))
@@ -76,8 +77,9 @@ def row_truth(hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor) -> R
         block = weight[start : start + CHUNK].double()
         logits = picked @ block.T
         lse = torch.logaddexp(lse, logits.logsumexp(1))
-        largest = torch.maximum(largest, logits.abs().amax(1))
-        products = torch.maximum(products, (picked.abs() @ block.T.abs_()).amax(1))
+        if bounds:
+            largest = torch.maximum(largest, logits.abs().amax(1))
+            products = torch.maximum(products, (picked.abs() @ block.T.abs_()).amax(1))
     chosen = (picked * weight[target[rows]].double()).sum(1)
     return RowTruth(rows, lse - chosen, lse, largest, products)
 
@@ -205,7 +207,7 @@ def _gradient_truth(inputs: HeadInputs) -> GradientTruth:
     rows = spread(inputs.shape.N, CHECKED_ROWS, device)
     words = torch.cat([inputs.target[rows], spread(inputs.shape.V, CHECKED_WORDS, device)]).unique()
     everything = row_truth(
-        inputs.hidden, inputs.weight, inputs.target, torch.arange(inputs.shape.N, device=device)
+        inputs.hidden, inputs.weight, inputs.target, torch.arange(inputs.shape.N, device=device), bounds=False
     )
     hidden, scale = inputs.hidden.double(), 1 / inputs.shape.N
     grad_hidden = -inputs.weight[inputs.target[rows]].double()

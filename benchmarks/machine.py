@@ -74,6 +74,11 @@ def sentence(result: dict) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores ({units or 'no vector flags'}), {machine['memory_gib']} GiB"
 
 
+def threads(result: dict) -> str:
+    """ "1 thread", "2 threads"."""
+    return f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+
+
 def versions() -> dict[str, str]:
     """Installed versions of Python, of this library and of the peers."""
     found = {"python": platform.python_version()}

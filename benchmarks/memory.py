@@ -24,7 +24,7 @@ from benchmarks.heads import make_inputs
 from benchmarks.shapes import QUICK, SCORE, TRAIN, Shape
 
 MIB = 2**20
-SCORE_ROWS = ("linear_nll", "linear_vig, N + N rows", "eager PyTorch", "TRL ChunkedLogProb")
+SCORE_ROWS = ("linear_nll", "linear_vig, N + N rows", "eager PyTorch")
 TRAIN_ROWS = (
     "linear_cross_entropy",
     'linear_cross_entropy, memory="low"',

@@ -7,6 +7,7 @@ A peer that is not installed or cannot run on the device is listed with the reas
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from vig_kernels import dispatch
 
 IGNORE = -100
 TRL_CHUNK = 32768  # vocabulary columns a tile, as TRL's trainers choose
+TRL = "trl.kernels.chunked_logprob"
+LIGER_NLL = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden, weight, target) -> nll or loss
 
 
@@ -127,10 +130,14 @@ def mean_of(nll: Head) -> Head:
     return lambda hidden, weight, target: nll(hidden, weight, target).mean()
 
 
-def forward_only(function: Head, compiles: bool = False) -> Callable[[HeadInputs], Callable[[], Tensor]]:
-    """make() of a scoring contender. What compiles is compiled anew for every shape."""
+def forward_only(
+    function: Head, compiles: bool = False, imports: str = ""
+) -> Callable[[HeadInputs], Callable[[], Tensor]]:
+    """make() of a scoring contender. What compiles is compiled anew for every shape; `imports` is never timed."""
 
     def make(inputs: HeadInputs):
+        if imports:
+            importlib.import_module(imports)
         called = torch.compile(function, dynamic=False) if compiles else function
 
         @torch.no_grad()
@@ -142,10 +149,12 @@ def forward_only(function: Head, compiles: bool = False) -> Callable[[HeadInputs
     return make
 
 
-def forward_backward(function: Head, frozen: bool = False, compiles: bool = False):
+def forward_backward(function: Head, frozen: bool = False, compiles: bool = False, imports: str = ""):
     """make() of a training contender: () -> (loss, grad_hidden, grad_weight or None)."""
 
     def make(inputs: HeadInputs):
+        if imports:
+            importlib.import_module(imports)
         called = torch.compile(function, dynamic=False) if compiles else function
         hidden, weight = inputs.leaves(frozen)
 
@@ -163,8 +172,8 @@ def forward_backward(function: Head, frozen: bool = False, compiles: bool = Fals
 def score_peers(gpu: bool) -> list[Contender]:
     """Everyone else's way to per-token negative log-likelihoods."""
 
-    def peer(name, function, why_not=can_run, **more):
-        return Contender(name, forward_only(function), why_not, "nll", **more)
+    def peer(name, function, why_not=can_run, imports="", **more):
+        return Contender(name, forward_only(function, imports=imports), why_not, "nll", **more)
 
     peers = [
         Contender("bare GEMM", forward_only(lambda h, w, t: F.linear(h, w)), output="logits", baseline=True),
@@ -181,7 +190,7 @@ def score_peers(gpu: bool) -> list[Contender]:
             functools.partial(torch_wide_chunks, reduction="none"),
             torch_has_it,
         ),
-        peer("TRL ChunkedLogProb", trl_nll, installed("trl", "trl")),
+        peer("TRL ChunkedLogProb", trl_nll, installed("trl", "trl"), TRL),
     ]
     if gpu:
         peers += [
@@ -189,8 +198,9 @@ def score_peers(gpu: bool) -> list[Contender]:
                 "CCE",
                 functools.partial(cce, reduction="none", impl="cce"),
                 on_gpu("cut_cross_entropy", "cut-cross-entropy"),
+                "cut_cross_entropy",
             ),
-            peer("Liger", liger_nll, on_gpu("liger_kernel", "liger-kernel")),
+            peer("Liger", liger_nll, on_gpu("liger_kernel", "liger-kernel"), LIGER_NLL),
             peer("quack", quack_loss, lambda: "gives sums and means only, no per-token values"),
         ]
     else:
@@ -199,15 +209,16 @@ def score_peers(gpu: bool) -> list[Contender]:
                 "CCE torch_compile",
                 functools.partial(cce, reduction="none", impl="torch_compile"),
                 installed("cut_cross_entropy", "cut-cross-entropy"),
+                "cut_cross_entropy",
                 compiles=True,
             ),
-            peer("Liger, fallback", liger_nll, installed("liger_kernel", "liger-kernel")),
+            peer("Liger, fallback", liger_nll, installed("liger_kernel", "liger-kernel"), LIGER_NLL),
         ]
     return peers
 
 
 def score_ours(name: str, device: str) -> list[Contender]:
-    """The library's ops on backend `name`; the last three have names that the suite's comparisons use."""
+    """The library's ops on backend `name`; the suite's comparisons use these names."""
 
     def nll(h, w, t):
         return vig_kernels.linear_nll(h, w, t, backend=name)
@@ -217,13 +228,6 @@ def score_ours(name: str, device: str) -> list[Contender]:
             return vig_kernels.linear_vig(
                 inputs.hidden, inputs.hidden_null, inputs.weight, inputs.target, backend=name
             )[1:]
-
-        return run
-
-    def twice(inputs: HeadInputs):
-        @torch.no_grad()
-        def run():
-            return tuple(nll(h, inputs.weight, inputs.target) for h in (inputs.hidden, inputs.hidden_null))
 
         return run
 
@@ -237,13 +241,10 @@ def score_ours(name: str, device: str) -> list[Contender]:
     def entry(label, make, output, op="linear_nll", **more):
         return Contender(label, make, backend(op, name, device), output, "promise", ours=True, **more)
 
-    double = {"work": 2.0, "note": "against two GEMMs"}
-
     return [
         entry("linear_nll", forward_only(nll), "nll"),
         entry("linear_nll, 70 % of the rows ignored", sparse, "sparse"),
-        entry("two linear_nll calls", twice, "pair", **double),
-        entry("linear_vig, N + N rows", paired, "pair", "linear_vig", **double),
+        entry("linear_vig, N + N rows", paired, "pair", "linear_vig", work=2.0, note="against two GEMMs"),
     ]
 
 
@@ -266,8 +267,8 @@ def bare_products(upstream: Tensor) -> list[Contender]:
 def train_peers(gpu: bool) -> list[Contender]:
     """Everyone else's way to a mean loss with the gradients of hidden and weight."""
 
-    def peer(name, function, why_not=can_run, **more):
-        return Contender(name, forward_backward(function), why_not, "loss", **more)
+    def peer(name, function, why_not=can_run, imports="", **more):
+        return Contender(name, forward_backward(function, imports=imports), why_not, "loss", **more)
 
     peers = [
         peer("eager PyTorch", eager_loss),
@@ -285,7 +286,7 @@ def train_peers(gpu: bool) -> list[Contender]:
             functools.partial(torch_wide_chunks, reduction="mean"),
             torch_has_it,
         ),
-        peer("TRL ChunkedLogProb", mean_of(trl_nll), installed("trl", "trl")),
+        peer("TRL ChunkedLogProb", mean_of(trl_nll), installed("trl", "trl"), TRL),
     ]
     if gpu:
         peers += [
@@ -293,9 +294,15 @@ def train_peers(gpu: bool) -> list[Contender]:
                 "CCE",
                 functools.partial(cce, reduction="mean", impl="cce"),
                 on_gpu("cut_cross_entropy", "cut-cross-entropy"),
+                "cut_cross_entropy",
             ),
-            peer("Liger", liger_loss, on_gpu("liger_kernel", "liger-kernel")),
-            peer("quack", quack_loss, on_gpu("quack", "quack-kernels")),
+            peer(
+                "Liger",
+                liger_loss,
+                on_gpu("liger_kernel", "liger-kernel"),
+                "liger_kernel.transformers.functional",
+            ),
+            peer("quack", quack_loss, on_gpu("quack", "quack-kernels"), "quack.linear_cross_entropy"),
         ]
     else:
         peers += [
@@ -303,9 +310,10 @@ def train_peers(gpu: bool) -> list[Contender]:
                 "CCE torch_compile",
                 functools.partial(cce, reduction="mean", impl="torch_compile"),
                 installed("cut_cross_entropy", "cut-cross-entropy"),
+                "cut_cross_entropy",
                 compiles=True,
             ),
-            peer("Liger, fallback", mean_of(liger_nll), installed("liger_kernel", "liger-kernel")),
+            peer("Liger, fallback", mean_of(liger_nll), installed("liger_kernel", "liger-kernel"), LIGER_NLL),
         ]
     return peers
 

@@ -32,10 +32,12 @@ def draw(result: dict, folder: Path) -> Path | None:
         layout="constrained",
     )
     for axis, case in zip(axes.flat, cases, strict=False):
-        _panel(axis, case, first=axis in axes[:, 0])
+        _panel(axis, case, bars)
+    for line in range(lines):
+        _share_names(axes[line], cases[line * columns : (line + 1) * columns])
     for axis in axes.flat[len(cases) :]:
         axis.set_visible(False)
-    figure.suptitle(f"{_title(result)}\n{machine.sentence(result)}, {result['threads']} threads", fontsize=11)
+    figure.suptitle(f"{_title(result)}\n{machine.sentence(result)}, {machine.threads(result)}", fontsize=11)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{results.path_of(result, Path()).stem}.png"
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -60,11 +62,19 @@ def _bars(case: dict) -> list[tuple[str, float, bool]]:
         return [(row["name"], row["value"], row["ours"]) for row in timed]
     if "sigma" in case:
         return [(row["name"], row["p50_ms"], row["ours"]) for row in timed]
-    single = [row for row in timed if not row["baseline"] and not row["name"].startswith("two ")]
+    single = [row for row in timed if not row["baseline"]]
     return [(row["name"], row["ratio"], row["ours"]) for row in single if row["ratio"] is not None]
 
 
-def _panel(axis, case: dict, first: bool) -> None:
+def _share_names(axes, cases: list[dict]) -> None:
+    """Contenders are named once a line where all its panels have the same."""
+    names = [[name for name, _, _ in _bars(case)] for case in cases]
+    for axis, own in zip(axes[1:], names[1:], strict=False):
+        if own == names[0]:
+            axis.set_yticklabels([])
+
+
+def _panel(axis, case: dict, places: int) -> None:
     bars = _bars(case)
     is_ratio = "unit" not in case and "sigma" not in case
     limit = LONGEST if is_ratio else 1.25 * max((length for _, length, _ in bars), default=1.0)
@@ -88,7 +98,7 @@ def _panel(axis, case: dict, first: bool) -> None:
     axis.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
     for label, (_, _, is_ours) in zip(axis.get_yticklabels(), bars, strict=True):
         label.set_fontweight("bold" if is_ours else "normal")
-    axis.invert_yaxis()
+    axis.set_ylim(places - 0.4, -0.6)  # the same height a bar in every panel
     axis.set_xlim(0, limit)
     axis.tick_params(axis="x", labelsize=8)
     if is_ratio:

@@ -128,8 +128,9 @@ def _caption(result: dict) -> str:
             )
             if package in versions
         ]
-    parts = [machine.sentence(result), f"{result['threads']} threads", f"torch {versions['torch']}", *peers]
-    return f"{', '.join(parts)}; commit {result['commit'].rstrip('+')}, {result['date']}."
+    parts = [machine.sentence(result), machine.threads(result), f"torch {versions['torch']}", *peers]
+    commit = result["commit"].replace("+", " with changes")
+    return f"{', '.join(parts)}; commit {commit}, {result['date']}."
 
 
 def _groups(cases: list[dict]) -> Iterator[tuple[str, list[dict]]]:
@@ -156,7 +157,8 @@ def _table(suite: str, group: str, cases: list[dict]) -> list[str]:
         timed = [row for row in rows if row is not None and row["status"] == "ok"]
         if not timed:
             continue
-        label = f"**{results.named(timed[0])}**" if timed[0]["ours"] else results.named(timed[0])
+        label = name if unit else results.named(timed[0])
+        label = f"**{label}**" if timed[0]["ours"] else label
         cells = [label, *(_cell(row) for row in rows)]
         if has_errors:
             cells.append(f"{max(row['max_error'] for row in timed):.0e}")
@@ -180,10 +182,12 @@ def _cell(row: dict | None) -> str:
     if row["status"] != "ok":
         return {"cannot run": "-", "wrong": "wrong", "failed": "failed"}[row["status"]]
     if "value" in row:
-        return f"{row['value']:.0f}"
+        promised = f" (promised {row['promised']:.0f})" if row.get("promised") else ""
+        return f"{row['value']:.0f}{promised}"
     share = f", {100 * row['of_peak']:.0f} % of peak" if row.get("of_peak") else ""
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} "
-    return f"{ratio}({results.milliseconds(row['p50_ms'])}{share})"
+    single = ", one call" if row["samples"] == 1 else ""
+    return f"{ratio}({results.milliseconds(row['p50_ms'])}{share}{single})"
 
 
 def _comparisons(cases: list[dict]) -> list[str]:

@@ -44,10 +44,11 @@ COLUMNS = ("p50 ms", "p20-p80", "ratio", "of peak", "peak MiB", "max error")
 
 def cells(row: dict) -> dict[str, str]:
     """Column -> text, of a row that was timed; "" where a column does not apply."""
+    spread = f"{milliseconds(row['p20_ms'])}-{milliseconds(row['p80_ms'])}"
     share, mib = row.get("of_peak"), row.get("peak_mib")
     return {
         "p50 ms": milliseconds(row["p50_ms"]),
-        "p20-p80": f"{milliseconds(row['p20_ms'])}-{milliseconds(row['p80_ms'])}",
+        "p20-p80": "one call" if row["samples"] == 1 else spread,
         "ratio": "" if row["ratio"] is None else f"{row['ratio']:.2f}",
         "of peak": "" if share is None else f"{share:.2f}",
         "peak MiB": "" if mib is None else f"{mib:.0f}",

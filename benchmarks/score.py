@@ -9,14 +9,23 @@ import torch
 from benchmarks import harness, peers
 from benchmarks.harness import Contender
 from benchmarks.heads import ScoreJudge, make_inputs
-from benchmarks.shapes import Shape, score_cases
+from benchmarks.shapes import MODELS, Shape, score_cases
 from vig_kernels import native
 
 PEAK_SECONDS = 0.15
-COMPARISONS = (  # (what is shown, row, row it is divided by)
-    ("linear_vig on N + N rows / two linear_nll calls", "linear_vig, N + N rows", "two linear_nll calls"),
-    ("linear_nll with 70 % of the rows ignored / none ignored", "linear_nll, 70 % of the rows ignored", "linear_nll"),
-)  # fmt: skip
+COMPARISONS = (  # (what is shown, row, row it is divided by, how many times that)
+    ("linear_vig on N + N rows / two linear_nll calls", "linear_vig, N + N rows", "linear_nll", 2),
+    ("linear_nll, 70 % of the rows ignored / none", "linear_nll, 70 % of the rows ignored", "linear_nll", 1),
+)
+CASE_SECONDS = 25.0  # of timing; verification and compilation come on top
+FEW = (
+    "bare GEMM",
+    "eager PyTorch",
+    "CCE torch_compile",
+    "TRL ChunkedLogProb",
+    "linear_nll",
+    "linear_vig, N + N rows",
+)
 
 
 def contenders() -> list[Contender]:
@@ -25,8 +34,11 @@ def contenders() -> list[Contender]:
 
 def run(threads: int, quick: bool, say: Callable[[str], None]) -> list[dict]:
     """The cases of the suite, measured."""
-    cases = score_cases(quick)
-    return [case(s, d, threads, 3 if quick else 5, contenders(), say) for s, d in cases]
+    few = [contender for contender in contenders() if contender.name in FEW]
+    return [
+        case(shape, dtype, threads, 3 if quick else 9, few if shape in MODELS else contenders(), say)
+        for shape, dtype in score_cases(quick)
+    ]
 
 
 def case(
@@ -39,7 +51,13 @@ def case(
     judge = ScoreJudge(inputs)
     probe = peak_probe(dtype, threads)
     result = harness.measure(
-        field, inputs, judge, rounds=rounds, probe=probe, say=lambda text: say(f"{label}: {text}")
+        field,
+        inputs,
+        judge,
+        rounds=rounds,
+        seconds=CASE_SECONDS,
+        probe=probe,
+        say=lambda text: say(f"{label}: {text}"),
     )
     add_share_of_peak(result, ("bare GEMM", "linear_nll", "linear_vig, N + N rows"), shape.gemm_flops)
     return describe(shape, dtype, result, COMPARISONS)
@@ -63,8 +81,8 @@ def add_share_of_peak(result: dict, names: Sequence[str], flops: float) -> None:
 def describe(shape: Shape, dtype: torch.dtype, result: dict, comparisons) -> dict:
     """A case as it is stored."""
     found = [
-        {"name": name, "ratio": harness.median_ratio(result["rows"], row, other)}
-        for name, row, other in comparisons
+        {"name": name, "ratio": harness.median_ratio(result["rows"], row, other, times)}
+        for name, row, other, times in comparisons
     ]
     return {
         "model": shape.name,

@@ -12,7 +12,7 @@ def show(result: dict, console: Console) -> None:
     """One table a case, then what was compared and who did not run."""
     versions = result["versions"]
     console.print(
-        f"[bold]{result['suite']}[/] on {machine.sentence(result)}; {result['threads']} threads; torch "
+        f"[bold]{result['suite']}[/] on {machine.sentence(result)}; {machine.threads(result)}; torch "
         f"{versions['torch']}; commit {result['commit']}",
         highlight=False,
     )

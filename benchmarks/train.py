@@ -9,15 +9,11 @@ import torch
 from benchmarks import harness, peers
 from benchmarks.harness import Contender
 from benchmarks.heads import TrainJudge, make_inputs
-from benchmarks.score import add_share_of_peak, describe, peak_probe
+from benchmarks.score import CASE_SECONDS, add_share_of_peak, describe, peak_probe
 from benchmarks.shapes import Shape, train_cases
 
 COMPARISONS = (
-    (
-        "frozen weight / both gradients",
-        "linear_cross_entropy, frozen weight",
-        "linear_cross_entropy",
-    ),
+    ("frozen weight / both gradients", "linear_cross_entropy, frozen weight", "linear_cross_entropy", 1),
 )
 
 
@@ -27,7 +23,7 @@ def contenders() -> list[Contender]:
 
 def run(threads: int, quick: bool, say: Callable[[str], None]) -> list[dict]:
     """The cases of the suite, measured."""
-    return [case(s, d, threads, 3 if quick else 5, say) for s, d in train_cases(quick)]
+    return [case(s, d, threads, 3 if quick else 9, say) for s, d in train_cases(quick)]
 
 
 def case(shape: Shape, dtype: torch.dtype, threads: int, rounds: int, say) -> dict:
@@ -42,6 +38,7 @@ def case(shape: Shape, dtype: torch.dtype, threads: int, rounds: int, say) -> di
         inputs,
         TrainJudge(inputs, upstream),
         rounds=rounds,
+        seconds=CASE_SECONDS,
         probe=peak_probe(dtype, threads),
         say=lambda text: say(f"{label}: {text}"),
     )
