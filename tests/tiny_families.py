@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import tiny
@@ -12,6 +11,8 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.smolvlm import processing_smolvlm
+
+from vig import processors
 
 TILE = 16
 MEAN_STD = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
@@ -85,10 +86,7 @@ def model(family: str) -> tf.PreTrainedModel:
 
 
 def without_video(cls: type, *args, **options) -> Any:
-    """A processor with nothing in the place of its video processor, which needs torchvision to exist."""
-    unchecked = type(cls.__name__, (cls,), {"check_argument_for_proper_class": lambda *_: None})
-    nothing = SimpleNamespace(model_input_names=[], num_frames=1, fps=1)
-    return unchecked(*args, video_processor=nothing, **options)
+    return processors.without_video(cls)(*args, video_processor=None, **options)
 
 
 # --- the families ---
@@ -230,7 +228,7 @@ def paligemma_config(text, ids):
     vision = tf.SiglipVisionConfig(**VISION, patch_size=8, vision_use_head=False, projection_dim=32)
     return tf.PaliGemmaConfig(
         vision_config=vision,
-        text_config=tf.GemmaConfig(**text),
+        text_config=tf.Gemma2Config(**text, final_logit_softcapping=4.0),
         image_token_id=ids["<image>"],
         projection_dim=32,
     )

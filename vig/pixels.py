@@ -210,6 +210,8 @@ def any_resolution(pixels: PixelInputs, sizes: Sizes, processor: Any) -> list[Sp
         canvas = select_best_resolution(size, image_processor(processor).image_grid_pinpoints)
         columns = canvas[1] // tile_size[1]
         tiles = [(image, 1 + number) for number in range(canvas[0] // tile_size[0] * columns)]
+        if len(tiles) >= values.shape[1]:
+            _check_count(values.shape[1] - 1, len(tiles), f"tiles of an image of {size[0]} x {size[1]}")
         spreads.append(_grid(image, tiles, columns, tile_size, _fitted(size, canvas)))
     return spreads
 
@@ -262,9 +264,11 @@ def masked_tiles(pixels: PixelInputs, sizes: Sizes, processor: Any) -> list[Spre
     heights, widths = mask.any(-1).sum(-1).tolist(), mask.any(-2).sum(-1).tolist()
     spreads, image = [], 0
     for sample, images in enumerate(sizes):
+        grids = [image_processor(processor).get_number_of_image_patches(*size, {})[1:] for size in images]
+        expected = sum(rows * columns + 1 for rows, columns in grids)
+        _check_count(sum(height > 0 for height in heights[sample]), expected, "tiles")
         tile = 0
-        for size in images:
-            _, rows, columns = image_processor(processor).get_number_of_image_patches(*size, {})
+        for rows, columns in grids:
             tiles = [(sample, tile + number) for number in range(rows * columns)]
             tile += len(tiles)
             if tiles:
@@ -274,7 +278,6 @@ def masked_tiles(pixels: PixelInputs, sizes: Sizes, processor: Any) -> list[Spre
                 spreads.append(_grid(image, tiles, columns, full, (0, 0, height, width)))
             spreads.append(_whole(image, (sample, tile), heights[sample][tile], widths[sample][tile]))
             tile, image = tile + 1, image + 1
-        _check_count(sum(height > 0 for height in heights[sample]), tile, "tiles")
     return spreads
 
 

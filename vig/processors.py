@@ -10,13 +10,14 @@ from transformers import AutoConfig, AutoProcessor
 def load_processor(name: str, **options: Any) -> Any:
     """The processor of a checkpoint (folder, or name on the hub), through transformers' auto class.
 
-    Several processors hold a video processor, which needs torchvision to exist at all. Without torchvision they are
-    loaded without it: images and text go the same way. options: revision, trust_remote_code.
+    Several processors hold a video processor, which needs torchvision to exist at all. Without torchvision, and
+    where one was saved without its video processor, they are loaded without it: images and text go the same way.
+    options: revision, trust_remote_code.
     """
     try:
         return AutoProcessor.from_pretrained(name, **options)
-    except ImportError as error:
-        if "VideoProcessor" not in str(error):
+    except (ImportError, OSError) as error:
+        if "VideoProcessor requires" not in str(error) and "load video processor" not in str(error):
             raise
         from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
