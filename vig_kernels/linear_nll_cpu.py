@@ -65,7 +65,7 @@ def backward(
     ignore_index: int,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of any upstream in the inputs' dtypes, with the logits formed anew, a block of the vocabulary at a time.
+    """Gradients of any upstream in the inputs' dtypes, with the logits formed anew, block by block of the vocabulary.
 
     dlogit = p * (g_nll + g_lse - g_entropy * (logit - lse + entropy)) - [v = target] * g_nll, sums in float32.
     """

@@ -1,0 +1,129 @@
+#include <algorithm>
+#include <cmath>
+
+#include "cast.h"
+#include "check.h"
+#include "linear_cross_entropy.h"
+#include "linear_nll.h"
+
+namespace {
+
+struct Problem {
+  int64_t rows, depth, vocab;
+  vig::Dtype dtype;
+  float scale, cap;
+  bool bias;
+};
+
+// Inputs stored as the head reads them, exactly as long as they must be, and the same values in double.
+struct Inputs {
+  std::vector<char> hidden, weight;
+  std::vector<double> hidden_values, weight_values;
+  std::vector<float> bias;
+  std::vector<int64_t> target;
+
+  explicit Inputs(const Problem& p) {
+    Draw draw(p.rows + 7 * p.depth + 77 * p.vocab);
+    store(draw.values(p.rows * p.depth), p.dtype, hidden, hidden_values);
+    store(draw.values(p.vocab * p.depth), p.dtype, weight, weight_values);
+    if (p.bias) bias = draw.values(p.vocab);
+    for (int64_t n = 0; n < p.rows; ++n) target.push_back(n % 3 == 1 ? -100 : draw.word() % p.vocab);
+  }
+
+  static void store(const std::vector<float>& values, vig::Dtype dtype, std::vector<char>& out,
+                    std::vector<double>& exact) {
+    const int64_t size = vig::size_of(dtype);
+    out.resize(values.size() * size);
+    vig::store_row(values.data(), out.data(), size, values.size(), dtype);
+    for (size_t i = 0; i < values.size(); ++i) {
+      exact.push_back(dtype == vig::Dtype::kFloat32    ? values[i]
+                      : dtype == vig::Dtype::kBFloat16 ? vig::from_bfloat16(out.data() + 2 * i)
+                                                       : values[i]);
+    }
+  }
+};
+
+// Row n's logits in double.
+std::vector<double> logits_of(const Problem& p, const Inputs& in, int64_t n) {
+  std::vector<double> logits(p.vocab);
+  for (int64_t v = 0; v < p.vocab; ++v) {
+    double sum = p.bias ? in.bias[v] : 0.0;
+    for (int64_t d = 0; d < p.depth; ++d) sum += in.hidden_values[n * p.depth + d] * in.weight_values[v * p.depth + d];
+    sum *= p.scale;
+    logits[v] = p.cap == 0 ? sum : p.cap * std::tanh(sum / p.cap);
+  }
+  return logits;
+}
+
+double lse_of(const std::vector<double>& logits) {
+  const double top = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (double x : logits) sum += std::exp(x - top);
+  return top + std::log(sum);
+}
+
+bool close(double found, double exact, double tolerance) { return std::fabs(found - exact) <= tolerance; }
+
+void check_problem(const vig::Kernels& kernels, const Problem& p) {
+  const Inputs in(p);
+  const int64_t size = vig::size_of(p.dtype);
+  const vig::Head head = {kernels,           p.dtype, p.depth, p.vocab, in.weight.data(), p.depth * size,
+                          p.bias ? in.bias.data() : nullptr, p.scale, p.cap};
+  vig::KeptRows kept;
+  kept.add(in.hidden.data(), p.depth * size, in.target.data(), p.rows, -100);
+  std::vector<float> nll(p.rows), lse(p.rows), entropy(p.rows), again(p.rows);
+  std::vector<int64_t> argmax(p.rows);
+  vig::linear_nll(head, kept, {nll.data(), lse.data(), entropy.data(), argmax.data()}, 1);
+  vig::linear_nll(head, kept, {again.data(), nullptr, nullptr, nullptr}, 3);
+  const double tolerance = 1e-5 + 1e-6 * p.depth + (p.dtype == vig::Dtype::kFloat16 ? 2e-3 * p.depth : 0);
+  std::vector<double> grad_hidden(p.rows * p.depth), grad_weight(p.vocab * p.depth);
+  double loss = 0, largest = 0;
+  for (int64_t n : kept.slot) {
+    std::vector<double> logits = logits_of(p, in, n);
+    const double exact = lse_of(logits);
+    CHECK(nll[n] == again[n], "%s: threads change bits of row %ld", kernels.name, long(n));
+    CHECK(close(lse[n], exact, tolerance), "%s lse %g, not %g", kernels.name, lse[n], exact);
+    CHECK(close(nll[n], exact - logits[in.target[n]], tolerance), "%s nll %g", kernels.name, nll[n]);
+    CHECK(argmax[n] >= 0 && argmax[n] < p.vocab, "%s argmax %ld", kernels.name, long(argmax[n]));
+    loss += exact - logits[in.target[n]];
+    for (int64_t v = 0; v < p.vocab; ++v) {
+      const double ratio = p.cap == 0 ? 0 : logits[v] / p.cap;
+      const double slope = (std::exp(logits[v] - exact) - (v == in.target[n])) * (1 - ratio * ratio) * p.scale;
+      for (int64_t d = 0; d < p.depth; ++d) {
+        grad_hidden[n * p.depth + d] += slope * in.weight_values[v * p.depth + d];
+        grad_weight[v * p.depth + d] += slope * in.hidden_values[n * p.depth + d];
+      }
+    }
+  }
+  std::vector<float> hidden(p.rows * p.depth), weight(p.vocab * p.depth), bias(p.vocab);
+  const std::vector<float> ones(p.rows, 1.0f);
+  const double found = vig::linear_cross_entropy(head, kept, ones.data(), 0.0,
+                                                 {hidden.data(), weight.data(), p.bias ? bias.data() : nullptr}, 2);
+  CHECK(close(found, loss, tolerance * p.rows), "%s loss %g, not %g", kernels.name, found, loss);
+  const double slack = p.dtype == vig::Dtype::kFloat32 ? 1e-5 : 2e-2;
+  for (double g : grad_weight) largest = std::max(largest, std::fabs(g));
+  for (size_t i = 0; i < weight.size(); ++i) {
+    CHECK(close(weight[i], grad_weight[i], slack * (largest + 1)), "%s dW %g, not %g", kernels.name, weight[i], grad_weight[i]);
+  }
+  for (size_t i = 0; i < hidden.size(); ++i) {
+    CHECK(close(hidden[i], grad_hidden[i], slack * (p.depth + 1)), "%s dH %g, not %g", kernels.name, hidden[i], grad_hidden[i]);
+  }
+  std::vector<char> stored_hidden(p.rows * p.depth * size), stored_weight(p.vocab * p.depth * size);
+  vig::linear_nll_backward(head, kept, {ones.data(), nullptr, ones.data(), lse.data(), entropy.data()},
+                           {stored_hidden.data(), stored_weight.data(), bias.data()}, 2);
+}
+
+}  // namespace
+
+void test_heads() {
+  const vig::Dtype kinds[] = {vig::Dtype::kFloat32, vig::Dtype::kBFloat16, vig::Dtype::kFloat16};
+  for (const vig::Kernels* kernels : all_kernels()) {
+    for (vig::Dtype dtype : kinds) {
+      check_problem(*kernels, {1, 1, 1, dtype, 1.0f, 0.0f, false});
+      check_problem(*kernels, {7, 33, 65, dtype, 0.7f, 0.0f, true});
+      check_problem(*kernels, {75, 40, 131, dtype, 1.3f, 5.0f, true});
+      check_problem(*kernels, {50, 530, 97, dtype, 0.1f, 0.0f, false});
+      check_problem(*kernels, {3, 4200, 35, dtype, 0.05f, 0.0f, false});
+    }
+  }
+}

@@ -1,0 +1,287 @@
+"""The native kernels on every instruction set of this machine: fuzzed against float64, and equal bit by bit."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vig_kernels import (
+    gaussian_blur_cpu,
+    linear_cross_entropy_cpu,
+    linear_nll_cpu,
+    linear_vig_cpu,
+    native,
+    reference,
+)
+
+pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
+ISAS = [name for name, reason in native.isas().items() if reason is None]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+fuzz = settings(max_examples=12, deadline=None, derandomize=True)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("VIG_FORCE_ISA", request.param)
+    assert native.isa() == request.param
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@st.composite
+def heads(draw):
+    """(hidden, weight, target, bias, scale, cap) of any shape, stride, dtype and size of logits."""
+    rows, depth, vocab = (draw(st.integers(1, most)) for most in (60, 700, 300))
+    dtype = draw(st.sampled_from(DTYPES))
+    gap = draw(st.sampled_from([0, 1, 5]))
+    amount = draw(st.sampled_from([0.1, 1.0, 30.0, 3000.0]))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    hidden = (torch.randn(rows, depth + gap, generator=random) * amount).to(dtype)[:, :depth]
+    weight = (torch.randn(vocab, depth + gap, generator=random) * depth**-0.5).to(dtype)[:, :depth]
+    target = torch.randint(0, vocab, (rows,), generator=random)
+    target[torch.rand(rows, generator=random) < draw(st.sampled_from([0.0, 0.5]))] = -100
+    bias = torch.randn(vocab, generator=random).to(dtype) if draw(st.booleans()) else None
+    return (
+        hidden,
+        weight,
+        target,
+        bias,
+        draw(st.sampled_from([1.0, 0.3])),
+        draw(st.sampled_from([None, 20.0])),
+    )
+
+
+def bound(hidden, weight, bias, scale):
+    """(N,) the promised error of a per-token value: 1e-5 + 1e-6 A."""
+    size = hidden.double().abs() @ weight.double().abs().T * scale
+    return 1e-5 + 1e-6 * (size if bias is None else size + bias.double().abs()).amax(1)
+
+
+def test_values_against_float64(isa):
+    @fuzz
+    @given(heads())
+    def run(head):
+        hidden, weight, target, bias, scale, cap = head
+        stats = ("lse", "entropy", "argmax")
+        nll, found = linear_nll_cpu.forward(hidden, weight, target, bias, scale, cap, -100, stats)
+        exact_nll, exact = reference.linear_nll(
+            hidden, weight, target, bias=bias, logit_scale=scale, logit_softcap=cap, stats=stats
+        )
+        allowed = bound(hidden, weight, bias, scale)
+        for mine, truth in ((nll, exact_nll), *((found[name], exact[name]) for name in ("lse", "entropy"))):
+            assert ((mine.double() - truth).abs() <= allowed).all()
+        logits = reference.linear_logits(hidden, weight, bias, scale, cap)
+        kept = target != -100
+        chosen = logits[kept].gather(1, found["argmax"][kept, None])[:, 0]
+        assert (logits[kept].amax(1) - chosen <= 2 * allowed[kept]).all()
+        assert (found["argmax"][~kept] == -1).all() and not nll[~kept].any()
+
+    run()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_depend_on_neither_threads_nor_other_rows(isa, dtype, threads):
+    random = torch.Generator().manual_seed(5)
+    hidden = torch.randn(61, 130, generator=random).to(dtype)
+    weight = torch.randn(1111, 130, generator=random).to(dtype)
+    target = torch.randint(0, 1111, (61,), generator=random)
+    target[::7] = -100
+    rest = (None, 1.0, None, -100)
+    row_weight = torch.rand(61, generator=random)
+
+    def everything():
+        nll, stats = linear_nll_cpu.forward(hidden, weight, target, *rest, ("lse", "entropy", "argmax"))
+        pair = linear_vig_cpu.forward(hidden, hidden.flip(0), weight, target, *rest)
+        formed = linear_cross_entropy_cpu.forward_backward(
+            hidden, weight, target, None, row_weight, 1.0, None, -100, 0.1, None, (True, True, False)
+        )
+        again = linear_nll_cpu.backward(
+            row_weight,
+            None,
+            row_weight,
+            stats["lse"],
+            stats["entropy"],
+            hidden,
+            weight,
+            target,
+            *rest,
+            (True,) * 3,
+        )
+        return [nll, *stats.values(), *pair, *formed[:3], *again[:2]]
+
+    threads(1)
+    alone = everything()
+    nll = alone[0]
+    for count in (2, 5):
+        threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(alone, everything(), strict=True))
+    assert torch.equal(alone[4], nll)  # linear_vig has the bits of linear_nll
+    for rows in (slice(0, 1), slice(3, 20), slice(5, None, 3)):
+        subset, _ = linear_nll_cpu.forward(hidden[rows], weight, target[rows].contiguous(), *rest, ())
+        assert torch.equal(subset, nll[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_rows_than_a_chunk(dtype, monkeypatch):
+    """Rows beyond the first chunk have the bits they have alone, and D beyond a panel's words is blocked."""
+    monkeypatch.delenv("VIG_FORCE_ISA", raising=False)
+    random = torch.Generator().manual_seed(6)
+    hidden = torch.randn(4200, 6, generator=random).to(dtype)
+    weight = torch.randn(40, 6, generator=random).to(dtype)
+    target = torch.randint(0, 40, (4200,), generator=random)
+    nll, _ = linear_nll_cpu.forward(hidden, weight, target, None, 1.0, None, -100, ())
+    tail, _ = linear_nll_cpu.forward(hidden[4190:], weight, target[4190:], None, 1.0, None, -100, ())
+    assert torch.equal(nll[4190:], tail)
+    deep, wide = (
+        torch.randn(14, 9001, generator=random).to(dtype),
+        torch.randn(33, 9001, generator=random).to(dtype),
+    )
+    nll, _ = linear_nll_cpu.forward(deep, wide, target[:14] % 33, None, 0.01, None, -100, ())
+    exact = reference.linear_nll(deep, wide, target[:14] % 33, logit_scale=0.01)
+    assert ((nll - exact).abs() <= bound(deep, wide, None, 0.01)).all()
+
+
+def test_gradients_against_float64(isa):
+    """Formed in the forward and formed anew, for loss weights, z-loss and every upstream."""
+    slack = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+
+    def compare(found, leaves, dtype):
+        for mine, leaf in zip(found, leaves, strict=True):
+            error = (mine.to(dtype).double() - leaf.grad).norm()
+            assert error <= slack[dtype] * leaf.grad.norm() + 1e-6, (error, leaf.grad.norm())
+
+    @fuzz
+    @given(heads())
+    def run(head):
+        hidden, weight, target, bias, scale, cap = head
+        hidden = (
+            hidden / hidden.abs().amax().clamp_min(1) * 4
+        )  # peaked rows have gradients of rounding errors only
+        dtype, needs = hidden.dtype, (True, True, bias is not None)
+        leaves = [x.double().requires_grad_() for x in (hidden, weight, *([] if bias is None else [bias]))]
+        options = {
+            "logit_scale": scale,
+            "logit_softcap": cap,
+            "bias": leaves[2] if bias is not None else None,
+        }
+        row_weight = torch.rand(len(target), generator=torch.Generator().manual_seed(1))
+        loss = reference.linear_cross_entropy(
+            *leaves[:2], target, token_weight=row_weight, reduction="sum", z_loss=0.01, **options
+        )
+        loss.backward()
+        found_loss, *found = linear_cross_entropy_cpu.forward_backward(
+            hidden, weight, target, bias, row_weight, scale, cap, -100, 0.01, None, needs
+        )
+        assert abs(found_loss - loss) <= 1e-5 + 1e-5 * abs(loss)
+        compare(found[: len(leaves)], leaves, dtype)
+        for leaf in leaves:
+            leaf.grad = None
+        upstream = torch.randn(3, len(target), generator=torch.Generator().manual_seed(2))
+        stats = ("lse", "entropy")
+        exact, sinks = reference.linear_nll(*leaves[:2], target, stats=stats, **options)
+        (torch.stack([exact, *sinks.values()]) * upstream).sum().backward()
+        _, saved = linear_nll_cpu.forward(hidden, weight, target, bias, scale, cap, -100, stats)
+        again = linear_nll_cpu.backward(
+            *upstream, *saved.values(), hidden, weight, target, bias, scale, cap, -100, needs
+        )
+        compare(again[: len(leaves)], leaves, dtype)
+
+    run()
+
+
+def test_what_is_not_needed_is_none(isa):
+    hidden, weight, target = torch.randn(40, 20), torch.randn(50, 20), torch.arange(40)
+    full = linear_cross_entropy_cpu.forward_backward(
+        hidden, weight, target, None, None, 1.0, None, -100, 0.0, None, (True, True, False)
+    )
+    for needs in ((True, False, False), (False, True, False), (False, False, False)):
+        some = linear_cross_entropy_cpu.forward_backward(
+            hidden, weight, target, None, None, 1.0, None, -100, 0.0, None, needs
+        )
+        assert torch.equal(some[0], full[0])
+        for wanted, mine, all_of_it in zip(needs, some[1:], full[1:], strict=True):
+            assert torch.equal(mine, all_of_it) if wanted else mine is None
+
+
+def test_blur_against_float64(isa):
+    sizes = st.integers(1, 70)
+    sigmas = st.sampled_from([0.2, 1.0, 3.7, 40.0])
+    layouts = st.sampled_from(["dense", "channels-last", "cropped", "transposed"])
+    kinds = st.sampled_from([torch.uint8, *DTYPES])
+
+    @fuzz
+    @given(sizes, sizes, sigmas, sigmas, layouts, kinds, st.sampled_from(["reflect", "replicate"]))
+    def run(height, width, down, across, layout, dtype, border):
+        random = torch.Generator().manual_seed(height * 71 + width)
+        images = torch.rand(2, 3, height + 2, width + 2, generator=random).mul(
+            255 if dtype == torch.uint8 else 1
+        )
+        images = images.to(dtype)
+        if layout == "channels-last":
+            images = images.contiguous(memory_format=torch.channels_last)
+        if layout == "transposed":
+            images = images.mT.contiguous().mT
+        images = images[..., 1:-1, 1:-1] if layout == "cropped" else images
+        sigma_y, sigma_x = torch.tensor([down, 1.5]).double(), torch.tensor([across, 2.5]).double()
+        out = torch.empty_like(images.mT.contiguous().mT if layout == "cropped" else images)
+        found = gaussian_blur_cpu.forward(images, sigma_y, sigma_x, 3.0, border, "float32", out)
+        assert found is out
+        for i in range(2):
+            sigma = (sigma_y[i].item(), sigma_x[i].item())
+            exact = reference.gaussian_blur(images[i], sigma, border=border)
+            error = (found[i].double() - exact.double()).abs().max()
+            rounding = {torch.uint8: 1, torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+            assert error <= 2e-6 + rounding[dtype]
+            if dtype == torch.uint8:
+                assert (found[i] != exact).double().mean() < 0.01
+
+    run()
+
+
+def test_blur_in_place_and_on_threads(isa, threads):
+    images = torch.rand(3, 2, 50, 40)
+    sigma = torch.full((3,), 4.0, dtype=torch.float64)
+    threads(1)
+    once = gaussian_blur_cpu.forward(
+        images, sigma, sigma, 3.0, "reflect", "float32", torch.empty_like(images)
+    )
+    threads(5)
+    assert gaussian_blur_cpu.forward(images, sigma, sigma, 3.0, "reflect", "float32", images) is images
+    assert torch.equal(once, images)
+
+
+def test_a_forced_instruction_set_that_is_missing_raises(monkeypatch):
+    for name, reason in native.isas().items():
+        if reason is not None:
+            monkeypatch.setenv("VIG_FORCE_ISA", name)
+            with pytest.raises(ValueError, match=name):
+                native.isa()
+    monkeypatch.setenv("VIG_FORCE_ISA", "sse9")
+    with pytest.raises(ValueError, match=r"sse9.*portable"):
+        linear_nll_cpu.forward(
+            torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.long), None, 1.0, None, -100, ()
+        )
+
+
+def test_a_forked_child_has_threads_of_its_own(threads):
+    threads(2)
+    hidden, weight, target = torch.randn(20, 8), torch.randn(600, 8), torch.arange(20)
+    expected, _ = linear_nll_cpu.forward(hidden, weight, target, None, 1.0, None, -100, ())
+    child = os.fork()
+    if child == 0:
+        found, _ = linear_nll_cpu.forward(hidden, weight, target, None, 1.0, None, -100, ())
+        os._exit(0 if torch.equal(found, expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_peak_is_a_rate():
+    assert native.peak_f32(1, 0.01) > 1e9
+    assert native.peak_bf16(1, 0.01) > 1e9
