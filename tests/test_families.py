@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import json
+import re
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from vig.loader import content_hash
 from vig.loss import HeadTransform, count_kept, selective_loss
 from vig.null_image import NULLS, PixelRange
 from vig.prompts import Encoder
-from vig.samples import Sample, text_of
+from vig.samples import Sample, SampleError, text_of
 from vig.score import Scorer
 
 NAMES = list(FAMILIES)
@@ -238,6 +239,17 @@ def test_the_training_loss_of_a_mixed_batch(family):
     assert loss.item() == pytest.approx(expected.mean(), abs=TOLERANCE)
 
 
+def test_no_text_may_stand_for_pixels():
+    for family, token in (
+        ("gemma3", "<image_soft_token>"),
+        ("gemma3", "<start_of_image>"),
+        ("qwen2_5_vl", "<|video_pad|>"),
+        ("internvl", "<IMG_CONTEXT>"),
+    ):
+        with pytest.raises(SampleError, match=re.escape(f"holds the image token {token!r}")):
+            Encoder(tiny_families.processor(family)).encode(sample(9, [(f"What {token}?", "a")], (20, 20)))
+
+
 # --- pixels ---
 
 
@@ -378,6 +390,12 @@ def test_pixels_of_another_processor_are_refused():
         bound = family_of(tiny_families.model(family).config, processor)
         with pytest.raises(ModelError, match=words):
             bound.pictures(*pixels_of(family, SAMPLES[:1]))
+
+
+def test_pixels_that_are_not_laid_out_as_the_family_says_are_refused():
+    pixels = pixels_of("qwen2_vl", SAMPLES[:1])[0]["pixel_values"]
+    with pytest.raises(ModelError, match="not laid out like those of Qwen2-VL"):
+        proof("qwen2_vl", pixel_values=torch.randn_like(pixels))  # its two frames differ
 
 
 def test_crops_shown_as_pictures_are_refused():

@@ -27,6 +27,15 @@ def image_token_id(processor: Any) -> int:
     return -1 if ids[0] is None else ids[0]
 
 
+def placeholders(processor: Any) -> list[str]:
+    """The texts that stand for pixels, before the processor expands them and after. No message may hold one."""
+    tokens = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video")]
+    id = image_token_id(processor)
+    if id >= 0:
+        tokens.append(processor.tokenizer.convert_ids_to_tokens(id))
+    return [token for token in dict.fromkeys(tokens) if token]
+
+
 # --- PaliGemma: attention is bidirectional over image and question, causal over the answer ---
 
 

@@ -10,6 +10,7 @@ answer when it overlaps the answer's span. What was found is checked against the
 from __future__ import annotations
 
 import bisect
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from vig.image_tokens import (
     PREFIX_TEMPLATE,
     has_bidirectional_prefix,
     image_token_id,
+    placeholders,
     prefix_inputs,
     prefix_marks,
 )
@@ -93,6 +95,7 @@ class Encoder:
         self.template, self.source_of_answers = _answer_template(processor)
         self.image_token = getattr(processor, "image_token", None)
         self.image_token_id = image_token_id(processor)
+        self.placeholders = placeholders(processor)
         self.has_bidirectional_prefix = has_bidirectional_prefix(processor)
         self._turn_ends = _turn_ends(self.tokenizer, self.image_token)
 
@@ -166,8 +169,9 @@ class Encoder:
                 )
             return
         for message in sample.messages:
-            if any(self.image_token in part.get("text", "") for part in message["content"]):
-                raise refuse(f"a text holds the image token {self.image_token!r}", "Remove it from the text")
+            for part, token in itertools.product(message["content"], self.placeholders):
+                if token in part.get("text", ""):
+                    raise refuse(f"a text holds the image token {token!r}", "Remove it from the text")
 
     def _render(self, sample: Sample, refuse) -> tuple[str, list[Span]]:
         if self.source_of_answers == "sentinels":
