@@ -20,23 +20,16 @@ def draw(result: dict, folder: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cases = result["cases"]
-    columns = min(COLUMNS, len(cases))
-    lines = -(-len(cases) // columns)
-    bars = max(len(_bars(case)) for case in cases)
-    figure, axes = pyplot.subplots(
-        lines,
-        columns,
-        figsize=(4.9 * columns, lines * (0.27 * bars + 0.95) + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, case in zip(axes.flat, cases, strict=False):
-        _panel(axis, case, bars)
-    for line in range(lines):
-        _share_names(axes[line], cases[line * columns : (line + 1) * columns])
-    for axis in axes.flat[len(cases) :]:
-        axis.set_visible(False)
+    lines = _lines(result["cases"])
+    columns, bars = max(map(len, lines)), max(len(_bars(case)) for case in result["cases"])
+    size = (max(9.8, 4.9 * columns), len(lines) * (0.27 * bars + 0.95) + 0.5)
+    figure, axes = pyplot.subplots(len(lines), columns, figsize=size, squeeze=False, layout="constrained")
+    for row, cases in zip(axes, lines, strict=True):
+        for axis, case in zip(row, cases, strict=False):
+            _panel(axis, case, bars)
+        for axis in row[len(cases) :]:
+            axis.set_visible(False)
+        _share_names(row, cases)
     figure.suptitle(f"{_title(result)}\n{machine.sentence(result)}, {machine.threads(result)}", fontsize=11)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{results.path_of(result, Path()).stem}.png"
@@ -45,19 +38,32 @@ def draw(result: dict, folder: Path) -> Path | None:
     return path
 
 
+def _lines(cases: list[dict]) -> list[list[dict]]:
+    """Panels, line by line: what differs in kind or precision begins a new line."""
+    groups: dict[tuple, list[dict]] = {}
+    for case in cases:
+        groups.setdefault((case.get("suite"), case.get("dtype")), []).append(case)
+    return [g[start : start + COLUMNS] for g in groups.values() for start in range(0, len(g), COLUMNS)]
+
+
 def _title(result: dict) -> str:
     return {
-        "score": "Per-token log-probabilities: time over torch's bare matrix product (1 = the product alone)",
+        "score": "Per-token log-probabilities: time over torch's bare matrix product (1 = the product alone)\n"
+        "linear_vig has twice the rows and is divided by two products",
         "train": "Loss and gradients: time over torch's three bare matrix products (1 = the products alone)",
-        "memory": "Peak memory of one call beyond inputs, outputs and gradients, MiB",
+        "memory": "Peak memory of one call beyond inputs, outputs and gradients, MiB (stroke: what is promised)",
         "blur": "Gaussian blur: milliseconds an image",
         "gpu": "On a GPU: time over the baseline of each panel",
     }[result["suite"]]
 
 
+def _timed(case: dict) -> list[dict]:
+    return [row for row in case["rows"] if row["status"] == "ok"]
+
+
 def _bars(case: dict) -> list[tuple[str, float, bool]]:
     """(name, length, ours) of what was measured, without the bare products themselves."""
-    timed = [row for row in case["rows"] if row["status"] == "ok"]
+    timed = _timed(case)
     if "unit" in case:
         return [(row["name"], row["value"], row["ours"]) for row in timed]
     if "sigma" in case:
@@ -77,24 +83,13 @@ def _share_names(axes, cases: list[dict]) -> None:
 def _panel(axis, case: dict, places: int) -> None:
     bars = _bars(case)
     is_ratio = "unit" not in case and "sigma" not in case
-    limit = LONGEST if is_ratio else 1.25 * max((length for _, length, _ in bars), default=1.0)
-    limit = min(limit, 1.3 * max((length for _, length, _ in bars), default=1.0)) if is_ratio else limit
-    limit = max(limit, 1.25) if is_ratio else limit
+    promises = {place: row["promised"] for place, row in enumerate(_timed(case)) if row.get("promised")}
+    longest = max([length for _, length, _ in bars] + list(promises.values()), default=1.0)
+    limit = max(1.3, min(LONGEST, 1.3 * longest)) if is_ratio else 1.25 * max(longest, 1e-3)
     for place, (_, length, is_ours) in enumerate(bars):
-        colour = OURS if is_ours else THEIRS
-        cut = length > 0.9 * limit
-        shown = 0.86 * limit if cut else length
-        axis.barh(place, shown, color=colour, height=0.72)
-        text = f"{length:.2f}" if is_ratio else results.milliseconds(length)
-        axis.text(
-            shown + 0.012 * limit,
-            place,
-            f"→ {text}" if cut else text,
-            va="center",
-            fontsize=8,
-            color=colour if is_ours else LINE,
-            fontweight="bold" if is_ours else "normal",
-        )
+        _bar(axis, place, length, OURS if is_ours else THEIRS, limit, is_ratio)
+    for place, promised in promises.items():
+        axis.plot([promised, promised], [place - 0.45, place + 0.45], color=LINE, linewidth=1.6)
     axis.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
     for label, (_, _, is_ours) in zip(axis.get_yticklabels(), bars, strict=True):
         label.set_fontweight("bold" if is_ours else "normal")
@@ -103,10 +98,31 @@ def _panel(axis, case: dict, places: int) -> None:
     axis.tick_params(axis="x", labelsize=8)
     if is_ratio:
         axis.axvline(1.0, color=LINE, linewidth=0.9, linestyle=(0, (4, 3)))
-    promised = next((row["promised"] for row in case["rows"] if row.get("promised")), None)
-    if promised is not None and promised < limit:
-        axis.axvline(promised, color=OURS, linewidth=0.9, linestyle=(0, (4, 3)))
-        axis.text(promised, -0.75, "promised", fontsize=7, color=OURS, ha="center")
     axis.set_title(results.label(case).replace(" x ", " × "), fontsize=9)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+
+
+def _bar(axis, place: int, length: float, colour: str, limit: float, is_ratio: bool) -> None:
+    """One bar and its value. A bar that is too long for the panel is broken, visibly."""
+    longest = 0.84 * limit  # leaves room for the value
+    cut = length > longest
+    shown = longest if cut else length
+    axis.barh(place, shown, color=colour, height=0.72)
+    if cut:
+        for x in (0.72 * limit, 0.74 * limit):
+            axis.plot(
+                [x - 0.008 * limit, x + 0.008 * limit], [place + 0.5, place - 0.5], color="white", linewidth=2
+            )
+    text = f"{length:.2f}" if is_ratio else results.milliseconds(length)
+    axis.text(
+        shown + 0.012 * limit,
+        place,
+        f"→ {text}" if cut else text,
+        va="center",
+        fontsize=8,
+        color=LINE if colour == THEIRS else colour,
+        fontweight="normal" if colour == THEIRS else "bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        zorder=3,
+    )

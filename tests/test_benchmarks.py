@@ -124,6 +124,8 @@ def test_score_judge(dtype):
         worse = [x.clone().float() for x in (output if isinstance(output, tuple) else [output])]
         worse[-1][-1] += shift
         assert not judge(contender, tuple(worse) if len(worse) > 1 else worse[0]).passed, contender.name
+        worse[-1][-1] = math.nan
+        assert not judge(contender, tuple(worse) if len(worse) > 1 else worse[0]).passed, contender.name
     assert (inputs.sparse_target == -100).float().mean() == pytest.approx(0.7, abs=0.03)
 
 
