@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 ARMS = ("all", "random", "vig")
-TRAINING = {"max_steps": 80, "batch_size": 32, "lr": 6e-4, "warmup": 0.1, "schedule": "linear"}
+TRAINING = {"max_steps": 100, "batch_size": 32, "lr": 4e-4, "warmup": 0.1, "schedule": "linear"}
 
 
 class Job(NamedTuple):

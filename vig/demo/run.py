@@ -36,7 +36,7 @@ DATA_SEED = 0
 
 
 def demo(
-    folder: str | Path = "vig-demo",
+    folder: str | Path = "demo-output",
     *,
     samples: int = 1200,
     questions: int = 600,

@@ -1,0 +1,215 @@
+"""The miniature: its scenes, its shipped checkpoint, and what VIG must show on them."""
+
+import hashlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vig.demo import dataset, measures, scenes
+from vig.demo.arms import CHECKPOINT, Job
+from vig.demo.evaluate import Exam
+from vig.engine import score_dataset
+from vig.prompts import Encoder
+from vig.samples import BrokenRecord, open_images, read_samples
+from vig.score import Scorer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return Scorer(str(CHECKPOINT), dtype="float32")
+
+
+# ---- scenes
+
+
+def test_scenes_are_the_same_for_the_same_seed_and_differ_for_another():
+    def prints(seed):
+        records = dataset.tuning_records(40, seed)
+        drawn = b"".join(scenes.draw(record.scene).tobytes() for record in records if record.scene)
+        return records, hashlib.sha256(drawn).hexdigest()
+
+    assert prints(3) == prints(3)
+    assert prints(3)[1] != prints(4)[1]
+
+
+def test_every_object_in_every_colour_can_be_told_apart():
+    pictures = {
+        scenes.draw(scenes.Scene((scenes.Item(name, colour, 1, 2),), seed=5)).tobytes()
+        for name in scenes.OBJECTS
+        for colour in scenes.COLOURS
+    }
+    assert len(pictures) == 160
+
+
+@pytest.mark.parametrize("prior", [0.0, 0.5, 1.0])
+def test_the_prior_is_the_share_of_canonical_colours(prior):
+    rng = random.Random(0)
+    items = [item for _ in range(400) for item in scenes.random_scene(rng, prior).items]
+    share = np.mean([item.colour == scenes.CANONICAL[item.name] for item in items])
+    assert abs(share - prior) <= (0.05 if prior == 0.5 else 0.0)
+
+
+def test_the_word_lists_do_not_overlap_and_the_answers_use_known_words_only():
+    lists = [scenes.COLOUR_WORDS, scenes.OBJECT_WORDS, scenes.FUNCTION_WORDS]
+    assert len(frozenset.union(*lists)) == sum(map(len, lists))
+    known = set(scenes.words())
+    for record in dataset.tuning_records(200, 0):
+        for text in (record.turn.question, record.turn.answer, record.turn.truth):
+            spaced = "".join(f" {sign} " if sign in ",.?:" else sign for sign in text)
+            assert set(spaced.split()) <= known
+
+
+def test_the_test_scenes_never_follow_habit_and_blind_answers_always_do():
+    for record in dataset.test_records(100, 0):
+        assert record.turn.answer == record.turn.truth
+        assert all(item.colour != scenes.CANONICAL[item.name] for item in record.scene.items)
+    blind = [record for record in dataset.tuning_records(600, 0) if record.turn.blind]
+    assert len(blind) > 50
+    for record in blind:
+        words = record.turn.answer.replace(".", "").replace(",", "").split()
+        named = [word for word in words if word in scenes.OBJECT_WORDS]
+        coloured = [word for word in words if word in scenes.COLOUR_WORDS]
+        assert coloured == [scenes.CANONICAL[name] for name in named]
+    wrong = [record for record in blind if record.turn.answer != record.turn.truth]
+    assert 0 < len(wrong) < len(blind)
+
+
+def test_triples_share_question_and_answer_and_differ_as_named():
+    records = dataset.triple_records(30, 0)
+    for match, partly, conflict in zip(records[0::3], records[1::3], records[2::3], strict=True):
+        assert match.turn == partly.turn == conflict.turn
+        assert [record.match for record in (match, partly, conflict)] == list(dataset.MATCHES)
+        true = {(item.name, item.colour) for item in match.scene.items}
+        assert 0 < len(true & {(item.name, item.colour) for item in partly.scene.items}) < len(true)
+        said = set(match.turn.answer.replace(".", "").replace(",", "").split())
+        assert not said & {word for item in conflict.scene.items for word in (item.name, item.colour)}
+
+
+def test_the_written_data_reads_back_with_its_truth(tmp_path):
+    records = dataset.tuning_records(60, 1)
+    path = dataset.write_records(tmp_path, "tune", records)
+    samples = list(read_samples(path))
+    assert not any(isinstance(sample, BrokenRecord) for sample in samples)
+    truth = dataset.read_truth(path)
+    for record, raw, sample in zip(records, json.loads(path.read_text()), samples, strict=True):
+        assert sample.id == raw["id"] == record.id
+        assert raw["conversations"][1] == {"from": "gpt", "value": record.turn.answer}
+        assert ("image" in raw) == (record.scene is not None) == bool(sample.images)
+        assert truth[sample.id]["truth"] == record.turn.truth
+        for image in open_images(sample):
+            assert image.tobytes() == scenes.draw(record.scene).tobytes()
+    assert any(record.scene is None for record in records)
+
+
+# ---- the checkpoint
+
+
+def test_the_checkpoint_is_small_enough_to_ship():
+    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 5e6
+    assert (CHECKPOINT / "model.safetensors").is_file()
+
+
+def test_training_text_is_tokenised_as_the_processor_does(tmp_path):
+    from vig.demo.make_checkpoint import Prompter, make_processor, pixels
+
+    processor, records = make_processor(), dataset.tuning_records(30, 2)
+    encoder, prompter = Encoder(processor), Prompter(processor)
+    assert encoder.source_of_answers == "generation marks"
+    samples = read_samples(dataset.write_records(tmp_path, "tune", records))
+    for record, sample in zip(records, samples, strict=True):
+        encoded = encoder.encode(sample)
+        input_ids, labels = prompter.batch([(record.turn, record.scene is not None)])
+        assert encoded.input_ids == input_ids[0].tolist()
+        assert encoded.answer_index == (labels[0] != -100).nonzero().squeeze(1).tolist()
+        assert encoded.answer_ids[-1] == processor.tokenizer.eos_token_id
+        text = processor.tokenizer.decode(encoded.answer_ids, skip_special_tokens=True)
+        assert text == record.turn.answer
+        if record.scene is not None:
+            torch.testing.assert_close(encoded.pixels["pixel_values"], pixels([record.scene]))
+
+
+def test_the_shipped_processor_is_the_one_the_script_makes(scorer):
+    from vig.demo.make_checkpoint import make_processor
+
+    made, shipped = make_processor(), scorer.loaded.processor
+    assert shipped.tokenizer.get_vocab() == made.tokenizer.get_vocab()
+    assert shipped.chat_template == made.chat_template
+    assert (
+        shipped.tokenizer("what is in row two?").input_ids == made.tokenizer("what is in row two?").input_ids
+    )
+
+
+def test_sight_tells_colours_and_objects_from_function_words(scorer, tmp_path):
+    path = dataset.write_records(tmp_path, "tune", dataset.tuning_records(240, 11))
+    score_dataset(scorer, path, tmp_path / "scores")
+    words = measures.words_of(scorer.loaded.processor.tokenizer)
+    found = measures.word_vig(tmp_path / "scores", words)
+    assert all(len(values) > 100 for values in found.values.values())
+    assert found.auroc >= 0.90
+
+
+def test_vig_orders_matching_partly_matching_and_conflicting_pictures(scorer, tmp_path):
+    path = dataset.write_records(tmp_path, "triples", dataset.triple_records(40, 11))
+    score_dataset(scorer, path, tmp_path / "scores")
+    groups = measures.vig_by("match", tmp_path / "scores", dataset.read_truth(path))
+    assert [len(groups[match]) for match in dataset.MATCHES] == [40, 40, 40]
+    match, partly, conflict = (groups[match].mean() for match in dataset.MATCHES)
+    assert match > partly > conflict
+
+
+def test_an_exam_equals_greedy_decoding(scorer, tmp_path):
+    path = dataset.write_records(tmp_path, "test", dataset.test_records(24, 11))
+    processor, model = scorer.loaded.processor, scorer.loaded.model
+    exact = []
+    for sample in read_samples(path):
+        encoded = Encoder(processor).encode(sample)
+        start = encoded.answer_index[0]
+        with torch.no_grad():
+            said = model.generate(
+                input_ids=torch.tensor([encoded.input_ids[:start]]),
+                attention_mask=torch.ones(1, start, dtype=torch.int64),
+                pixel_values=encoded.pixels["pixel_values"],
+                max_new_tokens=8,
+                do_sample=False,
+            )
+        exact.append(said[0, start:].tolist()[: len(encoded.answer_ids)] == encoded.answer_ids)
+    figures = Exam(path, processor, batch_size=5).sit(model)
+    assert figures.questions == 24
+    assert figures.exact == pytest.approx(100 * np.mean(exact))
+    assert figures.colour >= figures.exact
+
+
+# ---- measures
+
+
+def test_auroc_by_counting_pairs():
+    rng = np.random.default_rng(0)
+    positive, negative = rng.integers(0, 5, 40).astype(float), rng.integers(-2, 3, 30).astype(float)
+    pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    assert measures.auroc(positive, negative) == pytest.approx(np.mean(pairs))
+    assert np.isnan(measures.auroc(positive, np.empty(0)))
+
+
+def test_jobs_are_read_as_they_are_written():
+    assert Job.parse(str(Job("random", 2))) == Job("random", 2)
+    for text in ("random", "best:1", "vig:x"):
+        with pytest.raises(ValueError, match=text):
+            Job.parse(text)
+
+
+def test_photographs_of_any_size_fit_the_checkpoint(scorer):
+    picture = Image.effect_noise((300, 200), 60).convert("RGB")
+    found = scorer.loaded.processor(images=[picture], text="<image>", return_tensors="pt")
+    assert found["pixel_values"].shape == (1, 3, scenes.SIDE, scenes.SIDE)
