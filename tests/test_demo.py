@@ -152,7 +152,7 @@ def test_the_shipped_processor_is_the_one_the_script_makes(scorer):
 
 
 def test_sight_tells_colours_and_objects_from_function_words(scorer, tmp_path):
-    path = dataset.write_records(tmp_path, "tune", dataset.tuning_records(240, 11))
+    path = dataset.write_records(tmp_path, "tune", dataset.tuning_records(240, 11, blind=0.0))
     score_dataset(scorer, path, tmp_path / "scores")
     words = measures.words_of(scorer.loaded.processor.tokenizer)
     found = measures.word_vig(tmp_path / "scores", words)
