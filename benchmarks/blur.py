@@ -55,17 +55,22 @@ class BlurJudge:
     def __init__(self, inputs: BlurInputs):
         self.top = 255.0 if inputs.images.dtype == torch.uint8 else 1.0
         self.truth = reference.gaussian_blur(inputs.images[0].double(), inputs.picture.sigma) / self.top
-        self.rounding = ROUNDING if self.top > 1 else 0.0
-        if inputs.images.dtype in (torch.bfloat16, torch.float16):
-            self.rounding = torch.finfo(inputs.images.dtype).eps / 2
+        self.dtype = inputs.images.dtype
 
     def __call__(self, contender: Contender, output) -> Check:
         found = output if isinstance(output, Tensor) else torch.from_numpy(output.copy())
         found = (
             found.permute(2, 0, 1) if contender.output == "hwc" else found.reshape(-1, *self.truth.shape)[0]
         )
-        allowed = torch.as_tensor(ALLOWED[contender.exactness] + self.rounding)
+        allowed = torch.as_tensor(ALLOWED[contender.exactness] + self._rounding(contender.exactness))
         return compare(found.to(self.truth.device).double() / self.top, self.truth, allowed)
+
+    def _rounding(self, exactness: str) -> float:
+        """What storing the result costs; a peer may round its intermediate to 16 bits too."""
+        if self.dtype == torch.uint8:
+            return ROUNDING
+        steps = 0.0 if self.dtype == torch.float32 else torch.finfo(self.dtype).eps
+        return 2 * steps if exactness == "own" else steps / 2
 
 
 def opencv(inputs: BlurInputs) -> Callable:

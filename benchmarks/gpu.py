@@ -18,6 +18,7 @@ from benchmarks.heads import ScoreJudge, TrainJudge, make_inputs
 from benchmarks.memory import MIB, output_bytes
 from benchmarks.shapes import BFLOAT16, FLOAT32, GPU_BLUR, GPU_HEADS, GPU_QUICK, Shape
 
+DEVICE = "cuda"
 FLUSH_BYTES = 256 * MIB
 ROUNDS = 25
 DTYPES = (BFLOAT16, FLOAT32)
@@ -55,11 +56,11 @@ def plan(quick: bool, console: Console) -> None:
 
 
 def score_field() -> list[Contender]:
-    return [*peers.score_peers(gpu=True), *peers.score_ours("triton", "cuda")]
+    return [*peers.score_peers(gpu=True), *peers.score_ours("triton", DEVICE)]
 
 
 def train_field() -> list[Contender]:
-    return [*peers.train_peers(gpu=True), *peers.train_ours("triton", "cuda")]
+    return [*peers.train_peers(gpu=True), *peers.train_ours("triton", DEVICE)]
 
 
 def blur_field(dtype: torch.dtype) -> list[Contender]:
@@ -74,7 +75,7 @@ def blur_field(dtype: torch.dtype) -> list[Contender]:
             Contender("kornia", blur.kornia, peers.installed("kornia", "kornia"), "chw"),
             Contender("depthwise conv2d", blur.depthwise, output="chw"),
         ]
-    return [*field, blur.ours("triton", "cuda"), blur.ours("triton", "cuda", "fast")]
+    return [*field, blur.ours("triton", DEVICE), blur.ours("triton", DEVICE, "fast")]
 
 
 def _torchvision(inputs: blur.BlurInputs) -> Callable:
@@ -86,7 +87,7 @@ def _torchvision(inputs: blur.BlurInputs) -> Callable:
 
 @functools.cache
 def _flush_buffer() -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
 
 
 def event_clock(run: Callable, calls: int) -> float:
@@ -123,7 +124,7 @@ def run(threads: int, quick: bool, say: Callable[[str], None]) -> list[dict]:
             torch.cuda.empty_cache()
     for dtype in (FLOAT32, BFLOAT16, torch.uint8):
         for picture in GPU_BLUR:
-            inputs = blur.make_inputs(picture, dtype, "cuda")
+            inputs = blur.make_inputs(picture, dtype, DEVICE)
             result = _measure(blur_field(dtype), inputs, blur.BlurJudge(inputs), rounds, say)
             cases.append(blur.describe(picture, dtype, "copy", result) | {"suite": "blur"})
     return cases
@@ -137,15 +138,15 @@ def _measure(field, inputs, judge, rounds: int, say) -> dict:
 
 def _score_case(shape: Shape, dtype: torch.dtype, rounds: int, say) -> dict:
     say(f"score, {shape}, {dtype}")
-    inputs = make_inputs(shape, dtype, "cuda")
+    inputs = make_inputs(shape, dtype, DEVICE)
     result = _measure(score_field(), inputs, ScoreJudge(inputs), rounds, say)
     return score.describe(shape, dtype, result, score.COMPARISONS) | {"suite": "score"}
 
 
 def _train_case(shape: Shape, dtype: torch.dtype, rounds: int, say) -> dict:
     say(f"train, {shape}, {dtype}")
-    inputs = make_inputs(shape, dtype, "cuda")
-    upstream = torch.rand(shape.N, shape.V, device="cuda", dtype=dtype)
+    inputs = make_inputs(shape, dtype, DEVICE)
+    upstream = torch.rand(shape.N, shape.V, device=DEVICE, dtype=dtype)
     field = [*peers.bare_products(upstream), *train_field()]
     result = _measure(field, inputs, TrainJudge(inputs, upstream), rounds, say)
     return score.describe(shape, dtype, result, train.COMPARISONS) | {"suite": "train"}

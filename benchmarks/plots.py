@@ -53,7 +53,7 @@ def _title(result: dict) -> str:
         "train": "Loss and gradients: time over torch's three bare matrix products (1 = the products alone)",
         "memory": "Peak memory of one call beyond inputs, outputs and gradients, MiB (stroke: what is promised)",
         "blur": "Gaussian blur: milliseconds an image",
-        "gpu": "On a GPU: time over the baseline of each panel",
+        "gpu": "On a GPU: time over the bare products of the same run; blur in milliseconds",
     }[result["suite"]]
 
 

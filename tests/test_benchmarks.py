@@ -11,7 +11,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import blur, gpu, harness, heads, memory, peers, plots, report, results, score, train
+from benchmarks import (
+    blur,
+    gpu,
+    harness,
+    heads,
+    machine,
+    memory,
+    peers,
+    plots,
+    report,
+    results,
+    score,
+    terminal,
+    train,
+)
 from benchmarks.harness import Check, Contender
 from benchmarks.shapes import Picture, Shape
 
@@ -144,6 +158,8 @@ def test_train_judge(dtype):
         loss, grad_hidden, grad_weight = output
         assert not judge(contender, (loss, grad_hidden * 1.1, grad_weight)).passed
         assert not judge(contender, (loss * 1.1, grad_hidden, grad_weight)).passed
+        assert not judge(contender, (loss * math.nan, grad_hidden, grad_weight)).passed
+        assert not judge(contender, (loss, grad_hidden * math.nan, grad_weight)).passed
         assert (grad_weight is None) == ("frozen" in contender.name)
         if grad_weight is not None:
             assert not judge(contender, (loss, grad_hidden, torch.zeros_like(grad_weight))).passed
@@ -179,6 +195,48 @@ def test_gpu_without_a_gpu_measures_nothing(tmp_path, monkeypatch):
     assert text.startswith("Nothing was measured")
     assert all(name in text for name in ("bare GEMM", "quack", "Liger", "CCE", "torchvision", "LLaVA-1.5 7B"))
     assert " ms" not in text
+
+
+def test_a_case_from_inputs_to_tables(tmp_path):
+    """Timings of the library and of eager PyTorch, shares of the peak, comparisons, on the terminal and stored."""
+    field = [c for c in score.contenders() if c.name in ("bare GEMM", "eager PyTorch") or c.ours]
+    case = score.case(TINY, torch.float32, 1, 3, field, lambda text: None)
+    assert {row["status"] for row in case["rows"] if not row["ours"]} == {"ok"}
+    native_runs = next(c for c in field if c.name == "linear_nll").why_not() is None
+    assert all((ratio["ratio"] or 0) > 0 for ratio in case["comparisons"]) == native_runs
+    assert 0 < case["rows"][0].get("of_peak", 0.5) < 1.5
+    result = machine.header("score", 1, False) | {"cases": [case]}
+    console = Console(record=True, width=140, file=io.StringIO())
+    terminal.show(result, console)
+    assert "eager PyTorch" in console.export_text()
+    assert result["machine"]["cores"] >= 1 and result["versions"]["torch"] == torch.__version__
+    results.write(result, tmp_path)
+    assert "| eager PyTorch |" in report.block("score", report.Paths(tmp_path, tmp_path, tmp_path))
+
+
+def test_gpu_suite_on_a_stand_in(monkeypatch, tmp_path):
+    """The whole suite with the CPU in the place of the GPU: every case holds its rows and memory."""
+    for name, value in {
+        "DEVICE": "cpu",
+        "GPU_QUICK": (TINY,),
+        "GPU_BLUR": (Picture(2, 40, 40, 2.0),),
+        "event_clock": harness.wall_clock,
+        "extra_mib": lambda run: 1.5,
+    }.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(peers, "compiler", lambda: "left out here")
+    for op in ("score_ours", "train_ours"):
+        original = getattr(peers, op)
+        monkeypatch.setattr(peers, op, lambda name, device, original=original: original("torch", device))
+    monkeypatch.setattr(blur, "ours", lambda *_, original=blur.ours: original("torch"))
+    cases = gpu.run(1, True, lambda text: None)
+    assert [case["suite"] for case in cases] == ["score", "train", "blur", "blur", "blur"]
+    for case in cases:
+        rows = {row["name"]: row for row in case["rows"]}
+        assert not [name for name, row in rows.items() if row["status"] in ("wrong", "failed")], rows
+        assert all(row["peak_mib"] == 1.5 for row in rows.values() if row["status"] == "ok")
+        assert any(row["ours"] and row["ratio"] for row in rows.values())
+    assert plots.draw(machine.header("gpu", 1, False) | {"cases": cases}, tmp_path).exists()
 
 
 def stored(folder: Path, suite: str = "score", ratio: float = 0.61234567) -> dict:
