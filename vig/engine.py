@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vig import plan
+from vig.files import check_writable
 from vig.loader import LoadedRecord, load_records
 from vig.samples import BrokenRecord, Sample, read_samples
 from vig.score import NOISE_SAMPLES, Progress, Scorer, count_rows, error_row, fed_tokens
-from vig.score_folder import output_folder
+from vig.score_folder import output_folder, read_manifest
 from vig.store import ScoreWriter
 
 
@@ -38,7 +39,10 @@ def score_dataset(
     full).
     """
     folder = output_folder(out, shard)
-    settings = run_settings(scorer, data, image_root=image_root, limit=limit, shard=shard, window=window)
+    check_writable(folder)
+    settings = run_settings(
+        scorer, data, folder, image_root=image_root, limit=limit, shard=shard, window=window
+    )
     with ScoreWriter(folder, settings) as writer, RecordCount(data, limit) as count:
         progress = Progress()
 
@@ -71,20 +75,24 @@ def score_dataset(
 def run_settings(
     scorer: Scorer,
     data: str | Path,
+    folder: Path,
     *,
     image_root: str | Path | None,
     limit: int | None,
     shard: tuple[int, int] | None,
     window: int,
 ) -> dict[str, Any]:
-    """What the scores of a run are made with, the noise floor of the first samples included."""
-    first = list(read_samples(data, image_root=image_root, limit=min(limit or 1 << 62, 4 * NOISE_SAMPLES)))
-    return scorer.settings(data, image_root) | {
+    """What the scores of a run are made with; the noise floor is measured where `folder` does not know it yet."""
+    settings = scorer.settings(data, image_root) | {
         "window": window,
         "limit": limit,
         "shard": None if shard is None else f"{shard[0]}/{shard[1]}",
-        "noise_floor": scorer.noise_floor(first),
     }
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest["shards"] and "noise_floor" in manifest["settings"]:
+        return settings | {"noise_floor": manifest["settings"]["noise_floor"]}
+    first = read_samples(data, image_root=image_root, limit=min(limit or 1 << 62, 4 * NOISE_SAMPLES))
+    return settings | {"noise_floor": scorer.noise_floor(list(first))}
 
 
 class RecordCount:

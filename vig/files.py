@@ -36,9 +36,19 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Makes the folder and a file in it, so that what cannot be written is known before the work begins.
+
+    Raises StoreError."""
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / ".writable", b"")
+    (folder / ".writable").unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content) -> None:
     """Write ``content`` (bytes-like) so that ``path`` holds all of it or what it held before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     with explain_write_errors(path.parent):
         try:
             with open(temporary, "wb") as file:

@@ -19,9 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 JSON = (".json", ".jsonl")
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # suffix -> builder of `datasets`
 MAX_RECORD = 1 << 28  # characters; a longer run without a record means that the JSON is broken
@@ -161,6 +158,11 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _count(file: Path) -> int | None:
+    if file.suffix in JSON:
+        return sum(1 for _ in _json_rows(file))
+    import pyarrow as pa  # counting JSON lines starts without it
+    import pyarrow.parquet as pq
+
     try:
         if file.suffix == ".parquet":
             return pq.read_metadata(file).num_rows
@@ -168,10 +170,12 @@ def _count(file: Path) -> int | None:
             return _count_arrow(file)
     except (pa.ArrowException, OSError):
         return None  # damaged: how far it reads is seen when it is read
-    return sum(1 for _ in _json_rows(file)) if file.suffix in JSON else None
+    return None
 
 
 def _count_arrow(file: Path) -> int:
+    import pyarrow as pa
+
     with pa.memory_map(str(file)) as source:  # the columns are mapped, not read
         try:
             reader = pa.ipc.open_file(source)

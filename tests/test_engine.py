@@ -1,0 +1,187 @@
+"""The engine on disk: killed, starved and in parts, it writes every sample exactly once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny
+
+from vig.engine import RecordCount, part_of, run_settings, score_dataset
+from vig.samples import read_samples
+from vig.score import Scorer
+from vig.score_folder import output_folder
+from vig.store import ScoreWriter, SettingsDiffer, StoreError, read_scores, unfinished
+
+HERE = Path(__file__).parent
+N_SAMPLES = 64
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(20):
+        tiny.save_picture(folder / f"{number}.png", number)
+    records = []
+    for number in range(N_SAMPLES):
+        turns = [("human", "<image>\nWhat?"), ("gpt", "red ball " * (1 + number * 7 % 5))]
+        record = {"id": str(number), "image": f"{number // 3 % 20}.png"}
+        if number % 11 == 5:
+            turns, record = [("human", "Say it"), ("gpt", "no")], {"id": str(number)}
+        if number % 29 == 3:
+            record["image"] = "nowhere.png"
+        record["conversations"] = [{"from": role, "value": text} for role, text in turns]
+        records.append(record)
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+def scorer(**options):
+    return Scorer(tiny.llava_model(), tiny.llava_processor(), **options)
+
+
+def rows_of(folder) -> list[dict]:
+    return [row for batch in read_scores(folder) for row in batch.to_pylist()]
+
+
+def keys_of(data) -> list[str]:
+    return [record.key for record in read_samples(data)]
+
+
+def test_killed_at_twenty_moments_it_ends_with_the_bits_of_an_uninterrupted_run(tmp_path, data):
+    seed = random.SystemRandom().randrange(1 << 30)
+    done = subprocess.run(
+        [sys.executable, HERE / "killed.py", data, tmp_path, "20", str(seed)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["kills"] == 20
+    assert len(set(said["windows_at_kill"])) > 3, f"seed {seed}: the kills did not spread: {said}"
+    whole = sorted((tmp_path / "whole").glob("scores-*.parquet"))
+    assert len(whole) == N_SAMPLES // 8
+    assert [row["key"] for row in rows_of(tmp_path / "whole")] == keys_of(data)
+    plans = (tmp_path / "whole.plans").read_text().splitlines()
+    for run in range(said["runs"]):
+        folder = tmp_path / f"killed-{run}"
+        assert not unfinished(folder) and not list(folder.glob(".*.tmp"))
+        for file in whole:
+            assert (folder / file.name).read_bytes() == file.read_bytes(), f"seed {seed}, {file.name}"
+        assert len(list(folder.glob("scores-*"))) == len(whole)
+        assert set((tmp_path / f"killed-{run}.plans").read_text().splitlines()) == set(plans)
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_from_there(tmp_path, data, small_disk):
+    one = scorer()
+    with small_disk(tmp_path) as (folder, make_room):
+        with pytest.raises(StoreError, match=r"disk is full.*run the same command again"):
+            score_dataset(one, data, folder, window=16)
+        assert unfinished(folder) and not list(folder.glob(".*.tmp"))
+        kept = len(rows_of(folder))
+        assert 0 < kept < N_SAMPLES
+        make_room()
+        assert score_dataset(one, data, folder, window=16).resumed == kept
+        assert [row["key"] for row in rows_of(folder)] == keys_of(data)
+
+
+@pytest.fixture
+def small_disk():
+    """A full file system of this test's own where we may mount one, else a limit on the size of files."""
+
+    @contextmanager
+    def disk(tmp_path):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
+        if os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0:
+            (folder / "filler").write_bytes(bytes(36 << 10))
+            try:
+                yield folder / "scores", (folder / "filler").unlink
+            finally:
+                subprocess.run(["umount", folder], check=True)
+            return
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+            yield folder / "scores", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return disk
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_scored(data):
+    one, user = scorer(), os.geteuid()
+    one.score_window = one.noise_floor = None  # not called
+    with tempfile.TemporaryDirectory() as closed:
+        os.chmod(closed, 0o555)
+        if user == 0:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            for out in (closed, Path(closed, "scores")):
+                with pytest.raises(StoreError, match=r"cannot be written.*Choose another output folder"):
+                    score_dataset(one, data, out)
+        finally:
+            os.seteuid(user)
+
+
+def test_jobs_at_the_same_time_fill_one_folder_and_the_last_completes_it(tmp_path, data):
+    one, out = scorer(), tmp_path / "scores"
+    settings = run_settings(one, data, out, image_root=None, limit=None, shard=(1, 3), window=8)
+    with ScoreWriter(output_folder(out, (1, 3)), settings) as other:  # a job is at work
+        assert score_dataset(one, data, out, window=8, shard=(0, 3)).done == 24
+        with pytest.raises(StoreError, match=r"shard-1-of-3 is (already|being)"):
+            score_dataset(one, data, out, window=8, shard=(1, 3))
+        other.write(1, one.score_window(list(read_samples(data))[8:16]))
+    assert "1 windows so far" in unfinished(out)[0] and "have not begun: 2" in unfinished(out)[1]
+    with pytest.raises(SettingsDiffer, match="shard-0-of-3 holds scores made with other settings:\n  window"):
+        score_dataset(one, data, out, window=16, shard=(2, 3))
+    with pytest.raises(StoreError, match=r"3 jobs\. Give --shard i/3"):
+        score_dataset(one, data, out, window=8)
+    with pytest.raises(StoreError, match="3 jobs"):
+        score_dataset(one, data, out, window=8, shard=(0, 4))
+    for index in (1, 2):
+        score_dataset(one, data, out, window=8, shard=(index, 3))
+    assert not unfinished(out)
+    score_dataset(one, data, tmp_path / "whole", window=8)
+    assert rows_of(out) == rows_of(tmp_path / "whole")  # the order too
+    with pytest.raises(StoreError, match="Leave out --shard"):
+        score_dataset(one, data, tmp_path / "whole", window=8, shard=(0, 3))
+
+
+def test_a_job_that_has_no_window_is_complete_too(tmp_path, data):
+    for index in range(3):
+        score_dataset(scorer(), data, tmp_path / "scores", limit=9, window=8, shard=(index, 3))
+    assert len(rows_of(tmp_path / "scores")) == 9 and not unfinished(tmp_path / "scores")
+
+
+@pytest.mark.parametrize("total, window, count", [(64, 8, 3), (65, 8, 3), (7, 8, 2), (0, 8, 2), (100, 7, 1)])
+def test_the_parts_of_the_jobs_sum_to_the_whole(total, window, count):
+    parts = [part_of(total, window, (index, count)) for index in range(count)]
+    expected = [0] * count
+    for record in range(total):
+        expected[record // window % count] += 1
+    assert parts == expected and part_of(None, window, (0, count)) is None
+
+
+def test_scoring_does_not_wait_for_the_count(tmp_path, data, monkeypatch):
+    totals = []
+    monkeypatch.setattr(RecordCount, "known", lambda self: None)
+    progress = score_dataset(
+        scorer(), data, tmp_path / "scores", on_progress=lambda state: totals.append(state.total)
+    )
+    assert totals[0] is None and totals[-1] == N_SAMPLES == progress.total
+    monkeypatch.undo()
+    with RecordCount(data) as count, RecordCount(data, limit=7) as less:
+        assert count.wait() == N_SAMPLES and less.wait() == 7 and count.known() == N_SAMPLES
+    with RecordCount(tmp_path / "nowhere.json") as count:
+        assert count.wait() is None
