@@ -267,7 +267,8 @@ def hidden_at_head(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tens
         return hidden.new_zeros(1, 1, 1)  # the logits that nobody reads
 
     cast = {
-        name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
+        name: value.to(model.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in inputs.items()
     }
     with head_replaced(find_head(model), take):
         model(**cast, use_cache=False)

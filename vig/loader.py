@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from vig import plan
 from vig.prompts import Encoded, Encoder, without_images
 from vig.samples import BrokenRecord, Sample, SampleError, open_image, open_images
 
@@ -15,10 +18,10 @@ from vig.samples import BrokenRecord, Sample, SampleError, open_image, open_imag
 class LoadedRecord:
     """One record as the scorer takes it: `encoded` and, where the null needs it, its null twin; or `error`."""
 
-    __slots__ = ("encoded", "error", "hashes", "null", "record", "sizes")
+    __slots__ = ("encoded", "error", "hashes", "null", "place", "record", "sizes")
 
-    def __init__(self, record: Sample | BrokenRecord):
-        self.record = record
+    def __init__(self, record: Sample | BrokenRecord, place: int = 0):
+        self.record, self.place = record, place  # its number among the records given
         self.encoded: Encoded | None = None
         self.null: Encoded | None = None
         self.error: SampleError | None = record.error if isinstance(record, BrokenRecord) else None
@@ -30,40 +33,73 @@ class LoadedRecord:
         return bool(self.record.images)
 
 
-class _Records(Dataset):
+class _Groups(Dataset):
+    """Records with the same images are one item, so that one worker decodes and processes the images once."""
+
     def __init__(self, records: Sequence[Sample | BrokenRecord], encoder: Encoder, stage: str):
-        self.records, self.encoder, self.stage = records, encoder, stage
+        self.records, self.encoder, self.stage = records, with_image_memory(encoder), stage
+        self.groups = plan.by_images(records)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.groups)
 
-    def __getitem__(self, row: int) -> LoadedRecord:
-        return load_record(self.records[row], self.encoder, self.stage)
+    def __getitem__(self, number: int) -> list[LoadedRecord]:
+        group = self.groups[number]
+        opened = Opened()
+        return [
+            load_record(self.records[place], self.encoder, self.stage, place=place, opened=opened)
+            for place in group
+        ]
 
 
 def load_records(
     records: Sequence[Sample | BrokenRecord], encoder: Encoder, stage: str, workers: int = 0
 ) -> Iterator[LoadedRecord]:
-    """Encodes records in order. stage: the null image's stage. workers: processes; 0 works in this one."""
-    loader = DataLoader(
-        _Records(records, encoder, stage), batch_size=None, num_workers=workers, collate_fn=_as_it_is
-    )
-    yield from loader
+    """Encodes records, those with the same images one after another: `place` tells which it was.
+
+    stage: the null image's stage. workers: processes that work ahead, each at most two groups; the order does not
+    depend on them. 0 works in this process.
+    """
+    groups = _Groups(records, encoder, stage)
+    for group in DataLoader(groups, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
+        yield from group
 
 
-def _as_it_is(item: LoadedRecord) -> LoadedRecord:
-    return item
+def _as_it_is(group: list[LoadedRecord]) -> list[LoadedRecord]:
+    return group
 
 
-def load_record(record: Sample | BrokenRecord, encoder: Encoder, stage: str) -> LoadedRecord:
-    """Encodes one record; what goes wrong with it becomes its `error`."""
-    loaded = LoadedRecord(record)
+class Opened:
+    """The decoded images of the last sample, kept for the next one that has the same."""
+
+    def __init__(self):
+        self._key, self._images, self._hashes = None, [], []
+
+    def images_of(self, record: Sample) -> tuple[list[Image.Image], list[str]]:
+        """Decoded images and their content hashes. Raises SampleError."""
+        if self._key is None or self._key != record.images:
+            self._key, images = None, open_images(record)
+            self._key, self._images = record.images, images
+            self._hashes = [content_hash(image) for image in images]
+        return self._images, self._hashes
+
+
+def load_record(
+    record: Sample | BrokenRecord,
+    encoder: Encoder,
+    stage: str,
+    *,
+    place: int = 0,
+    opened: Opened | None = None,
+) -> LoadedRecord:
+    """Encodes one record; what goes wrong with it becomes its `error`. opened: remembers images between calls."""
+    loaded = LoadedRecord(record, place)
     if loaded.error is not None:
         return loaded
     try:
-        images = open_images(record)
+        images, hashes = (opened or Opened()).images_of(record)
         loaded.encoded = encoder.encode(record, images)
-        loaded.hashes = [content_hash(image) for image in images]
+        loaded.hashes = hashes
         loaded.sizes = [image.size for image in images]
         if stage == "prompt" and images:
             loaded.null = encoder.encode(without_images(record), [])
@@ -71,6 +107,62 @@ def load_record(record: Sample | BrokenRecord, encoder: Encoder, stage: str) -> 
     except SampleError as error:
         loaded.encoded, loaded.error = None, error
     return loaded
+
+
+def new_pixel_bytes() -> Callable[[LoadedRecord], int]:
+    """Counts the bytes of a record's pixels that the record before it does not hold already."""
+    last: list[str] = []
+
+    def count(item: LoadedRecord) -> int:
+        nonlocal last
+        known, last = item.hashes == last, item.hashes
+        if item.encoded is None or known:
+            return 0
+        return sum(value.nbytes for value in item.encoded.pixels.values())
+
+    return count
+
+
+# --- the processor sees each image once ---
+
+
+def with_image_memory(encoder: Encoder) -> Encoder:
+    """The same encoder, whose image processor remembers its last call: the next question asks for the same pixels."""
+    images = getattr(encoder.processor, "image_processor", None)
+    if images is None or isinstance(images, ImageMemory):
+        return encoder
+    encoder = copy.copy(encoder)
+    encoder.processor = copy.copy(encoder.processor)
+    encoder.processor.image_processor = ImageMemory(images)
+    return encoder
+
+
+class ImageMemory:
+    """An image processor that answers a call with the images and options of the last one from memory."""
+
+    def __init__(self, inner: Any):
+        self._inner, self._call, self._images, self._output = inner, None, [], None
+
+    def __call__(self, images: Any, *args: Any, **options: Any) -> Any:
+        flat = _flat(images)  # kept, so that no other picture can take the place of one in memory
+        call = ([id(image) for image in flat], repr((args, sorted(options.items()))))
+        if self._call != call:
+            self._output = self._inner(images, *args, **options)
+            self._call, self._images = call, flat
+        output = copy.copy(self._output)
+        output.data = dict(self._output.data)  # processors take entries out of what they are given
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_inner":
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+def _flat(images: Any) -> list[Any]:
+    if isinstance(images, list | tuple):
+        return [picture for item in images for picture in _flat(item)]
+    return [images]
 
 
 def _check_same_answer(loaded: LoadedRecord) -> None:
@@ -111,10 +203,15 @@ class Donors:
         for place, content in enumerate(order):
             if len(order) > 1:
                 self._source.setdefault(content, first_seen[order[(place + 1) % len(order)]])
+        encoder = with_image_memory(encoder)
+        last, donors = None, []
         for item in block:
             if item.encoded is not None and item.is_multimodal:
                 try:
-                    item.null = encoder.encode(item.record, self._donors(item))
+                    if last != (item.hashes, item.sizes):
+                        last, donors = None, self._donors(item)
+                        last = (item.hashes, item.sizes)
+                    item.null = encoder.encode(item.record, donors)
                     _check_same_answer(item)
                 except SampleError as error:
                     item.encoded, item.error = None, error

@@ -1,18 +1,23 @@
 """Pure planning: records -> windows -> blocks -> batches. Nothing here reads a clock, a file or a random number.
 
-A window (8,192 records in reading order) is a shard of the output and the unit of resuming. Inside it, blocks of
-records are encoded together and cut into batches of similar length under a token budget. The batches depend only
-on the window's own records and the settings, so a run that was killed and resumed scores the same batches.
+A window (8,192 records in reading order) is a shard of the output and the unit of resuming. Inside it, records with
+the same images stand together, and blocks of them are encoded and cut into batches of similar length under a token
+budget. The batches depend only on the window's own records and the settings, so a run that was killed and resumed
+scores the same batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
+from vig.samples import BrokenRecord, Sample
+
 WINDOW = 8192  # records
-BLOCK = 256  # records whose pixels are in memory at a time
+BLOCK = 256  # records whose pixels are in memory at a time,
+BLOCK_BYTES = 64 << 20  # and about how many bytes of pixels: a block ends with the record that reaches either
 BATCH_TOKENS = 8192  # default budget of one batch: rows x longest row
 
 Item = TypeVar("Item")
@@ -23,6 +28,39 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
+
+
+def by_images(records: Sequence[Sample | BrokenRecord], most: int = 64) -> list[list[int]]:
+    """Numbers of the records, those with the same images together, at most `most`, in order of first appearance.
+
+    Equal paths, equal bytes or the same picture in memory are the same image here; nothing is opened.
+    """
+    groups: list[list[int]] = []
+    of_images: dict[tuple, list[int]] = {}
+    for number, record in enumerate(records):
+        images = getattr(record, "images", ())
+        key = tuple(image if isinstance(image, Path | bytes) else id(image) for image in images)
+        group = of_images.get(key) if key else None
+        if group is None or len(group) == most:
+            group = []
+            groups.append(group)
+            if key:
+                of_images[key] = group
+        group.append(number)
+    return groups
+
+
+def blocks(items: Iterable[Item], n_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Cuts items in order into lists of at most BLOCK, ending with the one that reaches BLOCK_BYTES."""
+    block, held = [], 0
+    for item in items:
+        block.append(item)
+        held += n_bytes(item)
+        if len(block) == BLOCK or held >= BLOCK_BYTES:
+            yield block
+            block, held = [], 0
+    if block:
+        yield block
 
 
 def in_shard(window: int, shard: tuple[int, int] | None) -> bool:

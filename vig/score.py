@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +16,17 @@ from vig import plan
 from vig.families import LoadedModel, ModelError, as_loaded, context_length, load, prove
 from vig.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
 from vig.forward import TokenNLL, TwoPasses
-from vig.loader import Donors, LoadedRecord, load_records
+from vig.loader import Donors, LoadedRecord, load_records, new_pixel_bytes
 from vig.null_image import BLUR_SIGMA, NullSettings
+from vig.prefix import shared_by
 from vig.prompts import Encoder
 from vig.samples import BrokenRecord, Sample
 from vig.score_rows import ScoreRow
 from vig_kernels.dispatch import resolve
 
 NOISE_SAMPLES = 16
+# How far sharing may move values, in nats: the largest in float32, the mean in 16 bit.
+SHARING_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
 
 
 @dataclass
@@ -57,6 +61,8 @@ class Scorer:
     end_of_turn: which end-of-turn tokens count as answer (`vig.prompts.Encoder`).
     max_length: longer samples are error rows; the model's context unless given.
     workers: processes that decode and tokenise ahead of the model.
+    share: samples with the same images and prompt prefix share its computation, where the model's attention allows
+        it and it proves itself on the first of them (`vig.prefix`).
     Raises ModelError for a model that cannot be loaded or does not do what scoring needs.
     """
 
@@ -77,6 +83,7 @@ class Scorer:
         workers: int = 0,
         revision: str | None = None,
         attn: str | None = None,
+        share: bool = True,
         trust_remote_code: bool = False,
     ):
         self.null = NullSettings(null, sigma)
@@ -94,13 +101,16 @@ class Scorer:
             self.loaded = as_loaded(model, processor, device=device)
         self.max_length = max_length or context_length(self.loaded)
         self.encoder = Encoder(self.loaded.processor, end_of_turn=end_of_turn, max_length=self.max_length)
-        self.passes = TwoPasses(self.loaded, self.encoder, self.null, backend)
+        self.passes = TwoPasses(
+            self.loaded, self.encoder, self.null, backend, share=share, longest=batch_tokens
+        )
         self.batch_tokens, self.batch_size, self.workers, self.backend = (
             batch_tokens,
             batch_size,
             workers,
             backend,
         )
+        self.share = share
         self._proven = 0  # 1: on text, 2: on images too
 
     # --- one window ---
@@ -124,13 +134,15 @@ class Scorer:
         """Scores one window. Its rows, bits included, are a function of its records and the settings alone."""
         progress = progress or Progress()
         donors = Donors()
-        rows: list[ScoreRow] = []
+        rows: list[ScoreRow | None] = [None] * len(records)
         loading = load_records(records, self.encoder, self.null.stage, self.workers)
-        for block in plan.chunks(loading, plan.BLOCK):
+        for block in plan.blocks(loading, new_pixel_bytes()):
             if self.null.stage == "image":
                 donors.give(block, self.encoder)
+            block.sort(key=lambda item: item.place)
             self._prove(block)
-            rows += self._score_block(block, progress, on_progress)
+            for item, row in zip(block, self._score_block(block, progress, on_progress), strict=True):
+                rows[item.place] = row
         return rows
 
     def _score_block(self, block: Sequence[LoadedRecord], progress: Progress, on_progress) -> list[ScoreRow]:
@@ -142,15 +154,36 @@ class Scorer:
                 for place, item in enumerate(block)
                 if item.encoded is not None and item.is_multimodal == multimodal
             ]
-            lengths = [fed_tokens(block[place]) for place in items]
-            for batch in plan.batches(lengths, self.batch_tokens, self.batch_size):
-                places = [items[index] for index in batch]
+            for places in self._batches(block, items):
                 scored = self._score_batch([block[place] for place in places], progress)
                 for place, row in zip(places, scored, strict=True):
                     rows[place] = row
                 count_rows(progress, scored, on_progress)
         progress.straddles += sum(item.encoded.straddles for item in block if item.encoded is not None)
         return rows
+
+    def _batches(self, block: Sequence[LoadedRecord], places: Sequence[int]) -> list[list[int]]:
+        """Cuts `places` into batches. What shares a row stays together; rows of a batch are of similar length."""
+        together: dict[tuple, list[int]] = {}
+        for place in places:
+            item = block[place]
+            key = shared_by(item.encoded, item.hashes, self.encoder.image_token_id)
+            together.setdefault(key, []).append(place)
+        order = [place for places in together.values() for place in places]
+        items = [block[place] for place in order]
+        rows = self.passes.rows([item.encoded for item in items], [item.hashes for item in items])
+        of_row, start = [], 0
+        for row in rows:
+            of_row.append(order[start : start + len(row.members)])
+            start += len(row.members)
+        lengths = [
+            max(row.n_tokens, *(fed_tokens(block[place]) for place in places))
+            for row, places in zip(rows, of_row, strict=True)
+        ]
+        return [
+            [place for number in batch for place in of_row[number]]
+            for batch in plan.batches(lengths, self.batch_tokens, self.batch_size)
+        ]
 
     def _score_batch(self, items: Sequence[LoadedRecord], progress: Progress) -> list[ScoreRow]:
         try:
@@ -178,6 +211,32 @@ class Scorer:
         inputs.pop("labels")
         self.passes.transform = prove(self.loaded, inputs, [items[0].sizes])
         self._proven = 1 + bool(items[0].sample.images)
+        if self.passes.share and items[0].sample.images:
+            self._prove_sharing(block)
+
+    def _prove_sharing(self, block: Sequence[LoadedRecord]) -> None:
+        """Compares samples that share a row with the same ones alone; switches sharing off where it moves them."""
+        items = [item for item in block if item.encoded is not None and item.is_multimodal]
+        groups = self._batches(items, range(len(items)))
+        rows = [
+            row.members
+            for places in groups
+            for row in self.passes.rows(
+                [items[place].encoded for place in places], [items[place].hashes for place in places]
+            )
+        ]
+        members = max(rows, key=len)[:3]
+        if len(members) == 1:  # no two share: the sample beside itself is as hard
+            members *= 2
+        same_images = [["same"]] * len(members)
+        moved = self.passes.sharing_error(members, same_images)
+        if not moved <= SHARING_TOLERANCE[self.loaded.model.dtype]:
+            self.passes.share = False
+            warnings.warn(
+                f"{self.loaded.name}: sharing the computation of images and prompts moves values by {moved:.3g} nats, "
+                "so it is off: every sample is computed alone",
+                stacklevel=2,
+            )
 
     def noise_floor(self, records: Sequence[Sample | BrokenRecord]) -> float | None:
         """Largest |VIG_t| in nats of the same image scored twice, alone and in a batch, over the first samples.
@@ -204,9 +263,8 @@ class Scorer:
     def measure_rate(self, block: Sequence[LoadedRecord]) -> tuple[int, float]:
         """(samples, tokens a second) of one batch like those to come, after one to warm up."""
         chosen = [item for item in block if item.is_multimodal] or list(block)
-        lengths = [fed_tokens(item) for item in chosen]
-        chosen = [chosen[index] for index in plan.batches(lengths, self.batch_tokens, self.batch_size)[-1]]
         self._prove(chosen)
+        chosen = [chosen[place] for place in self._batches(chosen, range(len(chosen)))[-1]]
         started = 0.0
         for _ in range(2):
             started = time.perf_counter()
@@ -241,6 +299,7 @@ class Scorer:
             "max_length": self.max_length,
             "batch_tokens": self.batch_tokens,
             "batch_size": self.batch_size,
+            "share": self.share,
         }
 
 
