@@ -115,6 +115,10 @@ def score(
     revision: Annotated[str | None, typer.Option(help="Revision of a model on the hub.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation, such as sdpa.")] = None,
     window: Annotated[int, typer.Option(min=1, help="Records a shard of the output.")] = 8192,
+    no_share: Annotated[
+        bool,
+        typer.Option("--no-share", help="Compute every sample alone, even with the same images and prompt."),
+    ] = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
@@ -130,7 +134,7 @@ def score(
         scorer = Scorer(
             model, null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens,
             batch_size=batch_size, backend=backend, end_of_turn=end_of_turn, max_length=max_length,
-            workers=workers, revision=revision, attn=attn, trust_remote_code=trust_remote_code,
+            workers=workers, revision=revision, attn=attn, share=not no_share, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
         if dry_run:
