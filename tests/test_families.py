@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from scipy.ndimage import gaussian_filter
 from tiny_families import FAMILIES, TILE
 
+from vig.families import FAMILIES as FAMILY_TABLE
 from vig.families import ModelError, as_loaded, family_of, load, prove
 from vig.loader import content_hash
 from vig.loss import HeadTransform, count_kept, selective_loss
@@ -27,6 +29,7 @@ from vig.null_image import NULLS, PixelRange
 from vig.prompts import Encoder
 from vig.samples import Sample, SampleError, text_of
 from vig.score import Scorer
+from vig_kernels import gaussian_blur
 
 NAMES = list(FAMILIES)
 TOLERANCE = 2e-4  # nats
@@ -79,8 +82,9 @@ def blurring(images):
         def split_images(self, image, *args, **options):
             tiles, rows, columns = super().split_images(image, *args, **options)
             whole = blurred(image)
+            side = tiles[-1].shape[-1]
             for number, (row, column) in enumerate(itertools.product(range(rows), range(columns))):
-                tiles[number] = whole[:, row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
+                tiles[number] = whole[:, row * side : (row + 1) * side, column * side : (column + 1) * side]
             tiles[-1] = blurred(tiles[-1])
             return [tile.astype(np.float32) for tile in tiles], rows, columns
 
@@ -295,6 +299,26 @@ def test_null_pixels_are_those_of_a_processor_that_blurs(family):
         assert (ours - encoded.pixels["pixel_values"]).abs().max() > 0.1
 
 
+PUBLISHED = {  # the image processors as checkpoints carry them
+    "llava_next": lambda: transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    ),
+    "llava_onevision": transformers.LlavaOnevisionImageProcessorPil,
+    "qwen2_5_vl": transformers.Qwen2VLImageProcessorPil,
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_null_pixels_at_the_sizes_of_published_checkpoints(family):
+    images, photograph = PUBLISHED[family](), tiny.picture(1, (500, 333))
+    clean, null = (maker([[photograph]], return_tensors="pt") for maker in (images, blurring(images)))
+    bound = dataclasses.replace(FAMILY_TABLE[family], processor=images)
+    ours = bound.null_pixels(
+        clean, [[(333, 500)]], lambda stack, _: gaussian_blur(stack, 0.1 * min(stack.shape[-2:]))
+    )
+    assert (ours["pixel_values"] - null["pixel_values"]).abs().max() < 1e-5
+
+
 def test_a_tile_that_is_blurred_alone_would_be_noticed():
     passes = scorer("llava_next").passes
     encoded = passes.encoder.encode(SAMPLES[0])
@@ -382,6 +406,7 @@ def test_pixels_of_another_processor_are_refused():
             [[64, 64]],
             "the processor made 4 tiles of an image of 25 x 40",
         ),
+        ("llava_next", "image_grid_pinpoints", [[24, 24]], r"cannot be cut into tiles of \(16, 16\)"),
         ("smolvlm", "size", {"longest_edge": 96}, "the processor made 7 tiles, its settings say"),
     ):
         processor = copy.copy(tiny_families.processor(family))

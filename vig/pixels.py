@@ -208,6 +208,8 @@ def any_resolution(pixels: PixelInputs, sizes: Sizes, processor: Any) -> list[Sp
             continue
         spreads.append(_whole(image, (image, 0), *tile_size))
         canvas = select_best_resolution(size, image_processor(processor).image_grid_pinpoints)
+        if canvas[0] % tile_size[0] or canvas[1] % tile_size[1]:
+            raise ValueError(f"image_grid_pinpoints {canvas} cannot be cut into tiles of {tile_size}")
         columns = canvas[1] // tile_size[1]
         tiles = [(image, 1 + number) for number in range(canvas[0] // tile_size[0] * columns)]
         if len(tiles) >= values.shape[1]:
