@@ -38,6 +38,7 @@ def score_dataset(
     finished windows again. Raises DataError, ModelError and StoreError (other settings, no permission, disk
     full).
     """
+    records = read_samples(data, image_root=image_root, limit=limit)
     folder = output_folder(out, shard)
     check_writable(folder)
     settings = run_settings(
@@ -52,7 +53,6 @@ def score_dataset(
                 on_progress(state)
 
         failed = writer.failed() if retry_failed else {}
-        records = read_samples(data, image_root=image_root, limit=limit)
         for number, chunk in enumerate(plan.chunks(records, window)):
             if not plan.in_shard(number, shard):
                 continue

@@ -354,7 +354,7 @@ def open_image(source: ImageSource, key: str, id: str, *, max_pixels: int = 1 <<
         raise SampleError(key, id, f"no image at {name}", "Check --image-root") from None
     except Image.DecompressionBombError as error:
         raise SampleError(
-            key, id, f"the image {name} is too large ({error})", f"Shrink it below {max_pixels}"
+            key, id, f"the image {name} is too large ({error})", f"Shrink it below {max_pixels:,} pixels"
         ) from None
     except Image.UnidentifiedImageError:
         raise SampleError(

@@ -293,7 +293,11 @@ def count_rows(scores: str | Path | Sequence[str | Path] | pa.Table) -> int:
     """Rows in all shards, from the files' footers."""
     if isinstance(scores, pa.Table):
         return len(scores)
-    return sum(pq.read_metadata(path).num_rows for path in score_files(scores))
+    rows = 0
+    for path in score_files(scores):
+        with _open_parquet(path) as file:
+            rows += file.metadata.num_rows
+    return rows
 
 
 def read_scores(

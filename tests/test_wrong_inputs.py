@@ -1,0 +1,28 @@
+"""Each row of docs/wrong-inputs.md is tried, and gives what the page says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import wrong_inputs
+
+PAGE = Path(__file__).parent.parent / "docs" / "wrong-inputs.md"
+
+
+def without_asides(text: str) -> str:
+    """What stands in brackets comes from other libraries and changes with their versions."""
+    shorter = re.sub(r" \([^()]*\)", "", text)
+    return text if shorter == text else without_asides(shorter)
+
+
+def test_the_page_says_what_wrong_inputs_give(tmp_path):
+    model = wrong_inputs.save_model(tmp_path)
+    rows = wrong_inputs.table(model)
+    assert len(rows) >= 24
+    page = wrong_inputs.page(rows)
+    for line, expected in zip(page.splitlines(), PAGE.read_text().splitlines(), strict=True):
+        assert without_asides(line) == without_asides(expected)
+    for case, code, said in rows:
+        assert code in (1, 2, 3), f"{case.name}: exit code {code}"
+        assert said and "Traceback" not in said, case.name
