@@ -111,6 +111,7 @@ def test_wrong_usage_exits_with_2(road, tmp_path):
     arguments = ("score", road / "model", road / "data.json", "-o", tmp_path / "s")
     assert "0 <= i < n" in call(*arguments, "--shard", "4/4", code=2)
     assert "expected failed" in call(*arguments, "--retry", "all", code=2)
+    assert "expected plain or ray" in call(*arguments, "--engine", "spark", code=2)
     call("score", road / "model", code=2)
 
 

@@ -29,7 +29,10 @@ SOME_FAILED = 3
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub (downloads it).")]
 Data = Annotated[
-    Path, typer.Argument(help=".json / .jsonl (LLaVA, ShareGPT, messages) or a folder of photographs.")
+    Path,
+    typer.Argument(
+        help="LLaVA, ShareGPT or messages in .json, .jsonl, .parquet, .arrow, .tar; or a folder of photographs."
+    ),
 ]
 ImageRoot = Annotated[
     Path | None, typer.Option(help="Folder that image paths start from. Default: the data's own.")
@@ -119,6 +122,10 @@ def score(
         bool,
         typer.Option("--no-share", help="Compute every sample alone, even with the same images and prompt."),
     ] = False,
+    engine: Annotated[str, typer.Option(help="plain, or ray: actors on a Ray cluster.")] = "plain",
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="With --engine ray: how many. Default: one a GPU.")
+    ] = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
@@ -128,14 +135,45 @@ def score(
 
     if retry not in (None, "failed"):
         raise typer.BadParameter(f"got {retry!r}, expected failed", param_hint="--retry")
+    if engine not in ("plain", "ray"):
+        raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
     part = None if shard is None else _usage(plan.parse_shard, shard)
     terminal.quiet_libraries()
+    options = {
+        "null": null,
+        "sigma": sigma,
+        "dtype": dtype,
+        "device": device,
+        "batch_tokens": batch_tokens,
+        "batch_size": batch_size,
+        "backend": backend,
+        "end_of_turn": end_of_turn,
+        "max_length": max_length,
+        "workers": workers,
+        "revision": revision,
+        "attn": attn,
+        "share": not no_share,
+        "trust_remote_code": trust_remote_code,
+    }
+    run = {
+        "image_root": image_root,
+        "limit": limit,
+        "shard": part,
+        "retry_failed": retry == "failed",
+        "window": window,
+    }
+    if engine == "ray" and not dry_run:
+        from vig.ray_engine import score_dataset_on_ray
+
+        with terminal.progress(err, "scoring") as on_progress:
+            done = score_dataset_on_ray(
+                model, data, folder, options=options, actors=actors, on_progress=on_progress, **run
+            )
+        terminal.show_scores(out, folder, done)
+        _exit_for(done.errors)
+        return
     with terminal.waiting(err, f"loading {model}"):
-        scorer = Scorer(
-            model, null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens,
-            batch_size=batch_size, backend=backend, end_of_turn=end_of_turn, max_length=max_length,
-            workers=workers, revision=revision, attn=attn, share=not no_share, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        scorer = Scorer(model, **options)
     with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
         if dry_run:
             estimate = dry_run_dataset(
@@ -143,10 +181,7 @@ def score(
             )
             done = estimate.progress
         else:
-            done = score_dataset(
-                scorer, data, folder, image_root=image_root, limit=limit, shard=part,
-                retry_failed=retry == "failed", window=window, on_progress=on_progress,
-            )  # fmt: skip
+            done = score_dataset(scorer, data, folder, on_progress=on_progress, **run)
     if dry_run:
         terminal.show_estimate(out, estimate)
     else:
@@ -173,11 +208,11 @@ def select(
 
     if clip is not None and not 0 < clip < 1:
         raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), terminal.share(err, "selecting") as on_share:
         warnings.simplefilter("ignore")  # the summary below shows them
         chosen = choose(
             scores[0] if len(scores) == 1 else scores, p, level=level, out=folder, tau_floor=tau_floor,
-            clip=None if clip is None else math.log(clip), seed=seed,
+            clip=None if clip is None else math.log(clip), seed=seed, progress=on_share,
         )  # fmt: skip
     for line in chosen.summary():
         out.print(line)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
@@ -67,6 +67,19 @@ def progress(console: Console, verb: str) -> Iterator[Callable[[Progress], None]
             bar.update(task, completed=state.done, total=state.total, rate=rate(state), errors=errors)
 
         yield show
+
+
+@contextmanager
+def share(console: Console, verb: str) -> Iterator[Callable[[float], None] | None]:
+    """A callback that takes the share done, 0 to 1, and shows it on a terminal; None elsewhere."""
+    if not console.is_terminal:
+        yield None
+        return
+    with Bar(
+        TextColumn(verb), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
+        task = bar.add_task(verb, total=1.0)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def _log_lines(console: Console, verb: str) -> Callable[[Progress], None]:
