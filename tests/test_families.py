@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tiny_families import FAMILIES
 
 from vig.families import ModelError, as_loaded, family_of, load, prove
+from vig.inspect import pictures
 from vig.loss import HeadTransform, count_kept, selective_loss
 from vig.null_image import NULLS
 from vig.prompts import Encoder
@@ -55,6 +56,14 @@ def test_every_null_image_scores_in_every_family(family):
             np.testing.assert_allclose(row.token_nll_image, other.token_nll_image, rtol=0, atol=TOLERANCE)
             assert np.isfinite(row.token_nll_null).all()
         assert len({round(row.vig, 6) for row in rows if row.vig is not None}) == 3
+
+
+def test_pictures_to_look_at():
+    for family, shown in (("llava_next", [(16, 16), (32, 20)]), ("qwen2_5_vl", [(40, 24)])):
+        clean, nulls = pictures(scorer(family), SAMPLES[0])
+        assert [image.size for image in clean] == [image.size for image in nulls] == shown
+        for image, null in zip(clean, nulls, strict=True):
+            assert np.asarray(null).std() < np.asarray(image).std()
 
 
 @pytest.mark.parametrize("family", NAMES)
