@@ -113,11 +113,11 @@ class TwoPasses:
         return prefix.rows_of(samples, hashes, self.encoder.image_token_id, width, self.longest)
 
     @torch.inference_mode()
-    def sharing_error(self, samples: Sequence[Encoded], hashes: Sequence[Sequence[str]]) -> float:
-        """How far sharing moves the clean NLL of a batch, in nats: the most in float32, the mean in 16 bit."""
-        apart = [prefix.Row((sample,)) for sample in samples]
+    def sharing_error(self, row: prefix.Row) -> float:
+        """How far sharing the row moves its members' clean NLL, in nats: the most in float32, the mean in 16 bit."""
+        apart = [prefix.Row((sample,)) for sample in row.members]
         values = []
-        for rows in (apart, self.rows(samples, hashes)):
+        for rows in (apart, [row]):
             batch = prefix.row_inputs(self.model, self.encoder, rows)
             found = self._answer_rows(batch, batch.pop("labels"))
             values.append(linear_nll(found.hidden, self._weight, found.target, **self._head_options))

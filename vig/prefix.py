@@ -137,9 +137,10 @@ def _most_branch_tokens(prefix: int, width: int) -> int:
     """From how many tokens S on a second row, with the prefix P computed again, costs less than a longer one.
 
     Two rows save attention of branches to branches, 4 * width * S^2 / 2 FLOP a layer, and cost about
-    24 * width^2 * P for the prefix once more; attention runs at about half the speed of the products.
+    24 * width^2 * P for the prefix once more; attention runs at about half the speed of the products. Below 512
+    tokens attention is never what counts.
     """
-    return math.isqrt(6 * prefix * width)
+    return max(512, math.isqrt(6 * prefix * width))
 
 
 def row_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row]) -> dict[str, Tensor]:

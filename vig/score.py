@@ -18,8 +18,8 @@ from vig.fingerprints import data_fingerprint, processor_json, text_hash, weight
 from vig.forward import TokenNLL, TwoPasses
 from vig.loader import Donors, LoadedRecord, load_records, new_pixel_bytes
 from vig.null_image import BLUR_SIGMA, NullSettings
-from vig.prefix import shared_by
-from vig.prompts import Encoder
+from vig.prefix import Row, prefix_length, shared_by
+from vig.prompts import Encoded, Encoder
 from vig.samples import BrokenRecord, Sample
 from vig.score_rows import ScoreRow
 from vig_kernels.dispatch import resolve
@@ -111,6 +111,7 @@ class Scorer:
             backend,
         )
         self.share = share
+        self._sharing_proven = False
         self._proven = 0  # 1: on text, 2: on images too
 
     # --- one window ---
@@ -205,31 +206,30 @@ class Scorer:
         """The model proves itself on the first sample that there is, and on the first one with images."""
         items = [item.encoded for item in block if item.encoded is not None]
         items.sort(key=lambda item: not item.sample.images)
+        self._prove_sharing(block)
         if not items or self._proven >= 1 + bool(items[0].sample.images):
             return
         inputs = self.passes.inputs(items[:1])
         inputs.pop("labels")
         self.passes.transform = prove(self.loaded, inputs, [items[0].sizes])
         self._proven = 1 + bool(items[0].sample.images)
-        if self.passes.share and items[0].sample.images:
-            self._prove_sharing(block)
 
     def _prove_sharing(self, block: Sequence[LoadedRecord]) -> None:
-        """Compares samples that share a row with the same ones alone; switches sharing off where it moves them."""
-        items = [item for item in block if item.encoded is not None and item.is_multimodal]
-        groups = self._batches(items, range(len(items)))
-        rows = [
-            row.members
-            for places in groups
-            for row in self.passes.rows(
-                [items[place].encoded for place in places], [items[place].hashes for place in places]
-            )
-        ]
-        members = max(rows, key=len)[:3]
+        """Compares samples in one row with the same ones alone; switches sharing off where that moves them."""
+        if self._sharing_proven or not self.passes.share:
+            return
+        together: dict[tuple, list[Encoded]] = {}
+        for item in block:
+            if item.encoded is not None and prefix_length(item.encoded, self.encoder.image_token_id):
+                key = shared_by(item.encoded, item.hashes, self.encoder.image_token_id)
+                together.setdefault(key, []).append(item.encoded)
+        if not together:
+            return
+        (_, ids), members = max(together.items(), key=lambda entry: len(entry[1]))
         if len(members) == 1:  # no two share: the sample beside itself is as hard
             members *= 2
-        same_images = [["same"]] * len(members)
-        moved = self.passes.sharing_error(members, same_images)
+        moved = self.passes.sharing_error(Row(tuple(members[:3]), len(ids)))
+        self._sharing_proven = True
         if not moved <= SHARING_TOLERANCE[self.loaded.model.dtype]:
             self.passes.share = False
             warnings.warn(

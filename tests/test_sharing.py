@@ -1,0 +1,272 @@
+"""Samples that share images and prompt prefix: the same values, each image and prefix computed once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import tiny_families
+import torch
+
+from vig import forward, loader, plan, prefix
+from vig.loader import load_record, load_records
+from vig.null_image import NULLS
+from vig.samples import read_samples
+from vig.score import Scorer
+
+ANSWERS = ("a cat", "no", "two dogs and a bird", "red", "it is blue")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """40 samples in mixed order: 5 images with up to 7 questions each, two images, two turns, text alone."""
+    folder = tmp_path_factory.mktemp("shared")
+    for number in range(5):
+        tiny.save_picture(folder / f"{number}.png", number, (40 - 4 * number, 20 + 5 * number))
+    records = []
+    for number in range(40):
+        turns = [("<image>\nWhat" + "?" * (number % 4 + 1), ANSWERS[number % 5])]
+        images = [f"{number % 5}.png"]
+        if number % 8 == 2:
+            turns.append(("Sure?", f"yes, {number}"))
+        if number % 8 == 3:
+            turns, images = [("<image>\n<image>\nCompare.", ANSWERS[number % 5])], ["1.png", images[0]]
+        if number % 8 == 5:
+            turns[0] = ("What is it?\n<image>", turns[0][1])
+        if number % 8 == 6:
+            turns.append(("<image>\nAnd this?", "a later image"))
+            images = [images[0], "2.png"]
+        if number % 8 == 7:
+            turns, images = [("Say it", ANSWERS[number % 5])], []
+        parts = [
+            {"from": role, "value": text}
+            for pair in turns
+            for role, text in zip(("human", "gpt"), pair, strict=True)
+        ]
+        records.append({"id": str(number), "image": images, "conversations": parts})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+def scorer(family="llava", **options):
+    return Scorer(tiny_families.model(family), tiny_families.processor(family), **options)
+
+
+def differences(rows, others):
+    for row, other in zip(rows, others, strict=True):
+        assert row.key == other.key and row.status == other.status and row.status in ("ok", "text_only")
+        assert list(row.token_ids) == list(other.token_ids)
+        yield float(np.abs(np.subtract(row.token_nll_image, other.token_nll_image)).max())
+        if row.status == "ok":
+            yield float(np.abs(np.subtract(row.token_nll_null, other.token_nll_null)).max())
+
+
+# --- the same values ---
+
+
+@pytest.mark.parametrize("family", prefix.FAMILIES)
+def test_sharing_changes_no_value(data, family):
+    shared, alone = scorer(family), scorer(family, share=False)
+    assert max(differences(shared.score(read_samples(data)), alone.score(read_samples(data)))) < 2e-4
+    assert shared.passes.share  # it has proven itself
+    assert not alone.passes.share
+
+
+@pytest.mark.parametrize("null", [name for name in NULLS if name != "blur"])
+def test_every_null_image_is_shared_too(data, null):
+    shared, alone = scorer(null=null), scorer(null=null, share=False)
+    assert max(differences(shared.score(read_samples(data)), alone.score(read_samples(data)))) < 2e-4
+
+
+def test_the_same_image_as_its_null_gives_exactly_zero(data, monkeypatch):
+    monkeypatch.setitem(NULLS, "blur", NULLS["blur"]._replace(function=lambda pictures, *_: pictures.clone()))
+    assert {row.vig for row in scorer().score(read_samples(data))} == {0.0, None}
+
+
+def test_the_rows_of_a_window_are_repeated_bit_for_bit(data):
+    records = list(read_samples(data))
+    first, second = scorer().score_window(records), scorer(workers=2).score_window(records)
+    assert set(differences(first, second)) == {0.0}
+    one = scorer()
+    one.score_window(records[:17])  # what was scored before leaves no trace
+    assert set(differences(first, one.score_window(records))) == {0.0}
+
+
+def test_values_that_are_not_finite_stay_with_their_sample(data):
+    model = tiny.llava_model(seed=11)
+    with torch.no_grad():
+        model.model.language_model.embed_tokens.weight[tiny.byte_tokenizer().encode("b")[0]] = float("nan")
+    rows = Scorer(model, tiny.llava_processor()).score(read_samples(data))
+    with_b = {
+        sample.key
+        for sample in read_samples(data)
+        if any("b" in part.get("text", "") for message in sample.messages for part in message["content"])
+    }
+    assert {row.key for row in rows if row.status.startswith("error: ")} == with_b
+    assert 0 < len(with_b) < len(rows)
+
+
+# --- it is done once ---
+
+
+def counted(monkeypatch, owner, name, size):
+    calls = []
+    original = getattr(owner, name)
+
+    def counting(*args, **options):
+        calls.append(size(*args, **options))
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, counting)
+    return calls
+
+
+def test_each_image_and_prefix_is_computed_once_a_pass(tmp_path, monkeypatch):
+    records = []
+    for number in range(24):
+        tiny.save_picture(tmp_path / f"{number % 4}.png", number % 4)
+        turns = [
+            {"from": "human", "value": "<image>\n" + "?" * (number % 3)},
+            {"from": "gpt", "value": "yes"},
+        ]
+        records.append({"id": str(number), "image": f"{number % 4}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    one = Scorer(tiny.llava_model(), tiny.llava_processor())
+    records = list(read_samples(tmp_path / "data.json"))
+    one.score_window(records)  # the proofs at start
+    tower = counted(
+        monkeypatch, one.loaded.model.model.vision_tower, "forward", lambda images, **_: len(images)
+    )
+    tokens = counted(
+        monkeypatch, one.loaded.model.model.language_model, "forward",
+        lambda inputs_embeds, **_: inputs_embeds.shape[0] * inputs_embeds.shape[1],
+    )  # fmt: skip
+    opened = counted(monkeypatch, loader, "open_images", lambda record: record.images)
+    processed = counted(
+        monkeypatch, type(one.loaded.processor.image_processor), "__call__", lambda *_, **__: 1
+    )
+    one.score_window(records)
+    assert sum(tower) == 2 * 4  # clean and null of four images
+    assert len(opened) == len(processed) == 4
+    encoded = [one.encoder.encode(record) for record in records]
+    prefixes = {prefix.shared_by(item, item.sample.images, one.encoder.image_token_id) for item in encoded}
+    least = sum(len(ids) for _, ids in prefixes)
+    least += sum(prefix.fed_tokens(item) - prefix.prefix_length(item, 3) for item in encoded)
+    assert 2 * least <= sum(tokens) <= 2 * 1.1 * least  # a little padding
+
+
+def test_nothing_is_computed_behind_the_last_answer_token(data, monkeypatch):
+    one = scorer(share=False)
+    seen = counted(
+        monkeypatch, one.loaded.model.model.language_model, "forward", lambda **o: o["inputs_embeds"].shape
+    )
+    items = [load_record(sample, one.encoder, "pixels") for sample in read_samples(data, limit=3)]
+    one.passes.score([items[0].encoded], hashes=[items[0].hashes])
+    assert {shape[1] for shape in seen} == {items[0].encoded.answer_index[-1] + 1}
+    assert items[0].encoded.answer_index[-1] + 1 < len(items[0].encoded.input_ids)
+
+
+def test_workers_give_the_same_records_in_the_same_order(data):
+    one, records = scorer(), list(read_samples(data))
+    here, there = (list(load_records(records, one.encoder, "pixels", workers)) for workers in (0, 2))
+    assert [item.place for item in here] == [item.place for item in there]
+    assert sorted(item.place for item in here) == list(range(len(records)))
+    for left, right in zip(here, there, strict=True):
+        assert left.encoded.input_ids == right.encoded.input_ids and left.hashes == right.hashes
+        for name, value in left.encoded.pixels.items():
+            assert torch.equal(value, right.encoded.pixels[name])
+
+
+# --- when it is not done ---
+
+
+def test_sharing_that_moves_values_is_switched_off_and_said(data, monkeypatch):
+    alone = scorer(share=False).score(read_samples(data))
+
+    def all_see_all(model, branch, positions, input_ids):  # earlier branches are seen too: wrong
+        order = torch.arange(branch.shape[1])
+        return prefix._added((order[:, None] >= order[None, :]).expand(len(branch), -1, -1), model.dtype)
+
+    monkeypatch.setattr(prefix, "_masks", all_see_all)
+    one = scorer()
+    with pytest.warns(UserWarning, match=r"moves values by \S+ nats, so it is off"):
+        rows = one.score(read_samples(data))
+    assert not one.passes.share
+    assert max(differences(rows, alone)) < 2e-4
+
+
+def test_wrong_positions_are_found_by_the_proof(data, monkeypatch):
+    monkeypatch.setattr(prefix.Row, "positions", lambda row, whole: torch.arange(row.n_tokens))
+    with pytest.warns(UserWarning, match="so it is off"):
+        scorer().score(read_samples(data, limit=12))
+
+
+def test_a_prefix_that_sees_what_follows_is_never_shared():
+    reason = prefix.why_not(tiny_families.model("paligemma"))
+    assert "paligemma is not causal" in reason
+    assert not scorer("paligemma").passes.share
+    assert prefix.why_not(tiny_families.model("llava")) is None
+
+
+# --- rows and blocks ---
+
+
+def test_rows_keep_the_order_and_the_limit(data):
+    one = scorer()
+    items = [
+        load_record(sample, one.encoder, "pixels") for sample in read_samples(data) if len(sample.images) == 1
+    ]
+    items.sort(key=lambda item: item.hashes)
+    samples, hashes = [item.encoded for item in items], [item.hashes for item in items]
+    rows = one.passes.rows(samples, hashes)
+    assert [id(member) for row in rows for member in row.members] == [id(sample) for sample in samples]
+    assert max(len(row.members) for row in rows) > 2
+    one.passes.longest = 90
+    short = one.passes.rows(samples, hashes)
+    assert len(short) > len(rows)
+    assert all(row.n_tokens <= 90 for row in short if len(row.members) > 1)
+    for row in short:  # a row for itself is that row again: a batch may be cut anywhere
+        again = one.passes.rows(row.members, [hashes[0]] * len(row.members))
+        assert [len(other.members) for other in again] == [len(row.members)]
+
+
+def test_an_answer_before_the_last_image_is_computed_alone(data):
+    one = scorer()
+    late = next(sample for sample in read_samples(data) if sample.id == "6")
+    encoded = one.encoder.encode(late)
+    assert encoded.input_ids.count(3) > 1 and prefix.prefix_length(encoded, 3) == 0
+    behind = replace(encoded, answer_index=encoded.answer_index[-3:])
+    assert 0 < prefix.prefix_length(behind, 3) < behind.answer_index[0]
+
+
+def test_records_with_the_same_images_stand_together():
+    class Record:
+        def __init__(self, *images):
+            self.images = images
+
+    records = [Record(b"a"), Record(b"b"), Record(), Record(b"a"), Record(b"a", b"b"), Record(), Record(b"b")]
+    assert plan.by_images(records) == [[0, 3], [1, 6], [2], [4], [5]]
+    assert plan.by_images(records[:1] * 5, most=2) == [[0, 1], [2, 3], [4]]
+    assert list(plan.blocks([10, 20, 30], lambda item: plan.BLOCK_BYTES // 2)) == [[10, 20], [30]]
+
+
+def test_a_batch_that_does_not_fit_is_halved_between_samples_that_share(data):
+    one = scorer()
+    records = list(read_samples(data))
+    whole, original = one.score_window(records), one.passes.score
+
+    def tight(samples, *others):
+        if len(samples) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return original(samples, *others)
+
+    one.passes.score = tight
+    assert max(differences(whole, one.score_window(records))) < 2e-4
+
+
+def test_results_of_a_row_that_is_not_finite_are_taken_alone(data):
+    assert forward.TokenNLL(np.ones(2, np.float32), None).is_finite()
+    assert not forward.TokenNLL(np.ones(1, np.float32), np.array([np.nan], np.float32)).is_finite()
