@@ -1,0 +1,200 @@
+"""Suite `scale`: one million samples. Writing scores, selecting from them, and starting on a million records.
+
+    python -m benchmarks.scale [--quick]
+
+Scores are synthetic, 150 answer tokens a sample on average; records are LLaVA's, about 600 bytes each. What is
+timed for memory runs in a process of its own, so that its peak is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+SAMPLES, QUICK_SAMPLES = 1_000_000, 20_000
+TOKENS = 150  # answer tokens a sample, on average
+WINDOW = 8192
+BOUNDS = {  # what the figures of a million samples must keep
+    "write_samples_per_s": (">=", 40_000),
+    "select_s": ("<=", 30),
+    "select_peak_mib": ("<=", 2048),
+    "first_batch_s": ("<=", 60),
+}
+
+
+def run(threads: int, quick: bool, say: Callable[[str], None]) -> list[dict]:
+    """One case a step, each {"label": ..., "samples": ..., figures}."""
+    samples = QUICK_SAMPLES if quick else SAMPLES
+    with tempfile.TemporaryDirectory(prefix="vig-scale-") as name:
+        folder = Path(name)
+        steps = (
+            ("write scores", lambda: write_scores(folder / "scores", samples)),
+            ("select", lambda: in_process("select", threads, folder / "scores", folder / "selection")),
+            ("start on a dataset", lambda: start(folder, samples, threads)),
+        )
+        cases = []
+        for label, step in steps:
+            say(f"{label}, {samples:,} samples")
+            cases.append({"label": label, "samples": samples, **step()})
+    return cases
+
+
+def write_scores(folder: Path, samples: int) -> dict:
+    """Blocks made beforehand, then stored: samples a second of `ScoreWriter.write`, and bytes a sample."""
+    from vig.store import ScoreWriter
+
+    seconds = 0.0
+    with ScoreWriter(folder, {"model": "synthetic"}) as writer:
+        for window, start in enumerate(range(0, samples, WINDOW)):
+            block = synthetic_block(start, min(WINDOW, samples - start))
+            begun = time.perf_counter()
+            writer.write(window, block)
+            seconds += time.perf_counter() - begun
+        writer.mark_complete()
+    size = sum(file.stat().st_size for file in folder.glob("*.parquet"))
+    return {"write_samples_per_s": samples / seconds, "bytes_per_sample": size / samples}
+
+
+def synthetic_block(start: int, rows: int):
+    """Scores with the entropy of real ones: token ids of a 32,000 vocabulary, NLLs of a gamma distribution."""
+    from vig.score_rows import ScoreBlock
+
+    draw = np.random.default_rng(start)
+    lengths = draw.integers(1, 2 * TOKENS, rows)
+    total = int(lengths.sum())
+    image = draw.standard_gamma(0.5, total, np.float32)
+    keys = [f"data.json#{number}" for number in range(start, start + rows)]
+    return ScoreBlock(
+        keys, [str(number) for number in range(rows)], ["data.json"] * rows, ["ok"] * rows, lengths,
+        draw.zipf(1.3, total) % 32_000, np.concatenate([np.arange(n) for n in lengths]), image,
+        image + draw.standard_gamma(0.3, total, np.float32),
+    )  # fmt: skip
+
+
+def start(folder: Path, samples: int, threads: int) -> dict:
+    """Seconds from the call to the first scored batch, and memory early and late in reading the records."""
+    from PIL import Image
+
+    for number in range(64):
+        Image.new("RGB", (64, 64), (number * 4, 128, 255 - number * 4)).save(folder / f"{number}.png")
+    answer = "a red ball lies left of the blue cup . " * 12
+    with (folder / "data.json").open("w") as file:
+        for number in range(samples):
+            turns = [{"from": "human", "value": "<image>\ndescribe ."}, {"from": "gpt", "value": answer}]
+            record = {"id": str(number), "image": f"{number % 64}.png", "conversations": turns}
+            file.write(("," if number else "[") + json.dumps(record) + "\n")
+        file.write("]")
+    found = in_process("start", threads, folder / "data.json", folder / "started")
+    return found | in_process("read", threads, folder / "data.json", folder)
+
+
+def in_process(job: str, threads: int, source: Path, out: Path) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.scale", "--job", job, str(source), str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+        cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- jobs in processes of their own ---
+
+
+def select_job(source: Path, out: Path) -> dict:
+    from vig.select import select
+
+    begun = time.perf_counter()
+    select(source, 70, out=out)
+    return {"select_s": time.perf_counter() - begun, "select_peak_mib": peak_mib()}
+
+
+class Started(Exception):
+    pass
+
+
+def start_job(source: Path, out: Path) -> dict:
+    from vig.engine import score_dataset
+    from vig.score import Scorer
+
+    checkpoint = Path(__file__).parent.parent / "vig" / "demo" / "checkpoint"
+    scorer = Scorer(checkpoint)
+
+    def stop(_) -> None:
+        raise Started
+
+    begun = time.perf_counter()
+    with suppress(Started):
+        score_dataset(scorer, source, out, on_progress=stop)
+    return {"first_batch_s": time.perf_counter() - begun}
+
+
+def read_job(source: Path, _: Path) -> dict:
+    """Reads all windows as the engine does, without scoring them."""
+    from vig import plan
+    from vig.samples import read_samples
+
+    begun, peaks, records = time.perf_counter(), [], 0
+    for window in plan.chunks(read_samples(source), WINDOW):
+        records += len(window)
+        peaks.append(peak_mib())
+    seconds = time.perf_counter() - begun
+    early = peaks[min(2, len(peaks) - 1)]
+    return {
+        "read_samples_per_s": records / seconds,
+        "read_peak_mib_after_3_windows": early,
+        "read_peak_mib_at_the_end": peaks[-1],
+    }
+
+
+def peak_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+JOBS = {"select": select_job, "start": start_job, "read": read_job}
+
+
+def broken_bounds(cases: list[dict]) -> list[str]:
+    """Which figures of a million samples do not keep what is asked of them."""
+    figures = {name: value for case in cases for name, value in case.items()}
+    return [
+        f"{name} = {figures[name]:,.1f}, expected {sign} {bound:,}"
+        for name, (sign, bound) in BOUNDS.items()
+        if (figures[name] < bound if sign == ">=" else figures[name] > bound)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="One million samples: write, select, start.")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SAMPLES:,} samples")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--job", nargs=3, metavar=("JOB", "SOURCE", "OUT"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.job:
+        print(json.dumps(JOBS[given.job[0]](Path(given.job[1]), Path(given.job[2]))))
+        return 0
+    cases = run(given.threads, given.quick, lambda text: print(text, file=sys.stderr, flush=True))
+    for case in cases:
+        figures = ", ".join(
+            f"{name} {value:,.1f}" for name, value in case.items() if name not in ("label", "samples")
+        )
+        print(f"{case['label']} ({case['samples']:,}): {figures}")
+    broken = broken_bounds(cases)
+    for line in broken:
+        print(line, file=sys.stderr)
+    return bool(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
