@@ -1,5 +1,7 @@
 #include "head.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -48,7 +50,23 @@ void KeptRows::add(const char* data, int64_t stride, const int64_t* targets, int
   offered += count;
 }
 
-Buffer make_buffer(int64_t floats) { return Buffer(new float[static_cast<size_t>(std::max<int64_t>(floats, 1))]); }
+void prefer_large_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLarge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLarge - 1) / kLarge * kLarge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kLarge * kLarge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: failure is harmless
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+Buffer make_buffer(int64_t floats) {
+  Buffer buffer(new float[static_cast<size_t>(std::max<int64_t>(floats, 1))]);
+  prefer_large_pages(buffer.get(), floats * 4);
+  return buffer;
+}
 
 int64_t padded_rows(const Head& head, int64_t rows) { return round_up(rows, 4 * head.kernels.tile); }
 

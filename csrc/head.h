@@ -38,6 +38,9 @@ struct KeptRows {
   int64_t size() const { return static_cast<int64_t>(slot.size()); }
 };
 
+// Asks for large pages where fresh memory of this size would otherwise be faulted in 4 KiB at a time.
+void prefer_large_pages(void* data, int64_t bytes);
+
 // Floats that are left as they come from the allocator.
 using Buffer = std::unique_ptr<float[]>;
 Buffer make_buffer(int64_t floats);

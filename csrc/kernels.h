@@ -111,6 +111,8 @@ struct Kernels {
   void (*multiply)(const MultiplyArgs&, bool pairs);         // a as packed by `pack`: a_row 1, a_word = rows of the tile
   void (*multiply_columns)(const MultiplyArgs&, bool pairs); // a_row 1, a_word panel
   void (*multiply_rows)(const MultiplyArgs&, bool pairs);    // a_row panel (pairs: panel / 2), a_word 1
+  void (*write_tile)(const float* tile, int rows, float* out, int64_t stride, bool add);  // until fence()
+  void (*fence)();
   void (*fold)(const FoldArgs&);
   void (*reduce_lanes)(const float* lanes, int64_t rows, bool stats, const Partials& out);  // rows: whole vectors
   void (*combine)(const Partials* groups, int64_t count, int64_t first, bool stats, const Partials& out);  // `lanes` rows

@@ -94,6 +94,7 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
     clear(out.bias, head.vocab);
     return 0;
   }
+  prefer_large_pages(out.weight, needs.weight ? head.vocab * head.depth * 4 : 0);
   const int64_t columns = head.panels() * head.kernels.panel;
   const int64_t chunk_rows = rows_within(head, kLogitBytes, columns, kept.size());
   const Buffer logits = make_buffer(padded_rows(head, chunk_rows) * columns);
@@ -123,6 +124,7 @@ void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream
     clear(out.bias, head.vocab);
     return;
   }
+  prefer_large_pages(out.weight, needs.weight ? head.vocab * depth * size_of(head.dtype) : 0);
   const int64_t chunk_rows = std::min(rows_within(head, kBlockBytes, 256 * width, kept.size()), int64_t{4096});
   const int64_t block = std::clamp<int64_t>(
       std::min(kBlockBytes / (4 * padded_rows(head, chunk_rows) * width), kBlockBytes / (4 * depth * width)), 1, head.panels());

@@ -72,26 +72,27 @@ void ChunkGradients::weight_product(const PanelRange& range, int64_t panel, cons
   const Kernels& k = head_.kernels;
   const int64_t width = k.panel, words = (chunk_.rows + (pairs_ ? 1 : 0)) / (pairs_ ? 2 : 1);
   const int64_t valid = std::min(width, head_.vocab - panel * width);
-  float* edge = scratch_[worker].get() + std::max<int64_t>({words * width, block_rows() * width, 1});
+  float* tile = scratch_[worker].get() + std::max<int64_t>({words * width, block_rows() * width, 1});
   for (int64_t column = 0; column < blocks_of_columns(); ++column) {
     const uint32_t* b = reinterpret_cast<const uint32_t*>(hidden_.get()) + column * words * width;
     const int64_t wide = std::min(width, head_.depth - column * width);
     for (int64_t v = 0; v < valid; v += k.tile) {
       const int rows = static_cast<int>(std::min<int64_t>(k.tile, width - v));
       float* out = range.grad_weight + ((panel - range.begin) * width + v) * head_.depth + column * width;
+      k.multiply_columns({gradient + v, b, tile, width, words, 1, 0, rows, false}, pairs_);
       if (wide == width && v + rows <= valid) {
-        k.multiply_columns({gradient + v, b, out, head_.depth, words, 1, 0, rows, range.add}, pairs_);
+        k.write_tile(tile, rows, out, head_.depth, range.add);
         continue;
       }
-      k.multiply_columns({gradient + v, b, edge, width, words, 1, 0, rows, false}, pairs_);
       for (int64_t i = 0; i < std::min<int64_t>(rows, valid - v); ++i) {
         for (int64_t j = 0; j < wide; ++j) {
           float& at = out[i * head_.depth + j];
-          at = range.add ? at + edge[i * width + j] : edge[i * width + j];
+          at = range.add ? at + tile[i * width + j] : tile[i * width + j];
         }
       }
     }
   }
+  k.fence();
 }
 
 // Rows of the weight as the right side of a product over the vocabulary; rows past the end meet gradients of 0.

@@ -5,7 +5,7 @@ constexpr int kPanel = 2 * Vec::W;             // columns of a tile
 constexpr int kUnit = Vec::W == 16 ? 4 : 2;    // rows of the smallest tile; the others have 2 and 3 units
 constexpr int kTile = 3 * kUnit;
 
-constexpr int kAhead = 8;                     // words that the tile asks the cache for ahead of their use
+constexpr int kAhead = 24;                     // words that the tile asks the cache for ahead of their use
 
 enum class Layout { kPacked, kColumns, kRows };  // where a[i][k] stands: see Kernels
 
@@ -26,6 +26,13 @@ void multiply_tile(const MultiplyArgs& m) {
   const float* b = reinterpret_cast<const float*>(m.b);
   Vec::F sum[Rows][2];
   for (int i = 0; i < Rows; ++i) sum[i][0] = sum[i][1] = Vec::zero();
+  if constexpr (L == Layout::kRows) {  // results that lie far away travel while the sums are formed
+#pragma GCC unroll 12
+    for (int i = 0; i < Rows; ++i) {
+      __builtin_prefetch(m.c + i * m.ldc, 1);
+      __builtin_prefetch(m.c + i * m.ldc + kPanel - 1, 1);
+    }
+  }
   const char* ahead = m.ahead;
   int64_t in_block = 0;
   bool add = m.accumulate;
@@ -41,7 +48,7 @@ void multiply_tile(const MultiplyArgs& m) {
         const Vec::F left = Vec::load(b), right = Vec::load(b + Vec::W);
         __builtin_prefetch(b + kAhead * kPanel);
         __builtin_prefetch(b + kAhead * kPanel + Vec::W);
-        if constexpr (L == Layout::kPacked) __builtin_prefetch(a + kAhead * kWord);
+        if constexpr (L != Layout::kRows) __builtin_prefetch(a + kAhead * kWord);
 #pragma GCC unroll 12
         for (int i = 0; i < Rows; ++i) {
           const Vec::F value = Vec::set1(a[i * kRow]);
@@ -118,7 +125,11 @@ template <class Load>
 inline void pack_whole_square(const PackArgs& p, int first, int64_t word, int64_t size, int per_word, Load load) {
   Vec::F square[Vec::W];
 #pragma GCC unroll 16
-  for (int i = 0; i < Vec::W; ++i) square[i] = load(p.rows[first + i] + word * per_word * size);
+  for (int i = 0; i < Vec::W; ++i) {
+    const char* at = p.rows[first + i] + word * per_word * size;
+    __builtin_prefetch(at + 256);  // sixteen rows at once are more streams than the hardware follows
+    square[i] = load(at);
+  }
   Vec::transpose(square);
   float* out = reinterpret_cast<float*>(p.out) + (word - p.begin) * p.width + first;
 #pragma GCC unroll 16
@@ -180,6 +191,24 @@ void pack_rows(const PackArgs& p) {
   }
   if (p.dtype == Dtype::kBFloat16) return pack_rows_with(p, 2, [](const char* at) { return Vec::from_bf16(at); });
   pack_rows_with(p, 2, [](const char* at) { return Vec::from_f16(at); });
+}
+
+// A finished tile to rows of a large result: past the cache where it starts there, added where something stands.
+void write_tile(const float* tile, int rows, float* out, int64_t stride, bool add) {
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % (Vec::W * 4) == 0 && stride % Vec::W == 0;
+  for (int i = 0; i < rows; ++i, out += stride) {
+    const Vec::F left = Vec::load(tile + i * kPanel), right = Vec::load(tile + i * kPanel + Vec::W);
+    if (add) {
+      Vec::store(out, Vec::add(Vec::load(out), left));
+      Vec::store(out + Vec::W, Vec::add(Vec::load(out + Vec::W), right));
+    } else if (aligned) {
+      Vec::stream(out, left);
+      Vec::stream(out + Vec::W, right);
+    } else {
+      Vec::store(out, left);
+      Vec::store(out + Vec::W, right);
+    }
+  }
 }
 
 // As many independent multiply-adds as hide their latency, with nothing to load: the ceiling of any kernel here.

@@ -12,6 +12,8 @@ constexpr Kernels make_table(const char* name) {
           multiply<Layout::kPacked>,
           multiply<Layout::kColumns>,
           multiply<Layout::kRows>,
+          write_tile,
+          Vec::fence,
           fold,
           reduce_lanes,
           combine,

@@ -15,6 +15,8 @@ struct Vec {
     return x;
   }
   static void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
+  static void stream(float* p, F x) { store(p, x); }
+  static void fence() {}
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
