@@ -28,15 +28,23 @@ from vig_kernels import (
     linear_nll_triton,
     logit_tiles_triton,
 )
-from vig_kernels.tile_configs import BLUR, HEAD, TileConfig
+from vig_kernels.tile_configs import BLUR, HEAD, IRREGULAR, TileConfig
 
 STORE = Path(__file__).parent / "results" / "static.json"
 
 PLAIN = Variant("plain")
 SINKS = Variant("bias, softcap, entropy, argmax", softcap=True, bias=True, entropy=True, argmax=True)
-RAGGED = Variant("any D and stride", even_k=False)
-TRAIN = Variant("bias, softcap, block", softcap=True, bias=True, store=True)
-HEAD_VARIANTS = {"fold": (PLAIN, SINKS, RAGGED), "store": (TRAIN,), "gradient": (PLAIN, SINKS)}
+RAGGED = Variant("bias, softcap, any D and stride", softcap=True, bias=True, even_k=False)
+TRAIN = Variant("bias, block", bias=True, store=True)
+TRAIN_CAPPED = Variant("bias, softcap, block", softcap=True, bias=True, store=True)
+TRAIN_RAGGED = Variant("bias, softcap, block, any D and stride", True, True, store=True, even_k=False)
+
+# what the wide, narrow and irregular tiles are launched with (tile_configs.head_config); less code is not counted
+HEAD_VARIANTS = {
+    "fold": ((PLAIN, SINKS), (SINKS,), (RAGGED,)),
+    "store": ((TRAIN,), (TRAIN_CAPPED,), (TRAIN_RAGGED,)),
+    "gradient": ((SINKS,), (SINKS,), (RAGGED,)),
+}
 
 
 def precision(target: str, dtype: str) -> str:
@@ -51,14 +59,17 @@ def products(target: str, dtype: str) -> str:
 def rows() -> list[dict]:
     """Every kernel x variant x target x dtype x tile that the tables can launch."""
     found = []
-    for (kernel, target, kind), tiles in HEAD.items():
-        for dtype in ("float32",) if kind == "float32" else ("bfloat16", "float16"):
-            for tile in dict.fromkeys(tiles):
-                # half the types have every option: the epilogue does not know the operands' type
-                variants = HEAD_VARIANTS[kernel] if dtype != "float16" else HEAD_VARIANTS[kernel][:1]
-                found += [row(kernel, variant, target, dtype, tile) for variant in variants]
+    for (kernel, target, kind), (wide, narrow) in HEAD.items():
+        dtype = "float32" if kind == "float32" else "bfloat16"
+        irregular = IRREGULAR.get((target, kind), narrow)
+        for tile, variants in zip((wide, narrow, irregular), HEAD_VARIANTS[kernel], strict=True):
+            found += [row(kernel, variant, target, dtype, tile) for variant in variants]
+        if (
+            kind == "16-bit"
+        ):  # the epilogue does not know the operands' type: one variant shows the instruction
+            found.append(row(kernel, HEAD_VARIANTS[kernel][0][0], target, "float16", wide))
     for (target, kind), tile in BLUR.items():
-        for dtype in ("uint8", "float32", "bfloat16", "float16"):
+        for dtype in ("uint8", "bfloat16"):
             for launch in ("blur read", "blur write"):
                 found.append(row(launch, PLAIN, target, dtype, tile, fast=kind == "16-bit"))
     small = TileConfig(0, 0, 0, 4, 3)
@@ -66,10 +77,10 @@ def rows() -> list[dict]:
         found += [row("combine", variant, target, "float32", small, gemm=False) for variant in (PLAIN, SINKS)]
         for dtype in ("bfloat16", "float32"):
             found += [
-                row("finish", TRAIN, target, dtype, replace(small, block_v=part), gemm=False)
+                row("finish", TRAIN_CAPPED, target, dtype, replace(small, block_v=part), gemm=False)
                 for part in finish_parts(target, dtype)
             ]
-    return found
+    return list({key(entry): entry for entry in found}.values())
 
 
 def finish_parts(target: str, dtype: str) -> list[int]:

@@ -29,7 +29,7 @@ def why_not(device: torch.device) -> str | None:
         )
     if device.type not in ("cuda", "xpu"):
         return f"Triton has no {device.type} target; use backend='torch'"
-    if device.type == "cuda" and torch.version.hip is None:
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device)
         if capability < MINIMUM_CAPABILITY:
             return "needs compute capability 8.0 or newer, this is {}.{}".format(*capability)

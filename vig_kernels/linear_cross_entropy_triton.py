@@ -153,7 +153,9 @@ def train_chunks(hidden, weight, target, order, count, kept, gain, nll, lse, gra
         )  # fmt: skip
         return partials
 
-    config = head_config("store", weight, lambda config: run(0, chunk, config)) if kept else None
+    if not kept:
+        return
+    config = head_config("store", weight, logit_softcap is not None, lambda config: run(0, chunk, config))
     for first in range(0, kept, chunk):
         rows = min(chunk, kept - first)
         block = storage[:rows, :V]

@@ -15,12 +15,11 @@ from .launch_triton import (
     compute_precision,
     dense,
     device_guard,
-    fits_descriptor,
     keep_order,
     operand,
 )
 from .logit_tiles_triton import dot_tile, halves, logits, narrow, slopes, tile_position
-from .tile_configs import head_config
+from .tile_configs import head_config, regular
 
 # 16-bit inputs: 96 + 96 + 48 MiB; float32 gradients are summed in place and need only the first
 BLOCK_BYTES = 96 * 2**20  # one block of d loss / d y
@@ -177,11 +176,11 @@ def gradient_kernel(
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in float32, by the vendor's GEMM: total (M, K) float32, a (M, L), b (L, K)."""
     if a.dtype == torch.float32:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)
     elif total.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:  # addmm(out_dtype=) is CUDA's and ROCm's alone
-        total.addmm_(a.float(), b.float())
+        torch.addmm(total, a.float(), b.float(), out=total)
 
 
 def block_gain(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -314,7 +313,7 @@ def gradient_block(
     (V, D), (rows, columns) = weight.shape, block.shape
 
     def run(config):
-        descriptor = config.descriptor and fits_descriptor(weight)
+        descriptor = config.descriptor and regular(weight, config)
         row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(columns, config.block_v)
         partial = (
             torch.empty(row_tiles, columns, dtype=torch.float32, device=block.device) if bias_sums else None
@@ -325,10 +324,10 @@ def gradient_block(
             hidden.stride(0), weight.stride(0), block.stride(0), chunk.start, rows, row_tiles, vocab.start, columns,
             vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
             BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
-            GROUP=config.group, EVEN_K=D % config.block_k == 0, DESCRIPTOR=descriptor,
+            GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
             SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight),
             **config.launch_options,
         )  # fmt: skip
         return partial.sum(0) if bias_sums else None
 
-    return run(head_config("gradient", weight, run))
+    return run(head_config("gradient", weight, logit_softcap is not None, run))

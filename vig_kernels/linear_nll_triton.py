@@ -16,7 +16,6 @@ from .launch_triton import (
     compute_precision,
     dense,
     device_guard,
-    fits_descriptor,
     interpreted,
     keep_order,
     operand,
@@ -24,7 +23,7 @@ from .launch_triton import (
 )
 from .linear_nll_backward_triton import backward
 from .logit_tiles_triton import dot_tile, halves, logits, narrow, slopes, tile_position
-from .tile_configs import TileConfig, head_config
+from .tile_configs import TileConfig, head_config, regular
 
 __all__ = ["backward", "forward", "sweep", "why_not"]
 
@@ -274,7 +273,7 @@ def fold(
 ):
     """Launch `fold_kernel` on rows [first, first + rows) of `order`, for one or two passes."""
     (V, D), passes = weight.shape, len(hiddens)
-    descriptor = config.descriptor and fits_descriptor(weight)
+    descriptor = config.descriptor and regular(weight, config)
     row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(V, config.block_v)
     fold_kernel[(row_tiles * passes * vocab_tiles,)](
         hiddens[0], hiddens[-1], operand(weight, config) if descriptor else weight, bias, target, order, count,
@@ -282,7 +281,7 @@ def fold(
         hiddens[0].stride(0), hiddens[-1].stride(0), weight.stride(0), block.stride(0) if block is not None else 0,
         first, rows, row_tiles, passes, vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
         BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
-        GROUP=config.group, EVEN_K=D % config.block_k == 0, DESCRIPTOR=descriptor,
+        GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
         SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight),
         **config.launch_options,
     )  # fmt: skip
@@ -322,7 +321,7 @@ def sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_inde
         run(0, rows, Partials(rows, passes, V, config, stats, target.device), config)
 
     with device_guard(target.device):
-        config = head_config("fold", weight, trial)
+        config = head_config("fold", weight, logit_softcap is not None, trial)
         chunk = Partials.chunk_rows(N, passes, V, config, stats)
         partials = None
         for first in range(0, N, chunk):

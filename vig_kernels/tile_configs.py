@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch_triton import target_of
+from .launch_triton import fits_descriptor, target_of
 
 NARROW = 1024  # at D up to this the epilogue weighs as much as the main loop: smaller tiles, two to a multiprocessor
 
@@ -49,7 +49,7 @@ class TileConfig:
 T = TileConfig
 INTERPRETER = T(32, 256, 64, num_warps=1, num_stages=1, parts=2, group=2)
 
-# (kernel, target, kind): (wide, narrow) for D > NARROW and D <= NARROW.
+# (kernel, target, kind): (wide, narrow). wide where D > NARROW, see `head_config`.
 # fold: linear_nll and linear_vig; store: the fold of linear_cross_entropy; gradient: the recomputing backward.
 HEAD: dict[tuple[str, str, str], tuple[TileConfig, TileConfig]] = {
     # one tile fills a multiprocessor: 64 KiB of A and B a stage pair, the accumulator in 128 registers a thread
@@ -72,7 +72,7 @@ HEAD: dict[tuple[str, str, str], tuple[TileConfig, TileConfig]] = {
     ("store", "sm_90", "float32"): (T(128, 128, 32, 8, 3, 2, True),) * 2,
     ("gradient", "sm_90", "float32"): (T(128, 128, 32, 8, 3, 2, True),) * 2,
     ("fold", "sm_100", "float32"): (T(128, 128, 32, 8, 3, 2, True),) * 2,
-    ("store", "sm_100", "float32"): (T(128, 128, 32, 8, 3, 2, True),) * 2,
+    ("store", "sm_100", "float32"): (T(128, 64, 32, 8, 3, 2, True),) * 2,
     ("gradient", "sm_100", "float32"): (T(128, 64, 32, 8, 3, 2, True),) * 2,
     ("fold", "sm_80", "float32"): (T(128, 64, 32, 8, 3, 2),) * 2,
     ("store", "sm_80", "float32"): (T(128, 64, 32, 8, 3, 2),) * 2,
@@ -80,6 +80,14 @@ HEAD: dict[tuple[str, str, str], tuple[TileConfig, TileConfig]] = {
     ("fold", "gfx942", "float32"): (T(128, 128, 32, 8, 2, 2),) * 2,
     ("store", "gfx942", "float32"): (T(128, 128, 32, 8, 2, 2),) * 2,
     ("gradient", "gfx942", "float32"): (T(128, 128, 32, 8, 2, 2),) * 2,
+}
+
+# (target, kind): for irregular loads (any D, any stride), whose masks take registers; elsewhere the narrow tile
+IRREGULAR: dict[tuple[str, str], TileConfig] = {
+    ("sm_90", "16-bit"): T(128, 64, 32, 8, 3, 2),
+    ("sm_90", "float32"): T(128, 64, 32, 8, 3, 2),
+    ("sm_100", "16-bit"): T(128, 64, 32, 8, 3, 2),
+    ("sm_100", "float32"): T(64, 64, 32, 4, 3, 2),
 }
 
 # (target, kind of the products)
@@ -101,7 +109,14 @@ def table_target(target: str) -> str:
     return "sm_80" if target == "xpu" else target
 
 
-def head_config(kernel: str, weight: Tensor, trial: Callable[[TileConfig], object]) -> TileConfig:
+def regular(weight: Tensor, config: TileConfig) -> bool:
+    """Whether loads need no mask along D, and a tensor descriptor can be made where the tile wants one."""
+    return weight.shape[1] % config.block_k == 0 and (fits_descriptor(weight) or not config.descriptor)
+
+
+def head_config(
+    kernel: str, weight: Tensor, softcap: bool, trial: Callable[[TileConfig], object]
+) -> TileConfig:
     """The tile of "fold", "store" or "gradient" for a weight (V, D). `trial` runs a candidate."""
     V, D = weight.shape
     target, kind = target_of(weight.device), kind_of(weight.dtype)
@@ -109,7 +124,10 @@ def head_config(kernel: str, weight: Tensor, trial: Callable[[TileConfig], objec
         chosen, candidates = INTERPRETER, [INTERPRETER, replace(INTERPRETER, parts=1)]
     else:
         rows = HEAD[kernel, table_target(target), kind]
-        chosen = rows[D <= NARROW]
+        # the slopes of the cap take registers that the wide tiles do not have
+        chosen = rows[D <= NARROW or (kernel == "store" and softcap)]
+        if not regular(weight, chosen):
+            chosen = IRREGULAR.get((table_target(target), kind), rows[1])
         candidates = [*dict.fromkeys(rows), *neighbours(chosen)]
     return tuned((kernel, target, str(weight.dtype), V, D), candidates, trial) if autotuning() else chosen
 

@@ -1,0 +1,301 @@
+"""What the Triton kernels must do, as functions of a package that holds them.
+
+The tests call them with `vig_kernels`, the mutation check with copies of it that have one seeded fault each.
+Exact values come from the float64 specification.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import torch
+
+from vig_kernels import reference
+
+STATS = ("lse", "entropy", "argmax")
+OPTIONS = {"bias": None, "logit_scale": 1.0, "logit_softcap": None}
+
+
+def load(package: str) -> SimpleNamespace:
+    """The modules of a package of kernels."""
+    names = ("linear_nll", "linear_nll_backward", "linear_vig", "linear_cross_entropy", "gaussian_blur")
+    found = {name: importlib.import_module(f"{package}.{name}_triton") for name in names}
+    return SimpleNamespace(**found, tile_configs=importlib.import_module(f"{package}.tile_configs"))
+
+
+def problem(N=21, D=50, V=75, dtype=torch.float32, seed=0, spread=1.0, ignored=True, bias=False):
+    """hidden, weight, target, bias; in row 0 every logit is near -300."""
+    draw = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=draw) * spread
+    weight = torch.randn(V, D, generator=draw) * D**-0.5
+    weight[:, 0], hidden[:, 0], hidden[0, 0] = 1.0, 0.0, -300.0
+    target = torch.randint(0, V, (N,), generator=draw)
+    target[1], target[2] = V - 1, 0
+    if ignored:
+        target[4::3] = -100
+    return hidden.to(dtype), weight.to(dtype), target, torch.randn(V, generator=draw) if bias else None
+
+
+def bound(hidden, weight, options) -> torch.Tensor:
+    """The promised error of a per-token value, (N,)."""
+    products = hidden.double().abs() @ weight.double().abs().T * abs(options["logit_scale"])
+    if options["bias"] is not None:
+        products = products + options["bias"].double().abs()
+    return 1e-5 + 1e-6 * products.amax(1)
+
+
+def assert_forward(k, hidden, weight, target, options):
+    """nll, lse, entropy and argmax against float64, and linear_vig with the bits of linear_nll."""
+    arguments = (options["bias"], options["logit_scale"], options["logit_softcap"], -100)
+    nll, sinks = k.linear_nll.forward(hidden, weight, target, *arguments, STATS)
+    exact, exact_sinks = reference.linear_nll(hidden, weight, target, **options, stats=STATS)
+    limit = bound(hidden, weight, options)
+    assert nll.dtype == torch.float32
+    assert ((nll - exact).abs() <= limit).all(), "nll"
+    assert ((sinks["lse"] - exact_sinks["lse"]).abs() <= limit).all(), "lse"
+    assert ((sinks["entropy"] - exact_sinks["entropy"]).abs() <= 4 * limit).all(), "entropy"
+    live = target != -100
+    logits = reference.linear_logits(hidden, weight, **options)
+    chosen = logits[live].gather(1, sinks["argmax"][live, None]).squeeze(1)
+    assert (chosen >= logits[live].amax(1) - 2 * limit[live]).all(), "argmax"
+    assert (nll[~live] == 0).all() and (sinks["argmax"][~live] == -1).all(), "ignored rows"
+    other = hidden.new_empty(len(hidden), hidden.shape[1] + 8)[:, : hidden.shape[1]].copy_(hidden.flip(0))
+    image, null = k.linear_vig.forward(hidden, other, weight, target, *arguments)
+    assert torch.equal(image, nll), "nll_image has other bits than linear_nll"
+    alone = k.linear_nll.forward(other, weight, target, *arguments, ())[0]
+    assert torch.equal(null, alone), "nll_null has other bits than linear_nll"
+
+
+def check_fold_and_combine(k, dtype=torch.float32):
+    for bias, scale, cap in ((False, 1.0, None), (True, 1.5, 4.0)):
+        hidden, weight, target, b = problem(dtype=dtype, bias=bias)
+        assert_forward(k, hidden, weight, target, {"bias": b, "logit_scale": scale, "logit_softcap": cap})
+
+
+def check_first_of_equal_maxima(k):
+    weight = torch.zeros(75, 16)
+    weight[[17, 20, 40, 70]] = 1.0
+    target = torch.zeros(2, dtype=torch.long)
+    sinks = k.linear_nll.forward(torch.ones(2, 16), weight, target, None, 1.0, None, -100, ("argmax",))[1]
+    assert sinks["argmax"].tolist() == [17, 17]
+
+
+def check_bad_targets_and_masked_words(k):
+    hidden, weight, target, bias = problem(bias=True, ignored=False)
+    bias[:40] = -torch.inf  # more than a part of the vocabulary
+    target[:] = 60
+    exact = reference.linear_nll(hidden, weight[40:], target - 40, bias=bias[40:])
+    target[5], target[6] = 75, -7
+    nll, sinks = k.linear_nll.forward(hidden, weight, target, bias, 1.0, None, -100, STATS)
+    assert nll[[5, 6]].isnan().all() and not sinks["lse"].isnan().any()
+    fine = [n for n in range(len(nll)) if n not in (5, 6)]
+    options = OPTIONS | {"bias": bias[40:]}
+    assert ((nll - exact).abs() <= bound(hidden, weight[40:], options))[fine].all()
+
+
+def check_chunks_and_company(k):
+    """The bits of a row depend on neither the chunk it falls in nor the rows beside it."""
+    hidden, weight, target, _ = problem(N=40)
+    whole, sinks = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, STATS)
+    kept, k.linear_nll.PARTIALS_BYTES = k.linear_nll.PARTIALS_BYTES, 2000
+    try:
+        again, again_sinks = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, STATS)
+        image, _ = k.linear_vig.forward(hidden, hidden + 1, weight, target, None, 1.0, None, -100)
+    finally:
+        k.linear_nll.PARTIALS_BYTES = kept
+    assert torch.equal(whole, again) and torch.equal(image, whole), "chunks change bits"
+    assert all(torch.equal(sinks[name], again_sinks[name]) for name in STATS)
+    for some in (slice(3, 4), slice(7, 30)):
+        part = k.linear_nll.forward(hidden[some], weight, target[some], None, 1.0, None, -100, ())[0]
+        assert torch.equal(part, whole[some]), "company changes bits"
+
+
+def norm_error(found, exact) -> float:
+    return float((found.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300))
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 6e-4}
+
+
+def check_gradients(k, dtype=torch.float32, kinds=("nll", "lse", "entropy"), cap=4.0, chunks=True):
+    """The recomputing backward against float64, for random upstream gradients, in blocks of rows and vocabulary."""
+    hidden, weight, target, bias = problem(dtype=dtype, bias=True, V=160)
+    assert target[4] == -100
+    hidden[4] = 1e4  # an ignored row whose exp overflows
+    leaves = [t.double().requires_grad_() for t in (hidden, weight, bias)]
+    options = {"bias": leaves[2], "logit_scale": 1.3, "logit_softcap": cap}
+    nll, sinks = reference.linear_nll(*leaves[:2], target, **options, stats=("lse", "entropy"))
+    values = {"nll": nll, **sinks}
+    draw = torch.Generator().manual_seed(3)
+    up = {kind: torch.randn(len(target), generator=draw) if kind in kinds else None for kind in values}
+    exact = torch.autograd.grad(sum((values[kind] * up[kind]).sum() for kind in kinds), leaves)
+    live = target != -100
+    lse, entropy = (torch.where(live, sinks[name].detach(), 0.0).float() for name in ("lse", "entropy"))
+    arguments = (*up.values(), lse, entropy, hidden, weight, target, bias, 1.3, cap, -100)
+    module = k.linear_nll_backward
+    limits = (module.BLOCK_BYTES, module.WEIGHT_BYTES, module.HIDDEN_BYTES, module.vocab_chunk)
+    try:
+        if chunks:  # 3 chunks of the vocabulary, 3 of the rows, and no room for both float32 sums
+            module.BLOCK_BYTES, module.HIDDEN_BYTES = 64 * 8 * hidden.element_size(), 4 * 50 * 9
+            module.vocab_chunk = lambda V, D: 64
+        found = module.backward(*arguments, (True, True, True))
+    finally:
+        module.BLOCK_BYTES, module.WEIGHT_BYTES, module.HIDDEN_BYTES, module.vocab_chunk = limits
+    for name, mine, truth, leaf in zip(
+        ("hidden", "weight", "bias"), found, exact, (hidden, weight, bias), strict=True
+    ):
+        assert mine.dtype == leaf.dtype and mine.shape == leaf.shape
+        error = norm_error(mine, truth)
+        assert error <= TOLERANCE[dtype], f"gradient of {name}: {error:.1e}"
+    assert not found[0][~live].any(), "an ignored row has a gradient"
+    only = module.backward(*arguments, (False, True, False))
+    assert only[0] is None and only[2] is None and norm_error(only[1], exact[1]) <= TOLERANCE[dtype]
+
+
+def check_training(k, dtype=torch.float32, num_kept=True, cap=4.0, chunk_rows=16):
+    """Loss and formed gradients of linear_cross_entropy against float64, in several chunks."""
+    hidden, weight, target, bias = problem(N=45, dtype=dtype, bias=True)
+    draw = torch.Generator().manual_seed(5)
+    row_weight = torch.rand(45, generator=draw) + 0.5
+    leaves = [t.double().requires_grad_() for t in (hidden, weight, bias)]
+    options = {"bias": leaves[2], "logit_scale": 0.8, "logit_softcap": cap}
+    exact_loss = reference.linear_cross_entropy(
+        *leaves[:2], target, token_weight=row_weight, z_loss=0.02, reduction="sum", **options
+    )
+    exact = torch.autograd.grad(exact_loss, leaves)
+    kept = int((target != -100).sum()) if num_kept else None
+    arguments = (hidden, weight, target, bias, row_weight, 0.8, cap, -100, 0.02)
+    module = k.linear_cross_entropy
+    limit, module.BLOCK_BYTES = module.BLOCK_BYTES, chunk_rows * 80 * hidden.element_size()
+    try:
+        loss, *found = module.forward_backward(*arguments, kept, (True, True, True))
+        if num_kept:
+            assert module.forward_backward(*arguments, kept - 1, (True, False, False))[0].isnan()
+    finally:
+        module.BLOCK_BYTES = limit
+    assert abs(loss.double() - exact_loss) <= 2e-6 * exact_loss.abs() + 1e-4
+    for name, mine, truth in zip(("hidden", "weight", "bias"), found, exact, strict=True):
+        assert mine.dtype == torch.float32
+        error = norm_error(mine, truth)
+        assert error <= TOLERANCE[dtype], f"gradient of {name}: {error:.1e}"
+    alone, *nothing = module.forward_backward(*arguments, kept, (False, False, False))
+    assert nothing == [None] * 3 and abs(alone - loss) <= 1e-6 * abs(loss) + 1e-4
+
+
+def check_blur(k, dtype=torch.float32, precision="float32", shape=(2, 2, 45, 38), border="reflect"):
+    """Two sigmas, one a leading image, channels-last input, float64 truth."""
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, shape, generator=draw).to(torch.uint8)
+    images = images if dtype == torch.uint8 else (images.float() / 64 - 1).to(dtype)
+    images = images.to(memory_format=torch.channels_last)
+    sigma_y, sigma_x = torch.tensor([[2.0, 5.5], [4.0, 0.7]], dtype=torch.float64)[:, : shape[0]]
+    out = torch.empty(shape, dtype=dtype)
+    k.gaussian_blur.forward(images, sigma_y, sigma_x, 3.0, border, precision, out)
+    pairs = zip(images, sigma_y.tolist(), sigma_x.tolist(), strict=True)
+    exact = torch.stack([reference.gaussian_blur(image, (y, x), border=border) for image, y, x in pairs])
+    span = float(images.double().max() - images.double().min())
+    limit = 2e-6 if precision == "float32" else 1e-3
+    if dtype == torch.uint8:
+        assert (out.int() - exact.int()).abs().max() <= (precision == "fast")
+        assert (out != exact).double().mean() <= (0.05 if precision == "fast" else 0.0)
+        return
+    rounding = (
+        exact.abs().max() * {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    )
+    assert (out.double() - exact).abs().max() <= limit * span + rounding
+
+
+def far_apart(rows: int, D: int, total: int, dtype=torch.float32) -> torch.Tensor:
+    """(rows, D) whose rows lie `total` elements apart from first to last; memory is taken only where it is written."""
+    stride = -(-total // max(1, rows - 1) // 16) * 16
+    return torch.empty(stride * (rows - 1) + D, dtype=dtype).as_strided((rows, D), (stride, 1))
+
+
+BEYOND = 2**31 + 2**20
+
+
+def check_large_offsets_of_operands(k):
+    hidden, weight, target, _ = problem(N=5, D=8, V=40, ignored=False)
+    exact = reference.linear_nll(hidden, weight, target)
+    for where in ("hidden", "weight"):
+        h, w = hidden, weight
+        if where == "hidden":
+            h = far_apart(5, 8, BEYOND, torch.bfloat16).copy_(hidden.bfloat16())
+            w = weight.bfloat16()
+            exact = reference.linear_nll(h, w, target)
+        else:
+            w = far_apart(40, 8, BEYOND, torch.bfloat16).copy_(weight.bfloat16())
+            h = hidden.bfloat16()
+        nll, sinks = k.linear_nll.forward(h, w, target, None, 1.0, None, -100, ("lse",))
+        assert (nll - exact).abs().max() <= 1e-3, f"offsets of {where}"
+        up = torch.ones(5)
+        arguments = (
+            up,
+            None,
+            None,
+            sinks["lse"],
+            None,
+            h,
+            w,
+            target,
+            None,
+            1.0,
+            None,
+            -100,
+            (True, False, False),
+        )
+        near = (up, None, None, sinks["lse"], None, h.clone(), w.clone(), target, None, 1.0, None, -100)
+        gradient = k.linear_nll_backward.backward(*arguments)[0]
+        assert torch.equal(gradient, k.linear_nll_backward.backward(*near, (True, False, False))[0])
+
+
+def check_large_offsets_of_partials(k):
+    """Partials whose rows lie so far apart that part 1 and later start beyond 2^31 elements."""
+    module, config = k.linear_nll, k.tile_configs.INTERPRETER
+    hidden, weight, target, _ = problem(N=3, D=8, V=40, ignored=False)
+    order, count = torch.arange(3), torch.tensor(3)
+    rows = 2**30 + 16  # of which the three that `count` names exist
+    storage = torch.empty(3 * rows)
+    partials = SimpleNamespace(max=storage, sum=storage[100:], dot=None, arg=None, target=torch.empty(2, 64))
+    partials.part, partials.parts = config.block_v // config.parts, 3
+    assert partials.part * 3 >= 40
+    kernel, combine = module.fold_kernel, module.combine_kernel
+    common = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_K": config.block_k}
+    kernel[(2,)](
+        hidden, hidden, weight, None, target, order, count, partials.max, partials.sum, None, None, partials.target,
+        None, 8, 8, 8, 0, 0, rows, 1, 1, 2, 40, 8, 1.0, 0.0, **common, PARTS=2, GROUP=2, EVEN_K=False,
+        DESCRIPTOR=False, SOFTCAP=False, PRECISION="ieee",
+    )  # fmt: skip
+    nll = torch.empty(3)
+    combine[(1,)](
+        partials.max, partials.sum, None, None, partials.target, target, order, count, nll, None, None, None,
+        0, 3, 0, rows, 3, 40, PART=partials.part, BLOCK_N=16, BLOCK_T=32,
+    )  # fmt: skip
+    assert (
+        (nll - reference.linear_nll(hidden, weight, target)).abs() <= bound(hidden, weight, OPTIONS)
+    ).all()
+
+
+def check_large_offsets_of_blocks(k):
+    """finish_kernel on a block whose rows lie far apart, and the blur on planes that do."""
+    draw = torch.Generator().manual_seed(2)
+    image = torch.randn(2, 1, 9, 8, generator=draw)
+    far = torch.empty(BEYOND + 72).as_strided((2, 1, 9, 8), (BEYOND, 72, 8, 1)).copy_(image)
+    sigma = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    near_out = k.gaussian_blur.forward(
+        image, sigma, sigma, 3.0, "reflect", "float32", torch.empty_like(image)
+    )
+    assert torch.equal(k.gaussian_blur.forward(far, sigma, sigma, 3.0, "reflect", "float32", far), near_out)
+
+    rows, V, part = 5, 40, 16
+    stride = 2**29 + 16
+    block = torch.empty(4 * stride + V).as_strided((rows, V), (stride, 1)).fill_(0.5)
+    near, top = torch.full((rows, V), 0.5), torch.zeros(3, rows)
+    lse, target, order = torch.ones(rows), torch.arange(rows), torch.arange(rows)
+    for b in (block, near):
+        k.linear_cross_entropy.finish_kernel[(1, 3)](
+            b, b, top, None, lse, None, target, order, torch.tensor(rows), torch.tensor(1.0), None,
+            b.stride(0), 0, rows, V, 0.0, PART=part, BLOCK_N=16, SOFTCAP=False,
+        )  # fmt: skip
+    assert torch.equal(block, near)

@@ -1,0 +1,240 @@
+"""Seeded faults: each is put into a copy of the kernels, and the checks must fail on it.
+
+    TRITON_INTERPRET=1 python tests/triton/mutations.py [NAME ...]
+
+prints every fault and whether it was caught. Faults of offsets run in a process of their own, since a wrapped
+offset may read memory that is not there. tests/triton/test_mutations_triton.py runs the same list.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import checks
+import torch
+
+import vig_kernels
+
+SOURCE = Path(vig_kernels.__file__).parent
+TILES, NLL, BACKWARD = "logit_tiles_triton", "linear_nll_triton", "linear_nll_backward_triton"
+LOSS, BLUR = "linear_cross_entropy_triton", "gaussian_blur_triton"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    kernel: str
+    name: str
+    module: str
+    old: str
+    new: str
+    isolated: bool = False  # may crash
+
+
+def _faults(kernel: str, module: str, *rows, isolated: bool = False) -> list[Mutation]:
+    return [Mutation(kernel, name, module, old, new, isolated) for name, old, new in rows]
+
+
+MUTATIONS = [
+    *_faults(
+        "fold", TILES,
+        ("vocabulary mask dropped", 'return tl.where(column[None, :] < V, z, -float("inf"))', "return z"),
+        ("last block of D skipped", "range(0, D, BLOCK_K)", "range(0, D - BLOCK_K, BLOCK_K)"),
+        ("bias added twice", "dot += tl.load(bias", "dot += 2.0 * tl.load(bias"),
+        ("scale dropped", "return dot * logit_scale", "return dot"),
+        ("series of tanh cut", "(-1.0 / 3.0 + x2 *", "(-1.0 / 3.0 + 0.0 *"),
+    ),
+    *_faults(
+        "fold", NLL,
+        ("maximum started at 0", "top = tl.max(z, axis=1)", "top = tl.maximum(tl.max(z, axis=1), 0.0)"),
+        ("last tile of the vocabulary dropped", "triton.cdiv(V, config.block_v)\n", "max(1, V // config.block_v)\n"),
+        ("second half folded as the first", "left if half == 0 else right, bias, vocab_tile", "left, bias, vocab_tile"),
+        ("last maximum instead of the first", "tl.min(tl.where(z == top[:, None], lane[None, :], PART - 1), axis=1)",
+         "tl.max(tl.where(z == top[:, None], lane[None, :], 0), axis=1)"),
+    ),
+    *_faults(
+        "fold", TILES,
+        ("int32 offset of weight", "V - 1).to(tl.int64)", "V - 1)"),
+        isolated=True,
+    ),
+    *_faults(
+        "fold", NLL,
+        ("int32 offset of hidden", "row_offset = row *", "row_offset = row.to(tl.int32) *"),
+        ("int32 offset of partials", "at = part.to(tl.int64) * partial_stride", "at = part * partial_stride"),
+        isolated=True,
+    ),
+    *_faults(
+        "combine", NLL,
+        ("rescale omitted", "total += part_sum * rescale", "total += part_sum"),
+        ("maximum started at 0", 'top = tl.full((BLOCK_T, BLOCK_N), -float("inf")',
+         "top = tl.full((BLOCK_T, BLOCK_N), 0.0"),
+        ("later parts dropped", "for start in range(0, parts, BLOCK_T)", "for start in range(0, BLOCK_T, BLOCK_T)"),
+        ("shift of the entropy dropped", "(part_dot + part_sum * shift)", "part_dot"),
+        ("part of the argmax dropped", "part[:, None] * PART + part_arg", "part_arg + 0 * part[:, None]"),
+        ("ignored rows not zeroed", "tl.where(live, loss, 0.0)", "tl.where(live, loss, 1.0)"),
+    ),
+    *_faults(
+        "combine", NLL,
+        ("int32 offset of partials", "part.to(tl.int64)[:, None] * partial_stride", "part[:, None] * partial_stride"),
+        isolated=True,
+    ),
+    *_faults(
+        "vig", NLL,
+        ("second pass reads the first", "tl.where(second, hidden_second, hidden)", "hidden"),
+        ("second pass with the first's stride", "tl.where(second, stride_hidden_second, stride_hidden)",
+         "stride_hidden"),
+        ("passes share their partials", "slot = local + second.to(tl.int32) * rows", "slot = local"),
+        ("second pass combined from the first", "first, rows, pass_index * rows", "first, rows, 0"),
+        ("second pass not launched", "(row_tiles * passes * vocab_tiles,)", "(row_tiles * vocab_tiles,)"),
+    ),
+    *_faults(
+        "gradient", BACKWARD,
+        ("target's term halved", "g -= tl.where(column", "g -= 0.5 * tl.where(column"),
+        ("slope of the cap dropped", "g *= slopes(", "_ = slopes("),
+        ("upstream of lse dropped", "up += tl.load(grad_lse", "_ = tl.load(grad_lse"),
+        ("entropy's own term dropped", "p * (log_p + entropy[:, None])", "p * log_p"),
+        ("chunk of the vocabulary forgotten", "wanted - first_vocab, -1)", "wanted, -1)"),
+        ("ignored rows kept", "g = tl.where(live[:, None] &", "g = tl.where(inside[:, None] &"),
+        ("gain omitted", "g *= tl.load(gain)", "g *= 1.0"),
+        ("later chunks overwrite", "torch.addmm(total, a, b, out=total)", "total.copy_(a @ b)"),
+    ),
+    *_faults(
+        "gradient", BACKWARD,
+        ("int32 offset of hidden", "row * stride_hidden", "row.to(tl.int32) * stride_hidden"),
+        isolated=True,
+    ),
+    *_faults(
+        "finish", LOSS,
+        ("rescale omitted", "tl.exp(top - row_lse)", "tl.exp(-row_lse)"),
+        ("z loss dropped", "(1.0 + 2.0 * z_loss * row_lse)", "1.0"),
+        ("row weight dropped", "w = tl.load(row_weight", "_ = tl.load(row_weight"),
+        ("slope of the target dropped", "pull *= tl.load(target_slope", "_ = tl.load(target_slope"),
+        ("ignored rows kept", "live = inside & (local < tl.load(count) - first_row)", "live = inside"),
+        ("every part is the first", "column = part * PART + tl.arange", "column = tl.arange"),
+    ),
+    *_faults(
+        "finish", LOSS,
+        ("int32 offset of the block", "at = local.to(tl.int64)[:, None]", "at = local[:, None]"),
+        isolated=True,
+    ),
+    *_faults(
+        "blur", BLUR,
+        ("left of the band cut", "tl.maximum(first - radius, 0)", "tl.maximum(first, 0)"),
+        ("right of the band cut", "first + BLOCK_R + radius", "first + BLOCK_R"),
+        ("first block of the band skipped", "range(low, high, BLOCK_K)", "range(low + BLOCK_K, high, BLOCK_K)"),
+        ("rounding dropped", "(accumulator + 12582912.0) - 12582912.0", "accumulator"),
+        ("every image with the first sigma", "tl.load(operator_of + plane)", "tl.load(operator_of)"),
+        ("centre not put back", "accumulator / factor + centre", "accumulator / factor"),
+        ("taps not normalised", "(taps / taps.sum())", "taps"),
+    ),
+    *_faults(
+        "blur", BLUR,
+        ("int32 offset of planes", "tl.load(source_plane + plane)", "tl.load(source_plane + plane).to(tl.int32)"),
+        isolated=True,
+    ),
+]  # fmt: skip
+
+
+def many_parts(k) -> None:
+    """More parts than `combine_kernel` takes at a time."""
+    hidden, weight, target, _ = checks.problem(N=6, V=600, D=8)
+    checks.assert_forward(k, hidden, weight, target, checks.OPTIONS)
+
+
+CHECKS = {
+    "fold": (checks.check_fold_and_combine, checks.check_first_of_equal_maxima),
+    "combine": (checks.check_fold_and_combine, many_parts),
+    "vig": (checks.check_fold_and_combine,),
+    "gradient": (checks.check_gradients, lambda k: checks.check_gradients(k, cap=None)),
+    "finish": (checks.check_training, lambda k: checks.check_training(k, num_kept=False)),
+    "blur": (
+        checks.check_blur,
+        lambda k: checks.check_blur(k, torch.uint8),
+        lambda k: checks.check_blur(k, torch.float32, "fast"),
+    ),
+}
+OFFSETS = {
+    "fold": (checks.check_large_offsets_of_operands, checks.check_large_offsets_of_partials),
+    "combine": (checks.check_large_offsets_of_partials,),
+    "gradient": (checks.check_large_offsets_of_operands,),
+    "finish": (checks.check_large_offsets_of_blocks,),
+    "blur": (checks.check_large_offsets_of_blocks,),
+}
+
+
+def key(mutation: Mutation) -> str:
+    return f"{mutation.kernel}: {mutation.name}"
+
+
+def copy_with(mutation: Mutation | None, folder: Path) -> str:
+    """The name of a package in `folder` with the kernels and, in them, the fault."""
+    package = folder / f"mutant_{abs(hash(mutation))}"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    for path in [*SOURCE.glob("*_triton.py"), SOURCE / "tile_configs.py"]:
+        text = path.read_text()
+        if mutation is not None and path.stem == mutation.module:
+            assert text.count(mutation.old) >= 1, f"{key(mutation)}: {mutation.old!r} is not in {path.name}"
+            text = text.replace(mutation.old, mutation.new)
+        (package / path.name).write_text(text)
+    return package.name
+
+
+def run(mutation: Mutation | None, kernel: str, offsets: bool = False) -> str | None:
+    """What the checks of `kernel` say about a copy with the fault; None when they find nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        sys.path.insert(0, folder)
+        try:
+            k = checks.load(copy_with(mutation, Path(folder)))
+            k.tile_configs.INTERPRETER = k.tile_configs.TileConfig(16, 32, 16, 1, 1, parts=2, group=2)
+            for check in (OFFSETS if offsets else CHECKS)[kernel]:
+                check(k)
+        except AssertionError as error:
+            return f"caught: {error}".splitlines()[0]
+        except ValueError as error:  # NaN where a number must be
+            return f"caught: {error}".splitlines()[0]
+        finally:
+            sys.path.remove(folder)
+    return None
+
+
+def run_isolated(mutation: Mutation) -> str | None:
+    """`run` in a process of its own, whose crash counts as caught."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, "--in-process", key(mutation)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode < 0:
+        return f"caught: the process died of signal {-done.returncode}"
+    return done.stdout.strip().splitlines()[-1].partition(" -> ")[2] if done.returncode == 0 else None
+
+
+def examine(mutation: Mutation, in_process: bool = False) -> str | None:
+    if mutation.isolated and not in_process:
+        return run_isolated(mutation)
+    return run(mutation, mutation.kernel, offsets=mutation.isolated)
+
+
+def main(names: list[str]) -> int:
+    in_process = "--in-process" in names
+    wanted = [name for name in names if name != "--in-process"]
+    chosen = [m for m in MUTATIONS if not wanted or any(name in key(m) for name in wanted)]
+    missed = 0
+    for mutation in chosen:
+        verdict = examine(mutation, in_process)
+        missed += verdict is None
+        print(f"{key(mutation)} -> {verdict or 'NOT CAUGHT'}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults caught") if not in_process else None
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(sys.argv[1:]))

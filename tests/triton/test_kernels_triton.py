@@ -1,0 +1,224 @@
+"""The Triton kernels in the interpreter against float64: values, gradients, blur, offsets, bits."""
+
+import checks
+import pytest
+import torch
+from cases import CASES, Case, make
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vig_kernels import tile_configs
+from vig_kernels.tile_configs import TileConfig
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = TileConfig(16, 32, 16, 1, 1, parts=2, group=2)
+KERNELS = checks.load("vig_kernels")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that every loop and every border of the kernels is met by small inputs."""
+    monkeypatch.setattr(tile_configs, "INTERPRETER", SMALL)
+
+
+LONG = ("tiles-of-N", "tiles-of-V")  # once is enough
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (case, dtype)
+        for case in CASES
+        for dtype in DTYPES
+        if case.N and (case.name not in LONG or dtype == DTYPES[0])
+    ],
+    ids=str,
+)
+def test_shared_cases(case: Case, dtype):
+    inputs = make(case, dtype)
+    options = checks.OPTIONS | inputs.options
+    target = inputs.target.masked_fill(inputs.target == options.pop("ignore_index", -100), -100)
+    checks.assert_forward(KERNELS, inputs.hidden, inputs.weight, target, options)
+
+
+@every_dtype
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("descriptor", [False, True])
+def test_small_tiles(dtype, parts, descriptor, monkeypatch):
+    config = TileConfig(16, 32, 16, 1, 1, parts=parts, group=2, descriptor=descriptor)
+    monkeypatch.setattr(tile_configs, "INTERPRETER", config)
+    checks.check_fold_and_combine(KERNELS, dtype)
+    hidden, weight, target, _ = checks.problem(N=18, D=48, V=66, dtype=dtype)
+    checks.assert_forward(
+        KERNELS, hidden, weight, target, checks.OPTIONS
+    )  # 16-byte rows: descriptors are used
+
+
+def test_rows_of_logits_around_ten_thousand(small_tiles):
+    hidden, weight, target, _ = checks.problem(spread=2000.0)
+    checks.assert_forward(KERNELS, hidden, weight, target, checks.OPTIONS)
+
+
+def test_first_of_equal_maxima(small_tiles):
+    checks.check_first_of_equal_maxima(KERNELS)
+
+
+def test_bad_targets_and_masked_words(small_tiles):
+    checks.check_bad_targets_and_masked_words(KERNELS)
+
+
+def test_chunks_and_company_change_no_bits(small_tiles):
+    checks.check_chunks_and_company(KERNELS)
+
+
+def test_equal_passes_give_equal_values(small_tiles):
+    hidden, weight, target, _ = checks.problem()
+    image, null = KERNELS.linear_vig.forward(hidden, hidden.clone(), weight, target, None, 1.0, None, -100)
+    assert torch.equal(image, null)
+
+
+@every_dtype
+@pytest.mark.parametrize("kinds", [("nll",), ("lse",), ("nll", "lse", "entropy")], ids=str)
+def test_gradients_for_any_upstream(dtype, kinds, small_tiles):
+    checks.check_gradients(KERNELS, dtype, kinds)
+
+
+@every_dtype
+def test_gradients_in_one_block(dtype):
+    checks.check_gradients(KERNELS, dtype, cap=None, chunks=False)
+
+
+@every_dtype
+@pytest.mark.parametrize("num_kept", [True, False])
+def test_training(dtype, num_kept, small_tiles):
+    checks.check_training(KERNELS, dtype, num_kept)
+
+
+@every_dtype
+def test_training_in_one_chunk(dtype):
+    checks.check_training(KERNELS, dtype, cap=None, chunk_rows=4096)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_what_is_not_needed_is_not_made(needs, small_tiles):
+    hidden, weight, target, bias = checks.problem(bias=True)
+    found = KERNELS.linear_cross_entropy.forward_backward(
+        hidden, weight, target, bias, None, 1.0, None, -100, 0.0, None, needs
+    )
+    assert tuple(gradient is not None for gradient in found[1:]) == needs
+
+
+def test_nothing_kept(small_tiles):
+    hidden, weight, target, bias = checks.problem(bias=True)
+    target[:] = -100
+    for num_kept in (None, 0):
+        loss, *gradients = KERNELS.linear_cross_entropy.forward_backward(
+            hidden, weight, target, bias, None, 1.0, 3.0, -100, 0.1, num_kept, (True, True, True)
+        )
+        assert loss == 0 and not any(gradient.any() for gradient in gradients)
+
+
+def test_tiny_float16_gradients_are_not_lost(small_tiles):
+    """Upstream gradients of 1e-9, which float16 cannot hold, leave the sums whole before the last cast."""
+    hidden, weight, target, _ = checks.problem(dtype=torch.float16, ignored=False)
+    sums = []
+    module = KERNELS.linear_nll_backward
+    settle, module.settle = (
+        module.settle,
+        lambda gradient, total, unscale: sums.append(total.mul_(unscale).clone()),
+    )
+    try:
+        for up in (1.0, 1e-9):
+            _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
+            module.backward(
+                torch.full((21,), up), None, None, sinks["lse"], None, hidden, weight, target, None, 1.0, None, -100,
+                (True, False, False),
+            )  # fmt: skip
+    finally:
+        module.settle = settle
+    assert checks.norm_error(sums[1] * 1e9, sums[0]) < 1e-3
+
+
+class NoReadback(TorchDispatchMode):
+    """Fails where an operation would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_host_synchronisation(small_tiles):
+    hidden, weight, target, bias = checks.problem(bias=True)
+    with NoReadback():
+        _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, bias, 1.0, None, -100, checks.STATS)
+        up = torch.ones(21)
+        KERNELS.linear_nll_backward.backward(
+            up,
+            up,
+            up,
+            sinks["lse"],
+            sinks["entropy"],
+            hidden,
+            weight,
+            target,
+            bias,
+            1.0,
+            None,
+            -100,
+            (True,) * 3,
+        )
+        for num_kept in (None, 14):
+            KERNELS.linear_cross_entropy.forward_backward(
+                hidden, weight, target, bias, up, 1.0, None, -100, 0.1, num_kept, (True,) * 3
+            )
+
+
+def test_large_offsets(small_tiles):
+    checks.check_large_offsets_of_operands(KERNELS)
+    checks.check_large_offsets_of_partials(KERNELS)
+    checks.check_large_offsets_of_blocks(KERNELS)
+
+
+@pytest.mark.parametrize("precision", ["float32", "fast"])
+@pytest.mark.parametrize("dtype", [torch.uint8, *DTYPES], ids=str)
+def test_blur(dtype, precision):
+    for border, shape in (
+        ("reflect", (2, 2, 45, 38)),
+        ("replicate", (1, 1, 7, 5)),
+        ("reflect", (2, 1, 1, 9)),
+    ):
+        checks.check_blur(KERNELS, dtype, precision, shape, border)
+
+
+def test_blur_in_chunks_and_in_place(monkeypatch):
+    images = torch.randn(3, 2, 20, 17)
+    sigma = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    whole = KERNELS.gaussian_blur.forward(
+        images, sigma, sigma, 3.0, "reflect", "fast", torch.empty_like(images)
+    )
+    monkeypatch.setattr(KERNELS.gaussian_blur, "INTERMEDIATE_BYTES", 20 * 17 * 2)
+    assert torch.equal(
+        KERNELS.gaussian_blur.forward(images, sigma, sigma, 3.0, "reflect", "fast", images), whole
+    )
+
+
+def test_blur_of_qwen_patches():
+    """The flattened patches are blurred where they lie, as the picture that they were cut from."""
+    rows, columns, patch, merge, channels, temporal = 4, 6, 5, 2, 3, 2
+    picture = torch.randn(temporal, channels, rows * patch, columns * patch)
+    sigma = torch.full((temporal,), 2.0, dtype=torch.float64)
+    blurred = KERNELS.gaussian_blur.forward(
+        picture, sigma, sigma, 3.0, "reflect", "float32", torch.empty_like(picture)
+    )
+
+    def cut(x):
+        x = x.reshape(temporal, channels, rows // merge, merge, patch, columns // merge, merge, patch)
+        return x.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(rows * columns, -1)
+
+    pixels = torch.cat([torch.zeros(7, channels * temporal * patch * patch), cut(picture)])
+    at = KERNELS.gaussian_blur.patch_addresses(
+        (1, rows, columns), patch, merge, channels, temporal, 7, pixels.device
+    )
+    KERNELS.gaussian_blur.blur_at(pixels, at, pixels, at, [2.0], [2.0], 3.0, "reflect", "float32")
+    assert torch.equal(pixels[7:], cut(blurred)) and not pixels[:7].any()

@@ -1,0 +1,88 @@
+"""Work is counted: one GEMM over the weight to score, three to train, four with recomputation."""
+
+import checks
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vig_kernels import tile_configs
+
+KERNELS = checks.load("vig_kernels")
+
+
+class Tiles:
+    """Counts the multiply-adds of every tile kernel that is launched: 2 x rows x columns x D."""
+
+    def __init__(self, monkeypatch):
+        self.flop = 0
+        self.launches = 0
+        for module, name, columns in (
+            (KERNELS.linear_nll, "fold_kernel", "V"),
+            (KERNELS.linear_nll_backward, "gradient_kernel", "columns"),
+        ):
+            monkeypatch.setattr(module, name, Counted(getattr(module, name), self, columns))
+
+
+class Counted:
+    """A kernel that tells `Tiles` what it is launched with."""
+
+    def __init__(self, kernel, tiles, columns):
+        self.kernel, self.tiles, self.columns = kernel, tiles, columns
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            given = dict(zip(self.kernel.arg_names, arguments, strict=False))
+            self.tiles.flop += 2 * given["rows"] * given.get("passes", 1) * given[self.columns] * given["D"]
+            self.tiles.launches += 1
+            return self.kernel[grid](*arguments, **options)
+
+        return launch
+
+
+def test_one_pass_to_score(monkeypatch):
+    hidden, weight, target, _ = checks.problem(N=40)
+    tiles, gemm = Tiles(monkeypatch), 2 * 40 * 75 * 50
+    with FlopCounterMode(display=False) as vendor:
+        KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, checks.STATS)
+        assert tiles.flop == gemm and tiles.launches == 1
+        KERNELS.linear_vig.forward(hidden, hidden + 1, weight, target, None, 1.0, None, -100)
+    assert tiles.flop == 3 * gemm and tiles.launches == 2, "both passes belong to one launch"
+    assert vendor.get_total_flops() == 0
+
+
+def test_ignored_rows_have_no_tiles(monkeypatch):
+    """Of 40 rows 8 are kept: one row tile of three does anything."""
+    monkeypatch.setattr(tile_configs, "INTERPRETER", tile_configs.TileConfig(16, 32, 16, 1, 1, parts=2))
+    hidden, weight, target, _ = checks.problem(N=40, ignored=False)
+    target[8:] = -100
+    products, dot_tile = [], KERNELS.linear_nll.dot_tile
+    monkeypatch.setattr(KERNELS.linear_nll, "dot_tile", lambda *a: products.append(1) or dot_tile(*a))
+    KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ())
+    assert len(products) == 3  # the tiles of the vocabulary, for one row tile
+
+
+def test_three_gemms_to_train_and_four_to_recompute(monkeypatch):
+    hidden, weight, target, _ = checks.problem(N=40)
+    kept = int((target != -100).sum())
+    tiles = Tiles(monkeypatch)
+    gemm = 2 * kept * 75 * 50
+
+    def count(needs):
+        tiles.flop = 0
+        with FlopCounterMode(display=False) as vendor:
+            KERNELS.linear_cross_entropy.forward_backward(
+                hidden, weight, target, None, None, 1.0, None, -100, 0.0, kept, needs
+            )
+        return (tiles.flop + vendor.get_total_flops()) / gemm
+
+    assert count((True, True, False)) == 3, "ignored rows cost no GEMM when num_kept is given"
+    assert count((True, False, False)) == 2, "a frozen weight costs no gradient GEMM"
+    assert count((False, False, False)) == 40 / kept
+
+    tiles.flop, full = 0, 2 * 40 * 75 * 50
+    with FlopCounterMode(display=False) as vendor:
+        _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
+        KERNELS.linear_nll_backward.backward(
+            torch.ones(40), None, None, sinks["lse"], None, hidden, weight, target, None, 1.0, None, -100,
+            (True, True, False),
+        )  # fmt: skip
+    assert tiles.flop + vendor.get_total_flops() == 4 * full

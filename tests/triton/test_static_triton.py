@@ -1,0 +1,92 @@
+"""The stored static counts hold the rules, belong to these kernels, and a compiler makes the same ones again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+AGAIN = """
+import json, sys
+from benchmarks import static
+known = {static.key(entry): entry for entry in static.stored()["rows"]}
+for wanted in json.loads(sys.argv[1]):
+    entry = next(e for e in static.rows() if [e["target"], e["kernel"], e["dtype"]] == wanted)
+    again = static.compile_row(entry)["counts"]
+    print(json.dumps([static.title(entry), again, known[static.key(entry)]["counts"]]))
+"""
+SAMPLE = (
+    ("sm_80", "blur write", "uint8"), ("sm_90", "fold", "bfloat16"), ("sm_100", "combine", "float32"),
+    ("gfx942", "gradient", "float32"),
+)  # fmt: skip
+
+
+def compiler(*arguments: str) -> subprocess.CompletedProcess:
+    """A process of its own: this one has the interpreter in the compiler's place."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_stored_counts_hold():
+    """No local memory traffic in a main loop, at most 64 bytes outside, tensor instructions, shared memory."""
+    done = compiler("-m", "benchmarks.static", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_counts_are_found_again():
+    """One row a target, compiled anew."""
+    done = compiler("-c", AGAIN, json.dumps(SAMPLE))
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(SAMPLE)
+    for title, again, stored in found:
+        assert again == stored, title
+
+
+FAULTS = [
+    ({"local_bytes_in_loop": 4}, "main loop"),
+    ({"local_bytes_outside": 68}, "outside the loop"),
+    ({"shared_bytes": 300 * 1024}, "shared memory"),
+    ({"tensor_kinds": ["HMMA.16816.F32.BF16"]}, "no tensor instruction"),
+    ({"resident_warps": 0}, "no block fits"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), FAULTS, ids=lambda value: str(value)[:30])
+def test_rules_see_what_they_are_for(change, message):
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import static_counts
+
+    stored = json.loads((ROOT / "benchmarks" / "results" / "static.json").read_text())["rows"]
+    row = next(r for r in stored if r["target"] == "sm_90" and r["products"] == "bfloat16")
+    assert static_counts.faults(row) == []
+    found = static_counts.faults(row | {"counts": row["counts"] | change})
+    assert len(found) == 1 and message in found[0]
+
+
+def test_amd_rules_see_spills():
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import static_counts
+
+    stored = json.loads((ROOT / "benchmarks" / "results" / "static.json").read_text())["rows"]
+    row = next(r for r in stored if r["target"] == "gfx942" and r["products"] == "bfloat16")
+    assert static_counts.faults(row) == []
+    for name in ("vgpr_spills", "stack_bytes"):
+        assert static_counts.faults(row | {"counts": row["counts"] | {name: 1}})
+
+
+def test_local_traffic_is_read_from_assembly():
+    from benchmarks import static_counts
+
+    lines = [
+        "        STL.64 [R1+0x8], R4 ;", ".L_x_1:", "        LDL R2, [R1] ;", "        HGMMA.64x128x16.F32.BF16 R24 ;",
+        "        @P0 BRA `(.L_x_1) ;", "        LDL.128 R4, [R1+0x10] ;",
+    ]  # fmt: skip
+    assert static_counts.main_loop(lines, [3]) == {1, 2, 3, 4}
+    sizes = [int(m.group(2) or 32) // 8 if (m := static_counts.LOCAL.search(line)) else 0 for line in lines]
+    assert sizes == [8, 0, 4, 0, 0, 16]
