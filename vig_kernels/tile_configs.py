@@ -87,7 +87,7 @@ IRREGULAR: dict[tuple[str, str], TileConfig] = {
     ("sm_90", "16-bit"): T(128, 64, 32, 8, 3, 2),
     ("sm_90", "float32"): T(128, 64, 32, 8, 3, 2),
     ("sm_100", "16-bit"): T(128, 64, 32, 8, 3, 2),
-    ("sm_100", "float32"): T(64, 64, 32, 4, 3, 2),
+    ("sm_100", "float32"): T(128, 64, 16, 8, 3, 2),
 }
 
 # (target, kind of the products)
