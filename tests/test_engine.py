@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import tiny
 
+from vig import fingerprints
 from vig.engine import RecordCount, part_of, run_settings, score_dataset
+from vig.fingerprints import data_fingerprint
 from vig.samples import read_samples
 from vig.score import Scorer
 from vig.score_folder import output_folder
@@ -185,3 +187,16 @@ def test_scoring_does_not_wait_for_the_count(tmp_path, data, monkeypatch):
         assert count.wait() == N_SAMPLES and less.wait() == 7 and count.known() == N_SAMPLES
     with RecordCount(tmp_path / "nowhere.json") as count:
         assert count.wait() is None
+
+
+def test_a_large_data_file_is_known_by_its_size_and_parts(tmp_path, monkeypatch):
+    path = tmp_path / "data.json"
+    path.write_bytes(bytes(3 << 20))
+    whole = data_fingerprint(path)
+    monkeypatch.setattr(fingerprints, "WHOLE", 1 << 20)
+    parts = data_fingerprint(path)
+    assert parts != whole and parts == data_fingerprint(path)
+    path.write_bytes(bytes((3 << 20) + 1))
+    assert data_fingerprint(path) != parts
+    path.write_bytes(b"[" + bytes((3 << 20) - 1))
+    assert data_fingerprint(path) != parts

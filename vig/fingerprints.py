@@ -19,6 +19,9 @@ def processor_json(processor: Any) -> str:
     return json.dumps(settings, sort_keys=True, default=str)
 
 
+WHOLE = 1 << 30  # bytes; of larger data files a part is read
+
+
 def weights_fingerprint(name: str) -> str | None:
     """For a local checkpoint: of its config and of 64 MiB of every weight file, spread evenly; None elsewhere."""
     folder = Path(name)
@@ -26,23 +29,32 @@ def weights_fingerprint(name: str) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
-            for part in range(64):
-                stream.seek(size * part // 64)
-                digest.update(stream.read(1 << 20))
+        _read_parts(digest, file)
     return digest.hexdigest()[:16]
 
 
 def data_fingerprint(path: str | Path) -> str:
-    """Of a data file's content, or of the names and sizes in a folder."""
+    """Of a data file's content, or of the names and sizes in a folder.
+
+    Of a file above 1 GiB: of its size and 64 MiB, spread evenly, so that scoring may begin."""
     path = Path(path)
     if path.is_dir():
         names = [(file.name, file.stat().st_size) for file in sorted(path.iterdir()) if file.is_file()]
         return text_hash(json.dumps(names))
     digest = hashlib.sha256()
+    if path.stat().st_size > WHOLE:
+        _read_parts(digest, path)
+        return digest.hexdigest()[:16]
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def _read_parts(digest, file: Path, parts: int = 64) -> None:
+    size = file.stat().st_size
+    digest.update(f"{file.name} {size}".encode())
+    with file.open("rb") as stream:
+        for part in range(parts):
+            stream.seek(size * part // parts)
+            digest.update(stream.read(1 << 20))

@@ -267,7 +267,7 @@ def _check_turns(messages: tuple[dict[str, Any], ...], n_images: int, key: str, 
 def _read_folder(path: Path, root: Path) -> Iterator[Sample | BrokenRecord]:
     photographs = _photographs(path)
     if not photographs:
-        known = ", ".join((*PHOTOGRAPHS, *readers.BUILDERS))
+        known = ", ".join((*PHOTOGRAPHS, *readers.KINDS))
         raise DataError(f"no photographs and no data files in {path}: expected {known}")
     for photograph in photographs:
         key, caption = f"{path.name}#{photograph.name}", photograph.with_suffix(".txt")
