@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from vig import fingerprints
+from vig import engine, fingerprints
 from vig.engine import RecordCount, part_of, run_settings, score_dataset
 from vig.fingerprints import data_fingerprint
 from vig.samples import read_samples
@@ -200,3 +200,20 @@ def test_a_large_data_file_is_known_by_its_size_and_parts(tmp_path, monkeypatch)
     assert data_fingerprint(path) != parts
     path.write_bytes(b"[" + bytes((3 << 20) - 1))
     assert data_fingerprint(path) != parts
+
+
+def test_the_first_batch_waits_for_one_window_alone(tmp_path, data, monkeypatch):
+    consumed, at_first = [], []
+
+    def counting(*args, **options):
+        for record in read_samples(*args, **options):
+            consumed.append(record.key)
+            yield record
+
+    one = scorer()
+    one.noise_floor = lambda records: consumed.clear()
+    monkeypatch.setattr(engine, "read_samples", counting)
+    score_dataset(
+        one, data, tmp_path / "scores", window=8, on_progress=lambda _: at_first.append(len(consumed))
+    )
+    assert at_first[0] == 8 and at_first[-1] == N_SAMPLES

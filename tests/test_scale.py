@@ -1,0 +1,48 @@
+"""Loose guards of the rates that `python -m benchmarks.scale` measures, in processor time: load does not count."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from benchmarks import scale
+from vig.select import select
+from vig.store import ScoreWriter, count_rows
+
+SAMPLES = 3 * scale.WINDOW
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory):
+    """A folder of synthetic scores, and the samples a processor second it was written with."""
+    folder = tmp_path_factory.mktemp("scores")
+    blocks = [scale.synthetic_block(start, scale.WINDOW) for start in range(0, SAMPLES, scale.WINDOW)]
+    with ScoreWriter(folder, {"model": "synthetic"}) as writer:
+        writer.write(0, blocks[0])  # warm
+        begun = time.process_time()
+        for window, block in enumerate(blocks[1:], 1):
+            writer.write(window, block)
+        seconds = time.process_time() - begun
+        writer.mark_complete()
+    return folder, 2 * scale.WINDOW / seconds
+
+
+def test_scores_are_written_at_thousands_of_samples_a_second(scores):
+    folder, rate = scores
+    assert count_rows(folder) == SAMPLES
+    assert rate > 10_000  # 40,000 and more on a free core
+
+
+def test_a_million_samples_are_selected_within_two_minutes(scores, tmp_path):
+    begun = time.process_time()
+    chosen = select(scores[0], 70, out=tmp_path)
+    seconds = time.process_time() - begun
+    assert chosen.counts["samples_total"] == SAMPLES
+    assert seconds * 1_000_000 / SAMPLES < 120  # 25 s on a free core
+
+
+def test_the_bounds_name_what_they_miss():
+    good = {"write_samples_per_s": 50_000, "select_s": 20, "select_peak_mib": 400, "first_batch_s": 20}
+    assert scale.broken_bounds([good]) == []
+    assert scale.broken_bounds([good | {"select_s": 31}]) == ["select_s = 31.0, expected <= 30"]
