@@ -81,7 +81,7 @@ class Blur {
     const char* from = plane(images_, first + p) + x * images_.stride[3];
     kernels_.load_strip({from, height_, std::min(columns_, width_ - x), images_.stride[2], images_.stride[3], dtype_,
                          strip, columns_});
-    kernels_.blur({strip, height_, columns_, filter.index.data(), filter.taps.data(), filter.radius,
+    kernels_.blur({strip, height_, std::min(columns_, width_ - x), filter.index.data(), filter.taps.data(), filter.radius,
                    half_.get() + p * plane_floats() + x * half_stride_, half_stride_});
   }
 
@@ -93,7 +93,7 @@ class Blur {
     float* upright = strip + std::max(height_, width_) * columns_;
     kernels_.load_strip({reinterpret_cast<const char*>(from), width_, rows, half_stride_ * 4, 4, Dtype::kFloat32,
                          strip, columns_});
-    kernels_.blur({strip, width_, columns_, filter.index.data(), filter.taps.data(), filter.radius, upright, stride});
+    kernels_.blur({strip, width_, rows, filter.index.data(), filter.taps.data(), filter.radius, upright, stride});
     char* to = const_cast<char*>(plane(out_, first + p)) + y * out_.stride[2];
     for (int64_t i = 0; i < rows; ++i) {
       store_row(upright + i * stride, to + i * out_.stride[2], out_.stride[3], width_, dtype_);

@@ -81,12 +81,12 @@ struct GradArgs {
 };
 
 struct BlurArgs {
-  const float* strip;        // [length][columns] float32
-  int64_t length, columns;   // columns: a multiple of `lanes`
+  const float* strip;        // [length][panel] float32
+  int64_t length, columns;   // columns that count, at most a panel
   const int32_t* index;      // (length + 2 * radius) rows to read, border folded in; index[0] stands for row -radius
   const float* taps;         // blur_rows - 1 zeros, 2 * radius + 1 taps, blur_rows - 1 zeros
   int64_t radius;
-  float* out;                // transposed: [columns][out_stride]
+  float* out;                // transposed: [columns, to whole vectors][out_stride]
   int64_t out_stride;
 };
 
