@@ -111,6 +111,11 @@ def check_chunks_and_company(k):
         assert torch.equal(part, whole[some]), "company changes bits"
 
 
+def tolerance(dtype, cap) -> float:
+    """Norm-wise. Without a cap row 0 has logits near -300, which float32 holds to 3e-5."""
+    return TOLERANCE[dtype] if cap or dtype != torch.float32 else 1e-4
+
+
 def norm_error(found, exact) -> float:
     return float((found.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300))
 
@@ -147,10 +152,10 @@ def check_gradients(k, dtype=torch.float32, kinds=("nll", "lse", "entropy"), cap
     ):
         assert mine.dtype == leaf.dtype and mine.shape == leaf.shape
         error = norm_error(mine, truth)
-        assert error <= TOLERANCE[dtype], f"gradient of {name}: {error:.1e}"
+        assert error <= tolerance(dtype, cap), f"gradient of {name}: {error:.1e}"
     assert not found[0][~live].any(), "an ignored row has a gradient"
     only = module.backward(*arguments, (False, True, False))
-    assert only[0] is None and only[2] is None and norm_error(only[1], exact[1]) <= TOLERANCE[dtype]
+    assert only[0] is None and only[2] is None and norm_error(only[1], exact[1]) <= tolerance(dtype, cap)
 
 
 def check_training(k, dtype=torch.float32, num_kept=True, cap=4.0, chunk_rows=16):
@@ -178,7 +183,7 @@ def check_training(k, dtype=torch.float32, num_kept=True, cap=4.0, chunk_rows=16
     for name, mine, truth in zip(("hidden", "weight", "bias"), found, exact, strict=True):
         assert mine.dtype == torch.float32
         error = norm_error(mine, truth)
-        assert error <= TOLERANCE[dtype], f"gradient of {name}: {error:.1e}"
+        assert error <= tolerance(dtype, cap), f"gradient of {name}: {error:.1e}"
     alone, *nothing = module.forward_backward(*arguments, kept, (False, False, False))
     assert nothing == [None] * 3 and abs(alone - loss) <= 1e-6 * abs(loss) + 1e-4
 

@@ -78,9 +78,13 @@ def test_equal_passes_give_equal_values(small_tiles):
 
 
 @every_dtype
-@pytest.mark.parametrize("kinds", [("nll",), ("lse",), ("nll", "lse", "entropy")], ids=str)
-def test_gradients_for_any_upstream(dtype, kinds, small_tiles):
-    checks.check_gradients(KERNELS, dtype, kinds)
+def test_gradients_for_any_upstream(dtype, small_tiles):
+    checks.check_gradients(KERNELS, dtype)
+
+
+@pytest.mark.parametrize("kinds", [("nll",), ("lse",)], ids=str)
+def test_gradients_of_one_value(kinds, small_tiles):
+    checks.check_gradients(KERNELS, torch.float32, kinds)
 
 
 @every_dtype
