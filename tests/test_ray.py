@@ -15,11 +15,11 @@ import tiny
 
 from vig.engine import score_dataset
 from vig.score import Scorer
-from vig.store import read_scores, score_files, unfinished
+from vig.store import StoreError, read_scores, score_files, unfinished
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 
-from vig.ray_engine import Job, ScoreWindows, score_dataset_on_ray  # noqa: E402
+from vig.ray_engine import TRIES, Job, ScoreWindows, score_dataset_on_ray  # noqa: E402
 
 HERE = Path(__file__).parent
 N_SAMPLES = 48
@@ -129,6 +129,17 @@ def test_errors_of_the_model_come_through(road, cluster, tmp_path):
 
     with pytest.raises(ModelError, match="cannot load"):
         score_dataset_on_ray(tmp_path, road / "data.json", tmp_path / "scores", cpus_per_actor=0.5)
+
+
+def test_a_window_that_fells_its_actors_is_named(road, tmp_path):
+    job = Job(str(road / "model"), {}, str(road / "data.json"), None, None, 4, str(tmp_path), 60.0, {})
+    actor = ScoreWindows(job)
+    for _ in range(TRIES):  # as many processes began with it and died
+        actor._try(3)
+    with pytest.raises(StoreError, match=r"window 3 \(records 12 and on\) has felled 5 processes"):
+        actor({"window": [3], "again": [[]]})
+    assert actor({"window": [2], "again": [[]]})["window"] == [2]
+    assert [path.name for path in tmp_path.glob(".window*")] == [".window-00003.tries"]
 
 
 def test_an_actor_reads_windows_in_any_order_and_ends_itself_when_stuck(road, tmp_path, plain):

@@ -120,6 +120,26 @@ def test_a_broken_record_says_which_why_and_what_helps(tmp_path, broken, reason)
         assert second.id == "7"
 
 
+@pytest.mark.parametrize("link", ["a.png", "folder"])
+def test_links_that_leave_the_image_root_are_refused_and_those_within_followed(tmp_path, link):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "inner", outside):
+        folder.mkdir(parents=True)
+        tiny.save_picture(folder / "a.png", 1)
+    (root / link).symlink_to(outside / "a.png" if link == "a.png" else outside)
+    name = "a.png" if link == "a.png" else "folder/a.png"
+    for _ in range(2):  # a folder seen before is no other
+        with pytest.raises(SampleError, match="leaves the image root"):
+            sample_from_record(record(image=name), key="k", image_root=root)
+    for name in ("inner/../../outside/a.png", str(outside / "a.png"), "../outside/a.png", "inner/../.."):
+        with pytest.raises(SampleError, match="leaves the image root"):
+            sample_from_record(record(image=name), key="k", image_root=root)
+    (root / "again.png").symlink_to(root / "inner" / "a.png")
+    for name in ("again.png", "inner/a.png", "./inner/../inner/a.png", str(root / "inner" / "a.png")):
+        sample = sample_from_record(record(image=name), key="k", image_root=root)
+        assert sample.images == ((root / "inner" / "a.png").resolve(),)
+
+
 def test_an_invalid_json_line_is_reported_and_the_rest_is_read(tmp_path):
     good = json.dumps(record("Hello", image=None))
     first, second, third = read(tmp_path, f"{good}\n{{'id': 3}}\n\n{good}\n", "data.jsonl")

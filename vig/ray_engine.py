@@ -8,8 +8,8 @@ writes its shard through `vig.store.write_shard`, whole or not at all. So data, 
 every machine sees them, under the same paths.
 
 An actor that dies is started anew and its window given to another; one that makes no headway for `stuck_after`
-seconds ends itself, to the same effect. A window that has felled its actors `RETRIES` times stops the run, which the
-same command resumes. Needs the extra "ray".
+seconds ends itself, to the same effect. A window that has felled `TRIES` actors stops the run, and is named; the same
+command goes on from there. Needs the extra "ray".
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vig.score_folder import output_folder
 from vig.store import ScoreWriter, replace_rows, write_shard
 
 NO_RAY = 'the ray engine needs Ray Data. Install it: pip install "vig-kernels[ray]"'
-RETRIES = 4  # further tries of a window whose actor died
+TRIES = 5  # of a window whose actors die
 STUCK_AFTER = 1800.0  # seconds without a scored batch
 
 
@@ -88,6 +88,8 @@ def score_dataset_on_ray(
     with ScoreWriter(folder, job.settings) as writer, RecordCount(data, limit) as count:
         progress = Progress()
         failed = writer.failed() if retry_failed else {}
+        for old in folder.glob(".window-*.tries"):
+            old.unlink()
         progress.total = part_of(count.wait() or _count(job), window, shard)
         progress.done = writer.counts()["rows"] - sum(len(keys) for keys in failed.values())
         progress.resumed = progress.done
@@ -154,10 +156,13 @@ def _scored(ray, job: Job, rows: list[dict], actors: int | None, resources: dict
         actors = max(1, int(ray.cluster_resources().get(kind, 1) // each))
     pool = ray.data.ActorPoolStrategy(size=min(actors, len(rows)))
     windows = ray.data.from_items(rows, override_num_blocks=len(rows))  # a block, and so a task, is a window
-    yield from windows.map_batches(
-        ScoreWindows, fn_constructor_args=(job,), batch_size=1, compute=pool, max_restarts=-1,
-        max_task_retries=RETRIES, **resources,
-    ).iter_rows()  # fmt: skip
+    scored = windows.map_batches(
+        ScoreWindows, fn_constructor_args=(job,), batch_size=1, compute=pool, **resources
+    )
+    try:
+        yield from scored.iter_rows()
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
 
 
 class ScoreWindows:
@@ -178,12 +183,14 @@ class ScoreWindows:
         chunk = self._read(number)
         chunk = [record for record in chunk if record.key in again] if again else chunk
         self._watch(progress)
+        tries = self._try(number)
         try:
             rows = self.scorer.score_window(chunk, progress, self._watch)
         finally:
             faulthandler.cancel_dump_traceback_later()
         store = replace_rows if again else write_shard
         entry = store(self.job.folder, number, rows, self.job.settings)
+        tries.unlink(missing_ok=True)
         told = {name: value for name, value in vars(progress).items() if name not in ("started", "total")}
         return {"window": [number], "entry": [json.dumps(entry)], "progress": [json.dumps(told)]}
 
@@ -194,6 +201,18 @@ class ScoreWindows:
         chunk = list(islice(self.records, skipped, skipped + self.job.window))
         self.next = number + 1
         return chunk
+
+    def _try(self, number: int) -> Path:
+        """Counts in a file that outlives this process how often the window was begun."""
+        tries = Path(self.job.folder) / f".window-{number:05d}.tries"
+        with tries.open("ab") as file:
+            file.write(b".")
+        if tries.stat().st_size > TRIES:
+            raise StoreError(
+                f"{self.job.folder}: window {number} (records {number * self.job.window} and on) has felled "
+                f"{TRIES} processes. Look into the logs of Ray, or lower batch_tokens"
+            )
+        return tries
 
     def _watch(self, _: Progress) -> None:
         """Without another call within `stuck_after` seconds the process ends, whatever it hangs in."""
