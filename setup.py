@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,12 +32,16 @@ class BuildFailure(Exception):
 def run(command: list[str]) -> None:
     """Run one step; raise BuildFailure with the tail of what it printed."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
     except OSError as error:
         raise BuildFailure(f"{command[0]}: {error}") from error
     sys.stdout.write(done.stdout)
     if done.returncode != 0:
-        raise BuildFailure(f"{Path(command[0]).name} ended with {done.returncode}: {done.stdout.strip()[-TAIL:]}")
+        raise BuildFailure(
+            f"{Path(command[0]).name} ended with {done.returncode}: {done.stdout.strip()[-TAIL:]}"
+        )
 
 
 def find_cmake() -> str:
@@ -48,6 +53,14 @@ def find_cmake() -> str:
     return found
 
 
+def is_stale(cache: str) -> bool:
+    """Whether a build directory was configured for another checkout, or for another compiler than CXX names now."""
+    wanted = os.environ.get("CXX")
+    known = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.*)$", cache, re.MULTILINE)
+    other_compiler = wanted and known and known[1] not in (wanted, shutil.which(wanted.split()[0]))
+    return f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache or bool(other_compiler)
+
+
 def build_native(build: Path, output: Path, name: str) -> None:
     """Configure and compile in `build`; leave the extension in `output` under `name`."""
     import pybind11
@@ -55,8 +68,8 @@ def build_native(build: Path, output: Path, name: str) -> None:
     cmake = find_cmake()
     build.mkdir(parents=True, exist_ok=True)
     cache = build / "CMakeCache.txt"
-    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
-        shutil.rmtree(build)  # configured for another checkout
+    if cache.exists() and is_stale(cache.read_text()):
+        shutil.rmtree(build)
         build.mkdir(parents=True)
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     if ninja is None and cache.exists() and "CMAKE_GENERATOR:INTERNAL=Ninja\n" in cache.read_text():
@@ -103,7 +116,9 @@ class NativeBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         """Editable installs: extension and record go beside the package; a stale extension goes away."""
         for ext in self.extensions:
-            package = Path(self.get_finalized_command("build_py").get_package_dir(ext.name.rpartition(".")[0]))
+            package = Path(
+                self.get_finalized_command("build_py").get_package_dir(ext.name.rpartition(".")[0])
+            )
             built = Path(self.build_lib) / self.get_ext_filename(ext.name)
             (package / built.name).unlink(missing_ok=True)
             for path in (built, built.with_name("_build.json")):
