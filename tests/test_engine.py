@@ -121,10 +121,12 @@ def small_disk():
     return disk
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_anything_is_scored(data):
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_scored():
     one, user = scorer(), os.geteuid()
     one.score_window = one.noise_floor = None  # not called
     with tempfile.TemporaryDirectory() as closed:
+        data = Path(closed, "data.json")
+        data.write_text("[]")
         os.chmod(closed, 0o555)
         if user == 0:
             os.seteuid(65534)  # root may write anywhere
