@@ -103,10 +103,11 @@ class NativeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         record: dict[str, object] = {"built": True, "reason": None, "cure": None}
-        tag = f"native-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         try:
-            build_native(ROOT / "build" / tag, target.parent, target.name)
+            build_native(build, target.parent, target.name)
         except (BuildFailure, ImportError, OSError) as error:
+            shutil.rmtree(build, ignore_errors=True)  # what failed is asked anew next time
             target.unlink(missing_ok=True)  # a stale extension would hide the failure
             record = {"built": False, "reason": str(error), "cure": CURE}
             print(f"warning: vig_kernels._native was not built: {error}\n{CURE}", file=sys.stderr)
