@@ -228,8 +228,9 @@ def main(arguments: list[str] | None = None) -> int:
                 f"[{done}/{len(todo)}] {show(entry)}" + "".join(f"\n    BROKEN: {b}" for b in broken),
                 flush=True,
             )
-            if done % 20 == 0 or done == len(todo):
+            if done % 20 == 0:
                 write([known[key(entry)] for entry in rows() if key(entry) in known])
+    write([known[key(entry)] for entry in rows() if key(entry) in known])
     for entry in (known[key(e)] for e in rows() if key(e) in known and not todo):
         print(show(entry))
     print("\n".join(static_floors.lines()))

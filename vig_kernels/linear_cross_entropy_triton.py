@@ -21,7 +21,7 @@ from .tile_configs import head_config
 
 __all__ = ["forward_backward", "why_not"]
 
-BLOCK_BYTES = 192 * 2**20
+BLOCK_BYTES = 200 * 2**20
 LSE_MARGIN = 100.0  # what |lse| is taken to be where float16's range is set; 64 times more still fits
 
 
@@ -96,7 +96,7 @@ def forward_backward(
 
     With `num_kept` the GEMMs see the kept rows alone; without it ignored rows are multiplied as zeros, since how
     many there are is known on the device only. More kept rows than `num_kept` give a NaN loss.
-    Extra memory: 192 MiB of blocks, their partials, and 16 bytes a row.
+    Extra memory: 200 MiB of blocks, their partials, and 16 bytes a row.
     """
     N, (V, D) = target.shape[0], weight.shape
     target, bias, row_weight = dense(target, bias, row_weight)

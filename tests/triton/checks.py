@@ -112,8 +112,8 @@ def check_chunks_and_company(k):
 
 
 def tolerance(dtype, cap) -> float:
-    """Norm-wise. Without a cap row 0 has logits near -300, which float32 holds to 3e-5."""
-    return TOLERANCE[dtype] if cap or dtype != torch.float32 else 1e-4
+    """Norm-wise. Without a cap row 0 has logits near -400, which float32 holds to 3e-5, and an entropy beside them."""
+    return TOLERANCE[dtype] if cap or dtype != torch.float32 else 5e-4
 
 
 def norm_error(found, exact) -> float:

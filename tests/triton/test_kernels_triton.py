@@ -226,3 +226,23 @@ def test_blur_of_qwen_patches():
     )
     KERNELS.gaussian_blur.blur_at(pixels, at, pixels, at, [2.0], [2.0], 3.0, "reflect", "float32")
     assert torch.equal(pixels[7:], cut(blurred)) and not pixels[:7].any()
+
+
+def test_autotune_searches_once_and_prints(monkeypatch, capsys):
+    """Not at import and not without being asked: at the first call of a key, with what was found on stderr."""
+    hidden, weight, target, _ = checks.problem(V=90)
+    arguments = (hidden, weight, target, None, 1.0, None, -100, ())
+    plain = KERNELS.linear_nll.forward(*arguments)[0]
+    assert "VIG_AUTOTUNE" not in capsys.readouterr().err
+    monkeypatch.setenv("VIG_AUTOTUNE", "1")
+    monkeypatch.setattr(tile_configs, "_tuned", {})
+    found = KERNELS.linear_nll.forward(*arguments)[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert (
+        len(lines) == 2
+        and sum(" * " in line for line in lines) == 1
+        and all("fold interpreter" in x for x in lines)
+    )
+    assert (found - plain).abs().max() <= 1e-4
+    KERNELS.linear_nll.forward(*arguments)
+    assert capsys.readouterr().err == ""
