@@ -197,6 +197,35 @@ def test_gradients_against_float64(isa):
     run()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_more_rows_and_words_than_a_chunk(dtype):
+    """So many logits that both paths cut rows, and the recomputing one V too: the sums are those of the parts."""
+    random = torch.Generator().manual_seed(8)
+    hidden, weight = (torch.randn(n, 3, generator=random).to(dtype) for n in (2300, 20011))
+    target = torch.randint(0, 20011, (2300,), generator=random)
+    ones, options = torch.ones(2300), (None, 1.0, None, -100)
+
+    def formed(rows):
+        return linear_cross_entropy_cpu.forward_backward(
+            hidden[rows], weight, target[rows], None, None, 1.0, None, -100, 0.0, None, (True, True, False)
+        )
+
+    whole, parts = formed(slice(None)), [formed(slice(0, 1000)), formed(slice(1000, None))]
+    torch.testing.assert_close(whole[0], parts[0][0] + parts[1][0])
+    torch.testing.assert_close(whole[1], torch.cat([parts[0][1], parts[1][1]]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole[2], parts[0][2] + parts[1][2], rtol=1e-4, atol=1e-4)
+    many = hidden.repeat(2, 1), weight, target.repeat(2)
+    _, stats = linear_nll_cpu.forward(*many, *options, ("lse",))
+    again = linear_nll_cpu.backward(
+        ones.repeat(2), None, None, stats["lse"], None, *many, *options, (True, True, False)
+    )
+    rounding = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(again[0][:2300].float(), whole[1], rtol=rounding, atol=rounding)
+    torch.testing.assert_close(again[0][2300:], again[0][:2300], rtol=rounding, atol=rounding)
+    error = (again[1].float() - 2 * whole[2]).norm()
+    assert error <= rounding * whole[2].norm()
+
+
 def test_what_is_not_needed_is_none(isa):
     hidden, weight, target = torch.randn(40, 20), torch.randn(50, 20), torch.arange(40)
     full = linear_cross_entropy_cpu.forward_backward(
