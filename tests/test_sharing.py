@@ -11,7 +11,7 @@ import tiny
 import tiny_families
 import torch
 
-from vig import forward, loader, plan, prefix
+from vig import features, forward, loader, plan, prefix
 from vig.loader import load_record, load_records
 from vig.null_image import NULLS
 from vig.samples import read_samples
@@ -132,6 +132,7 @@ def test_each_image_and_prefix_is_computed_once_a_pass(tmp_path, monkeypatch):
             {"from": "human", "value": "<image>\n" + "?" * (number % 3)},
             {"from": "gpt", "value": "yes"},
         ]
+        turns = turns if number < 12 else [{"from": "system", "value": "Be brief."}, *turns]
         records.append({"id": str(number), "image": f"{number % 4}.png", "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps(records))
     one = Scorer(tiny.llava_model(), tiny.llava_processor())
@@ -149,13 +150,14 @@ def test_each_image_and_prefix_is_computed_once_a_pass(tmp_path, monkeypatch):
         monkeypatch, type(one.loaded.processor.image_processor), "__call__", lambda *_, **__: 1
     )
     one.score_window(records)
-    assert sum(tower) == 2 * 4  # clean and null of four images
+    assert sum(tower) == 2 * 4  # clean and null of four images, each with two prefixes
     assert len(opened) == len(processed) == 4
     encoded = [one.encoder.encode(record) for record in records]
     prefixes = {prefix.shared_by(item, item.sample.images, one.encoder.image_token_id) for item in encoded}
     least = sum(len(ids) for _, ids in prefixes)
     least += sum(prefix.fed_tokens(item) - prefix.prefix_length(item, 3) for item in encoded)
-    assert 2 * least <= sum(tokens) <= 2 * 1.1 * least  # a little padding
+    assert len(prefixes) == 8
+    assert 2 * least <= sum(tokens) <= 2 * 1.15 * least  # a little padding
 
 
 def test_nothing_is_computed_behind_the_last_answer_token(data, monkeypatch):
@@ -178,6 +180,30 @@ def test_workers_give_the_same_records_in_the_same_order(data):
         assert left.encoded.input_ids == right.encoded.input_ids and left.hashes == right.hashes
         for name, value in left.encoded.pixels.items():
             assert torch.equal(value, right.encoded.pixels[name])
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in prefix.FAMILIES if name not in features.MORE_THAN_FEATURES]
+)
+def test_features_are_computed_apart_in_every_family_that_offers_it(family):
+    assert features.why_not(tiny_families.model(family)) is None
+
+
+def test_kept_features_are_bounded(monkeypatch):
+    kept = features.ImageFeatures(tiny.llava_model())
+    asked = []
+
+    def pixels(places):
+        asked.append(list(places))
+        return {"pixel_values": torch.rand(len(places), 3, 32, 32)}
+
+    one = kept.of(["a", "b", "a"], [16] * 3, pixels)["image"].pooler_output[0]
+    assert asked == [[0, 1]] and one.shape == (48, 48) and torch.equal(one[:16], one[32:])
+    monkeypatch.setattr(features, "KEPT_BYTES", 2 * 16 * 48 * 4)
+    again = kept.of(["c", "b"], [16] * 2, pixels)["image"].pooler_output[0]
+    assert asked[1:] == [[0]] and torch.equal(again[16:], one[16:32])
+    kept.of(["b", "a"], [16] * 2, pixels)
+    assert asked[2:] == [[1]]  # "a" had been asked for least lately
 
 
 # --- when it is not done ---

@@ -7,18 +7,19 @@ and one sweep of the head's weight serves both passes (`vig_kernels.linear_vig`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vig import prefix
+from vig import features, prefix
 from vig.families import LoadedModel, hidden_at_head
+from vig.features import ImageFeatures
 from vig.loss import HeadTransform, find_head, shifted_rows
 from vig.null_image import NullSettings, PixelRange, null_pictures
 from vig.pixels import Sizes
-from vig.prompts import Encoded, Encoder
+from vig.prompts import Encoded, Encoder, collate_pixels
 from vig_kernels import linear_nll, linear_vig
 
 
@@ -55,6 +56,8 @@ class TwoPasses:
         self.transform = HeadTransform()
         self.share = share and prefix.why_not(loaded.model) is None
         self.longest = longest
+        self.features = ImageFeatures(self.model)
+        self._keeps_features = features.why_not(self.model) is None
 
     @torch.inference_mode()
     def score(
@@ -72,9 +75,8 @@ class TwoPasses:
         values = self._score_rows(rows, samples, nulls, hashes)
         members = [len(row.members) for row in rows for _ in row.members]
         for place, value in enumerate(values):
-            if (
-                members[place] > 1 and not value.is_finite()
-            ):  # a NaN of one member reaches all others of its row
+            if members[place] > 1 and not value.is_finite():
+                # a NaN of one member reaches all others of its row
                 alone = slice(place, place + 1)
                 values[place] = self.score(samples[alone], nulls and nulls[alone], hashes[alone])[0]
         return values
@@ -88,22 +90,65 @@ class TwoPasses:
     ) -> list[TokenNLL]:
         batch = prefix.row_inputs(self.model, self.encoder, rows)
         labels = batch.pop("labels")
-        image = self._answer_rows(batch, labels)
+        content = (
+            {id(sample): tuple(names) for sample, names in zip(samples, hashes, strict=True)}
+            if hashes
+            else {}
+        )
+        seen = [content.get(id(row.members[0]), ()) for row in rows]
+        image = self._answer_rows(self._pictured(batch, rows, seen, "image"), labels)
         if not samples[0].sample.images:
             nll = linear_nll(image.hidden, self._weight, image.target, **self._head_options)
             return [TokenNLL(values, None) for values in _per_sample(nll, samples)]
-        if nulls is not None:
-            batch = prefix.row_inputs(self.model, self.encoder, self.rows(nulls, hashes))
-            labels = batch.pop("labels")
+        if nulls is None:
+            null = self._answer_rows(self._pictured(batch, rows, seen, "null"), labels)
         else:
-            content = {id(sample): names for sample, names in zip(samples, hashes, strict=True)}
-            firsts = [row.members[0] for row in rows]
-            seen = [name for first in firsts for name in content[id(first)]]
-            batch = self.null_pixels(batch, [first.sizes for first in firsts], seen)
-        null = self._answer_rows(batch, labels)
+            rows = self.rows(nulls, hashes)
+            content = {id(twin): tuple(names) for twin, names in zip(nulls, hashes, strict=True)}
+            seen = [content[id(row.members[0])] for row in rows]
+            batch = prefix.row_inputs(self.model, self.encoder, rows)
+            labels = batch.pop("labels")
+            null = self._answer_rows(self._pictured(batch, rows, seen, "other image"), labels)
         pair = linear_vig(image.hidden, null.hidden, self._weight, image.target, **self._head_options)
         columns = (_per_sample(pair.nll_image, samples), _per_sample(pair.nll_null, samples))
         return [TokenNLL(*values) for values in zip(*columns, strict=True)]
+
+    def _pictured(
+        self,
+        batch: dict[str, Tensor],
+        rows: Sequence[prefix.Row],
+        hashes: Sequence[tuple[str, ...]],
+        kind: str,
+    ) -> dict[str, Any]:
+        """The batch with the images of one pass: their pixels, or the features that are computed once for each.
+
+        hashes: of the images of each row. kind: "image", "null" (made of the pixels) or "other image".
+        """
+        firsts = [row.members[0] for row in rows]
+        if "pixel_values" not in batch:
+            return batch
+        if not (self.share and self._keeps_features and all(hashes)):
+            if kind != "null":
+                return batch
+            return self.null_pixels(
+                batch, [first.sizes for first in firsts], [one for row in hashes for one in row]
+            )
+
+        def pixels(places: list[int]) -> dict[str, Tensor]:
+            chosen = [firsts[place] for place in places]
+            inputs = collate_pixels(
+                [first.pixels for first in chosen], [len(first.input_ids) for first in chosen]
+            )
+            inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+            if kind != "null":
+                return inputs
+            seeds = [one for place in places for one in hashes[place]]
+            return self.null_pixels(inputs, [first.sizes for first in chosen], seeds)
+
+        n_tokens = [first.input_ids.count(self.encoder.image_token_id) for first in firsts]
+        outputs = self.features.of([(kind, *row) for row in hashes], n_tokens, pixels)
+        rest = {name: value for name, value in batch.items() if name != "pixel_values"}
+        return rest | {"mm_encoder_outputs": outputs}
 
     def rows(self, samples: Sequence[Encoded], hashes: Sequence[Sequence[str]] = ()) -> list[prefix.Row]:
         """The rows that a batch of these samples has: one each, or one for neighbours that share a prefix."""
@@ -119,8 +164,12 @@ class TwoPasses:
         values = []
         for rows in (apart, [row]):
             batch = prefix.row_inputs(self.model, self.encoder, rows)
-            found = self._answer_rows(batch, batch.pop("labels"))
+            labels = batch.pop("labels")
+            if rows is not apart:
+                batch = self._pictured(batch, rows, [("proof",)], "image")
+            found = self._answer_rows(batch, labels)
             values.append(linear_nll(found.hidden, self._weight, found.target, **self._head_options))
+        self.features.clear()
         moved = (values[0] - values[1]).abs()
         moved = moved[moved.isfinite()]  # of others `score` takes care
         if not moved.numel():

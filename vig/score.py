@@ -135,6 +135,7 @@ class Scorer:
         """Scores one window. Its rows, bits included, are a function of its records and the settings alone."""
         progress = progress or Progress()
         donors = Donors()
+        self.passes.features.clear()
         rows: list[ScoreRow | None] = [None] * len(records)
         loading = load_records(records, self.encoder, self.null.stage, self.workers)
         for block in plan.blocks(loading, new_pixel_bytes()):
@@ -252,7 +253,10 @@ class Scorer:
             block = [item for item in block if item.encoded is not None]
         self._prove(block)
         together = self._score_batch(block, Progress())
-        alone = [self._score_batch([item], Progress())[0] for item in block]
+        alone = []
+        for item in block:
+            self.passes.features.clear()  # its image is to be encoded in another batch, too
+            alone += self._score_batch([item], Progress())
         differences = [
             abs(first - second)
             for left, right in zip(together, alone, strict=True)
@@ -267,6 +271,7 @@ class Scorer:
         chosen = [chosen[place] for place in self._batches(chosen, range(len(chosen)))[-1]]
         started = 0.0
         for _ in range(2):
+            self.passes.features.clear()
             started = time.perf_counter()
             self._score_batch(chosen, Progress())
         passes = 2 if chosen[0].is_multimodal else 1

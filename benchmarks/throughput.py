@@ -1,0 +1,434 @@
+"""Suite `throughput`: scoring from image files to token values, against a careful plain loop.
+
+The plain loop: batches of 8 in reading order, padded, two forward calls, log_softmax over full logits. Both read the
+same files, use the same encoder and the same blur, in one process, part by part in turn; a part's ratio is
+plain / ours in processor seconds, which other work on the machine stretches less than the clock's. Beside each
+stands the bound: the FLOP of the plain loop over the FLOP that cannot be avoided (each image and prefix once a
+pass, no padding, the head on answer rows only).
+The models are random and have the form of real ones; values are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from vig import forward, prefix, score
+from vig.plan import chunks
+from vig.prompts import Encoded
+from vig.samples import Sample
+from vig.score import Scorer
+
+BATCH = 8  # of the plain loop
+BATCH_TOKENS = 4096
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% elif message['role'] == 'assistant' %}"
+    "{% generation %}{{ part['text'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '\n' }}{% endfor %}"
+)
+
+
+class Case(NamedTuple):
+    """A model, and how many questions each image has. at_least: the promised ratio, or part of the bound."""
+
+    name: str
+    label: str
+    questions: int
+    samples: int
+    parts: int
+    at_least: float
+    of_bound: bool = False
+
+
+CASES = (
+    Case("llava", "LLaVA's form, each image once", 1, 300, 5, 1.5),
+    Case("llava", "LLaVA's form, six questions an image", 6, 300, 5, 4.0),
+    Case("smolvlm", "SmolVLM-256M's form, six questions an image", 6, 36, 3, 0.9, of_bound=True),
+)
+
+
+# --- models ---
+
+
+def tokenizer(special: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
+    """One token a byte."""
+    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=list(special[3:]),
+    )  # fmt: skip
+
+
+def text_config(layers: int, vocabulary: int) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+
+
+def llava() -> tuple[Any, Any]:
+    """CLIP 6 x 256, 224 px, patch 16; Llama 12 x 576; vocabulary 49152."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=224,
+        patch_size=16,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text_config(12, 49152),
+        image_token_id=3,
+        vision_feature_layer=-1,
+    )
+    size = {"height": 224, "width": 224}
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessorPil(size=size, crop_size=size), tokenizer(["<pad>", "<s>", "</s>", "<image>"]),
+        patch_size=16, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config), processor
+
+
+def smolvlm() -> tuple[Any, Any]:
+    """SigLIP 12 x 768, 512 px, patch 16, one tile an image; Llama 30 x 576; vocabulary 49280; 64 tokens an image."""
+    vision = transformers.SmolVLMVisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=512,
+        patch_size=16,
+    )  # fmt: skip
+    config = transformers.SmolVLMConfig(
+        vision_config=vision,
+        text_config=text_config(30, 49280),
+        image_token_id=3,
+        scale_factor=4,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    special = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<image>",
+        "<fake_token_around_image>",
+        "<global-img>",
+        "<end_of_utterance>",
+    ]
+    edge = {"longest_edge": 512}
+    images = transformers.Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+    # SmolVLM's own processor differs in videos only, and asks for torchvision
+    processor = transformers.Idefics3Processor(
+        images, tokenizer(special), image_seq_len=64, chat_template=TEMPLATE
+    )
+    return transformers.SmolVLMForConditionalGeneration(config), processor
+
+
+def make_scorer(name: str, share: bool = True) -> Scorer:
+    torch.manual_seed(0)
+    model, processor = {"llava": llava, "smolvlm": smolvlm}[name]()
+    return Scorer(model.eval(), processor, batch_tokens=BATCH_TOKENS, share=share)
+
+
+# --- data ---
+
+
+def make_samples(folder: Path, n_samples: int, questions: int) -> list[Sample]:
+    """Questions of 8 to 32 tokens, answers of 3 to 80 (short ones are more frequent), photographs of 320 x 240."""
+    draw = random.Random(0)
+    samples = []
+    for number in range(n_samples):
+        path = folder / f"{number // questions}.jpg"
+        if not path.exists():
+            noise = np.random.default_rng(number).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((320, 240), Image.Resampling.BICUBIC).save(path)
+        question = "q" * draw.randint(8, 32)
+        answer = "a" * round(3 * (80 / 3) ** draw.random())
+        messages = (
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        )
+        samples.append(Sample(f"made#{number}", str(number), (path,), messages, "made"))
+    return samples
+
+
+# --- contenders ---
+
+
+@torch.inference_mode()
+def plain_loop(scorer: Scorer, samples: Sequence[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What one writes without a library for it, with care: (nll_image, nll_null) of each sample's answer tokens."""
+    results = []
+    for batch in chunks(samples, BATCH):
+        encoded = [scorer.encoder.encode(sample) for sample in batch]
+        inputs = scorer.encoder.collate(encoded)
+        labels = inputs.pop("labels")
+        sizes = [item.sizes for item in encoded]
+        both = []
+        for given in (inputs, scorer.passes.null_pixels(inputs, sizes, ["0"] * len(batch))):
+            logits = scorer.loaded.model(**given, use_cache=False).logits
+            logp = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+            both.append(-logp.gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0])
+            del logits, logp
+        for row, label in enumerate(labels[:, 1:] != -100):
+            results.append(tuple(values[row, label].numpy() for values in both))
+    return results
+
+
+def ours(scorer: Scorer, samples: Sequence[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
+    rows = scorer.score_window(samples)
+    return [(np.asarray(row.token_nll_image), np.asarray(row.token_nll_null)) for row in rows]
+
+
+# --- counting ---
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOP of a model's parts, a product of (m, k) and (k, n) counted as 2 m k n; norms and activations as none."""
+
+    token: float  # the text layers' products, one token
+    pair: float  # attention, one query and one key
+    head: float  # one row of logits
+    image: float  # the tower and what joins it to the text, one image
+
+    @classmethod
+    def of(cls, model: Any) -> Flops:
+        text, vision = model.config.get_text_config(), model.config.vision_config
+        head = model.get_output_embeddings().weight
+        language = next(
+            module
+            for name, module in model.named_modules()
+            if name.endswith(("language_model", "text_model"))
+        )
+        patches = (vision.image_size // vision.patch_size) ** 2 + (vision.model_type == "clip_vision_model")
+        tower = model.model.vision_tower if hasattr(model.model, "vision_tower") else model.model.vision_model
+        attention = 4 * vision.hidden_size * vision.num_hidden_layers * patches**2
+        join = getattr(model.model, "multi_modal_projector", None) or model.model.connector
+        joined = sum(weights(join)) * patches / getattr(model.config, "scale_factor", 1) ** 2
+        return cls(
+            token=2.0 * sum(weights(language.layers)),
+            pair=4.0
+            * text.num_attention_heads
+            * language.layers[0].self_attn.head_dim
+            * text.num_hidden_layers,
+            head=2.0 * head.numel(),
+            image=2.0 * (sum(weights(tower)) * patches + joined) + attention,
+        )
+
+    def plain(self, encoded: Sequence[Encoded]) -> float:
+        """Both passes of the plain loop."""
+        total = 0.0
+        for batch in chunks(encoded, BATCH):
+            length = max(len(item.input_ids) for item in batch)
+            total += len(batch) * (length * (self.token + self.head) + length**2 * self.pair + self.image)
+        return 2 * total
+
+    def least(self, encoded: Sequence[Encoded], hashes: Sequence[list[str]], image_token_id: int) -> float:
+        """What both passes cannot do without: each image and prefix once, no padding, the head on answer rows."""
+        seen: Counter = Counter()
+        total = 0.0
+        for item, content in zip(encoded, hashes, strict=True):
+            key = prefix.shared_by(item, content, image_token_id)
+            shared, fed = len(key[1]), prefix.fed_tokens(item)
+            if not seen[key]:
+                total += self.image + shared * self.token + shared**2 * self.pair
+            seen[key] += 1
+            own = fed - shared
+            total += own * self.token + own * fed * self.pair + len(item.answer_index) * self.head
+        return 2 * total
+
+
+def weights(module: torch.nn.Module) -> Iterator[int]:
+    """Elements of each weight that multiplies."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.Linear | torch.nn.Conv2d):
+            yield part.weight.numel()
+
+
+# --- the suite ---
+
+
+def run(threads: int, quick: bool, say: Callable[[str], None]) -> list[dict]:
+    """The cases of the suite, measured. quick: the two with LLaVA's form, on 48 samples."""
+    cases = [case._replace(samples=48, parts=2) for case in CASES[:2]] if quick else CASES
+    return [measured(case, threads, say) for case in cases]
+
+
+def measured(case: Case, threads: int, say: Callable[[str], None]) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        samples = make_samples(Path(folder), case.samples, case.questions)
+        scorer = make_scorer(case.name)
+        bound = flop_bound(scorer, samples)
+        say(f"{case.label}: values")
+        checked = samples[: 2 * max(case.questions, 2)]
+        error = largest_difference(ours(scorer, checked), plain_loop(scorer, checked))
+        if not error <= 2e-4:
+            raise RuntimeError(f"{case.label}: values differ from the plain loop's by {error:.3g} nats")
+        seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+        size = case.samples // case.parts
+        for part, some in enumerate(chunks(samples, size)):
+            contenders = [("plain", plain_loop), ("ours", ours)]
+            for name, contender in contenders[:: 1 if part % 2 else -1]:
+                say(f"{case.label}: part {part + 1} of {case.parts}, {name}")
+                seconds[name].append(timed(partial(contender, scorer, some)))
+        table = profile(scorer, samples[:size])
+    ratios = [slow / fast for slow, fast in zip(seconds["plain"], seconds["ours"], strict=True)]
+    ratio = statistics.median(ratios)
+    say(f"{case.label}: memory")
+    peaks = {name: peak_mib(case, name, threads) for name in seconds}
+    return {
+        "label": f"{case.label}: {ratio:.2f} x the plain loop; bound by FLOP count {bound:.2f} x; "
+        f"peak memory {peaks['ours'][0] / peaks['plain'][0]:.2f} x",
+        "unit": "samples/s",
+        "model": case.name,
+        "ratio": ratio,
+        "ratios": ratios,
+        "bound": bound,
+        "promised": case.at_least * (bound if case.of_bound else 1.0),
+        "max_error": error,
+        "peak_mib": {name: total for name, (total, _) in peaks.items()},
+        "beyond_loaded_mib": {name: extra for name, (_, extra) in peaks.items()},
+        "profile": table,
+        "rows": [
+            {"name": name, "status": "ok", "ours": name == "ours", "value": case.samples / sum(taken)}
+            for name, taken in seconds.items()
+        ],
+    }
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Processor seconds of the whole process over its threads: what other work on the machine disturbs least."""
+    gc.collect()
+    start = time.process_time()
+    call()
+    return (time.process_time() - start) / torch.get_num_threads()
+
+
+def flop_bound(scorer: Scorer, samples: Sequence[Sample]) -> float:
+    encoded = [scorer.encoder.encode(sample) for sample in samples]
+    hashes = [[str(image) for image in sample.images] for sample in samples]
+    count = Flops.of(scorer.loaded.model)
+    return count.plain(encoded) / count.least(encoded, hashes, scorer.encoder.image_token_id)
+
+
+def largest_difference(one: Sequence[tuple], other: Sequence[tuple]) -> float:
+    return max(
+        float(np.abs(left - right).max())
+        for pair, twin in zip(one, other, strict=True)
+        for left, right in zip(pair, twin, strict=True)
+    )
+
+
+# --- where the time goes ---
+
+
+def profile(scorer: Scorer, samples: Sequence[Sample]) -> dict[str, float]:
+    """Share of the processor time of one run that each step takes; "else" is what is in none of them."""
+    spent: Counter = Counter()
+    model = scorer.loaded.model.model
+    towers = [getattr(model, name) for name in ("vision_tower", "vision_model") if hasattr(model, name)]
+    texts = [getattr(model, name) for name in ("language_model", "text_model") if hasattr(model, name)]
+    steps = {
+        "images: the tower": [(tower, "forward") for tower in towers],
+        "text: the layers": [(text, "forward") for text in texts],
+        "head: linear_vig": [(forward, "linear_vig")],
+        "decoding, processor, tokens": [(score, "load_records")],
+        "null images": [(scorer.passes, "null_pixels")],
+        "rows, masks, padding": [(prefix, "row_inputs")],
+    }
+    with ExitStack() as stack:
+        for step, places in steps.items():
+            for owner, name in places:
+                stack.enter_context(clocked(owner, name, step, spent))
+        start = time.process_time()
+        scorer.score_window(samples)
+        total = time.process_time() - start
+    spent["else"] = total - sum(spent.values())
+    return {step: spent[step] / total for step in (*steps, "else")}
+
+
+@contextmanager
+def clocked(owner: Any, name: str, step: str, spent: Counter) -> Iterator[None]:
+    """While it lasts, the time of owner.name counts for `step`; of an iterator, the time to its next item."""
+    original = getattr(owner, name)
+
+    def call(*args, **options):
+        start = time.process_time()
+        result = original(*args, **options)
+        spent[step] += time.process_time() - start
+        return clocked_items(result, step, spent) if isinstance(result, Iterator) else result
+
+    with patch.object(owner, name, call):
+        yield
+
+
+def clocked_items(items: Iterator[Any], step: str, spent: Counter) -> Iterator[Any]:
+    while True:
+        start = time.process_time()
+        item = next(items, None)
+        spent[step] += time.process_time() - start
+        if item is None:
+            return
+        yield item
+
+
+# --- memory ---
+
+
+def peak_mib(case: Case, name: str, threads: int) -> tuple[float, float]:
+    """(peak resident memory of a fresh process that runs one part, how much of it came after loading), in MiB."""
+    samples = case.samples // case.parts
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.throughput",
+        case.name,
+        name,
+        str(samples),
+        str(case.questions),
+    ]
+    found = subprocess.run([*command, str(threads)], check=True, capture_output=True, text=True)
+    total, extra = map(float, found.stdout.split()[-2:])
+    return total, extra
+
+
+def main(model: str, name: str, n_samples: int, questions: int, threads: int) -> None:
+    """Runs one contender alone and prints its peak."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        samples = make_samples(Path(folder), n_samples, questions)
+        scorer = make_scorer(model)
+        loaded = resident_mib("VmRSS")
+        {"plain": plain_loop, "ours": ours}[name](scorer, samples)
+    peak = resident_mib("VmHWM")
+    print(peak, peak - loaded)
+
+
+def resident_mib(name: str) -> float:
+    """VmRSS (now) or VmHWM (the most so far) of this process; getrusage would count the parent's too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) / 1024
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
