@@ -149,6 +149,22 @@ def test_more_rows_than_a_chunk(dtype, monkeypatch):
     assert ((nll - exact).abs() <= bound(deep, wide, None, 0.01)).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_of_more_panels_than_are_packed_together(isa, dtype):
+    random = torch.Generator().manual_seed(9)
+    hidden, weight = (
+        torch.randn(3, 700, generator=random).to(dtype),
+        torch.randn(9001, 700, generator=random).to(dtype),
+    )
+    target, stats = torch.tensor([0, 8999, 4321]), ("lse", "entropy", "argmax")
+    nll, found = linear_nll_cpu.forward(hidden, weight, target, None, 0.1, None, -100, stats)
+    exact_nll, exact = reference.linear_nll(hidden, weight, target, logit_scale=0.1, stats=stats)
+    allowed = bound(hidden, weight, None, 0.1)
+    assert ((nll - exact_nll).abs() <= allowed).all()
+    assert all(((found[name] - exact[name]).abs() <= allowed).all() for name in ("lse", "entropy"))
+    assert torch.equal(found["argmax"], exact["argmax"])
+
+
 def test_gradients_against_float64(isa):
     """Formed in the forward and formed anew, for loss weights, z-loss and every upstream."""
     slack = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
@@ -201,7 +217,7 @@ def test_gradients_against_float64(isa):
 def test_gradients_of_more_rows_and_words_than_a_chunk(dtype):
     """So many logits that both paths cut rows, and the recomputing one V too: the sums are those of the parts."""
     random = torch.Generator().manual_seed(8)
-    hidden, weight = (torch.randn(n, 3, generator=random).to(dtype) for n in (2300, 20011))
+    hidden, weight = (torch.randn(n, 33, generator=random).div(3).to(dtype) for n in (2300, 20011))
     target = torch.randint(0, 20011, (2300,), generator=random)
     ones, options = torch.ones(2300), (None, 1.0, None, -100)
 
