@@ -228,7 +228,11 @@ def blur_at(
     if fast:  # the intermediate lies in [-1, 1], where float16 is at its finest
         low, high = (bound.to(torch.float32) for bound in value_range)
         centre = ((low + high) / 2).repeat_interleave(planes)
-        factor = (2 / (high - low).clamp_min(1e-30)).repeat_interleave(planes)
+        # and what a mask reads as 0, far from the range as it may be, stays finite in float16
+        factor = torch.minimum(
+            2 / (high - low).clamp_min(1e-30), 3e4 / ((low + high) / 2).abs().clamp_min(1e-30)
+        )
+        factor = factor.repeat_interleave(planes)
     chunk = max(1, min(P, INTERMEDIATE_BYTES // (H * W * dtype.itemsize)))
     mid = torch.empty(chunk, W, H, dtype=dtype, device=out.device)
     mid_at = strided_addresses((chunk, 1, W, H), (W * H, 0, H, 1), out.device)

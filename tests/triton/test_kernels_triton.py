@@ -246,3 +246,16 @@ def test_autotune_searches_once_and_prints(monkeypatch, capsys):
     assert (found - plain).abs().max() <= 1e-4
     KERNELS.linear_nll.forward(*arguments)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("low, span", [(3.0, 0.0), (0.0, 0.0), (1000.0, 0.01)])
+def test_fast_blur_of_a_narrow_range_far_from_zero(low, span):
+    images = low + span * torch.rand(1, 1, 9, 7)
+    sigma = torch.ones(1, dtype=torch.float64)
+    found = KERNELS.gaussian_blur.forward(
+        images, sigma, sigma, 3.0, "reflect", "fast", torch.empty_like(images)
+    )
+    exact = KERNELS.gaussian_blur.forward(
+        images, sigma, sigma, 3.0, "reflect", "float32", torch.empty_like(images)
+    )
+    assert (found - exact).abs().max() <= 1e-3 * span + 2e-7 * low
