@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 RECORD = Path(__file__).with_name("_build.json")
-BUILD = "install a C++17 compiler and run `pip install .` (or `pip install -e .`) in a checkout of vig-kernels"
+BUILD = (
+    "install a C++17 compiler and run `pip install .` (or `pip install -e .`) in a checkout of vig-kernels"
+)
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,7 +106,9 @@ def byte_strides(tensor: Tensor) -> list[int]:
     return [stride * tensor.element_size() for stride in tensor.stride()]
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, logit_softcap: float | None):
+def head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, logit_softcap: float | None
+):
     """(compiled description of the LM head, the float32 bias that must outlive it)."""
     bias = None if bias is None else bias.float().contiguous()
     described = _required().Head(
