@@ -29,7 +29,8 @@ demo: $(DEMO_STAMP)
 	$(BIN)/vig demo -o demo-output
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/triton
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,6 +39,12 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+native-sanitize: $(STAMP)
+	cmake -S . -B build/sanitize -DVIG_TESTS=ON -DVIG_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/sanitize
+	build/sanitize/native_tests
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
