@@ -83,14 +83,14 @@ def share(console: Console, verb: str) -> Iterator[Callable[[float], None] | Non
 
 
 def _log_lines(console: Console, verb: str) -> Callable[[Progress], None]:
-    last = time.monotonic()
+    last, told = time.monotonic(), -1
 
     def show(state: Progress) -> None:
-        nonlocal last
+        nonlocal last, told
         finished = state.done == state.total
-        if time.monotonic() - last < LOG_EVERY and not finished:
+        if state.done == told or (time.monotonic() - last < LOG_EVERY and not finished):
             return
-        last = time.monotonic()
+        last, told = time.monotonic(), state.done
         left = f", {time_left(state)} left" if not finished else ""
         failed = f", {len(state.errors)} failed" if state.errors else ""
         total = "?" if state.total is None else f"{state.total:,}"
