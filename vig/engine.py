@@ -14,7 +14,7 @@ from vig import plan
 from vig.files import check_writable
 from vig.loader import LoadedRecord, load_records
 from vig.samples import BrokenRecord, Sample, read_samples
-from vig.score import NOISE_SAMPLES, Progress, Scorer, count_rows, error_row, fed_tokens
+from vig.score import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
 from vig.score_folder import output_folder, read_manifest
 from vig.store import ScoreWriter
 
@@ -168,11 +168,11 @@ def dry_run_dataset(
     with RecordCount(data, limit) as count:
         for block in _blocks(records, scorer):
             rows = [error_row(item) for item in block]
-            count_rows(estimate.progress, [row for row in rows if row is not None], None)
+            tally(estimate.progress, [row for row in rows if row is not None], None)
             good = [item for item in block if item.encoded is not None]
             for item in good:
                 estimate.multimodal += item.is_multimodal
-                estimate.model_tokens += fed_tokens(item) * (2 if item.is_multimodal else 1)
+                estimate.model_tokens += longest_pass(item) * (2 if item.is_multimodal else 1)
                 estimate.progress.tokens += len(item.encoded.answer_index)
             estimate.progress.text_only += sum(not item.is_multimodal for item in good)
             estimate.progress.done += len(good)

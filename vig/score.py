@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vig import plan
+from vig import plan, prefix
 from vig.families import LoadedModel, ModelError, as_loaded, context_length, load, prove
 from vig.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
 from vig.forward import TokenNLL, TwoPasses
@@ -149,7 +149,7 @@ class Scorer:
 
     def _score_block(self, block: Sequence[LoadedRecord], progress: Progress, on_progress) -> list[ScoreRow]:
         rows: list[ScoreRow | None] = [error_row(item) for item in block]
-        count_rows(progress, [row for row in rows if row is not None], on_progress)
+        tally(progress, [row for row in rows if row is not None], on_progress)
         for multimodal in (True, False):  # a batch is all one or all the other
             items = [
                 place
@@ -160,7 +160,7 @@ class Scorer:
                 scored = self._score_batch([block[place] for place in places], progress)
                 for place, row in zip(places, scored, strict=True):
                     rows[place] = row
-                count_rows(progress, scored, on_progress)
+                tally(progress, scored, on_progress)
         progress.straddles += sum(item.encoded.straddles for item in block if item.encoded is not None)
         return rows
 
@@ -179,7 +179,7 @@ class Scorer:
             of_row.append(order[start : start + len(row.members)])
             start += len(row.members)
         lengths = [
-            max(row.n_tokens, *(fed_tokens(block[place]) for place in places))
+            max(row.n_tokens, *(longest_pass(block[place]) for place in places))
             for row, places in zip(rows, of_row, strict=True)
         ]
         return [
@@ -275,7 +275,7 @@ class Scorer:
             started = time.perf_counter()
             self._score_batch(chosen, Progress())
         passes = 2 if chosen[0].is_multimodal else 1
-        tokens = passes * sum(fed_tokens(item) for item in chosen)
+        tokens = passes * sum(longest_pass(item) for item in chosen)
         return len(chosen), tokens / (time.perf_counter() - started)
 
     # --- what the scores are made with ---
@@ -311,9 +311,9 @@ class Scorer:
 # --- rows ---
 
 
-def fed_tokens(item: LoadedRecord) -> int:
-    encoded = [item.encoded] if item.null is None else [item.encoded, item.null]
-    return max(one.answer_index[-1] + 1 for one in encoded)
+def longest_pass(item: LoadedRecord) -> int:
+    """Tokens of the longer of its two passes."""
+    return max(prefix.fed_tokens(one) for one in (item.encoded, item.null) if one is not None)
 
 
 def _row(item: LoadedRecord, status: str, **columns: Any) -> ScoreRow:
@@ -344,7 +344,7 @@ def _scored_row(item: LoadedRecord, value: TokenNLL) -> ScoreRow:
     )
 
 
-def count_rows(progress: Progress, rows: Sequence[ScoreRow], on_progress) -> None:
+def tally(progress: Progress, rows: Sequence[ScoreRow], on_progress) -> None:
     progress.done += len(rows)
     for row in rows:
         if row.status.startswith("error: "):
