@@ -71,6 +71,12 @@ class Inputs:
         """hidden, weight and (where there is one) bias."""
         return [t for t in (self.hidden, self.weight, self.options.get("bias")) if t is not None]
 
+    def double(self) -> Inputs:
+        """The same values as float64 leaves, whose gradients nothing rounds to 16 bits."""
+        hidden, weight, *bias = (t.detach().double().requires_grad_() for t in self.leaves())
+        options = self.options | ({"bias": bias[0]} if bias else {})
+        return Inputs(hidden, weight, self.target, options)
+
 
 def make(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0, grad: bool = False) -> Inputs:
     """The inputs of a case: the same values for a seed, whatever the backend."""

@@ -13,9 +13,16 @@ PLAIN = Case("plain", N=9, D=16, V=50, bias=True)
 
 def losses(inputs, options, backend):
     args = (inputs.hidden, inputs.weight, inputs.target)
-    found = linear_cross_entropy(*args, **inputs.options, **options, backend=backend)
-    exact_options = {k: v for k, v in options.items() if k not in ("memory", "num_kept")}
-    return found, reference.linear_cross_entropy(*args, **inputs.options, **exact_options)
+    return linear_cross_entropy(*args, **inputs.options, **options, backend=backend), exact_loss(
+        inputs, options
+    )
+
+
+def exact_loss(inputs, options):
+    options = {k: v for k, v in options.items() if k not in ("memory", "num_kept")}
+    return reference.linear_cross_entropy(
+        inputs.hidden, inputs.weight, inputs.target, **inputs.options, **options
+    )
 
 
 def eager_loss(inputs, token_weight, z_loss, reduction):
@@ -43,15 +50,23 @@ def test_weighted_loss_and_gradients(case, dtype, memory, backend, device):
             1e-3 if case.V > 1 else 0.0
         )  # with one word the rest of the gradient cancels to rounding errors
         options = {"token_weight": token_weight, "z_loss": z_loss, "reduction": reduction, "memory": memory}
-        found, exact = losses(inputs, options, backend)
+        precise = inputs.double()
+        found, exact = losses(inputs, options, backend)[0], exact_loss(precise, options)
         eager = eager_loss(inputs, token_weight, z_loss, reduction)
         slack = (bound(inputs) * (1 + 2e-3 * 100)).sum() if case.N else 0.0
         assert found.dtype == torch.float32 and found.shape == ()
         assert abs(found - exact) <= slack + 2e-6 * abs(exact)
-        if memory == "low" and case.name == "softcap-of-peaked":
-            continue  # recomputation starts from lse = 200 rounded to float32: measured 2.8 times eager's error
+        if (
+            backend == "cpu"
+            and memory == "low"
+            and case.name == "softcap-of-peaked"
+            and dtype == torch.float32
+        ):
+            continue  # the native forward tells lse = 200 as one float32: measured 3.2 times eager's error
         assert_gradients(
-            *(torch.autograd.grad(loss * 3.5, inputs.leaves()) for loss in (found, exact, eager)),
+            torch.autograd.grad(found * 3.5, inputs.leaves()),
+            torch.autograd.grad(exact * 3.5, precise.leaves()),
+            torch.autograd.grad(eager * 3.5, inputs.leaves()),
         )
 
 
@@ -129,10 +144,7 @@ def test_backward_twice_gives_twice_the_gradient(dtype, backend, device):
     loss.backward(retain_graph=True)
     once = [leaf.grad.clone() for leaf in inputs.leaves()]
     loss.backward()
-    for leaf, first in zip(inputs.leaves(), once, strict=True):
-        torch.testing.assert_close(
-            leaf.grad, 2 * first, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6
-        )
+    assert all(torch.equal(leaf.grad, 2 * first) for leaf, first in zip(inputs.leaves(), once, strict=True))
 
 
 @every

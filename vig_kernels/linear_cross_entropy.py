@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch
-from vig_kernels.linear_nll import nll_backward_op, nll_forward_op, nll_values
+from vig_kernels.linear_nll import nll_values
 
 HIDDEN_BUFFER_BYTES = 96 << 20  # largest float32 copy of a 16-bit hidden gradient that the fast path may hold
 CAST_BYTES = 8 << 20  # what is cast at a time when a float32 gradient is scaled into its output
@@ -50,7 +50,7 @@ def linear_cross_entropy(
     For float32 inputs these sums are themselves scaled in place and handed out as the gradients. For 16-bit inputs
     they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 96 MiB for hidden (beyond that,
     and with memory="low" or reduction="none", gradients are recomputed in the backward: four products, no buffer).
-    A second backward (`retain_graph=True`) recomputes. Differentiating twice raises. What does not require grad costs
+    A second backward (`retain_graph=True`) forms them again. Differentiating twice raises. What does not require grad costs
     no product.
 
     Raises:
@@ -232,52 +232,44 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 12
-    if ctx.grads is None:
-        grads = _again(ctx, grad_loss)
-    else:
-        grads = [
-            None if dtype is None else _scaled(ctx, grad, grad_loss, dtype)
-            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
-        ]
-        if _given_away(ctx):
-            ctx.grads = None  # or the loss, kept for the log, would keep them alive
-    grad_hidden, grad_weight, grad_bias = grads
+    sums = _again(ctx) if ctx.grads is None else ctx.grads
+    grad_hidden, grad_weight, grad_bias = (
+        None if dtype is None else _scaled(ctx, grad, grad_loss, dtype)
+        for grad, dtype in zip(sums, ctx.dtypes, strict=True)
+    )
+    if _given_away(sums):
+        ctx.grads = None  # or the loss, kept for the log, would keep them alive
     return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def _traced(ctx) -> bool:
+def _traced(sums) -> bool:
     """Whether torch.compile is looking: its tensors are not plain ones."""
-    return any(type(grad) is not Tensor for grad in ctx.grads)
+    return any(type(grad) is not Tensor for grad in sums)
 
 
-def _given_away(ctx) -> bool:
+def _given_away(sums) -> bool:
     """Whether this backward uses up the float32 sums. Under create_graph they must stay as they are."""
-    return not torch.is_grad_enabled() and not _traced(ctx)
+    return not torch.is_grad_enabled() and not _traced(sums)
 
 
 def _scaled(ctx, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor in `dtype`: in place where it may be, else through an op that refuses a second derivative."""
-    if _traced(ctx):  # the compiler reuses memory itself, and refuses a second derivative itself
+    if _traced([grad]):  # the compiler reuses memory itself, and refuses a second derivative itself
         return (grad * factor).to(dtype)
-    if dtype == torch.float32 and _given_away(ctx):
+    if dtype == torch.float32 and _given_away([grad]):
         return grad.mul_(factor)
     differentiated = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
     return _scale_op(grad, factor, dtype, differentiated[0] if torch.is_grad_enabled() else None)
 
 
-def _again(ctx, grad_loss) -> list[Tensor | None]:
-    """The gradients once more, by recomputation: the first backward has given its sums away."""
-    hidden, weight, target, bias, row_weight = ctx.saved_tensors
-    scale, softcap, ignore_index, z_loss = ctx.options
-    head = (hidden, weight, target, bias, scale, softcap, ignore_index)
-    _, lse, entropy, _ = nll_forward_op(*head, True, False, False, ctx.backend)
-    grad_nll = grad_loss.expand(target.shape) if row_weight is None else grad_loss * row_weight
-    grad_lse = grad_nll * (2.0 * z_loss) * lse if z_loss else None
-    found = nll_backward_op(grad_nll, grad_lse, None, lse, entropy, *head, ctx.needs, ctx.backend)
-    return [grad if need else None for grad, need in zip(found, ctx.needs, strict=True)]
+def _again(ctx) -> list[Tensor]:
+    """The sums once more, bit for bit: the first backward has given them away."""
+    options = (*ctx.options, ctx.num_kept, ctx.needs, ctx.backend)
+    with torch.no_grad():
+        return _forward_op(*ctx.saved_tensors, *options)[1:]
 
 
 @torch.library.custom_op(

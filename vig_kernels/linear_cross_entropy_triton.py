@@ -17,6 +17,7 @@ from .launch_triton import dense, device_guard, keep_order, why_not
 from .linear_nll_backward_triton import accumulate, block_gain
 from .linear_nll_triton import Partials, combine, fold, sweep
 from .logit_tiles_triton import narrow
+from .target_residual_triton import TargetResidual
 from .tile_configs import head_config
 
 __all__ = ["forward_backward", "why_not"]
@@ -31,13 +32,16 @@ def finish_kernel(
     block,  # the same memory, in the type of hidden: gain * d loss / d y
     partial_max,  # (parts, rows) float32
     target_slope,  # (rows,) float32: dz/dy of the target
+    nll,  # (N,) float32
     lse,  # (N,) float32
+    lse_rest,  # (N,) float32: what float32 cannot hold of lse
     row_weight,  # (N,) float32 or None
     target,  # (N,) int64
     order,  # (N,) int64
     count,  # () int64
     gain,  # () float32
     partial_bias,  # (row tiles, V) float32 or None: sums of d loss / d y over the tile's rows
+    residual,  # (rows,) float32 or None: what `block` loses at the target (target_residual_triton.py)
     stride_block,
     first_row,
     rows,
@@ -58,25 +62,35 @@ def finish_kernel(
     if row_weight is not None:
         w = tl.load(row_weight + row, mask=live, other=0.0)
     row_lse = tl.load(lse + row, mask=live, other=0.0)
+    row_rest = tl.load(lse_rest + row, mask=live, other=0.0)
+    slope = w * (1.0 + 2.0 * z_loss * row_lse)  # d loss / d log-sum-exp
     top = tl.load(partial_max + part.to(tl.int64) * rows + local, mask=live, other=0.0)
     at = local.to(tl.int64)[:, None] * stride_block + column[None, :]
     writable = inside[:, None] & (column < V)[None, :]
     e = tl.load(weights + at, mask=live[:, None] & (column < V)[None, :], other=0.0).to(tl.float32)
-    g = e * (tl.exp(top - row_lse) * w * (1.0 + 2.0 * z_loss * row_lse))[:, None]
+    g = e * (tl.exp((top - row_lse) - row_rest) * slope)[:, None]
 
+    # at the target from nll, not from a weight that may have been rounded to 16 bits: w (p (1 + 2 z_loss lse) - 1)
     wanted = tl.load(target + row, mask=live, other=-1)
-    known = (wanted >= 0) & (wanted < V)
-    pull = w
+    known = live & (wanted >= 0) & (wanted < V)
+    pull = tl.exp(-tl.load(nll + row, mask=known, other=0.0)) * slope - w
     if SOFTCAP:
-        pull *= tl.load(target_slope + local, mask=live & known, other=0.0)
-    g -= tl.where((column[None, :] == wanted[:, None]) & known[:, None], pull[:, None], 0.0)
+        pull *= tl.load(target_slope + local, mask=known, other=0.0)
+    hit = (column[None, :] == wanted[:, None]) & known[:, None]
+    g = tl.where(hit, pull[:, None], g)
     g = tl.where(
         live[:, None], g, 0.0
     )  # also where a row that is not there holds what an old block left behind
     if partial_bias is not None:
         sums = tl.program_id(0).to(tl.int64) * V + column
         tl.store(partial_bias + sums, tl.sum(g, axis=0), mask=column < V)
-    tl.store(block + at, narrow(g * tl.load(gain), block.dtype.element_ty), mask=writable)
+    g *= tl.load(gain)
+    stored = narrow(g, block.dtype.element_ty)
+    tl.store(block + at, stored, mask=writable)
+    if residual is not None:
+        lost = tl.sum(tl.where(hit, g - stored.to(tl.float32), 0.0), axis=1)
+        here = known & (wanted >= part * PART) & (wanted < part * PART + PART)
+        tl.store(residual + local, lost, mask=here)
 
 
 def forward_backward(
@@ -101,7 +115,7 @@ def forward_backward(
     N, (V, D) = target.shape[0], weight.shape
     target, bias, row_weight = dense(target, bias, row_weight)
     order, count = keep_order(target, ignore_index)
-    nll, lse = (torch.zeros(N, dtype=torch.float32, device=target.device) for _ in range(2))
+    nll, lse, rest = (torch.zeros(N, dtype=torch.float32, device=target.device) for _ in range(3))
     grads = [
         torch.zeros(shape, dtype=torch.float32, device=target.device) if need else None
         for shape, need in zip(((N, D), (V, D), (V,)), needs, strict=True)
@@ -115,10 +129,11 @@ def forward_backward(
         bound = torch.ones_like(nll[:1]) if row_weight is None else row_weight.abs()
         bound = bound * (1 + 2 * abs(z_loss) * LSE_MARGIN)
         gain, unscale = block_gain(bound, logit_scale, hidden.dtype)
-        options = (bias, row_weight, logit_scale, logit_softcap, z_loss)
+        options = (bias, row_weight, logit_scale, logit_softcap, ignore_index, z_loss)
         with device_guard(hidden.device):
             kept = N if num_kept is None else min(N, num_kept)
-            train_chunks(hidden, weight, target, order, count, kept, gain, nll, lse, grads, options)
+            values = {"nll": nll, "lse": lse, "lse_rest": rest}
+            train_chunks(hidden, weight, target, order, count, kept, gain, values, grads, options)
         for gradient in grads[:2]:
             if gradient is not None and unscale is not None:
                 gradient.mul_(unscale)
@@ -133,17 +148,18 @@ def forward_backward(
     return loss, *grads
 
 
-def train_chunks(hidden, weight, target, order, count, kept, gain, nll, lse, grads, options):
-    """Fill nll and lse and add to the gradients, over the first `kept` rows of `order`."""
-    bias, row_weight, logit_scale, logit_softcap, z_loss = options
+def train_chunks(hidden, weight, target, order, count, kept, gain, values, grads, options):
+    """Fill `values` (nll, lse, lse_rest) and add to the gradients, over the first `kept` rows of `order`."""
+    bias, row_weight, logit_scale, logit_softcap, ignore_index, z_loss = options
     (V, D), (grad_hidden, grad_weight, grad_bias) = weight.shape, grads
+    wide = hidden.dtype == torch.float32
     aligned = triton.cdiv(V, 16) * 16  # rows of the block start on 16-byte borders, as the GEMM likes them
     chunk = max(1, min(kept, BLOCK_BYTES // (aligned * hidden.element_size())))
     if chunk > 128:  # whole tiles
         chunk = chunk // 128 * 128
     storage = hidden.new_empty(chunk, aligned)
     # a weight in (0, 1] relative to its part's maximum: float16 holds it with 3 bits more than bfloat16
-    weights = storage if hidden.dtype == torch.float32 else storage.view(torch.float16)
+    weights = storage if wide else storage.view(torch.float16)
 
     def run(first, rows, config):
         partials = Partials(rows, 1, V, config, (), hidden.device)
@@ -160,32 +176,39 @@ def train_chunks(hidden, weight, target, order, count, kept, gain, nll, lse, gra
         rows = min(chunk, kept - first)
         block = storage[:rows, :V]
         partials = run(first, rows, config)
-        combine(partials, target, order, count, nll, lse, None, None, first, rows, 0, 1, V)
-        bias_sums = finish(
-            weights, block, partials, lse, row_weight, target, order, count, gain, first, logit_softcap is not None,
-            z_loss, grad_bias is not None,
-        )  # fmt: skip
+        combine(partials, target, order, count, values["nll"], values, first, rows, 0, 1, V)
         picked = order[first : first + rows]
+        residual = None if wide else TargetResidual(target[picked], ignore_index)
+        bias_sums = finish(
+            weights, block, partials, values, row_weight, target, order, count, gain, first,
+            logit_softcap is not None, z_loss, grad_bias is not None, residual,
+        )  # fmt: skip
         if grad_hidden is not None:
             total = torch.zeros(rows, D, dtype=torch.float32, device=hidden.device)
             accumulate(total, block, weight)
+            if residual is not None:
+                residual.mend_hidden(total, weight)
             grad_hidden.index_copy_(0, picked, total)
         if grad_weight is not None:
             accumulate(grad_weight, block.T, hidden.index_select(0, picked))
+            if residual is not None:
+                residual.mend_weight(grad_weight, hidden, picked)
         if grad_bias is not None:
             grad_bias += bias_sums
 
 
 def finish(
-    weights, block, partials, lse, row_weight, target, order, count, gain, first, softcap, z_loss, bias_sums
-):
+    weights, block, partials, values, row_weight, target, order, count, gain, first, softcap, z_loss, bias_sums,
+    residual,
+):  # fmt: skip
     """Launch `finish_kernel`; returns the column sums of d loss / d y, or None."""
     rows, V = block.shape
     BLOCK_N = 16
     row_tiles = triton.cdiv(rows, BLOCK_N)
     partial = torch.empty(row_tiles, V, dtype=torch.float32, device=block.device) if bias_sums else None
     finish_kernel[(row_tiles, partials.parts)](
-        weights, block, partials.max, partials.target[1], lse, row_weight, target, order, count, gain, partial,
+        weights, block, partials.max, partials.target[1], values["nll"], values["lse"], values["lse_rest"],
+        row_weight, target, order, count, gain, partial, None if residual is None else residual.lost,
         block.stride(0), first, rows, V, z_loss,
         PART=partials.part, BLOCK_N=BLOCK_N, SOFTCAP=softcap, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

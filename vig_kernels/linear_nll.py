@@ -7,6 +7,8 @@ from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
 
+SINKS = (*check.STATS, "lse_rest")  # what a backend's forward may be asked for beside nll
+
 
 def linear_nll(
     hidden: Tensor,  # (..., D)
@@ -72,7 +74,7 @@ def nll_values(flat: check.Flat, scale, softcap, ignore_index, stats, backend) -
         nll, sinks = reference.linear_nll(hidden, weight, target, **options, stats=("lse", *stats))
         return {"nll": nll.float()} | {k: v if k == "argmax" else v.float() for k, v in sinks.items()}
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    nll, lse, entropy, argmax = nll_forward_op(
+    nll, lse, entropy, argmax, _ = nll_forward_op(
         hidden,
         weight,
         target,
@@ -93,12 +95,16 @@ def nll_values(flat: check.Flat, scale, softcap, ignore_index, stats, backend) -
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float? softcap, "
     "int ignore_index, bool with_lse, bool with_entropy, bool with_argmax, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def nll_forward_op(
     hidden, weight, target, bias, scale, softcap, ignore_index, with_lse, with_entropy, with_argmax, backend
 ):
-    """(nll, lse, entropy, argmax); the ones not asked for have no elements, since ops cannot return None."""
+    """(nll, lse, entropy, argmax, lse_rest); the ones not asked for have no elements: ops cannot return None.
+
+    lse + lse_rest is the log-sum-exp beyond float32's precision: at lse = 200 float32 rounds by 8e-6, and every
+    p = exp(z - lse) of the row by as much.
+    """
     check.target_range(target, weight.shape[0], ignore_index)
     outputs = _forward_fake(
         hidden,
@@ -115,12 +121,12 @@ def nll_forward_op(
     )
     if target.numel() == 0:
         return outputs
-    asked = zip(check.STATS, (with_lse, with_entropy, with_argmax), strict=True)
+    asked = zip(SINKS, (with_lse, with_entropy, with_argmax, with_lse), strict=True)
     stats = tuple(stat for stat, wanted in asked if wanted)
     run = dispatch.module("linear_nll", backend).forward
     with torch.autocast(hidden.device.type, enabled=False):
         nll, sinks = run(hidden, weight, target, bias, scale, softcap, ignore_index, stats)
-    return nll, *(sinks.get(stat, empty) for stat, empty in zip(check.STATS, outputs[1:], strict=True))
+    return nll, *(sinks.get(stat, empty) for stat, empty in zip(SINKS, outputs[1:], strict=True))
 
 
 @nll_forward_op.register_fake
@@ -131,19 +137,20 @@ def _forward_fake(
     nll = target.new_empty(size, dtype=torch.float32)
     lse = target.new_empty(size if with_lse else 0, dtype=torch.float32)
     entropy = target.new_empty(size if with_entropy else 0, dtype=torch.float32)
-    return nll, lse, entropy, target.new_empty(size if with_argmax else 0)
+    argmax = target.new_empty(size if with_argmax else 0)
+    return nll, lse, entropy, argmax, torch.empty_like(lse)
 
 
 def _save(ctx, inputs, output):
     hidden, weight, target, bias, ctx.scale, ctx.softcap, ctx.ignore_index, *_, ctx.backend = inputs
-    _, lse, entropy, argmax = output
-    ctx.save_for_backward(hidden, weight, target, bias, lse, entropy)
-    ctx.mark_non_differentiable(argmax)
+    _, lse, entropy, argmax, lse_rest = output
+    ctx.save_for_backward(hidden, weight, target, bias, lse, entropy, lse_rest)
+    ctx.mark_non_differentiable(argmax, lse_rest)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_nll, grad_lse, grad_entropy, _):
-    hidden, weight, target, bias, lse, entropy = ctx.saved_tensors
+def _backward(ctx, grad_nll, grad_lse, grad_entropy, *_):
+    hidden, weight, target, bias, lse, entropy, lse_rest = ctx.saved_tensors
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     grads = [
         grad if grad is not None and grad.numel() else None for grad in (grad_nll, grad_lse, grad_entropy)
@@ -158,6 +165,7 @@ def _backward(ctx, grad_nll, grad_lse, grad_entropy, _):
         found = nll_backward_op(
             *grads,
             lse,
+            lse_rest,
             entropy,
             hidden,
             weight,
@@ -181,15 +189,16 @@ nll_forward_op.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op(
     "vig_kernels::linear_nll_backward",
     mutates_args=(),
-    schema="(Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor entropy, Tensor hidden, "
-    "Tensor weight, Tensor target, Tensor? bias, float scale, float? softcap, int ignore_index, bool[] needs, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor lse_rest, "
+    "Tensor entropy, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float? softcap, "
+    "int ignore_index, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def nll_backward_op(
     grad_nll,
     grad_lse,
     grad_entropy,
     lse,
+    lse_rest,
     entropy,
     hidden,
     weight,
@@ -204,12 +213,13 @@ def nll_backward_op(
     """Gradients of hidden, weight and bias, empty where not needed. It has no gradient of its own: a second
     differentiation raises instead of being wrong."""
     grads = [None if g is None else g.contiguous() for g in (grad_nll, grad_lse, grad_entropy)]
+    grads, entropy = with_rest(grads, entropy, lse_rest)
     run = dispatch.module("linear_nll", backend).backward
     with torch.autocast(hidden.device.type, enabled=False):
         found = run(
             *grads,
             lse,
-            entropy if grad_entropy is not None else None,
+            entropy,
             hidden,
             weight,
             target,
@@ -222,12 +232,30 @@ def nll_backward_op(
     return tuple(hidden.new_empty(0) if g is None else g for g in found)
 
 
+def with_rest(grads, entropy, lse_rest):
+    """(gradients, entropy) for a backward that knows lse alone: p = exp(z - lse) exp(-lse_rest).
+
+    d loss / d z_v = p_v (g_nll + g_lse - g_entropy (z_v - lse - lse_rest + entropy)) - [v = target] g_nll, so that
+    the factor exp(-lse_rest) goes into g_lse and g_entropy, and the rest beside it into the entropy.
+    """
+    grad_nll, grad_lse, grad_entropy = grads
+    shrink = torch.expm1(-lse_rest)  # small: what it multiplies keeps its bits where the rest is 0
+    softmax = [grad for grad in (grad_nll, grad_lse) if grad is not None]
+    if softmax:
+        change = sum(softmax) * shrink
+        grad_lse = change if grad_lse is None else grad_lse + change
+    if grad_entropy is None:
+        return (grad_nll, grad_lse, None), None
+    return (grad_nll, grad_lse, grad_entropy + grad_entropy * shrink), entropy - lse_rest
+
+
 @nll_backward_op.register_fake
 def _backward_fake(
     grad_nll,
     grad_lse,
     grad_entropy,
     lse,
+    lse_rest,
     entropy,
     hidden,
     weight,

@@ -19,6 +19,7 @@ from .launch_triton import (
     operand,
 )
 from .logit_tiles_triton import dot_tile, halves, logits, narrow, slopes, tile_position
+from .target_residual_triton import TargetResidual
 from .tile_configs import head_config, regular
 
 # 16-bit inputs: 96 + 96 + 48 MiB; float32 gradients are summed in place and need only the first
@@ -45,6 +46,7 @@ def gradient_part(
     gain,
     block,
     partial_bias,
+    residual_at,  # (BLOCK_N,) pointers or None
     stride_block,
     first_vocab,
     columns,
@@ -73,8 +75,13 @@ def gradient_part(
             partial_bias + row_tile.to(tl.int64) * columns + column, tl.sum(g, axis=0), mask=column < columns
         )
     g *= tl.load(gain)
+    stored = narrow(g, block.dtype.element_ty)
     at = block + place[:, None] * stride_block + column[None, :]
-    tl.store(at, narrow(g, block.dtype.element_ty), mask=inside[:, None] & (column < columns)[None, :])
+    tl.store(at, stored, mask=inside[:, None] & (column < columns)[None, :])
+    if residual_at is not None:
+        lost = tl.where(column[None, :] == position[:, None], g - stored.to(tl.float32), 0.0)
+        here = (position >= part * PART) & (position < part * PART + PART) & (position < columns)
+        tl.store(residual_at, tl.sum(lost, axis=1), mask=live & here)
 
 
 @triton.jit(
@@ -95,6 +102,7 @@ def gradient_kernel(
     gain,  # () float32: the block is stored multiplied by it
     block,  # (rows of the chunk, columns of the chunk): d loss / d y, at the rows' original places
     partial_bias,  # (row_tiles, columns of the chunk) float32 or None: sums over the tile's rows
+    residual,  # (N,) float32 or None: what `block` loses at the target (target_residual_triton.py)
     stride_hidden,
     stride_weight,
     stride_block,
@@ -157,10 +165,13 @@ def gradient_kernel(
         h = tl.load(entropy + row, mask=live, other=0.0)
     wanted = tl.load(target + row, mask=live, other=-1)
     row_lse = tl.load(lse + row, mask=live, other=0.0)
+    residual_at = residual
+    if residual is not None:
+        residual_at = residual + row
     if PARTS == 1:
         gradient_part(
             dot, bias, vocab_tile, wanted, row_lse, up, up_nll, up_entropy, h, live, inside, place, row_tile, gain,
-            block, partial_bias, stride_block, first_vocab, columns, V, logit_scale, logit_softcap,
+            block, partial_bias, residual_at, stride_block, first_vocab, columns, V, logit_scale, logit_softcap,
             grad_entropy is not None, BLOCK_V, SOFTCAP,
         )  # fmt: skip
     else:
@@ -168,7 +179,7 @@ def gradient_kernel(
         for half in tl.static_range(2):
             gradient_part(
                 left if half == 0 else right, bias, vocab_tile * 2 + half, wanted, row_lse, up, up_nll, up_entropy, h,
-                live, inside, place, row_tile, gain, block, partial_bias, stride_block, first_vocab, columns, V,
+                live, inside, place, row_tile, gain, block, partial_bias, residual_at, stride_block, first_vocab, columns, V,
                 logit_scale, logit_softcap, grad_entropy is not None, BLOCK_V // 2, SOFTCAP,
             )  # fmt: skip
 
@@ -246,6 +257,7 @@ def gradient_sweep(upstream, hidden, weight, target, bias, logit_scale, logit_so
     rows = max(1, min(N, BLOCK_BYTES // (columns * hidden.element_size())))
     stretch = N if wide or not needs[0] else max(1, min(N, HIDDEN_BYTES // (4 * D)))
     block = hidden.new_empty(min(rows, stretch), columns)
+    residual = None if wide or not any(needs[:2]) else TargetResidual(target, ignore_index)
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     grad_bias = torch.zeros(V, dtype=torch.float32, device=weight.device) if needs[2] else None
@@ -262,7 +274,7 @@ def gradient_sweep(upstream, hidden, weight, target, bias, logit_scale, logit_so
                     g = block[: chunk.stop - chunk.start, : vocab.stop - v]
                     bias_sums = gradient_block(
                         g, upstream, hidden, weight, target, bias, order, chunk, vocab, gain,
-                        logit_scale, logit_softcap, needs[2],
+                        logit_scale, logit_softcap, needs[2], residual,
                     )  # fmt: skip
                     if needs[0]:
                         accumulate(hidden_sum[chunk.start - first : chunk.stop - first], g, weight[vocab])
@@ -271,8 +283,12 @@ def gradient_sweep(upstream, hidden, weight, target, bias, logit_scale, logit_so
                     if needs[2]:
                         grad_bias[vocab] += bias_sums
                 if needs[1]:
+                    if residual is not None:
+                        residual.mend_weight(weight_sum, hidden, first_vocab=v)
                     settle(grad_weight[vocab], weight_sum, unscale)
             if needs[0]:
+                if residual is not None:
+                    residual.mend_hidden(hidden_sum, weight, first)
                 settle(grad_hidden[first : first + stretch], hidden_sum, unscale)
     return grad_hidden, grad_weight, grad_bias.mul_(logit_scale).to(bias.dtype) if needs[2] else None
 
@@ -307,6 +323,7 @@ def gradient_block(
     logit_scale,
     logit_softcap,
     bias_sums,
+    residual,
 ):
     """Fill `block` with gain * d loss / d y of rows `chunk` and vocabulary `vocab`; return its column sums / gain."""
     grad_nll, grad_lse, grad_entropy, lse, entropy = upstream
@@ -321,7 +338,7 @@ def gradient_block(
         gradient_kernel[(row_tiles * vocab_tiles,)](
             hidden, operand(weight, config) if descriptor else weight, bias, target, *order,
             lse, entropy if grad_entropy is not None else None, grad_nll, grad_lse, grad_entropy, gain, block, partial,
-            hidden.stride(0), weight.stride(0), block.stride(0), chunk.start, rows, row_tiles, vocab.start, columns,
+            None if residual is None else residual.lost, hidden.stride(0), weight.stride(0), block.stride(0), chunk.start, rows, row_tiles, vocab.start, columns,
             vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
             BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
             GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,

@@ -25,6 +25,7 @@ def forward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(nll (N,) float32 in nats, {"lse": ..., "entropy": ..., "argmax": ...} as asked); ignored rows 0.0 and -1.
 
+    "lse_rest", what float32 cannot hold of lse, is not told by the native code: zeros.
     Ignored rows are left out before any work. The bits of a row depend on neither threads nor other rows.
     """
     rows = hidden.shape[0]

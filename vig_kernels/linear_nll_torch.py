@@ -104,6 +104,13 @@ def finite_or_zero(top: Tensor) -> Tensor:
     return torch.where(top == float("-inf"), 0.0, top)
 
 
+def rounding_of_sum(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
+    """a + b - total for total = a + b as float32 rounds it, exactly (Knuth); 0 where total is not finite."""
+    b_part = total - a
+    rest = (a - (total - b_part)) + (b - b_part)
+    return torch.where(total.isfinite(), rest, 0.0)
+
+
 class RunningRows:
     """Per-row state of the sweep over the vocabulary: max, sum exp(z - max) and the sinks asked for."""
 
@@ -145,7 +152,9 @@ class RunningRows:
     def results(self) -> dict[str, Tensor]:
         log_total = self.total.log()
         # max - logit first: both may be large, their difference is small where it matters
-        values = {"nll": (self.top - self.target_logit) + log_total, "lse": self.top + log_total}
+        lse = self.top + log_total
+        values = {"nll": (self.top - self.target_logit) + log_total, "lse": lse}
+        values["lse_rest"] = rounding_of_sum(self.top, log_total, lse)
         if self.spread is not None:
             values["entropy"] = (log_total - self.spread / self.total).clamp_(min=0.0)
         if self.best is not None:

@@ -172,6 +172,9 @@ def combine_kernel(
     lse,  # (N,) float32 or None
     entropy,  # (N,) float32 or None
     argmax,  # (N,) int64 or None
+    lse_rest,  # (N,) float32 or None: what float32 cannot hold of lse
+    nll_image,  # (N,) float32 or None: nll of the first pass, of which vig is the difference to
+    vig,  # (N,) float32 or None
     first_row,
     rows,
     pass_offset,  # 0, or `rows` for the second pass
@@ -226,8 +229,16 @@ def combine_kernel(
     picked = tl.load(target_logit + slot, mask=known, other=0.0)
     loss = tl.where(known, (m - picked) + log_s, float("nan"))  # a target outside [0, V) has no likelihood
     tl.store(nll + row, tl.where(live, loss, 0.0), mask=inside)
+    if vig is not None:
+        image = tl.load(nll_image + row, mask=live, other=0.0)
+        tl.store(vig + row, tl.where(live, loss - image, 0.0), mask=inside)
+    whole = m + log_s
     if lse is not None:
-        tl.store(lse + row, tl.where(live, m + log_s, 0.0), mask=inside)
+        tl.store(lse + row, tl.where(live, whole, 0.0), mask=inside)
+    if lse_rest is not None:
+        log_part = whole - m
+        rest = (m - (whole - log_part)) + (log_s - log_part)  # m + log_s - whole, exactly
+        tl.store(lse_rest + row, tl.where(live & (tl.abs(whole) < float("inf")), rest, 0.0), mask=inside)
     if entropy is not None:
         tl.store(entropy + row, tl.where(live, log_s - tl.sum(dot, axis=0) / s, 0.0), mask=inside)
     if argmax is not None:
@@ -287,12 +298,13 @@ def fold(
     )  # fmt: skip
 
 
-def combine(partials, target, order, count, nll, lse, entropy, argmax, first, rows, pass_index, passes, V):
-    """Launch `combine_kernel` for one pass of a chunk."""
+def combine(partials, target, order, count, nll, sinks, first, rows, pass_index, passes, V, nll_image=None):
+    """Launch `combine_kernel` for one pass of a chunk; `sinks` holds the tensors that are wanted beside nll."""
     BLOCK_N = 16 if interpreted() else 32
     combine_kernel[(triton.cdiv(rows, BLOCK_N),)](
         partials.max, partials.sum, partials.dot, partials.arg, partials.target, target, order, count,
-        nll, lse, entropy, argmax, first, rows, pass_index * rows, rows * passes, partials.parts, V,
+        nll, *(sinks.get(name) for name in ("lse", "entropy", "argmax", "lse_rest")), nll_image, sinks.get("vig"),
+        first, rows, pass_index * rows, rows * passes, partials.parts, V,
         PART=partials.part, BLOCK_N=BLOCK_N, BLOCK_T=32, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -300,16 +312,20 @@ def combine(partials, target, order, count, nll, lse, entropy, argmax, first, ro
 def sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_index, stats):
     """(nll, sinks) of every pass, from one sweep of the weight: the body of linear_nll and of linear_vig.
 
+    The sinks of a second pass hold "vig", its nll less the first's, beside those of `stats`.
+
     hiddens: one or two (N, D) tensors that share `target` (N,). Every row of every pass goes through the same
     kernel with the same tiles, so its bits are the same alone, paired, and in any company.
     """
     V, N, passes = weight.shape[0], target.shape[0], len(hiddens)
     target, bias = dense(target, bias)
-    empty = {"lse": torch.float32, "entropy": torch.float32, "argmax": torch.int64}
-    results = [
-        (target.new_empty(N, dtype=torch.float32), {s: target.new_empty(N, dtype=empty[s]) for s in stats})
-        for _ in hiddens
-    ]
+
+    def output(name):
+        return target.new_empty(N, dtype=torch.int64 if name == "argmax" else torch.float32)
+
+    results = [(output("nll"), {name: output(name) for name in stats}) for _ in hiddens]
+    if passes == 2:
+        results[1][1]["vig"] = output("vig")
     order, count = keep_order(target, ignore_index)
 
     def run(first, rows, partials, config):
@@ -330,8 +346,9 @@ def sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_inde
                 partials = Partials(rows, passes, V, config, stats, target.device)
             run(first, rows, partials, config)
             for index, (nll, sinks) in enumerate(results):
-                sink = (sinks.get("lse"), sinks.get("entropy"), sinks.get("argmax"))
-                combine(partials, target, order, count, nll, *sink, first, rows, index, passes, V)
+                combine(
+                    partials, target, order, count, nll, sinks, first, rows, index, passes, V, results[0][0]
+                )
     return results
 
 
@@ -345,7 +362,7 @@ def forward(
     ignore_index: int,
     stats: tuple[str, ...],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """nll (N,) float32 and the sinks {"lse", "entropy": (N,) float32, "argmax": (N,) int64}.
+    """nll (N,) float32 and the sinks {"lse", "entropy", "lse_rest": (N,) float32, "argmax": (N,) int64}.
 
     z = softcap(scale * (hidden weight^T + bias)); nll = (max z - z[target]) + log sum exp(z - max z). Ignored rows
     cost no tile and give 0, 0, 0 and -1; a target outside [0, V) gives NaN and is never read with. Extra memory:

@@ -48,8 +48,7 @@ def linear_vig(
             x.float() for x in reference.linear_vig(image, null, weight, target, **options)
         )
     else:
-        nll_image, nll_null = _op(image, null, weight, target, bias, scale, softcap, ignore_index, name)
-        vig = nll_null - nll_image
+        vig, nll_image, nll_null = _op(image, null, weight, target, bias, scale, softcap, ignore_index, name)
     shape = hidden_image.shape[:-1]
     return TokenVIG(vig.reshape(shape), nll_image.reshape(shape), nll_null.reshape(shape))
 
@@ -58,7 +57,7 @@ def linear_vig(
     "vig_kernels::linear_vig",
     mutates_args=(),
     schema="(Tensor hidden_image, Tensor hidden_null, Tensor weight, Tensor target, Tensor? bias, float scale, "
-    "float? softcap, int ignore_index, str backend) -> (Tensor, Tensor)",
+    "float? softcap, int ignore_index, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def _op(hidden_image, hidden_null, weight, target, bias, scale, softcap, ignore_index, backend):
     check.target_range(target, weight.shape[0], ignore_index)
@@ -71,6 +70,4 @@ def _op(hidden_image, hidden_null, weight, target, bias, scale, softcap, ignore_
 
 @_op.register_fake
 def _fake(hidden_image, hidden_null, weight, target, bias, scale, softcap, ignore_index, backend):
-    return target.new_empty(target.shape, dtype=torch.float32), target.new_empty(
-        target.shape, dtype=torch.float32
-    )
+    return tuple(target.new_empty(target.shape, dtype=torch.float32) for _ in range(3))

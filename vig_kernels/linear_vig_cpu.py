@@ -22,8 +22,8 @@ def forward(
     logit_scale: float,
     logit_softcap: float | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """(nll_image, nll_null), each (N,) float32 in nats; ignored rows 0.0."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(vig, nll_image, nll_null), each (N,) float32 in nats, vig = nll_null - nll_image; ignored rows 0.0."""
     rows = hidden_image.shape[0]
     nll = torch.zeros(2, rows, dtype=torch.float32)
     described, kept_bias = native.head(hidden_image, weight, bias, logit_scale, logit_softcap)
@@ -40,4 +40,4 @@ def forward(
         torch.get_num_threads(),
     )
     del kept_bias  # read until here
-    return nll[0].clone(), nll[1].clone()
+    return nll[1] - nll[0], nll[0].clone(), nll[1].clone()

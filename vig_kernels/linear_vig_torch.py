@@ -8,7 +8,7 @@ __all__ = ["forward", "why_not"]
 
 
 def forward(hidden_image, hidden_null, weight, target, bias, logit_scale, logit_softcap, ignore_index):
-    """(nll_image, nll_null), (N,) float32 each: the tiles of linear_nll, hence its bits."""
+    """(vig, nll_image, nll_null), (N,) float32 each: the tiles of linear_nll, hence its bits."""
     head = Head(weight, bias, logit_scale, logit_softcap)
     image, null = sweep([hidden_image, hidden_null], head, target, ignore_index, ())
-    return image["nll"], null["nll"]
+    return null["nll"] - image["nll"], image["nll"], null["nll"]

@@ -2,7 +2,8 @@
 
 The row tiles of the image pass and of the null pass stand side by side in one grid, so a weight tile that has been
 fetched serves both before it leaves the L2 cache. Nothing else differs from linear_nll, not even the compiled
-kernel: nll_image has the bits of linear_nll, and equal hidden states give equal values.
+kernel: nll_image has the bits of linear_nll, and equal hidden states give equal values. The difference is taken
+where the second pass is combined.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def forward(
     logit_scale: float,
     logit_softcap: float | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """(nll_image, nll_null), each (N,) float32, as linear_nll defines them; one sweep of the weight."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(vig, nll_image, nll_null), each (N,) float32, as linear_nll defines nll; one sweep of the weight."""
     hiddens = (hidden_image, hidden_null)
     image, null = sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_index, ())
-    return image[0], null[0]
+    return null[1]["vig"], image[0], null[0]

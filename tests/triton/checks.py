@@ -19,7 +19,8 @@ OPTIONS = {"bias": None, "logit_scale": 1.0, "logit_softcap": None}
 
 def load(package: str) -> SimpleNamespace:
     """The modules of a package of kernels."""
-    names = ("linear_nll", "linear_nll_backward", "linear_vig", "linear_cross_entropy", "gaussian_blur")
+    names = ("linear_nll", "linear_nll_backward", "linear_vig", "linear_cross_entropy", "target_residual",
+             "gaussian_blur")  # fmt: skip
     found = {name: importlib.import_module(f"{package}.{name}_triton") for name in names}
     return SimpleNamespace(**found, tile_configs=importlib.import_module(f"{package}.tile_configs"))
 
@@ -61,7 +62,8 @@ def assert_forward(k, hidden, weight, target, options):
     assert (chosen >= logits[live].amax(1) - 2 * limit[live]).all(), "argmax"
     assert (nll[~live] == 0).all() and (sinks["argmax"][~live] == -1).all(), "ignored rows"
     other = hidden.new_empty(len(hidden), hidden.shape[1] + 8)[:, : hidden.shape[1]].copy_(hidden.flip(0))
-    image, null = k.linear_vig.forward(hidden, other, weight, target, *arguments)
+    vig, image, null = k.linear_vig.forward(hidden, other, weight, target, *arguments)
+    assert torch.equal(vig, null - image), "vig"
     assert torch.equal(image, nll), "nll_image has other bits than linear_nll"
     alone = k.linear_nll.forward(other, weight, target, *arguments, ())[0]
     assert torch.equal(null, alone), "nll_null has other bits than linear_nll"
@@ -101,7 +103,7 @@ def check_chunks_and_company(k):
     kept, k.linear_nll.PARTIALS_BYTES = k.linear_nll.PARTIALS_BYTES, 2000
     try:
         again, again_sinks = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, STATS)
-        image, _ = k.linear_vig.forward(hidden, hidden + 1, weight, target, None, 1.0, None, -100)
+        _, image, _ = k.linear_vig.forward(hidden, hidden + 1, weight, target, None, 1.0, None, -100)
     finally:
         k.linear_nll.PARTIALS_BYTES = kept
     assert torch.equal(whole, again) and torch.equal(image, whole), "chunks change bits"
@@ -275,7 +277,7 @@ def check_large_offsets_of_partials(k):
     nll = torch.empty(3)
     combine[(1,)](
         partials.max, partials.sum, None, None, partials.target, target, order, count, nll, None, None, None,
-        0, 3, 0, rows, 3, 40, PART=partials.part, BLOCK_N=16, BLOCK_T=32,
+        None, None, None, 0, 3, 0, rows, 3, 40, PART=partials.part, BLOCK_N=16, BLOCK_T=32,
     )  # fmt: skip
     assert (
         (nll - reference.linear_nll(hidden, weight, target)).abs() <= bound(hidden, weight, OPTIONS)
@@ -300,7 +302,7 @@ def check_large_offsets_of_blocks(k):
     lse, target, order = torch.ones(rows), torch.arange(rows), torch.arange(rows)
     for b in (block, near):
         k.linear_cross_entropy.finish_kernel[(1, 3)](
-            b, b, top, None, lse, None, target, order, torch.tensor(rows), torch.tensor(1.0), None,
-            b.stride(0), 0, rows, V, 0.0, PART=part, BLOCK_N=16, SOFTCAP=False,
+            b, b, top, None, lse, lse, torch.zeros(rows), None, target, order, torch.tensor(rows),
+            torch.tensor(1.0), None, None, b.stride(0), 0, rows, V, 0.0, PART=part, BLOCK_N=16, SOFTCAP=False,
         )  # fmt: skip
     assert torch.equal(block, near)
