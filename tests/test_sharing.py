@@ -210,14 +210,15 @@ def test_kept_features_are_bounded(monkeypatch):
 
 
 def test_sharing_that_moves_values_is_switched_off_and_said(data, monkeypatch):
-    alone = scorer(share=False).score(read_samples(data))
+    """In a family whose rows are padded and masked; of packed rows tests/test_packed.py."""
+    alone = scorer("gemma3", share=False).score(read_samples(data))
 
     def all_see_all(model, branch, positions, input_ids):  # earlier branches are seen too: wrong
         order = torch.arange(branch.shape[1])
         return prefix._added((order[:, None] >= order[None, :]).expand(len(branch), -1, -1), model.dtype)
 
     monkeypatch.setattr(prefix, "_masks", all_see_all)
-    one = scorer()
+    one = scorer("gemma3")
     with pytest.warns(UserWarning, match=r"moves values by \S+ nats, so it is off"):
         rows = one.score(read_samples(data))
     assert not one.passes.share

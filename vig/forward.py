@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vig import features, prefix
+from vig import features, packed, prefix
 from vig.families import LoadedModel, hidden_at_head
 from vig.features import ImageFeatures
 from vig.loss import HeadTransform, find_head, shifted_rows
@@ -54,7 +54,9 @@ class TwoPasses:
         self.model, self.head = loaded.model, find_head(loaded.model)
         self.pixel_range = PixelRange.of(loaded.processor)
         self.transform = HeadTransform()
-        self.share = share and prefix.why_not(loaded.model) is None
+        self._packs = packed.why_not(loaded.model) is None
+        self.share = share and (self._packs or prefix.why_not(loaded.model) is None)
+        self.kernel = loaded.model.config.get_text_config()._attn_implementation
         self.longest = longest
         self.features = ImageFeatures(self.model)
         self._keeps_features = features.why_not(self.model) is None
@@ -88,51 +90,57 @@ class TwoPasses:
         nulls: Sequence[Encoded] | None,
         hashes: Sequence[Sequence[str]],
     ) -> list[TokenNLL]:
-        batch = prefix.row_inputs(self.model, self.encoder, rows)
-        labels = batch.pop("labels")
+        batch = self._laid_out(rows)
         content = (
             {id(sample): tuple(names) for sample, names in zip(samples, hashes, strict=True)}
             if hashes
             else {}
         )
         seen = [content.get(id(row.members[0]), ()) for row in rows]
-        image = self._answer_rows(self._pictured(batch, rows, seen, "image"), labels)
+        image = self._answer_rows(self._pictured(batch, rows, seen, "image"))
         if not samples[0].sample.images:
             nll = linear_nll(image.hidden, self._weight, image.target, **self._head_options)
             return [TokenNLL(values, None) for values in _per_sample(nll, samples)]
         if nulls is None:
-            null = self._answer_rows(self._pictured(batch, rows, seen, "null"), labels)
+            null = self._answer_rows(self._pictured(batch, rows, seen, "null"))
         else:
             rows = self.rows(nulls, hashes)
             content = {id(twin): tuple(names) for twin, names in zip(nulls, hashes, strict=True)}
             seen = [content[id(row.members[0])] for row in rows]
-            batch = prefix.row_inputs(self.model, self.encoder, rows)
-            labels = batch.pop("labels")
-            null = self._answer_rows(self._pictured(batch, rows, seen, "other image"), labels)
+            batch = self._laid_out(rows)
+            null = self._answer_rows(self._pictured(batch, rows, seen, "other image"))
         pair = linear_vig(image.hidden, null.hidden, self._weight, image.target, **self._head_options)
         columns = (_per_sample(pair.nll_image, samples), _per_sample(pair.nll_null, samples))
         return [TokenNLL(*values) for values in zip(*columns, strict=True)]
 
+    def _laid_out(self, rows: Sequence[prefix.Row]) -> _Batch:
+        """The rows in one sequence where the model allows it, else padded to the longest."""
+        if not (self.share and self._packs):
+            inputs = prefix.row_inputs(self.model, self.encoder, rows)
+            return _Batch(inputs, inputs.pop("labels"))
+        inputs = packed.packed_inputs(self.model, self.encoder, rows)
+        return _Batch(inputs, inputs.pop("labels"), packed.Layout(rows, self.kernel))
+
     def _pictured(
         self,
-        batch: dict[str, Tensor],
+        batch: _Batch,
         rows: Sequence[prefix.Row],
         hashes: Sequence[tuple[str, ...]],
         kind: str,
-    ) -> dict[str, Any]:
+    ) -> _Batch:
         """The batch with the images of one pass: their pixels, or the features that are computed once for each.
 
         hashes: of the images of each row. kind: "image", "null" (made of the pixels) or "other image".
         """
         firsts = [row.members[0] for row in rows]
-        if "pixel_values" not in batch:
+        if "pixel_values" not in batch.inputs:
             return batch
         if not (self.share and self._keeps_features and all(hashes)):
             if kind != "null":
                 return batch
-            return self.null_pixels(
-                batch, [first.sizes for first in firsts], [one for row in hashes for one in row]
-            )
+            seeds = [one for row in hashes for one in row]
+            nulls = self.null_pixels(batch.inputs, [first.sizes for first in firsts], seeds)
+            return batch._replace(inputs=nulls)
 
         def pixels(places: list[int]) -> dict[str, Tensor]:
             chosen = [firsts[place] for place in places]
@@ -147,27 +155,27 @@ class TwoPasses:
 
         n_tokens = [first.input_ids.count(self.encoder.image_token_id) for first in firsts]
         outputs = self.features.of([(kind, *row) for row in hashes], n_tokens, pixels)
-        rest = {name: value for name, value in batch.items() if name != "pixel_values"}
-        return rest | {"mm_encoder_outputs": outputs}
+        rest = {name: value for name, value in batch.inputs.items() if name != "pixel_values"}
+        return batch._replace(inputs=rest | {"mm_encoder_outputs": outputs})
 
     def rows(self, samples: Sequence[Encoded], hashes: Sequence[Sequence[str]] = ()) -> list[prefix.Row]:
         """The rows that a batch of these samples has: one each, or one for neighbours that share a prefix."""
         if not self.share or len(hashes) != len(samples):
             return [prefix.Row((sample,)) for sample in samples]
-        width = self.model.config.get_text_config().hidden_size
+        width = None if self._packs else self.model.config.get_text_config().hidden_size
         return prefix.rows_of(samples, hashes, self.encoder.image_token_id, width, self.longest)
 
     @torch.inference_mode()
     def sharing_error(self, row: prefix.Row) -> float:
         """How far sharing the row moves its members' clean NLL, in nats: the most in float32, the mean in 16 bit."""
-        apart = [prefix.Row((sample,)) for sample in row.members]
+        apart = self.inputs(row.members)
+        batches = [
+            _Batch(apart, apart.pop("labels")),
+            self._pictured(self._laid_out([row]), [row], [("proof",)], "image"),
+        ]
         values = []
-        for rows in (apart, [row]):
-            batch = prefix.row_inputs(self.model, self.encoder, rows)
-            labels = batch.pop("labels")
-            if rows is not apart:
-                batch = self._pictured(batch, rows, [("proof",)], "image")
-            found = self._answer_rows(batch, labels)
+        for batch in batches:
+            found = self._answer_rows(batch)
             values.append(linear_nll(found.hidden, self._weight, found.target, **self._head_options))
         self.features.clear()
         moved = (values[0] - values[1]).abs()
@@ -207,10 +215,19 @@ class TwoPasses:
             "backend": self.backend,
         }
 
-    def _answer_rows(self, batch: dict[str, Tensor], labels: Tensor) -> _AnswerRows:
+    def _answer_rows(self, batch: _Batch) -> _AnswerRows:
         """Runs the model and keeps, of its last hidden states (B, T, D), the rows that predict an answer token."""
-        rows = shifted_rows(labels)
-        return _AnswerRows(hidden_at_head(self.model, batch, rows.index), rows.target)
+        rows = shifted_rows(batch.labels)
+        with packed.attention(self.model, batch.layout):
+            return _AnswerRows(hidden_at_head(self.model, batch.inputs, rows.index), rows.target)
+
+
+class _Batch(NamedTuple):
+    """What the model reads, where the answers are, and how its rows lie where they are not padded."""
+
+    inputs: dict[str, Any]
+    labels: Tensor  # (B, T), or (1, L) with a layout
+    layout: packed.Layout | None = None
 
 
 class _AnswerRows(NamedTuple):

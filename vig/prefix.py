@@ -110,12 +110,13 @@ def rows_of(
     samples: Sequence[Encoded],
     images: Sequence[Sequence[str]],
     image_token_id: int,
-    width: int,
+    width: int | None,
     longest: int,
 ) -> list[Row]:
     """Puts neighbours that share images and prefix into one row. The order of the samples stays.
 
-    images: the content hashes of each sample's images. width: the model's hidden size. longest: tokens of a row.
+    images: the content hashes of each sample's images. longest: tokens of a row. width: the model's hidden size where
+    branches lie in each other's way (a mask of the whole row); None where they do not (`vig.packed`).
     A function of the order alone: a row taken for itself gives that row again.
     """
     rows: list[Row] = []
@@ -125,7 +126,8 @@ def rows_of(
         prefix = len(key[1])
         if rows and prefix and key == last_key:
             row = Row((*rows[-1].members, sample), prefix)
-            if row.n_tokens <= min(longest, prefix + _most_branch_tokens(prefix, width)):
+            most = longest if width is None else min(longest, prefix + _most_branch_tokens(prefix, width))
+            if row.n_tokens <= most:
                 rows[-1] = row
                 continue
         rows.append(Row((sample,)))
@@ -154,7 +156,8 @@ def row_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row]) ->
     if any(len(row.members) > 1 for row in rows):
         length = batch["input_ids"].shape[1]
         branch = torch.stack([_filled(_branches(row), length, -1) for row in rows]).to(model.device)
-        positions = _positions(model, encoder, rows, length).to(model.device)
+        positions = [_filled(token_positions(model, encoder, row), length, 0) for row in rows]
+        positions = torch.stack(positions, dim=-2).to(model.device)
         batch["position_ids"] = positions
         batch["attention_mask"] = _masks(model, branch, positions, batch["input_ids"])
         batch.pop("token_type_ids", None)  # they only tell Gemma3 how to make the mask
@@ -170,21 +173,17 @@ def _filled(values: Tensor, length: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, length - values.shape[-1]), value=fill)
 
 
-def _positions(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row], length: int) -> Tensor:
-    """(B, L), or (3, B, L) where the model has an index of three axes, which needs the samples whole."""
-    of_rows = []
-    for row in rows:
-        lengths = [fed_tokens(member) for member in row.members]
-        if hasattr(model.model, "get_rope_index"):
-            batch = encoder.collate(row.members, until_last_answer=True)
-            batch = {name: value for name, value in batch.items() if name not in ("labels", "pixel_values")}
-            index, _ = model.model.get_rope_index(**batch)  # (3, n, T)
-            whole = [index[:, place, :end] for place, end in enumerate(lengths)]
-        else:
-            whole = [torch.arange(end) for end in lengths]
-        positions = row.positions(whole) if len(row.members) > 1 else whole[0]
-        of_rows.append(_filled(positions, length, 0))
-    return torch.stack(of_rows, dim=-2)
+def token_positions(model: PreTrainedModel, encoder: Encoder, row: Row) -> Tensor:
+    """(L,), or (3, L) where the model has an index of three axes, which needs the samples whole."""
+    lengths = [fed_tokens(member) for member in row.members]
+    if hasattr(model.model, "get_rope_index"):
+        batch = encoder.collate(row.members, until_last_answer=True)
+        batch = {name: value for name, value in batch.items() if name not in ("labels", "pixel_values")}
+        index, _ = model.model.get_rope_index(**batch)  # (3, n, T)
+        whole = [index[:, place, :end] for place, end in enumerate(lengths)]
+    else:
+        whole = [torch.arange(end) for end in lengths]
+    return row.positions(whole) if len(row.members) > 1 else whole[0]
 
 
 def _masks(
