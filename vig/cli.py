@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from vig import terminal
+
+if TYPE_CHECKING:
+    from vig.score import Progress
 
 app = typer.Typer(
     help="Visual Information Gain: score, select, train, look. Source: arXiv 2602.17186.",
@@ -170,7 +173,7 @@ def score(
                 model, data, folder, options=options, actors=actors, on_progress=on_progress, **run
             )
         terminal.show_scores(out, folder, done)
-        _exit_for(done.errors)
+        _exit_for(done)
         return
     with terminal.waiting(err, f"loading {model}"):
         scorer = Scorer(model, **options)
@@ -186,7 +189,7 @@ def score(
         terminal.show_estimate(out, estimate)
     else:
         terminal.show_scores(out, folder, done)
-    _exit_for(done.errors)
+    _exit_for(done)
 
 
 @app.command()
@@ -325,8 +328,8 @@ def _usage(parse, text: str) -> Any:
         raise typer.BadParameter(str(error)) from None
 
 
-def _exit_for(errors: list[str]) -> None:
-    if errors:
+def _exit_for(done: Progress) -> None:
+    if done.failed or done.failed_before:
         raise typer.Exit(SOME_FAILED)
 
 

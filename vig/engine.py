@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from vig.samples import BrokenRecord, Sample, read_samples
 from vig.score import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
 from vig.score_folder import output_folder, read_manifest
 from vig.store import ScoreWriter
+
+MEASURED = {"noise_floor", "sharing"}  # settings that a run finds out, and a resumed one takes over
+LOOK_AHEAD = 1 << 17  # records that are searched for the first ones with images
 
 
 def score_dataset(
@@ -58,14 +62,19 @@ def score_dataset(
                 continue
             again = set(failed.get(number, ()))
             if number not in writer.finished:
+                scorer.rehearse(chunk)
                 writer.write(number, scorer.score_window(chunk, progress, tell))
+                record_splits(writer, number, progress)
                 continue
             progress.done += len(chunk) - len(again)
             progress.resumed += len(chunk) - len(again)
             if again:
                 chosen = [record for record in chunk if record.key in again]
+                scorer.rehearse(chosen)
                 writer.replace(number, scorer.score_window(chosen, progress, tell))
+                record_splits(writer, number, progress)
         writer.mark_complete()
+        progress.failed_before = writer.counts()["errors"] - progress.failed
     progress.total = progress.done
     if on_progress is not None:
         on_progress(progress)
@@ -82,17 +91,42 @@ def run_settings(
     shard: tuple[int, int] | None,
     window: int,
 ) -> dict[str, Any]:
-    """What the scores of a run are made with; the noise floor is measured where `folder` does not know it yet."""
+    """What the scores of a run are made with. The noise floor, and whether samples share computation, are found out on
+    the first records, unless `folder` knows them already: a resumed run does as the first one did."""
     settings = scorer.settings(data, image_root) | {
         "window": window,
         "limit": limit,
         "shard": None if shard is None else f"{shard[0]}/{shard[1]}",
     }
     manifest = read_manifest(folder)
-    if manifest is not None and manifest["shards"] and "noise_floor" in manifest["settings"]:
-        return settings | {"noise_floor": manifest["settings"]["noise_floor"]}
-    first = read_samples(data, image_root=image_root, limit=min(limit or 1 << 62, 4 * NOISE_SAMPLES))
-    return settings | {"noise_floor": scorer.noise_floor(list(first))}
+    known = {} if manifest is None or not manifest["shards"] else manifest["settings"]
+    if known.keys() >= MEASURED:
+        scorer.proofs.follow(known["sharing"])
+        return settings | {name: known[name] for name in MEASURED}
+    floor = scorer.noise_floor(first_records(read_samples(data, image_root=image_root, limit=limit)))
+    return settings | {"noise_floor": floor, "sharing": scorer.proofs.sharing}
+
+
+def first_records(records: Iterable[Sample | BrokenRecord]) -> list[Sample | BrokenRecord]:
+    """The first records with images, which decide for the whole run; others where the data begins without images."""
+    most, with_images, others = 4 * NOISE_SAMPLES, [], []
+    for record in islice(records, LOOK_AHEAD):
+        if getattr(record, "images", ()):
+            with_images.append(record)
+        elif len(others) < most:
+            others.append(record)
+        if len(with_images) == most:
+            break
+    return with_images or others
+
+
+def record_splits(writer: ScoreWriter, window: int, progress: Progress) -> None:
+    """Notes in the manifest how many batches of a window did not fit into memory and were halved."""
+    noted = dict(writer.notes.get("splits", {}))
+    here = progress.splits - progress.splits_noted
+    if here:
+        writer.note("splits", noted | {str(window): noted.get(str(window), 0) + here})
+        progress.splits_noted = progress.splits
 
 
 class RecordCount:

@@ -62,6 +62,13 @@ class Family:
         except ValueError as error:
             raise ModelError(f"{self.name}: {error}") from error
 
+    def check(self, pixels: dict[str, Tensor], sizes: Sizes) -> None:
+        """Raises ModelError where `pictures` would."""
+        try:
+            self.layout.check(pixels, sizes, self.processor)
+        except ValueError as error:
+            raise ModelError(f"{self.name}: {error}") from error
+
     def put_back(
         self, pixels: dict[str, Tensor], sizes: Sizes, pictures: Sequence[Tensor]
     ) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ and one sweep of the head's weight serves both passes (`vig_kernels.linear_vig`)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from vig import features, packed, prefix
 from vig.families import LoadedModel, hidden_at_head
 from vig.features import ImageFeatures
-from vig.loss import HeadTransform, find_head, shifted_rows
+from vig.loss import HeadTransform, find_head, head_replaced, shifted_rows
 from vig.null_image import NullSettings, PixelRange, null_pictures
 from vig.pixels import Sizes
 from vig.prompts import Encoded, Encoder, collate_pixels
@@ -58,6 +59,7 @@ class TwoPasses:
         self.share = share and (self._packs or prefix.why_not(loaded.model) is None)
         self.kernel = loaded.model.config.get_text_config()._attn_implementation
         self.longest = longest
+        self._last = last_feed_forward(loaded.model)
         self.features = ImageFeatures(self.model)
         self._keeps_features = features.why_not(self.model) is None
 
@@ -166,12 +168,15 @@ class TwoPasses:
         return prefix.rows_of(samples, hashes, self.encoder.image_token_id, width, self.longest)
 
     @torch.inference_mode()
-    def sharing_error(self, row: prefix.Row) -> float:
-        """How far sharing the row moves its members' clean NLL, in nats: the most in float32, the mean in 16 bit."""
-        apart = self.inputs(row.members)
+    def sharing_error(self, rows: Sequence[prefix.Row]) -> float:
+        """How far these rows move their members' clean NLL, in nats: the most in float32, the mean in 16 bit.
+
+        All members have the same images, or none."""
+        apart = self.inputs([member for row in rows for member in row.members])
+        names = [("proof",)] * len(rows)
         batches = [
             _Batch(apart, apart.pop("labels")),
-            self._pictured(self._laid_out([row]), [row], [("proof",)], "image"),
+            self._pictured(self._laid_out(rows), rows, names, "image"),
         ]
         values = []
         for batch in batches:
@@ -216,10 +221,27 @@ class TwoPasses:
         }
 
     def _answer_rows(self, batch: _Batch) -> _AnswerRows:
-        """Runs the model and keeps, of its last hidden states (B, T, D), the rows that predict an answer token."""
+        """Runs the model and keeps, of its last hidden states (B, T, D), the rows that predict an answer token.
+
+        Behind its attention the last layer is computed on these rows alone.
+        """
         rows = shifted_rows(batch.labels)
-        with packed.attention(self.model, batch.layout):
+        with packed.attention(self.model, batch.layout), on_rows(self._last, rows.index):
             return _AnswerRows(hidden_at_head(self.model, batch.inputs, rows.index), rows.target)
+
+    @torch.inference_mode()
+    def last_layer_error(self, sample: Encoded) -> float:
+        """How far the last layer on answer rows alone moves their hidden states, as a part of their norm."""
+        batch = self.inputs([sample])
+        rows = shifted_rows(batch.pop("labels")).index
+        whole = hidden_at_head(self.model, batch, rows).float()
+        with on_rows(self._last, rows):
+            part = hidden_at_head(self.model, batch, rows).float()
+        return float((whole - part).norm() / whole.norm())
+
+    def last_layer_whole(self) -> None:
+        """From now on the last layer is computed on all rows."""
+        self._last = None
 
 
 class _Batch(NamedTuple):
@@ -228,6 +250,30 @@ class _Batch(NamedTuple):
     inputs: dict[str, Any]
     labels: Tensor  # (B, T), or (1, L) with a layout
     layout: packed.Layout | None = None
+
+
+def last_feed_forward(model: Any) -> torch.nn.Module | None:
+    """The feed-forward part of the last text layer, which computes every row for itself; None where it is not found."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    return None if not layers else getattr(layers[-1], "mlp", None)
+
+
+@contextmanager
+def on_rows(part: torch.nn.Module | None, rows: Tensor) -> Iterator[None]:
+    """While it lasts, `part` computes the flat rows (N,) of its input (B, T, D) and gives zeros for the others."""
+    if part is None:
+        yield
+        return
+
+    def chosen(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        index = rows.to(hidden.device)
+        out = torch.zeros_like(flat)
+        out[index] = forward(flat[index][None])[0]
+        return out.reshape(hidden.shape)
+
+    with head_replaced(part, chosen):
+        yield
 
 
 class _AnswerRows(NamedTuple):

@@ -46,6 +46,9 @@ class Layout(Protocol):
         self, pixels: PixelInputs, sizes: Sizes, processor: Any, pictures: Sequence[Tensor]
     ) -> PixelInputs: ...
 
+    def check(self, pixels: PixelInputs, sizes: Sizes, processor: Any) -> None:
+        """Raises ValueError where `take` would, and moves no pixel."""
+
 
 def image_processor(processor: Any) -> Any:
     """The part of a processor that makes the pixel inputs, whose settings say how pictures were cut."""
@@ -105,6 +108,9 @@ class Tiles:
         if self.keep_from_zero:
             values = _kept_from_zero(values, pixels["pixel_values"])
         return pixels | {"pixel_values": values}
+
+    def check(self, pixels: PixelInputs, sizes: Sizes, processor: Any) -> None:
+        self.spread(pixels, sizes, processor)
 
 
 def _assembled(values: Tensor, spread: Spread) -> Tensor:
@@ -316,6 +322,9 @@ class Patches:
             cut = picture.reshape(channels, high, merge, side, wide, merge, side).permute(1, 4, 2, 5, 0, 3, 6)
             blocks.copy_(cut.unsqueeze(5).expand_as(blocks))  # a view of `values`
         return pixels | {"pixel_values": values}
+
+    def check(self, pixels: PixelInputs, sizes: Sizes, processor: Any) -> None:
+        _patch_grids(pixels, sizes)
 
 
 def _patch_grids(pixels: PixelInputs, sizes: Sizes) -> list[Size]:

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from vig import plan
-from vig.engine import RecordCount, part_of, run_settings
+from vig.engine import RecordCount, part_of, record_splits, run_settings
 from vig.files import StoreError, check_writable
 from vig.samples import BrokenRecord, Sample, read_samples
-from vig.score import Progress, Scorer
+from vig.score import KEPT_ERRORS, Progress, Scorer
 from vig.score_folder import output_folder
 from vig.store import ScoreWriter, replace_rows, write_shard
 
@@ -103,12 +103,14 @@ def score_dataset_on_ray(
         for result in _scored(ray, job, rows, actors, resources) if rows else ():
             writer.register(result["window"], json.loads(result["entry"]))
             _add(progress, json.loads(result["progress"]))
+            record_splits(writer, result["window"], progress)
             if on_progress is not None:
                 on_progress(progress)
         missing = [number for number in todo if number not in writer.finished]
         if missing:
             raise StoreError(f"{folder}: windows {missing} were not scored. Run the same command again")
         writer.mark_complete()
+        progress.failed_before = writer.counts()["errors"] - progress.failed
     return progress
 
 
@@ -171,6 +173,7 @@ class ScoreWindows:
     def __init__(self, job: Job):
         self.job = job
         self.scorer = Scorer(job.model, **job.options)
+        self.scorer.proofs.follow((job.settings or {}).get("sharing"))
         self._rewind()
 
     def _rewind(self) -> None:
@@ -185,6 +188,7 @@ class ScoreWindows:
         self._watch(progress)
         tries = self._try(number)
         try:
+            self.scorer.rehearse(chunk)
             rows = self.scorer.score_window(chunk, progress, self._watch)
         finally:
             faulthandler.cancel_dump_traceback_later()
@@ -223,3 +227,4 @@ def _add(progress: Progress, told: dict[str, Any]) -> None:
     """Adds the counts of one window; lists are joined."""
     for name, value in told.items():
         setattr(progress, name, getattr(progress, name) + value)
+    del progress.errors[KEPT_ERRORS:]

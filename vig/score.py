@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +12,20 @@ import numpy as np
 import torch
 
 from vig import plan, prefix
-from vig.families import LoadedModel, ModelError, as_loaded, context_length, load, prove
+from vig.families import LoadedModel, ModelError, as_loaded, context_length, load
 from vig.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
 from vig.forward import TokenNLL, TwoPasses
 from vig.loader import Donors, LoadedRecord, load_records, new_pixel_bytes
 from vig.null_image import BLUR_SIGMA, NullSettings
-from vig.prefix import Row, prefix_length, shared_by
-from vig.prompts import Encoded, Encoder
+from vig.prefix import shared_by
+from vig.prompts import Encoder
+from vig.proofs import Proofs, is_out_of_memory
 from vig.samples import BrokenRecord, Sample
 from vig.score_rows import ScoreRow
 from vig_kernels.dispatch import resolve
 
 NOISE_SAMPLES = 16
-# How far sharing may move values, in nats: the largest in float32, the mean in 16 bit.
-SHARING_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
+KEPT_ERRORS = 1000  # messages that are held in memory; all stand in the scores
 
 
 @dataclass
@@ -40,7 +39,10 @@ class Progress:
     text_only: int = 0
     straddles: int = 0  # answer tokens that hold characters from outside their answer
     splits: int = 0  # batches that did not fit into memory and were halved
-    errors: list[str] = field(default_factory=list)
+    splits_noted: int = 0  # of them, those that the manifest tells of
+    failed: int = 0  # records that this run could not score
+    failed_before: int = 0  # error rows of earlier runs, known at the end
+    errors: list[str] = field(default_factory=list)  # the messages of the first KEPT_ERRORS
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -111,8 +113,8 @@ class Scorer:
             backend,
         )
         self.share = share
-        self._sharing_proven = False
-        self._proven = 0  # 1: on text, 2: on images too
+        self._rehearsed = False
+        self.proofs = Proofs(self.loaded, self.passes, self.encoder.image_token_id)
 
     # --- one window ---
 
@@ -142,7 +144,7 @@ class Scorer:
             if self.null.stage == "image":
                 donors.give(block, self.encoder)
             block.sort(key=lambda item: item.place)
-            self._prove(block)
+            self.proofs.prove(block)
             for item, row in zip(block, self._score_block(block, progress, on_progress), strict=True):
                 rows[item.place] = row
         return rows
@@ -194,64 +196,48 @@ class Scorer:
                 [item.null for item in items] if items[0].null is not None else None,
                 [item.hashes for item in items],
             )
-        except torch.OutOfMemoryError as error:
-            if len(items) == 1:
-                reason = f"it does not fit into memory ({str(error).splitlines()[0]})"
-                return [_row(items[0], f"error: {reason}. Score it on a larger device, or lower max_length")]
-            progress.splits += 1
-            middle = len(items) // 2
-            return self._score_batch(items[:middle], progress) + self._score_batch(items[middle:], progress)
-        return [_scored_row(item, value) for item, value in zip(items, values, strict=True)]
+            return [_scored_row(item, value) for item, value in zip(items, values, strict=True)]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # Out here the error is gone, and with it the tensors that its traceback held.
+        if len(items) == 1:
+            cure = "Score it on a larger device, or lower max_length"
+            return [_row(items[0], f"error: it does not fit into memory ({reason}). {cure}")]
+        progress.splits += 1
+        middle = len(items) // 2
+        return self._score_batch(items[:middle], progress) + self._score_batch(items[middle:], progress)
 
-    def _prove(self, block: Sequence[LoadedRecord]) -> None:
-        """The model proves itself on the first sample that there is, and on the first one with images."""
-        items = [item.encoded for item in block if item.encoded is not None]
-        items.sort(key=lambda item: not item.sample.images)
-        self._prove_sharing(block)
-        if not items or self._proven >= 1 + bool(items[0].sample.images):
-            return
-        inputs = self.passes.inputs(items[:1])
-        inputs.pop("labels")
-        self.passes.transform = prove(self.loaded, inputs, [items[0].sizes])
-        self._proven = 1 + bool(items[0].sample.images)
+    def rehearse(self, records: Sequence[Sample | BrokenRecord]) -> None:
+        """Scores the largest batch that these records could make, once: memory trouble comes before the work.
 
-    def _prove_sharing(self, block: Sequence[LoadedRecord]) -> None:
-        """Compares samples in one row with the same ones alone; switches sharing off where that moves them."""
-        if self._sharing_proven or not self.passes.share:
+        Raises ModelError that says which --batch-tokens fits."""
+        if self._rehearsed:
             return
-        together: dict[tuple, list[Encoded]] = {}
-        for item in block:
-            if item.encoded is not None and prefix_length(item.encoded, self.encoder.image_token_id):
-                key = shared_by(item.encoded, item.hashes, self.encoder.image_token_id)
-                together.setdefault(key, []).append(item.encoded)
-        if not together:
-            return
-        (_, ids), members = max(together.items(), key=lambda entry: len(entry[1]))
-        if len(members) == 1:  # no two share: the sample beside itself is as hard
-            members *= 2
-        moved = self.passes.sharing_error(Row(tuple(members[:3]), len(ids)))
-        self._sharing_proven = True
-        if not moved <= SHARING_TOLERANCE[self.loaded.model.dtype]:
-            self.passes.share = False
-            warnings.warn(
-                f"{self.loaded.name}: sharing the computation of images and prompts moves values by {moved:.3g} nats, "
-                "so it is off: every sample is computed alone",
-                stacklevel=2,
-            )
+        few = list(load_records(records[:NOISE_SAMPLES], self.encoder, self.null.stage))
+        if self.null.stage == "image":
+            Donors().give(few, self.encoder)
+        self.proofs.prove(few)
+        self.proofs.rehearse(few, self.batch_tokens, min(self.batch_size or len(records), len(records)))
+        self._rehearsed = True
 
     def noise_floor(self, records: Sequence[Sample | BrokenRecord]) -> float | None:
         """Largest |VIG_t| in nats of the same image scored twice, alone and in a batch, over the first samples.
 
         What arithmetic alone makes of a zero; None where there are fewer than two multimodal samples.
         """
-        loading = load_records(records, self.encoder, self.null.stage)
-        block = [item for item in loading if item.encoded is not None and item.is_multimodal][:NOISE_SAMPLES]
+        loaded = list(load_records(records, self.encoder, self.null.stage))
+        block = [item for item in loaded if item.encoded is not None and item.is_multimodal][:NOISE_SAMPLES]
         if len(block) < 2:
+            self.proofs.prove(loaded)
             return None
         if self.null.stage == "image":
             Donors().give(block, self.encoder)
-            block = [item for item in block if item.encoded is not None]
-        self._prove(block)
+        self.proofs.prove(block)
+        block = [item for item in block if item.encoded is not None]
+        if len(block) < 2:
+            return None
         together = self._score_batch(block, Progress())
         alone = []
         for item in block:
@@ -267,7 +253,10 @@ class Scorer:
     def measure_rate(self, block: Sequence[LoadedRecord]) -> tuple[int, float]:
         """(samples, tokens a second) of one batch like those to come, after one to warm up."""
         chosen = [item for item in block if item.is_multimodal] or list(block)
-        self._prove(chosen)
+        self.proofs.prove(chosen)
+        chosen = [item for item in chosen if item.encoded is not None]
+        if not chosen:
+            return 0, 1.0
         chosen = [chosen[place] for place in self._batches(chosen, range(len(chosen)))[-1]]
         started = 0.0
         for _ in range(2):
@@ -348,7 +337,9 @@ def tally(progress: Progress, rows: Sequence[ScoreRow], on_progress) -> None:
     progress.done += len(rows)
     for row in rows:
         if row.status.startswith("error: "):
-            progress.errors.append(f"{row.key} (id {row.id!r}): {row.status.removeprefix('error: ')}")
+            progress.failed += 1
+            if len(progress.errors) < KEPT_ERRORS:
+                progress.errors.append(f"{row.key} (id {row.id!r}): {row.status.removeprefix('error: ')}")
         else:
             progress.tokens += row.n_tokens
             progress.text_only += row.status == "text_only"

@@ -25,7 +25,7 @@ from vig.files import StoreError
 MANIFEST = "manifest.json"
 # Settings that may differ between a run and its resumption: they do not change what is scored.
 NOT_BINDING = frozenset(
-    {"library_version", "data", "image_root", "batch_tokens", "batch_size", "noise_floor"}
+    {"library_version", "data", "image_root", "batch_tokens", "batch_size", "noise_floor", "sharing"}
 )
 JOB = re.compile(r"shard-(\d+)-of-(\d+)")
 

@@ -63,7 +63,7 @@ def progress(console: Console, verb: str) -> Iterator[Callable[[Progress], None]
         task = bar.add_task(verb, total=None, rate="", errors="")
 
         def show(state: Progress) -> None:
-            errors = f"[red]{len(state.errors)} failed[/]" if state.errors else ""
+            errors = f"[red]{state.failed:,} failed[/]" if state.failed else ""
             bar.update(task, completed=state.done, total=state.total, rate=rate(state), errors=errors)
 
         yield show
@@ -92,7 +92,7 @@ def _log_lines(console: Console, verb: str) -> Callable[[Progress], None]:
             return
         last, told = time.monotonic(), state.done
         left = f", {time_left(state)} left" if not finished else ""
-        failed = f", {len(state.errors)} failed" if state.errors else ""
+        failed = f", {state.failed:,} failed" if state.failed else ""
         total = "?" if state.total is None else f"{state.total:,}"
         console.print(f"{verb}: {state.done:,} of {total} ({rate(state)}{left}{failed})", markup=False)
 
@@ -158,7 +158,7 @@ def duration(seconds: float) -> str:
 def show_scores(console: Console, folder: Path, state: Progress) -> None:
     """The summary of `vig score`."""
     here = state.done - state.resumed
-    scored = here - len(state.errors)
+    scored = here - state.failed
     console.print(
         f"scored {scored:,} samples, {state.tokens:,} answer tokens in {duration(state.seconds)}"
         + (f" ({rate(state)})" if here else "")
@@ -170,21 +170,23 @@ def show_scores(console: Console, folder: Path, state: Progress) -> None:
         console.print(f"{state.straddles:,} answer tokens hold characters from outside their answer")
     if state.splits:
         console.print(f"{state.splits:,} batches did not fit into memory and were halved")
-    show_errors(console, state.errors, state.done)
+    show_errors(console, state)
     console.print(f"scores: {folder}")
 
 
-def show_errors(console: Console, errors: list[str], total: int) -> None:
+def show_errors(console: Console, state: Progress) -> None:
     """Says how many samples failed, and of the first ones which, why, and what helps."""
-    if not errors:
-        return
-    for line in errors[:SHOWN_ERRORS]:
+    for line in state.errors[:SHOWN_ERRORS]:
         console.print(line, style="red", markup=False)
-    if len(errors) > SHOWN_ERRORS:
+    if state.failed > SHOWN_ERRORS:
+        more = state.failed - SHOWN_ERRORS
+        console.print(f"... and {more:,} more: rows with status `error: ...` among the scores")
+    if state.failed:
+        console.print(f"{state.failed:,} of {state.done:,} samples could not be scored")
+    if state.failed_before:
         console.print(
-            f"... and {len(errors) - SHOWN_ERRORS:,} more: rows with status `error: ...` among the scores"
+            f"{state.failed_before:,} samples of earlier runs could not be scored; --retry failed tries them again"
         )
-    console.print(f"{len(errors):,} of {total:,} samples could not be scored")
 
 
 def show_estimate(console: Console, estimate: Estimate) -> None:
@@ -200,7 +202,7 @@ def show_estimate(console: Console, estimate: Estimate) -> None:
             f"estimate: {duration(seconds)} here, at {estimate.tokens_per_second:,.0f} tokens/s measured on "
             f"{estimate.measured:,} samples"
         )
-    show_errors(console, state.errors, state.done)
+    show_errors(console, state)
     console.print("dry run: nothing was scored")
 
 
