@@ -44,6 +44,10 @@ _command("score", "Per-token log-probabilities on the CPU, against the bare GEMM
 _command("train", "Loss and gradients on the CPU, against three bare GEMMs and the peers.")
 _command("blur", "Gaussian blur on the CPU, against OpenCV and others.")
 _command("memory", "Peak extra memory, each call in a fresh process.")
+_command("throughput", "Scoring from image files to token values, against a plain loop: about 15 minutes.")
+_command(
+    "scale", "One million samples: write scores, select, start. About 3 minutes and 3 GB of temporary files."
+)
 _command("peak", "Register-only instruction peak of each instruction set.")
 _command("gpu", "The same on a GPU; without one, the plan.")
 
@@ -102,7 +106,8 @@ def measure(suite: str, quick: bool, threads: int | None, out: Path | None) -> N
     with log.status(suite) as status:
         say = (lambda text: status.update(f"{suite}: {text}")) if log.is_terminal else (lambda text: None)
         result = machine.header(suite, threads, quick) | {"cases": module.run(threads, quick, say)}
-    terminal.show(result, console)
+    show = terminal.show_tables if hasattr(module, "tables") else terminal.show
+    show(result, console)
     if not quick or out is not None:
         path = results.write(result, out or results.FOLDER)
         console.print(f"wrote {path}", highlight=False)

@@ -1,7 +1,8 @@
 """README tables and plots from stored results. The only way numbers get into the README.
 
 Each suite has a pair of markers, `<!-- benchmarks:score -->` and `<!-- /benchmarks:score -->`; what stands between
-them is replaced. A suite without results leaves its block without any table.
+them is replaced. A suite without results leaves its block without any table. The suites of scoring have their
+markers in docs/throughput.md instead.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from benchmarks import machine, results
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("score", "train", "memory", "blur", "peak", "gpu")
+ON_OWN_PAGE = ("throughput", "scale")  # in docs/throughput.md
+WITHOUT_PLOT = ("peak", *ON_OWN_PAGE)
 DTYPES = ("float32", "bfloat16", "float16", "uint8")
 
 
@@ -28,48 +31,60 @@ class Paths:
     def default(cls, readme: Path | None, stored: Path | None, plots: Path | None) -> Paths:
         return cls(readme or ROOT / "README.md", stored or results.FOLDER, plots or ROOT / "docs" / "plots")
 
+    @property
+    def pages(self) -> dict[Path, tuple[str, ...]]:
+        """Each page that shows results, and the suites it shows."""
+        own = self.readme.parent / "docs" / "throughput.md"
+        return {self.readme: SUITES} | ({own: ON_OWN_PAGE} if own.exists() else {})
+
 
 def write(paths: Paths) -> list[Path]:
-    """Rewrites the README's blocks and the plots; returns the files that were written."""
+    """Rewrites the pages' blocks and the plots; returns the files that were written."""
     from benchmarks import plots
 
-    text = paths.readme.read_text()
-    for suite in SUITES:
-        if _has_marker(text, suite) and results.read_full(suite, paths.results):
-            text = _with_block(text, suite, block(suite, paths))
-    paths.readme.write_text(text)
+    for page, suites in paths.pages.items():
+        text = page.read_text()
+        for suite in suites:
+            if _has_marker(text, suite) and results.read_full(suite, paths.results):
+                text = _with_block(text, suite, block(suite, paths))
+        page.write_text(text)
     drawn = [
         plots.draw(result, paths.plots)
         for suite in SUITES
         for result in results.read_full(suite, paths.results)
     ]
-    return [paths.readme, *(path for path in drawn if path is not None)]
+    return [*paths.pages, *(path for path in drawn if path is not None)]
 
 
 def disagreements(paths: Paths) -> list[str]:
     """One line for every way in which the README does not show what the results hold."""
     if not paths.readme.exists():
         return [f"{paths.readme} does not exist"] if any(paths.results.glob("*.json")) else []
-    text = paths.readme.read_text()
-    return [line for suite in SUITES for line in _disagreements_of(suite, text, paths)]
+    return [
+        line
+        for page, suites in paths.pages.items()
+        for suite in suites
+        for line in _disagreements_of(suite, page, paths)
+    ]
 
 
-def _disagreements_of(suite: str, text: str, paths: Paths) -> Iterator[str]:
+def _disagreements_of(suite: str, page: Path, paths: Paths) -> Iterator[str]:
+    text = page.read_text()
     stored = results.read_full(suite, paths.results)
     if not _has_marker(text, suite):
         if stored and suite not in ("peak",):  # the peak stands in the captions of the others
-            yield f"{suite}: there are results, but {paths.readme.name} has no <!-- benchmarks:{suite} --> block"
+            yield f"{suite}: there are results, but {page.name} has no <!-- benchmarks:{suite} --> block"
         return
     shown = _pattern(suite).search(text).group("block")
     if not stored:
         if "|" in shown:
-            yield f"{suite}: {paths.readme.name} shows a table, but {paths.results} has no results"
+            yield f"{suite}: {page.name} shows a table, but {paths.results} has no results"
         return
     if shown != block(suite, paths):
-        yield f"{suite}: {paths.readme.name} differs from the results: run `python -m benchmarks report`"
+        yield f"{suite}: {page.name} differs from the results: run `python -m benchmarks report`"
     for result in stored:
         picture = paths.plots / f"{results.path_of(result, Path()).stem}.png"
-        if suite != "peak" and not picture.exists():
+        if suite not in WITHOUT_PLOT and not picture.exists():
             yield f"{suite}: {picture} is missing: run `python -m benchmarks report`"
 
 
@@ -97,12 +112,17 @@ def block(suite: str, paths: Paths) -> str:
 
 def _machine_block(suite: str, result: dict, paths: Paths) -> str:
     lines = [f"`{result['command']}`, {_caption(result)}", ""]
+    if suite in ON_OWN_PAGE:
+        for head, *rows in results.tables(result):
+            ruler = ["---", *["---:"] * (len(head) - 1)]
+            lines += [*map(_line, (head, ruler, *rows)), ""]
+        return "\n".join(lines)
     for group, cases in _groups(result["cases"]):
         lines += [*_table(suite, group, cases), ""]
     lines += _comparisons(result["cases"])
     lines += _absent(result["cases"])
     picture = paths.plots / f"{results.path_of(result, Path()).stem}.png"
-    if suite != "peak":
+    if suite not in WITHOUT_PLOT:
         lines += [f"![{suite}]({_relative(picture, paths.readme.parent)})", ""]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,6 +30,11 @@ def read_full(suite: str, folder: Path = FOLDER) -> list[dict]:
     """The full results of a suite, of all machines, by file name."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{suite}-*.json"))]
     return [result for result in found if result["suite"] == suite and not result["quick"]]
+
+
+def tables(result: dict) -> list[list[list[str]]]:
+    """The tables of a suite that makes its own, each a list of rows, the first of them the head."""
+    return importlib.import_module(f"benchmarks.{result['suite']}").tables(result["cases"])
 
 
 def label(case: dict) -> str:

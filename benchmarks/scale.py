@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,7 +34,7 @@ BOUNDS = {  # what the figures of a million samples must keep
 
 
 def run(threads: int, quick: bool, say: Callable[[str], None]) -> list[dict]:
-    """One case a step, each {"label": ..., "samples": ..., figures}."""
+    """One case a step, each {"label", "samples", "rows": [{"name", "value", "status", "sign", "promised"}]}."""
     samples = QUICK_SAMPLES if quick else SAMPLES
     with tempfile.TemporaryDirectory(prefix="vig-scale-") as name:
         folder = Path(name)
@@ -46,8 +46,32 @@ def run(threads: int, quick: bool, say: Callable[[str], None]) -> list[dict]:
         cases = []
         for label, step in steps:
             say(f"{label}, {samples:,} samples")
-            cases.append({"label": label, "samples": samples, **step()})
+            cases.append({"label": label, "samples": samples, "rows": rows_of(step(), quick)})
     return cases
+
+
+def rows_of(figures: dict[str, float], quick: bool = False) -> list[dict]:
+    """A row a figure, with what is asked of it for a million samples."""
+    return [
+        {"name": name, "value": value, "status": "ok"}
+        | ({} if quick or name not in BOUNDS else dict(zip(("sign", "promised"), BOUNDS[name], strict=True)))
+        for name, value in figures.items()
+    ]
+
+
+def tables(cases: Sequence[dict]) -> list[list[list[str]]]:
+    """One table, a list of rows, the first of them the head."""
+    rows = [
+        [
+            f"{case['label']}, {case['samples']:,} samples",
+            row["name"].replace("_", " "),
+            f"{row['value']:,.1f}",
+            f"{row['sign']} {row['promised']:,}" if "promised" in row else "",
+        ]
+        for case in cases
+        for row in case["rows"]
+    ]
+    return [[["step", "figure", "measured", "asked for"], *rows]]
 
 
 def write_scores(folder: Path, samples: int) -> dict:
@@ -174,11 +198,12 @@ JOBS = {"select": select_job, "start": start_job, "read": read_job}
 
 def broken_bounds(cases: list[dict]) -> list[str]:
     """Which figures of a million samples do not keep what is asked of them."""
-    figures = {name: value for case in cases for name, value in case.items()}
     return [
-        f"{name} = {figures[name]:,.1f}, expected {sign} {bound:,}"
-        for name, (sign, bound) in BOUNDS.items()
-        if (figures[name] < bound if sign == ">=" else figures[name] > bound)
+        f"{row['name']} = {row['value']:,.1f}, expected {row['sign']} {row['promised']:,}"
+        for case in cases
+        for row in case["rows"]
+        if "promised" in row
+        and (row["value"] < row["promised"] if row["sign"] == ">=" else row["value"] > row["promised"])
     ]
 
 
@@ -193,9 +218,7 @@ def main() -> int:
         return 0
     cases = run(given.threads, given.quick, lambda text: print(text, file=sys.stderr, flush=True))
     for case in cases:
-        figures = ", ".join(
-            f"{name} {value:,.1f}" for name, value in case.items() if name not in ("label", "samples")
-        )
+        figures = ", ".join(f"{row['name']} {row['value']:,.1f}" for row in case["rows"])
         print(f"{case['label']} ({case['samples']:,}): {figures}")
     broken = broken_bounds(cases)
     for line in broken:

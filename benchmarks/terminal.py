@@ -10,12 +10,7 @@ from benchmarks import machine, results
 
 def show(result: dict, console: Console) -> None:
     """One table a case, then what was compared and who did not run."""
-    versions = result["versions"]
-    console.print(
-        f"[bold]{result['suite']}[/] on {machine.sentence(result)}; {machine.threads(result)}; torch "
-        f"{versions['torch']}; commit {result['commit']}",
-        highlight=False,
-    )
+    _show_head(result, console)
     for case in result["cases"]:
         if "unit" in case:
             _show_values(case, console)
@@ -26,6 +21,26 @@ def show(result: dict, console: Console) -> None:
                 console.print(f"  {comparison['name']}: {comparison['ratio']:.2f}", highlight=False)
         for line in results.problems(case):
             console.print(f"  not timed: {line}", style="yellow", markup=False, highlight=False)
+
+
+def show_tables(result: dict, console: Console) -> None:
+    """A suite that makes its tables itself, for the terminal and for the page alike."""
+    _show_head(result, console)
+    for head, *rows in results.tables(result):
+        table = Table()
+        for column, name in enumerate(head):
+            table.add_column(name, justify="right" if column else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, markup=False)
+
+
+def _show_head(result: dict, console: Console) -> None:
+    console.print(
+        f"[bold]{result['suite']}[/] on {machine.sentence(result)}; {machine.threads(result)}; torch "
+        f"{result['versions']['torch']}; commit {result['commit']}",
+        highlight=False,
+    )
 
 
 def _show_timings(case: dict, console: Console) -> None:
