@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import triton
@@ -27,6 +27,7 @@ from vig_kernels import (
     linear_nll_backward_triton,
     linear_nll_triton,
     logit_tiles_triton,
+    target_residual_triton,
 )
 from vig_kernels.tile_configs import BLUR, HEAD, IRREGULAR, TileConfig
 
@@ -39,12 +40,18 @@ TRAIN = Variant("bias, block", bias=True, store=True)
 TRAIN_CAPPED = Variant("bias, softcap, block", softcap=True, bias=True, store=True)
 TRAIN_RAGGED = Variant("bias, softcap, block, any D and stride", True, True, store=True, even_k=False)
 
+PAIR = Variant("pair", pair=True)
+ANY = Variant("any D and stride", even_k=False)
+
 # what the wide, narrow and irregular tiles are launched with (tile_configs.head_config); less code is not counted
 HEAD_VARIANTS = {
     "fold": ((PLAIN, SINKS), (SINKS,), (RAGGED,)),
     "store": ((TRAIN,), (TRAIN_CAPPED,), (TRAIN_RAGGED,)),
     "gradient": ((SINKS,), (SINKS,), (RAGGED,)),
 }
+
+
+DTYPES = {"16-bit": ("bfloat16", "float16"), "float32": ("float32",)}  # by the table's kind
 
 
 def precision(target: str, dtype: str) -> str:
@@ -60,32 +67,41 @@ def rows() -> list[dict]:
     """Every kernel x variant x target x dtype x tile that the tables can launch."""
     found = []
     for (kernel, target, kind), (wide, narrow) in HEAD.items():
-        dtype = "float32" if kind == "float32" else "bfloat16"
         irregular = IRREGULAR.get((target, kind), narrow)
         for tile, variants in zip((wide, narrow, irregular), HEAD_VARIANTS[kernel], strict=True):
-            found += [row(kernel, variant, target, dtype, tile) for variant in variants]
-        if (
-            kind == "16-bit"
-        ):  # the epilogue does not know the operands' type: one variant shows the instruction
-            found.append(row(kernel, HEAD_VARIANTS[kernel][0][0], target, "float16", wide))
+            found += [
+                row(kernel, variant, target, dtype, tile) for variant in variants for dtype in DTYPES[kind]
+            ]
     for (target, kind), tile in BLUR.items():
-        for dtype in ("uint8", "bfloat16"):
+        for dtype in ("uint8", "bfloat16", "float16", "float32"):
             for launch in ("blur read", "blur write"):
                 found.append(row(launch, PLAIN, target, dtype, tile, fast=kind == "16-bit"))
-    small = TileConfig(0, 0, 0, 4, 3)
     for target in TARGETS:
-        found += [row("combine", variant, target, "float32", small, gemm=False) for variant in (PLAIN, SINKS)]
-        for dtype in ("bfloat16", "float32"):
-            found += [
-                row("finish", TRAIN_CAPPED, target, dtype, replace(small, block_v=part), gemm=False)
-                for part in finish_parts(target, dtype)
-            ]
+        found += small_rows(target)
     return list({key(entry): entry for entry in found}.values())
 
 
-def finish_parts(target: str, dtype: str) -> list[int]:
-    kind = "float32" if dtype == "float32" else "16-bit"
-    return sorted({tile.block_v // tile.parts for tile in HEAD["store", target, kind]})
+def small_rows(target: str) -> list[dict]:
+    """The kernels without a product: their one tile, by the parts that the folds leave."""
+
+    def small(kernel, variant, dtype, part=0):
+        return row(kernel, variant, target, dtype, TileConfig(0, part, 0, 4, 3), gemm=False)
+
+    found = []
+    for kind, dtypes in DTYPES.items():
+        fold, store = (parts(kernel, target, kind) for kernel in ("fold", "store"))
+        found += [small("combine", variant, "float32", part) for part in fold for variant in (PAIR, SINKS)]
+        found += [small("combine", TRAIN_CAPPED, "float32", part) for part in store]
+        found += [small("finish", TRAIN_CAPPED, dtype, part) for part in store for dtype in dtypes]
+    for kernel in ("mend hidden", "mend weight"):
+        found += [small(kernel, variant, dtype) for variant in (PLAIN, ANY) for dtype in DTYPES["16-bit"]]
+    return found
+
+
+def parts(kernel: str, target: str, kind: str) -> list[int]:
+    """The widths of a part under every tile of a kernel, the irregular one too."""
+    tiles = [*HEAD[kernel, target, kind], IRREGULAR.get((target, kind), HEAD[kernel, target, kind][1])]
+    return sorted({tile.block_v // tile.parts for tile in tiles})
 
 
 def row(kernel, variant, target, dtype, tile, fast=False, gemm=True) -> dict:
@@ -117,7 +133,9 @@ def ast_source(entry: dict):
         how = "ieee" if fast else precision(target, "float32")
         return static_kernels.blur_source(kernel == "blur read", dtype, fast, tile, how)
     if kernel == "combine":
-        return static_kernels.combine_source(variant)
+        return static_kernels.combine_source(variant, tile.block_v)
+    if kernel.startswith("mend"):
+        return static_kernels.mend_source(kernel, variant, dtype)
     return static_kernels.finish_source(variant, dtype, tile.block_v)
 
 
@@ -137,6 +155,8 @@ MODULES = {
     "gradient": (logit_tiles_triton, linear_nll_backward_triton),
     "combine": (linear_nll_triton,),
     "finish": (linear_cross_entropy_triton,),
+    "mend hidden": (target_residual_triton,),
+    "mend weight": (target_residual_triton,),
     "blur read": (gaussian_blur_triton,),
     "blur write": (gaussian_blur_triton,),
 }

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vig_kernels.linear_cross_entropy_triton import BLOCK_BYTES
+import torch
+
+from vig_kernels.linear_cross_entropy_triton import chunk_rows
 from vig_kernels.tile_configs import BLUR, HEAD, NARROW
 
 
@@ -50,7 +52,10 @@ def score(N: int, D: int, V: int, target: str, size: int, passes: int = 1) -> tu
 
 def train(N: int, D: int, V: int, target: str, size: int) -> tuple[float, float]:
     """(FLOP, bytes) of linear_cross_entropy: three GEMMs; the block five times, the weight gradient once a chunk."""
-    rows = min(N, max(1, BLOCK_BYTES // (V * size) // 128 * 128))
+    kind = "float32" if size == 4 else "16-bit"
+    tile = HEAD["store", target, kind][D <= NARROW]
+    dtype = torch.float32 if size == 4 else torch.bfloat16
+    rows = chunk_rows(N, N, D, V, dtype, (True, True, False), tile.block_v // tile.parts)
     chunks = math.ceil(N / rows)
     block = 5 * size * N * V  # written, read and written by the epilogue, read by two GEMMs
     weight = chunks * (2 * size * V * D + 8 * V * D)

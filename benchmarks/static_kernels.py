@@ -12,6 +12,7 @@ from vig_kernels import (
     linear_cross_entropy_triton,
     linear_nll_backward_triton,
     linear_nll_triton,
+    target_residual_triton,
 )
 from vig_kernels.tile_configs import TileConfig
 
@@ -23,13 +24,15 @@ TARGETS = {
 }
 POINTER = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8"}
 
-INT64 = ("target", "order", "count")
+INT64 = ("target", "order", "count", "row_of")
 FLOAT32 = (
-    "partial_max", "partial_sum", "target_logit", "target_slope", "lse", "nll", "gain", "row_weight", "grad_nll",
-    "centre_of", "factor_of",
+    "partial_max", "partial_sum", "target_logit", "target_slope", "lse", "lse_rest", "nll", "gain", "row_weight",
+    "grad_nll", "residual", "total", "centre_of", "factor_of",
 )  # fmt: skip
 FLOATS = ("logit_scale", "logit_softcap", "z_loss")
-ALIGNED = ("stride_hidden", "stride_hidden_second", "stride_weight", "stride_block", "stride_matrix", "D")
+ALIGNED = (
+    "stride_hidden", "stride_hidden_second", "stride_weight", "stride_block", "stride_matrix", "stride_total", "D",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Variant:
     entropy: bool = False
     argmax: bool = False
     store: bool = False
+    pair: bool = False
     even_k: bool = True
 
 
@@ -61,6 +65,7 @@ def head_source(kernel, variant: Variant, dtype: str, config: TileConfig, precis
         "grad_entropy": "*fp32" if variant.entropy else None,
         "grad_lse": "*fp32" if variant.entropy else None,
         "block": block_type(kernel, variant, dtype),
+        "residual": None if dtype == "float32" else "*fp32",
     }
     constants = {
         "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_K": config.block_k, "PARTS": config.parts,
@@ -101,15 +106,18 @@ def source(kernel, types: dict, constants: dict, aligned: bool = True) -> ASTSou
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def combine_source(variant: Variant) -> ASTSource:
+def combine_source(variant: Variant, part: int) -> ASTSource:
     types = {
         "partial_dot": "*fp32" if variant.entropy else None,
         "partial_arg": "*i32" if variant.argmax else None,
         "lse": "*fp32" if variant.entropy or variant.store else None,
+        "lse_rest": "*fp32" if variant.entropy or variant.store else None,
         "entropy": "*fp32" if variant.entropy else None,
         "argmax": "*i64" if variant.argmax else None,
+        "nll_image": "*fp32" if variant.pair else None,
+        "vig": "*fp32" if variant.pair else None,
     }
-    return source(linear_nll_triton.combine_kernel, types, {"PART": 128, "BLOCK_N": 32, "BLOCK_T": 32})
+    return source(linear_nll_triton.combine_kernel, types, {"PART": part, "BLOCK_N": 32, "BLOCK_T": 32})
 
 
 def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:
@@ -118,9 +126,20 @@ def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:
         "weights": weights,
         "block": "*" + POINTER[dtype],
         "partial_bias": "*fp32" if variant.bias else None,
+        "residual": None if dtype == "float32" else "*fp32",
     }
-    constants = {"PART": part, "BLOCK_N": 16, "SOFTCAP": variant.softcap}
+    constants = {"PART": part, "BLOCK_N": linear_cross_entropy_triton.FINISH_ROWS, "SOFTCAP": variant.softcap}
     return source(linear_cross_entropy_triton.finish_kernel, types, constants)
+
+
+def mend_source(kernel: str, variant: Variant, dtype: str) -> ASTSource:
+    """mend_hidden_kernel ("mend hidden") or mend_weight_kernel ("mend weight"); float32 blocks have no residual."""
+    function = getattr(target_residual_triton, kernel.replace(" ", "_") + "_kernel")
+    data = "*" + POINTER[dtype]
+    sizes = {"BLOCK_N": target_residual_triton.BLOCK_N, "BLOCK_R": target_residual_triton.BLOCK_R}
+    constants = {name: size for name, size in sizes.items() if name in function.arg_names}
+    constants["BLOCK_D"] = target_residual_triton.BLOCK_D
+    return source(function, {"weight": data, "hidden": data}, constants, aligned=variant.even_k)
 
 
 def blur_source(first_launch: bool, dtype: str, fast: bool, config: TileConfig, precision: str) -> ASTSource:

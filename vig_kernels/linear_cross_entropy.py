@@ -8,7 +8,7 @@ from torch import Tensor
 from vig_kernels import check, dispatch
 from vig_kernels.linear_nll import nll_values
 
-HIDDEN_BUFFER_BYTES = 96 << 20  # largest float32 copy of a 16-bit hidden gradient that the fast path may hold
+HIDDEN_BUFFER_BYTES = 240 << 20  # largest float32 copy of a 16-bit hidden gradient that the fast path may hold
 CAST_BYTES = 8 << 20  # what is cast at a time when a float32 gradient is scaled into its output
 
 
@@ -48,10 +48,10 @@ def linear_cross_entropy(
     "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32 and
     unnormalised until backward, where the divisor and the upstream factor are applied and the result is cast once.
     For float32 inputs these sums are themselves scaled in place and handed out as the gradients. For 16-bit inputs
-    they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 96 MiB for hidden (beyond that,
+    they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 240 MiB for hidden (beyond that,
     and with memory="low" or reduction="none", gradients are recomputed in the backward: four products, no buffer).
-    A second backward (`retain_graph=True`) forms them again. Differentiating twice raises. What does not require grad costs
-    no product.
+    A second backward (`retain_graph=True`) forms them again. Differentiating twice raises. What does not require grad
+    costs no product.
 
     Raises:
         ValueError, TypeError, BackendUnavailable: as `linear_nll`.

@@ -22,7 +22,8 @@ from .tile_configs import head_config
 
 __all__ = ["forward_backward", "why_not"]
 
-BLOCK_BYTES = 200 * 2**20
+EXTRA_BYTES = 240 * 2**20  # of the promised 256 MiB: all that a chunk takes, and what is held for all rows
+FINISH_ROWS = 16  # rows of a program of `finish_kernel`, hence of a partial of the bias gradient
 LSE_MARGIN = 100.0  # what |lse| is taken to be where float16's range is set; 64 times more still fits
 
 
@@ -110,7 +111,7 @@ def forward_backward(
 
     With `num_kept` the GEMMs see the kept rows alone; without it ignored rows are multiplied as zeros, since how
     many there are is known on the device only. More kept rows than `num_kept` give a NaN loss.
-    Extra memory: 200 MiB of blocks, their partials, and 16 bytes a row.
+    Extra memory: 240 MiB, the float32 hidden gradient of 16-bit inputs included; and the float32 weight gradient.
     """
     N, (V, D) = target.shape[0], weight.shape
     target, bias, row_weight = dense(target, bias, row_weight)
@@ -148,20 +149,43 @@ def forward_backward(
     return loss, *grads
 
 
+def chunk_rows(kept: int, N: int, D: int, V: int, dtype: torch.dtype, needs, part: int) -> int:
+    """Rows of a chunk, as many as EXTRA_BYTES allow: every chunk reads and writes the float32 weight gradient.
+
+    For 16-bit inputs the float32 hidden gradient is held, twice the size of the gradient that it becomes; for
+    float32 ones it is the gradient.
+    """
+    size, (need_hidden, need_weight, need_bias) = dtype.itemsize, needs
+    held = 64 * N + (2 * N * D if need_hidden and size == 2 else 0)
+    row = size * padded(V) + 8 * triton.cdiv(V, part) + 64  # block, partials, what is one number a row
+    row += max(4 * D * need_hidden, size * D * need_weight)  # sums of a chunk, then its rows gathered
+    if need_bias:
+        row += 4 * triton.cdiv(V, FINISH_ROWS)
+    rows = max(1, min(kept, (EXTRA_BYTES - held) // row))
+    tile = 128 if rows >= 512 else 64  # whole tiles, where what is cut off is little
+    return rows // tile * tile if rows > tile else rows
+
+
+def padded(V: int) -> int:
+    """Columns of a block: its rows start on 16-byte borders, as the GEMM likes them."""
+    return triton.cdiv(V, 16) * 16
+
+
 def train_chunks(hidden, weight, target, order, count, kept, gain, values, grads, options):
     """Fill `values` (nll, lse, lse_rest) and add to the gradients, over the first `kept` rows of `order`."""
     bias, row_weight, logit_scale, logit_softcap, ignore_index, z_loss = options
     (V, D), (grad_hidden, grad_weight, grad_bias) = weight.shape, grads
     wide = hidden.dtype == torch.float32
-    aligned = triton.cdiv(V, 16) * 16  # rows of the block start on 16-byte borders, as the GEMM likes them
-    chunk = max(1, min(kept, BLOCK_BYTES // (aligned * hidden.element_size())))
-    if chunk > 128:  # whole tiles
-        chunk = chunk // 128 * 128
-    storage = hidden.new_empty(chunk, aligned)
-    # a weight in (0, 1] relative to its part's maximum: float16 holds it with 3 bits more than bfloat16
-    weights = storage if wide else storage.view(torch.float16)
+    needs = tuple(gradient is not None for gradient in grads)
 
-    def run(first, rows, config):
+    def chunk_of(config):
+        return chunk_rows(kept, *hidden.shape, V, hidden.dtype, needs, config.block_v // config.parts)
+
+    def weights_of(storage):
+        # a weight in (0, 1] relative to its part's maximum: float16 holds it with 3 bits more than bfloat16
+        return storage if wide else storage.view(torch.float16)
+
+    def run(first, rows, config, weights):
         partials = Partials(rows, 1, V, config, (), hidden.device)
         fold(
             (hidden,), weight, target, bias, order, count, first, rows, partials, weights[:rows, :V],
@@ -169,13 +193,20 @@ def train_chunks(hidden, weight, target, order, count, kept, gain, values, grads
         )  # fmt: skip
         return partials
 
+    def trial(config):
+        rows = chunk_of(config)
+        run(0, rows, config, weights_of(hidden.new_empty(rows, padded(V))))
+
     if not kept:
         return
-    config = head_config("store", weight, logit_softcap is not None, lambda config: run(0, chunk, config))
+    config = head_config("store", weight, logit_softcap is not None, trial)
+    chunk = chunk_of(config)
+    storage = hidden.new_empty(chunk, padded(V))
+    weights = weights_of(storage)
     for first in range(0, kept, chunk):
         rows = min(chunk, kept - first)
         block = storage[:rows, :V]
-        partials = run(first, rows, config)
+        partials = run(first, rows, config, weights)
         combine(partials, target, order, count, values["nll"], values, first, rows, 0, 1, V)
         picked = order[first : first + rows]
         residual = None if wide else TargetResidual(target[picked], ignore_index)
@@ -189,12 +220,14 @@ def train_chunks(hidden, weight, target, order, count, kept, gain, values, grads
             if residual is not None:
                 residual.mend_hidden(total, weight)
             grad_hidden.index_copy_(0, picked, total)
+            del total  # before the rows of hidden are gathered
         if grad_weight is not None:
             accumulate(grad_weight, block.T, hidden.index_select(0, picked))
             if residual is not None:
                 residual.mend_weight(grad_weight, hidden, picked)
         if grad_bias is not None:
             grad_bias += bias_sums
+        partials = residual = bias_sums = None  # freed before their successors are made
 
 
 def finish(
@@ -203,13 +236,12 @@ def finish(
 ):  # fmt: skip
     """Launch `finish_kernel`; returns the column sums of d loss / d y, or None."""
     rows, V = block.shape
-    BLOCK_N = 16
-    row_tiles = triton.cdiv(rows, BLOCK_N)
+    row_tiles = triton.cdiv(rows, FINISH_ROWS)
     partial = torch.empty(row_tiles, V, dtype=torch.float32, device=block.device) if bias_sums else None
     finish_kernel[(row_tiles, partials.parts)](
         weights, block, partials.max, partials.target[1], values["nll"], values["lse"], values["lse_rest"],
         row_weight, target, order, count, gain, partial, None if residual is None else residual.lost,
         block.stride(0), first, rows, V, z_loss,
-        PART=partials.part, BLOCK_N=BLOCK_N, SOFTCAP=softcap, num_warps=4, enable_fp_fusion=True,
+        PART=partials.part, BLOCK_N=FINISH_ROWS, SOFTCAP=softcap, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return partial.sum(0) if bias_sums else None

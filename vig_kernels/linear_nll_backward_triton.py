@@ -22,9 +22,9 @@ from .logit_tiles_triton import dot_tile, halves, logits, narrow, slopes, tile_p
 from .target_residual_triton import TargetResidual
 from .tile_configs import head_config, regular
 
-# 16-bit inputs: 96 + 96 + 48 MiB; float32 gradients are summed in place and need only the first
-BLOCK_BYTES = 96 * 2**20  # one block of d loss / d y
-HIDDEN_BYTES = 96 * 2**20  # float32 sums of the hidden gradient
+# of the promised 256 MiB; float32 gradients are summed in place, and leave all of it to the block
+EXTRA_BYTES = 240 * 2**20
+HIDDEN_BYTES = 160 * 2**20  # float32 sums of a 16-bit hidden gradient, at most
 WEIGHT_BYTES = 48 * 2**20  # float32 sums of a vocabulary chunk's weight gradient
 
 
@@ -179,8 +179,8 @@ def gradient_kernel(
         for half in tl.static_range(2):
             gradient_part(
                 left if half == 0 else right, bias, vocab_tile * 2 + half, wanted, row_lse, up, up_nll, up_entropy, h,
-                live, inside, place, row_tile, gain, block, partial_bias, residual_at, stride_block, first_vocab, columns, V,
-                logit_scale, logit_softcap, grad_entropy is not None, BLOCK_V // 2, SOFTCAP,
+                live, inside, place, row_tile, gain, block, partial_bias, residual_at, stride_block, first_vocab,
+                columns, V, logit_scale, logit_softcap, grad_entropy is not None, BLOCK_V // 2, SOFTCAP,
             )  # fmt: skip
 
 
@@ -210,6 +210,14 @@ def block_gain(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tuple[T
 def vocab_chunk(V: int, D: int) -> int:
     """Vocabulary entries whose float32 weight gradient takes at most WEIGHT_BYTES."""
     return min(V, max(128, WEIGHT_BYTES // (4 * D) // 128 * 128))
+
+
+def row_chunk(N: int, D: int, columns: int, dtype: torch.dtype, needs) -> int:
+    """Rows of a block of d loss / d y of so many columns: EXTRA_BYTES less the float32 sums."""
+    free = EXTRA_BYTES - 64 * N
+    if dtype != torch.float32:
+        free -= min(4 * N * D, HIDDEN_BYTES) * needs[0] + 4 * columns * D * needs[1]
+    return max(1, min(N, free // (columns * dtype.itemsize)))
 
 
 def backward(
@@ -254,7 +262,7 @@ def gradient_sweep(upstream, hidden, weight, target, bias, logit_scale, logit_so
     gain, unscale = block_gain(bound, logit_scale, hidden.dtype)
 
     columns = vocab_chunk(V, D)
-    rows = max(1, min(N, BLOCK_BYTES // (columns * hidden.element_size())))
+    rows = row_chunk(N, D, columns, hidden.dtype, needs)
     stretch = N if wide or not needs[0] else max(1, min(N, HIDDEN_BYTES // (4 * D)))
     block = hidden.new_empty(min(rows, stretch), columns)
     residual = None if wide or not any(needs[:2]) else TargetResidual(target, ignore_index)
@@ -286,10 +294,12 @@ def gradient_sweep(upstream, hidden, weight, target, bias, logit_scale, logit_so
                     if residual is not None:
                         residual.mend_weight(weight_sum, hidden, first_vocab=v)
                     settle(grad_weight[vocab], weight_sum, unscale)
+                    weight_sum = None  # freed before its successor is made
             if needs[0]:
                 if residual is not None:
                     residual.mend_hidden(hidden_sum, weight, first)
                 settle(grad_hidden[first : first + stretch], hidden_sum, unscale)
+                hidden_sum = None
     return grad_hidden, grad_weight, grad_bias.mul_(logit_scale).to(bias.dtype) if needs[2] else None
 
 
@@ -338,8 +348,8 @@ def gradient_block(
         gradient_kernel[(row_tiles * vocab_tiles,)](
             hidden, operand(weight, config) if descriptor else weight, bias, target, *order,
             lse, entropy if grad_entropy is not None else None, grad_nll, grad_lse, grad_entropy, gain, block, partial,
-            None if residual is None else residual.lost, hidden.stride(0), weight.stride(0), block.stride(0), chunk.start, rows, row_tiles, vocab.start, columns,
-            vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
+            None if residual is None else residual.lost, hidden.stride(0), weight.stride(0), block.stride(0),
+            chunk.start, rows, row_tiles, vocab.start, columns, vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
             BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
             GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
             SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight),

@@ -343,6 +343,7 @@ def sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_inde
         for first in range(0, N, chunk):
             rows = min(chunk, N - first)
             if partials is None or rows != chunk:
+                partials = None  # freed before its successor is made
                 partials = Partials(rows, passes, V, config, stats, target.device)
             run(first, rows, partials, config)
             for index, (nll, sinks) in enumerate(results):

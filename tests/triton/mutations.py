@@ -26,7 +26,7 @@ import vig_kernels
 
 SOURCE = Path(vig_kernels.__file__).parent
 TILES, NLL, BACKWARD = "logit_tiles_triton", "linear_nll_triton", "linear_nll_backward_triton"
-LOSS, BLUR = "linear_cross_entropy_triton", "gaussian_blur_triton"
+LOSS, BLUR, RESIDUAL = "linear_cross_entropy_triton", "gaussian_blur_triton", "target_residual_triton"
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ MUTATIONS = [
         ("shift of the entropy dropped", "(part_dot + part_sum * shift)", "part_dot"),
         ("part of the argmax dropped", "part[:, None] * PART + part_arg", "part_arg + 0 * part[:, None]"),
         ("ignored rows not zeroed", "tl.where(live, loss, 0.0)", "tl.where(live, loss, 1.0)"),
+        ("rest of lse dropped", 'float("inf")), rest, 0.0)', 'float("inf")), 0.0, 0.0)'),
     ),
     *_faults(
         "combine", NLL,
@@ -93,6 +94,7 @@ MUTATIONS = [
          "stride_hidden"),
         ("passes share their partials", "slot = local + second.to(tl.int32) * rows", "slot = local"),
         ("second pass combined from the first", "first, rows, pass_index * rows", "first, rows, 0"),
+        ("difference turned round", "loss - image", "image - loss"),
         ("second pass not launched", "(row_tiles * passes * vocab_tiles,)", "(row_tiles * vocab_tiles,)"),
     ),
     *_faults(
@@ -104,6 +106,9 @@ MUTATIONS = [
         ("chunk of the vocabulary forgotten", "wanted - first_vocab, -1)", "wanted, -1)"),
         ("ignored rows kept", "g = tl.where(live[:, None] &", "g = tl.where(inside[:, None] &"),
         ("gain omitted", "g *= tl.load(gain)", "g *= 1.0"),
+        ("residual of a wrong word", "g - stored.to(tl.float32), 0.0)", "0.0, 0.0)"),
+        ("residual of hidden forgotten", "residual.mend_hidden(hidden_sum, weight, first)", "pass"),
+        ("residual of weight forgotten", "residual.mend_weight(weight_sum, hidden, first_vocab=v)", "pass"),
         ("later chunks overwrite", "torch.addmm(total, a, b, out=total)", "total.copy_(a @ b)"),
     ),
     *_faults(
@@ -113,8 +118,14 @@ MUTATIONS = [
     ),
     *_faults(
         "finish", LOSS,
-        ("rescale omitted", "tl.exp(top - row_lse)", "tl.exp(-row_lse)"),
+        ("rescale omitted", "tl.exp((top - row_lse) - row_rest)", "tl.exp(-row_lse - row_rest)"),
+        ("rest of lse dropped", "tl.exp((top - row_lse) - row_rest)", "tl.exp(top - row_lse)"),
         ("z loss dropped", "(1.0 + 2.0 * z_loss * row_lse)", "1.0"),
+        ("target taken from the rounded weight", "g = tl.where(hit, pull[:, None], g)",
+         "g = tl.where(hit, g - w[:, None], g)"),
+        ("residual dropped", "tl.where(hit, g - stored.to(tl.float32), 0.0)", "tl.where(hit, 0.0, 0.0)"),
+        ("residual of hidden forgotten", "residual.mend_hidden(total, weight)", "pass"),
+        ("residual of weight forgotten", "residual.mend_weight(grad_weight, hidden, picked)", "pass"),
         ("row weight dropped", "w = tl.load(row_weight", "_ = tl.load(row_weight"),
         ("slope of the target dropped", "pull *= tl.load(target_slope", "_ = tl.load(target_slope"),
         ("ignored rows kept", "live = inside & (local < tl.load(count) - first_row)", "live = inside"),
@@ -123,6 +134,38 @@ MUTATIONS = [
     *_faults(
         "finish", LOSS,
         ("int32 offset of the block", "at = local.to(tl.int64)[:, None]", "at = local[:, None]"),
+        isolated=True,
+    ),
+    *_faults(
+        "mend hidden", RESIDUAL,
+        ("unknown targets kept", "known = (word >= 0) & (word < V)", "known = (word >= 0) & (word <= V)"),
+        ("sign turned round", "lost[:, None] * w, mask", "-lost[:, None] * w, mask"),
+        ("sums overwritten", "tl.load(to, mask=mask, other=0.0) + lost", "lost"),
+        ("last rows dropped", "triton.cdiv(rows, BLOCK_N)", "rows // BLOCK_N"),
+        ("last block of D dropped", "triton.cdiv(rows, BLOCK_N), triton.cdiv(D, block)",
+         "triton.cdiv(rows, BLOCK_N), D // block"),
+        ("rows of another chunk", "self.target[first:]", "self.target"),
+    ),
+    *_faults(
+        "mend weight", RESIDUAL,
+        ("every row adds its target's", " | (mine == before)", ""),
+        ("later rows dropped", "tl.where(more, start + BLOCK_R, entries)", "entries"),
+        ("sums overwritten", "tl.load(to, mask=column < D, other=0.0) + sums", "sums"),
+        ("ignored rows kept", "target.masked_fill(target == ignore_index, -1)", "target"),
+        ("chunk of the vocabulary forgotten", "first_vocab, first_vocab + words", "0, words"),
+        ("rows taken unsorted", "rows[self.order]", "rows"),
+        ("residuals taken unsorted", "hidden, self.lost[self.order]", "hidden, self.lost"),
+    ),
+    *_faults(
+        "mend hidden", RESIDUAL,
+        ("int32 offset of weight", "word[:, None] * stride_weight", "word[:, None].to(tl.int32) * stride_weight"),
+        ("int32 offset of the gradient", "row[:, None] * stride_total", "row[:, None].to(tl.int32) * stride_total"),
+        isolated=True,
+    ),
+    *_faults(
+        "mend weight", RESIDUAL,
+        ("int32 offset of hidden", "row[:, None] * stride_hidden", "row[:, None].to(tl.int32) * stride_hidden"),
+        ("int32 offset of the gradient", "(mine - low) * stride_total", "(mine - low).to(tl.int32) * stride_total"),
         isolated=True,
     ),
     *_faults(
@@ -151,10 +194,21 @@ def many_parts(k) -> None:
 
 CHECKS = {
     "fold": (checks.check_fold_and_combine, checks.check_first_of_equal_maxima),
-    "combine": (checks.check_fold_and_combine, many_parts),
+    "combine": (checks.check_fold_and_combine, many_parts, checks.check_rest_of_lse),
     "vig": (checks.check_fold_and_combine,),
-    "gradient": (checks.check_gradients, lambda k: checks.check_gradients(k, cap=None)),
-    "finish": (checks.check_training, lambda k: checks.check_training(k, num_kept=False)),
+    "gradient": (
+        checks.check_gradients,
+        lambda k: checks.check_gradients(k, cap=None),
+        checks.check_what_16_bits_lose,
+    ),
+    "finish": (
+        checks.check_training,
+        lambda k: checks.check_training(k, num_kept=False),
+        checks.check_what_16_bits_lose,
+        checks.check_rest_of_lse,
+    ),
+    "mend hidden": (checks.check_target_residual,),
+    "mend weight": (checks.check_target_residual,),
     "blur": (
         checks.check_blur,
         lambda k: checks.check_blur(k, torch.uint8),
@@ -166,6 +220,8 @@ OFFSETS = {
     "combine": (checks.check_large_offsets_of_partials,),
     "gradient": (checks.check_large_offsets_of_operands,),
     "finish": (checks.check_large_offsets_of_blocks,),
+    "mend hidden": (checks.check_large_offsets_of_residuals,),
+    "mend weight": (checks.check_large_offsets_of_residuals,),
     "blur": (checks.check_large_offsets_of_blocks,),
 }
 
@@ -182,7 +238,8 @@ def copy_with(mutation: Mutation | None, folder: Path) -> str:
     for path in [*SOURCE.glob("*_triton.py"), SOURCE / "tile_configs.py"]:
         text = path.read_text()
         if mutation is not None and path.stem == mutation.module:
-            assert text.count(mutation.old) >= 1, f"{key(mutation)}: {mutation.old!r} is not in {path.name}"
+            if mutation.old not in text:  # an error, not a catch
+                raise LookupError(f"{key(mutation)}: {mutation.old!r} is not in {path.name}")
             text = text.replace(mutation.old, mutation.new)
         (package / path.name).write_text(text)
     return package.name

@@ -105,6 +105,18 @@ def test_training_in_one_chunk(dtype):
     checks.check_training(KERNELS, dtype, cap=None, chunk_rows=4096)
 
 
+def test_target_residual():
+    checks.check_target_residual(KERNELS)
+
+
+def test_what_16_bits_lose_is_given_back(small_tiles):
+    checks.check_what_16_bits_lose(KERNELS)
+
+
+def test_log_sum_exp_is_two_floats(small_tiles):
+    checks.check_rest_of_lse(KERNELS)
+
+
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_what_is_not_needed_is_not_made(needs, small_tiles):
     hidden, weight, target, bias = checks.problem(bias=True)
@@ -184,6 +196,7 @@ def test_large_offsets(small_tiles):
     checks.check_large_offsets_of_operands(KERNELS)
     checks.check_large_offsets_of_partials(KERNELS)
     checks.check_large_offsets_of_blocks(KERNELS)
+    checks.check_large_offsets_of_residuals(KERNELS)
 
 
 @pytest.mark.parametrize("precision", ["float32", "fast"])

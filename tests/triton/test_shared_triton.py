@@ -1,0 +1,26 @@
+"""The tests that every backend takes, on the Triton kernels in the interpreter; conftest.py leaves the rest out.
+
+Values are in test_kernels_triton.py. Gradients are here: at most twice the error of eager PyTorch.
+"""
+
+from test_linear_cross_entropy import (  # noqa: F401
+    test_backward_twice_gives_twice_the_gradient,
+    test_differentiating_twice_raises,
+    test_divisors,
+    test_no_reduction_takes_any_upstream,
+    test_nothing_to_learn,
+    test_small_float16_gradients_survive_loss_scaling,
+    test_weighted_loss_and_gradients,
+)
+from test_linear_nll import (  # noqa: F401
+    test_a_row_does_not_depend_on_the_others,
+    test_gradients_with_random_upstream,
+    test_huge_logits_have_finite_gradients,
+    test_minus_infinity_masks_words,
+    test_nan_is_shown_and_stays_in_its_row,
+    test_nothing_to_learn_gives_zero_gradients,
+    test_only_what_needs_a_gradient_gets_one,
+    test_runs_repeat_bit_by_bit,
+    test_shapes_and_integer_targets,
+)
+from test_linear_vig import test_shape_and_no_gradient  # noqa: F401
