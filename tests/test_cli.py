@@ -51,6 +51,9 @@ def test_score_select_train_report(road, tmp_path):
     assert "scored 11 samples" in said and "1 text-only" in said
     assert "data.json#3 (id '3'): no image at" in said and "--image-root" in said
     assert "1 of 12 samples could not be scored" in said
+    said = call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
+    assert "scored 0 samples" in said and "12 were done before" in said
+    assert "1 samples of earlier runs could not be scored; --retry failed" in said
 
     said = call("select", tmp_path / "scores", "--p", "50", "-o", tmp_path / "selection")
     assert "tau = " in said and "samples kept 5 of 10" in said

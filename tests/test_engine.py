@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from vig import engine, fingerprints
+from vig import engine, fingerprints, samples
 from vig.engine import RecordCount, part_of, run_settings, score_dataset
 from vig.fingerprints import data_fingerprint
 from vig.samples import read_samples
@@ -202,6 +202,24 @@ def test_a_large_data_file_is_known_by_its_size_and_parts(tmp_path, monkeypatch)
     assert data_fingerprint(path) != parts
     path.write_bytes(b"[" + bytes((3 << 20) - 1))
     assert data_fingerprint(path) != parts
+
+
+def test_records_of_finished_windows_and_of_other_jobs_are_not_made(tmp_path, data, monkeypatch):
+    one, keys = scorer(), keys_of(data)
+    score_dataset(one, data, tmp_path / "scores", window=8)
+    (tmp_path / "scores" / "scores-00005.parquet").unlink()
+    made, original = [], samples.sample_from_record
+    monkeypatch.setattr(
+        samples,
+        "sample_from_record",
+        lambda *given, **named: made.append(named["key"]) or original(*given, **named),
+    )
+    assert score_dataset(one, data, tmp_path / "scores", window=8).resumed == N_SAMPLES - 8
+    assert made == keys[40:48]
+    made.clear()
+    one.noise_floor = lambda records: None
+    assert score_dataset(one, data, tmp_path / "parts", window=8, shard=(1, 4)).done == 16
+    assert made[-16:] == [*keys[8:16], *keys[40:48]]
 
 
 def test_the_first_batch_waits_for_one_window_alone(tmp_path, data, monkeypatch):

@@ -168,6 +168,55 @@ def test_a_damaged_file_is_a_broken_record_and_the_next_file_is_read(tmp_path, s
     assert count_records(folder) is None
 
 
+@pytest.mark.parametrize("write", [*FORMATS, "array", "lines"])
+def test_records_that_are_not_wanted_keep_their_places(tmp_path, write):
+    records = [record(number) for number in range(50)]
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    if isinstance(write, str):
+        folder = tmp_path / f"{write}.json"
+        for row in records:
+            row["image"] = "0.png"
+        lines = list(map(json.dumps, records))
+        folder.write_text(f"[{', '.join(lines)}]" if write == "array" else "\n".join(lines))
+    else:
+        write(folder / "a", records[:20])
+        write(folder / "b", records[20:])
+    whole = list(read_samples(folder))
+    assert len(whole) == 50
+    for chosen in ({0}, {19, 20}, set(range(7, 30)), {49}, set()):
+        found = list(read_samples(folder, limit=50, wanted=chosen.__contains__))
+        assert found == [one if number in chosen else None for number, one in enumerate(whole)]
+
+
+def test_row_groups_that_are_not_wanted_are_not_read_and_lost_rows_are_counted(tmp_path):
+    """A row group of 5 is damaged: of its rows each says so, those behind are read, and all keep their keys."""
+    path = tmp_path / "a.parquet"
+    table = pa.Table.from_pylist([record(number) for number in range(20)])
+    pq.write_table(table, path, row_group_size=5, compression="none")
+    content = bytearray(path.read_bytes())
+    with pq.ParquetFile(path) as file:
+        column = file.metadata.row_group(1).column(0)
+        at, size = column.dictionary_page_offset or column.data_page_offset, column.total_compressed_size
+    content[at : at + size] = b"\xff" * size
+    path.write_bytes(content)
+    found = list(read_samples(path))
+    assert [one.key for one in found] == [f"a.parquet#{number}" for number in range(20)]
+    lost = [number for number, one in enumerate(found) if isinstance(one, BrokenRecord)]
+    assert lost == [5, 6, 7, 8, 9]
+    assert "row group 1 of the Parquet file cannot be read" in found[5].error.reason
+    others = list(read_samples(path, wanted=lambda number: number >= 10))
+    assert others == [None] * 10 + found[10:]
+
+
+def test_lines_that_are_not_wanted_are_not_decoded(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{broken\n\n" + json.dumps(record(0, image="0.png")) + "\n")
+    first, second = read_samples(path, wanted=lambda number: number == 1)
+    assert first is None and second.key == "a.jsonl#1"
+    assert isinstance(next(read_samples(path)), BrokenRecord)
+
+
 def test_without_the_package_the_error_names_the_extra(tmp_path, monkeypatch):
     as_webdataset(tmp_path / "a", [record(0)])
     original = builtins.__import__

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -180,6 +182,23 @@ def test_workers_give_the_same_records_in_the_same_order(data):
         assert left.encoded.input_ids == right.encoded.input_ids and left.hashes == right.hashes
         for name, value in left.encoded.pixels.items():
             assert torch.equal(value, right.encoded.pixels[name])
+
+
+def test_workers_need_more_open_files_than_a_shell_gives_them(data):
+    """Every tensor that a worker hands over is an open file: without more of them the first block would fail."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    one, records = scorer(), list(read_samples(data)) * 2
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, before[1]))
+        assert len(list(load_records(records, one.encoder, "pixels", 1))) == len(records)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_how_many_workers_feed_a_device():
+    assert loader.workers_beside(torch.device("cpu")) == 0
+    assert 1 <= loader.workers_beside(torch.device("cuda")) <= loader.MOST_WORKERS
+    assert scorer(workers=None).workers == 0
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,13 @@ def score(
     retry: Annotated[str | None, typer.Option(help='"failed": score the error rows again.')] = None,
     end_of_turn: EndOfTurn = "template",
     max_length: MaxLength = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode and tokenise ahead.")] = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Processes that decode and tokenise ahead. Default: up to 8 beside a GPU, none beside a CPU.",
+        ),
+    ] = None,
     backend: Backend = "auto",
     revision: Annotated[str | None, typer.Option(help="Revision of a model on the hub.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation, such as sdpa.")] = None,

@@ -16,7 +16,7 @@ from vig.files import check_writable
 from vig.loader import LoadedRecord, load_records
 from vig.samples import BrokenRecord, Sample, read_samples
 from vig.score import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
-from vig.score_folder import output_folder, read_manifest
+from vig.score_folder import output_folder, read_manifest, siblings
 from vig.store import ScoreWriter
 
 MEASURED = {"noise_floor", "sharing"}  # settings that a run finds out, and a resumed one takes over
@@ -42,7 +42,7 @@ def score_dataset(
     finished windows again. Raises DataError, ModelError and StoreError (other settings, no permission, disk
     full).
     """
-    records = read_samples(data, image_root=image_root, limit=limit)
+    read_samples(data, image_root=image_root)  # raises for data that cannot be read
     folder = output_folder(out, shard)
     check_writable(folder)
     settings = run_settings(
@@ -57,6 +57,12 @@ def score_dataset(
                 on_progress(state)
 
         failed = writer.failed() if retry_failed else {}
+
+        def wanted(record: int) -> bool:
+            number = record // window
+            return plan.in_shard(number, shard) and (number not in writer.finished or number in failed)
+
+        records = read_samples(data, image_root=image_root, limit=limit, wanted=wanted)
         for number, chunk in enumerate(plan.chunks(records, window)):
             if not plan.in_shard(number, shard):
                 continue
@@ -91,18 +97,22 @@ def run_settings(
     shard: tuple[int, int] | None,
     window: int,
 ) -> dict[str, Any]:
-    """What the scores of a run are made with. The noise floor, and whether samples share computation, are found out on
-    the first records, unless `folder` knows them already: a resumed run does as the first one did."""
+    """What the scores of a run are made with.
+
+    The noise floor, and whether samples share computation, are found out on the first records, unless `folder` or
+    another job of its array knows them: then this run does as that one did.
+    """
     settings = scorer.settings(data, image_root) | {
         "window": window,
         "limit": limit,
         "shard": None if shard is None else f"{shard[0]}/{shard[1]}",
     }
-    manifest = read_manifest(folder)
-    known = {} if manifest is None or not manifest["shards"] else manifest["settings"]
-    if known.keys() >= MEASURED:
-        scorer.proofs.follow(known["sharing"])
-        return settings | {name: known[name] for name in MEASURED}
+    for place in (folder, *siblings(folder)):
+        manifest = read_manifest(place)
+        known = {} if manifest is None or not manifest["shards"] else manifest["settings"]
+        if known.keys() >= MEASURED:
+            scorer.proofs.follow(known["sharing"])
+            return settings | {name: known[name] for name in MEASURED}
     floor = scorer.noise_floor(first_records(read_samples(data, image_root=image_root, limit=limit)))
     return settings | {"noise_floor": floor, "sharing": scorer.proofs.sharing}
 

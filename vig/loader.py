@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from vig import plan
 from vig.prompts import Encoded, Encoder, without_images
 from vig.samples import BrokenRecord, Sample, SampleError, open_image, open_images
+
+MOST_WORKERS = 8  # unless asked for
 
 
 class LoadedRecord:
@@ -60,9 +66,27 @@ def load_records(
     stage: the null image's stage. workers: processes that work ahead, each at most two groups; the order does not
     depend on them. 0 works in this process.
     """
+    if workers:
+        allow_open_files()
     groups = _Groups(records, encoder, stage)
     for group in DataLoader(groups, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
         yield from group
+
+
+def allow_open_files() -> None:
+    """Raises this process's own limit of open files as far as it may: every tensor from a worker is an open file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def workers_beside(device: torch.device) -> int:
+    """How many worker processes keep a model on `device` fed: none beside a CPU, which they would take from it."""
+    if device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_WORKERS, cores - 1))
 
 
 def _as_it_is(group: list[LoadedRecord]) -> list[LoadedRecord]:

@@ -142,11 +142,11 @@ def _settings(job: Job, shard: tuple[int, int] | None) -> dict[str, Any]:
 
 
 def _count(job: Job) -> int:
-    return sum(1 for _ in _records(job))
+    return sum(1 for _ in _records(job, lambda _: False))
 
 
-def _records(job: Job) -> Iterator[Sample | BrokenRecord]:
-    return read_samples(job.data, image_root=job.image_root, limit=job.limit)
+def _records(job: Job, wanted: Callable[[int], bool] | None = None) -> Iterator[Sample | BrokenRecord | None]:
+    return read_samples(job.data, image_root=job.image_root, limit=job.limit, wanted=wanted)
 
 
 def _scored(ray, job: Job, rows: list[dict], actors: int | None, resources: dict) -> Iterator[dict]:
@@ -177,7 +177,8 @@ class ScoreWindows:
         self._rewind()
 
     def _rewind(self) -> None:
-        self.records, self.next = _records(self.job), 0
+        self.records = _records(self.job, lambda record: record // self.job.window == self.window)
+        self.window = self.next = 0
 
     def __call__(self, batch: dict) -> dict:
         """One window, given and told about in columns of length 1, as Ray Data passes them."""
@@ -201,6 +202,7 @@ class ScoreWindows:
     def _read(self, number: int) -> list[Sample | BrokenRecord]:
         if number < self.next:  # a window of an actor that died
             self._rewind()
+        self.window = number
         skipped = (number - self.next) * self.job.window
         chunk = list(islice(self.records, skipped, skipped + self.job.window))
         self.next = number + 1

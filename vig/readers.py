@@ -9,7 +9,9 @@
                      ``<name>.txt`` in the place of the JSON is a caption
 
 Images within the files stay undecoded bytes. A damaged file ends in a row that says so; the rows before it are
-read. What a record means is the business of `vig.samples`.
+read. Of a Parquet file whose rows can be counted every row that cannot be read says so, and those behind are read.
+Rows that are not wanted keep their numbers and cost as little as the format allows: Parquet's and Arrow's are not
+read, JSON lines are not decoded. What a record means is the business of `vig.samples`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tarfile import TarError
 from typing import Any, NamedTuple
@@ -28,6 +30,20 @@ KINDS = {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "WebDataset"}
 MAX_RECORD = 1 << 28  # characters; a longer run without a record means that the JSON is broken
 ROWS = 16  # decoded at a time
 REPAIR = "Repair the file; the records before it are read"
+
+
+SKIPPED = object()  # stands in the place of a record that is not wanted
+Wanted = Callable[[int], bool]  # of a row's number
+
+
+def every(_: int) -> bool:
+    return True
+
+
+class Lost(NamedTuple):
+    """A record that cannot be read."""
+
+    problem: str
 
 
 class Row(NamedTuple):
@@ -50,9 +66,11 @@ def data_files(path: Path) -> list[Path]:
     return []
 
 
-def read_rows(file: Path) -> Iterator[Row]:
-    """The rows of one file. Raises ImportError, with the cure, where `datasets` is needed and missing."""
-    return _json_rows(file) if file.suffix in JSON else _table_rows(file)
+def read_rows(file: Path, wanted: Wanted = every) -> Iterator[Row]:
+    """The rows of one file. Raises ImportError, with the cure, where `datasets` is needed and missing.
+
+    wanted: asked when a row is reached; what is not wanted may be SKIPPED."""
+    return _json_rows(file, wanted) if file.suffix in JSON else _table_rows(file, wanted)
 
 
 def count_rows(path: Path) -> int | None:
@@ -64,20 +82,20 @@ def count_rows(path: Path) -> int | None:
 # --- JSON ---
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path, wanted: Wanted = every) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         first = next((char for line in file for char in line if not char.isspace()), "")
         file.seek(0)
-        yield from array_rows(file) if first == "[" else _line_rows(file)
+        yield from array_rows(file) if first == "[" else _line_rows(file, wanted)
 
 
-def _line_rows(file) -> Iterator[Row]:
+def _line_rows(file, wanted: Wanted) -> Iterator[Row]:
     number = 0
     for line_number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            yield Row(number, json.loads(line))
+            yield Row(number, json.loads(line) if wanted(number) else SKIPPED)
         except json.JSONDecodeError as error:
             problem = f"line {line_number} is not JSON ({error.msg} at column {error.colno})"
             yield Row(number, None, problem, "Write one JSON object a line")
@@ -119,30 +137,60 @@ def array_rows(file, chunk: int = 1 << 20) -> Iterator[Row]:
 # --- tables and archives ---
 
 
-def _table_rows(file: Path) -> Iterator[Row]:
+DAMAGE = (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, TarError, zlib.error)
+
+
+def _table_rows(file: Path, wanted: Wanted) -> Iterator[Row]:
     read, number = READ[file.suffix], 0
     try:
-        for record in read(file):
-            yield Row(number, record)
+        for record in read(file, wanted):
+            yield Row(number, None, record.problem) if isinstance(record, Lost) else Row(number, record)
             number += 1
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, TarError, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except DAMAGE as error:
         kind = KINDS[file.suffix]
-        yield Row(number, None, f"the {kind} file breaks off after {number} records ({reason})")
+        yield Row(number, None, f"the {kind} file breaks off after {number} records ({_reason(error)})")
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _parquet_rows(file: Path, wanted: Wanted) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file, memory_map=True, buffer_size=1 << 20, pre_buffer=False) as table:
-        for batch in table.iter_batches(ROWS, use_threads=False):
-            yield from batch.to_pylist()
+        first = 0  # row of the group
+        for group in range(table.num_row_groups):
+            rows = range(first, first + table.metadata.row_group(group).num_rows)
+            first = rows.stop
+            if not any(map(wanted, rows)):
+                yield from (SKIPPED for _ in rows)
+                continue
+            done = 0
+            try:
+                for batch in table.iter_batches(ROWS, row_groups=[group], use_threads=False):
+                    for record in _batch_rows(batch, rows.start + done, wanted):
+                        yield record
+                        done += 1
+            except DAMAGE as error:
+                lost = Lost(f"row group {group} of the Parquet file cannot be read ({_reason(error)})")
+                yield from (lost for _ in rows[done:])
 
 
-def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _batch_rows(batch: Any, first: int, wanted: Wanted) -> list[Any]:
+    """All records of a batch whose first row is number `first`, if one of them is wanted."""
+    if any(map(wanted, range(first, first + batch.num_rows))):
+        return batch.to_pylist()
+    return [SKIPPED] * batch.num_rows
+
+
+def _arrow_rows(file: Path, wanted: Wanted) -> Iterator[Any]:
+    number = 0
     for batch in _arrow_batches(file):
         for start in range(0, batch.num_rows, ROWS):
-            yield from batch.slice(start, ROWS).to_pylist()
+            few = batch.slice(start, ROWS)
+            yield from _batch_rows(few, number, wanted)
+            number += few.num_rows
 
 
 def _arrow_batches(file: Path) -> Iterator[Any]:
@@ -178,7 +226,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _webdataset_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _webdataset_rows(file: Path, wanted: Wanted) -> Iterator[Any]:
+    """A tar file is read from its beginning, whatever is wanted of it."""
     try:
         import datasets
     except ImportError:

@@ -82,7 +82,8 @@ def read_samples(
     *,
     image_root: str | Path | None = None,
     limit: int | None = None,
-) -> Iterator[Sample | BrokenRecord]:
+    wanted: Callable[[int], bool] | None = None,
+) -> Iterator[Sample | BrokenRecord | None]:
     """Reads `path` record by record, in order, in constant memory.
 
     path: a ``.json`` array, a ``.jsonl`` file, ``.parquet``, ``.arrow`` or WebDataset ``.tar`` files (one, or a
@@ -90,13 +91,15 @@ def read_samples(
     image_root: folder that relative image paths start from; the data file's own folder unless given. Paths
         that leave it are refused.
     limit: read at most this many records.
+    wanted: of a record's number, counted from 0 over all files, whether it is needed; asked when it is reached.
+        None stands in the place of the others, which cost as little as the format allows (`vig.readers`).
     Raises DataError where the file is missing or of an unknown format.
     """
     path, reader = _reader_of(path)
     root = Path(image_root) if image_root is not None else (path if path.is_dir() else path.parent)
     if not root.is_dir():
         raise DataError(f"no such image root: {root}. Give the folder of the images with --image-root")
-    return islice(reader.read(path, root.resolve()), limit)
+    return islice(reader.read(path, root.resolve(), wanted or readers.every), limit)
 
 
 def count_records(path: str | Path) -> int | None:
@@ -280,12 +283,15 @@ def _check_turns(messages: tuple[dict[str, Any], ...], n_images: int, key: str, 
 # --- readers ---
 
 
-def _read_folder(path: Path, root: Path) -> Iterator[Sample | BrokenRecord]:
+def _read_folder(path: Path, root: Path, wanted: readers.Wanted) -> Iterator[Sample | BrokenRecord | None]:
     photographs = _photographs(path)
     if not photographs:
         known = ", ".join((*PHOTOGRAPHS, *readers.KINDS))
         raise DataError(f"no photographs and no data files in {path}: expected {known}")
-    for photograph in photographs:
+    for number, photograph in enumerate(photographs):
+        if not wanted(number):
+            yield None
+            continue
         key, caption = f"{path.name}#{photograph.name}", photograph.with_suffix(".txt")
         try:
             if not caption.is_file():
@@ -314,9 +320,14 @@ def caption_turns(caption: str) -> list[dict[str, str]]:
     ]
 
 
-def _read_files(path: Path, root: Path) -> Iterator[Sample | BrokenRecord]:
+def _read_files(path: Path, root: Path, wanted: readers.Wanted) -> Iterator[Sample | BrokenRecord | None]:
+    total = 0  # records of the files before
     for file in readers.data_files(path):
-        for number, record, problem, cure in readers.read_rows(file):
+        before, number = total, -1
+        for number, record, problem, cure in readers.read_rows(file, lambda row, n=before: wanted(n + row)):
+            if record is readers.SKIPPED or not wanted(before + number):
+                yield None
+                continue
             key = f"{file.name}#{number}"
             try:
                 if problem is not None:
@@ -326,13 +337,14 @@ def _read_files(path: Path, root: Path) -> Iterator[Sample | BrokenRecord]:
                 yield sample_from_record(record, key=key, image_root=root, source=file.name)
             except SampleError as error:
                 yield BrokenRecord(key, error.id, file.name, error)
+        total = before + number + 1
 
 
 class Reader(NamedTuple):
     """One format: whether a path is of it, its records, and how many they are if that is cheap to know."""
 
     knows: Callable[[Path], Any]
-    read: Callable[[Path, Path], Iterator[Sample | BrokenRecord]]
+    read: Callable[[Path, Path, readers.Wanted], Iterator[Sample | BrokenRecord | None]]
     count: Callable[[Path], int | None]
 
 

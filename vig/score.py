@@ -15,7 +15,7 @@ from vig import plan, prefix
 from vig.families import LoadedModel, ModelError, as_loaded, context_length, load
 from vig.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
 from vig.forward import TokenNLL, TwoPasses
-from vig.loader import Donors, LoadedRecord, load_records, new_pixel_bytes
+from vig.loader import Donors, LoadedRecord, load_records, new_pixel_bytes, workers_beside
 from vig.null_image import BLUR_SIGMA, NullSettings
 from vig.prefix import shared_by
 from vig.prompts import Encoder
@@ -62,7 +62,8 @@ class Scorer:
     batch_tokens: rows x longest row of a batch; batch_size: at most so many rows.
     end_of_turn: which end-of-turn tokens count as answer (`vig.prompts.Encoder`).
     max_length: longer samples are error rows; the model's context unless given.
-    workers: processes that decode and tokenise ahead of the model.
+    workers: processes that decode and tokenise ahead of the model; None: as many as keep it fed
+        (`vig.loader.workers_beside`).
     share: samples with the same images and prompt prefix share its computation, where the model's attention allows
         it and it proves itself on the first of them (`vig.prefix`).
     Raises ModelError for a model that cannot be loaded or does not do what scoring needs.
@@ -82,7 +83,7 @@ class Scorer:
         backend: str = "auto",
         end_of_turn: str = "template",
         max_length: int | None = None,
-        workers: int = 0,
+        workers: int | None = 0,
         revision: str | None = None,
         attn: str | None = None,
         share: bool = True,
@@ -112,6 +113,8 @@ class Scorer:
             workers,
             backend,
         )
+        if workers is None:
+            self.workers = workers_beside(self.loaded.model.device)
         self.share = share
         self._rehearsed = False
         self.proofs = Proofs(self.loaded, self.passes, self.encoder.image_token_id)
