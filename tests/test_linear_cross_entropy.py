@@ -221,11 +221,12 @@ def test_products_are_counted():
     assert flops(lambda: recompute((False, True, False))) == 2
 
 
-def test_num_kept_must_be_right():
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_num_kept_must_be_right(memory):
     inputs = make(PLAIN, torch.float32, grad=True)
     args = (inputs.hidden, inputs.weight, inputs.target)
     with pytest.raises(ValueError, match="num_kept=5, but target has 6 rows"):
-        linear_cross_entropy(*args, num_kept=5, backend="torch")
+        linear_cross_entropy(*args, num_kept=5, memory=memory, backend="torch")
     with pytest.raises(ValueError, match="num_kept=10 is not in"):
         linear_cross_entropy(*args, num_kept=10, backend="torch")
 

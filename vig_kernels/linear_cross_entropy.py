@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch
-from vig_kernels.linear_nll import nll_values
+from vig_kernels.linear_nll import check_num_kept, nll_values
 
-HIDDEN_BUFFER_BYTES = 240 << 20  # largest float32 copy of a 16-bit hidden gradient that the fast path may hold
+HIDDEN_BUFFER_BYTES = (
+    240 << 20
+)  # largest float32 copy of a 16-bit hidden gradient that the fast path may hold
 CAST_BYTES = 8 << 20  # what is cast at a time when a float32 gradient is scaled into its output
 
 
@@ -75,7 +77,8 @@ def linear_cross_entropy(
     if fast and name != "reference":
         loss = _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, name)
     else:
-        values = nll_values(flat, scale, softcap, ignore_index, ("lse",) if z_loss else (), name)
+        stats = ("lse",) if z_loss else ()
+        values = nll_values(flat, scale, softcap, ignore_index, stats, name, num_kept)
         losses = values["nll"] + z_loss * values["lse"].square() if z_loss else values["nll"]
         if row_weight is not None:
             losses = losses * torch.where(valid, row_weight, 0.0)
@@ -166,10 +169,7 @@ def _forward_op(
 ):
     """(loss_sum, float32 gradients of loss_sum, empty where not needed)."""
     check.target_range(target, weight.shape[0], ignore_index)
-    if num_kept is not None and target.device.type == "cpu":
-        found = int((target != ignore_index).sum())
-        if num_kept != found:
-            raise ValueError(f"num_kept={num_kept}, but target has {found} rows that are not ignored")
+    check_num_kept(num_kept, target, ignore_index)
     if target.numel() == 0:
         return tuple(
             torch.zeros_like(x)

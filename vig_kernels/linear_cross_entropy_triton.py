@@ -27,7 +27,7 @@ FINISH_ROWS = 16  # rows of a program of `finish_kernel`, hence of a partial of 
 LSE_MARGIN = 100.0  # what |lse| is taken to be where float16's range is set; 64 times more still fits
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "V"])
+@triton.jit(do_not_specialize=["first_row", "rows", "parts", "V"])
 def finish_kernel(
     weights,  # (rows, V): exp(z - partial_max) * dz/dy, float32 or float16
     block,  # the same memory, in the type of hidden: gain * d loss / d y
@@ -46,15 +46,17 @@ def finish_kernel(
     stride_block,
     first_row,
     rows,
+    parts,
     V,
     z_loss,
     PART: tl.constexpr,  # columns of a part, as in the fold
     BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """d/dy of w (nll + z_loss lse^2) = w (p (1 + 2 z_loss lse) - [v = target]) dz/dy. Grid: (row tiles, parts)."""
-    part = tl.program_id(1)
-    local = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """d/dy of w (nll + z_loss lse^2) = w (p (1 + 2 z_loss lse) - [v = target]) dz/dy. Grid: row tiles x parts."""
+    part = tl.program_id(0) % parts
+    row_tile = tl.program_id(0) // parts
+    local = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column = part * PART + tl.arange(0, PART)
     inside = local < rows
     live = inside & (local < tl.load(count) - first_row)
@@ -83,7 +85,7 @@ def finish_kernel(
         live[:, None], g, 0.0
     )  # also where a row that is not there holds what an old block left behind
     if partial_bias is not None:
-        sums = tl.program_id(0).to(tl.int64) * V + column
+        sums = row_tile.to(tl.int64) * V + column
         tl.store(partial_bias + sums, tl.sum(g, axis=0), mask=column < V)
     g *= tl.load(gain)
     stored = narrow(g, block.dtype.element_ty)
@@ -238,10 +240,10 @@ def finish(
     rows, V = block.shape
     row_tiles = triton.cdiv(rows, FINISH_ROWS)
     partial = torch.empty(row_tiles, V, dtype=torch.float32, device=block.device) if bias_sums else None
-    finish_kernel[(row_tiles, partials.parts)](
+    finish_kernel[(row_tiles * partials.parts,)](
         weights, block, partials.max, partials.target[1], values["nll"], values["lse"], values["lse_rest"],
         row_weight, target, order, count, gain, partial, None if residual is None else residual.lost,
-        block.stride(0), first, rows, V, z_loss,
+        block.stride(0), first, rows, partials.parts, V, z_loss,
         PART=partials.part, BLOCK_N=FINISH_ROWS, SOFTCAP=softcap, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return partial.sum(0) if bias_sums else None

@@ -65,8 +65,13 @@ def _stats(stats) -> tuple[str, ...]:
     return tuple(stats)
 
 
-def nll_values(flat: check.Flat, scale, softcap, ignore_index, stats, backend) -> dict[str, Tensor]:
-    """{"nll": (N,), stat: (N,)} of checked, flat arguments, attached to the graph."""
+def nll_values(
+    flat: check.Flat, scale, softcap, ignore_index, stats, backend, num_kept=None
+) -> dict[str, Tensor]:
+    """{"nll": (N,), stat: (N,)} of checked, flat arguments, attached to the graph.
+
+    num_kept: how many rows are not ignored, if known: the backward's products on a GPU are then of those alone.
+    """
     (hidden,), weight, target, bias = flat
     if backend == "reference":
         check.target_range(target, weight.shape[0], ignore_index)
@@ -86,26 +91,38 @@ def nll_values(flat: check.Flat, scale, softcap, ignore_index, stats, backend) -
         "entropy" in stats,
         "argmax" in stats,
         backend,
+        num_kept,
     )
     return {"nll": nll, "lse": lse, "entropy": entropy, "argmax": argmax}
+
+
+def check_num_kept(num_kept: int | None, target: Tensor, ignore_index: int) -> None:
+    """ValueError for a wrong number of kept rows, where looking costs no wait for a GPU."""
+    if num_kept is None or target.device.type != "cpu":
+        return
+    found = int((target != ignore_index).sum())
+    if num_kept != found:
+        raise ValueError(f"num_kept={num_kept}, but target has {found} rows that are not ignored")
 
 
 @torch.library.custom_op(
     "vig_kernels::linear_nll",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float? softcap, "
-    "int ignore_index, bool with_lse, bool with_entropy, bool with_argmax, str backend) "
+    "int ignore_index, bool with_lse, bool with_entropy, bool with_argmax, str backend, int? num_kept=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def nll_forward_op(
-    hidden, weight, target, bias, scale, softcap, ignore_index, with_lse, with_entropy, with_argmax, backend
-):
+    hidden, weight, target, bias, scale, softcap, ignore_index, with_lse, with_entropy, with_argmax, backend,
+    num_kept=None,
+):  # fmt: skip
     """(nll, lse, entropy, argmax, lse_rest); the ones not asked for have no elements: ops cannot return None.
 
     lse + lse_rest is the log-sum-exp beyond float32's precision: at lse = 200 float32 rounds by 8e-6, and every
     p = exp(z - lse) of the row by as much.
     """
     check.target_range(target, weight.shape[0], ignore_index)
+    check_num_kept(num_kept, target, ignore_index)
     outputs = _forward_fake(
         hidden,
         weight,
@@ -131,8 +148,9 @@ def nll_forward_op(
 
 @nll_forward_op.register_fake
 def _forward_fake(
-    hidden, weight, target, bias, scale, softcap, ignore_index, with_lse, with_entropy, with_argmax, backend
-):
+    hidden, weight, target, bias, scale, softcap, ignore_index, with_lse, with_entropy, with_argmax, backend,
+    num_kept=None,
+):  # fmt: skip
     size = target.shape[0]
     nll = target.new_empty(size, dtype=torch.float32)
     lse = target.new_empty(size if with_lse else 0, dtype=torch.float32)
@@ -142,7 +160,9 @@ def _forward_fake(
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, target, bias, ctx.scale, ctx.softcap, ctx.ignore_index, *_, ctx.backend = inputs
+    hidden, weight, target, bias, ctx.scale, ctx.softcap, ctx.ignore_index, *_, ctx.backend, ctx.num_kept = (
+        inputs
+    )
     _, lse, entropy, argmax, lse_rest = output
     ctx.save_for_backward(hidden, weight, target, bias, lse, entropy, lse_rest)
     ctx.mark_non_differentiable(argmax, lse_rest)
@@ -176,11 +196,12 @@ def _backward(ctx, grad_nll, grad_lse, grad_entropy, *_):
             ctx.ignore_index,
             needs,
             ctx.backend,
+            ctx.num_kept,
         )
         grad_hidden, grad_weight, grad_bias = (
             g if need else None for g, need in zip(found, needs, strict=True)
         )
-    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None, None, None
+    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
 
 
 nll_forward_op.register_autograd(_backward, setup_context=_save)
@@ -191,7 +212,7 @@ nll_forward_op.register_autograd(_backward, setup_context=_save)
     mutates_args=(),
     schema="(Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor lse_rest, "
     "Tensor entropy, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float? softcap, "
-    "int ignore_index, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    "int ignore_index, bool[] needs, str backend, int? num_kept=None) -> (Tensor, Tensor, Tensor)",
 )
 def nll_backward_op(
     grad_nll,
@@ -209,6 +230,7 @@ def nll_backward_op(
     ignore_index,
     needs,
     backend,
+    num_kept=None,
 ):
     """Gradients of hidden, weight and bias, empty where not needed. It has no gradient of its own: a second
     differentiation raises instead of being wrong."""
@@ -228,6 +250,7 @@ def nll_backward_op(
             softcap,
             ignore_index,
             tuple(needs),
+            num_kept,
         )
     return tuple(hidden.new_empty(0) if g is None else g for g in found)
 
@@ -266,6 +289,7 @@ def _backward_fake(
     ignore_index,
     needs,
     backend,
+    num_kept=None,
 ):
     likes = (hidden, weight, bias)
     return tuple(

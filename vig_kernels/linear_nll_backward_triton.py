@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vig_kernels.linear_nll_torch import float32_products
+
 from .launch_triton import (
     compute_precision,
     dense,
@@ -26,6 +28,9 @@ from .tile_configs import head_config, regular
 EXTRA_BYTES = 240 * 2**20
 HIDDEN_BYTES = 160 * 2**20  # float32 sums of a 16-bit hidden gradient, at most
 WEIGHT_BYTES = 48 * 2**20  # float32 sums of a vocabulary chunk's weight gradient
+GATHERED_BYTES = (
+    80 * 2**20
+)  # kept rows of hidden and their gradient, at most; the float32 sums beside them are as much
 
 
 @triton.jit
@@ -187,7 +192,8 @@ def gradient_kernel(
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in float32, by the vendor's GEMM: total (M, K) float32, a (M, L), b (L, K)."""
     if a.dtype == torch.float32:
-        torch.addmm(total, a, b, out=total)
+        with float32_products(a.dtype):  # never plain TF32, whatever the global setting
+            torch.addmm(total, a, b, out=total)
     elif total.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:  # addmm(out_dtype=) is CUDA's and ROCm's alone
@@ -212,9 +218,9 @@ def vocab_chunk(V: int, D: int) -> int:
     return min(V, max(128, WEIGHT_BYTES // (4 * D) // 128 * 128))
 
 
-def row_chunk(N: int, D: int, columns: int, dtype: torch.dtype, needs) -> int:
-    """Rows of a block of d loss / d y of so many columns: EXTRA_BYTES less the float32 sums."""
-    free = EXTRA_BYTES - 64 * N
+def row_chunk(N: int, D: int, columns: int, dtype: torch.dtype, needs, held: int) -> int:
+    """Rows of a block of d loss / d y of so many columns: EXTRA_BYTES less the float32 sums and what is held."""
+    free = EXTRA_BYTES - 64 * N - held
     if dtype != torch.float32:
         free -= min(4 * N * D, HIDDEN_BYTES) * needs[0] + 4 * columns * D * needs[1]
     return max(1, min(N, free // (columns * dtype.itemsize)))
@@ -234,26 +240,69 @@ def backward(
     logit_softcap: float | None,
     ignore_index: int,
     needs: tuple[bool, bool, bool],
+    num_kept: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias in the inputs' dtypes; None, and no work, for what is not needed.
 
     Where the float32 sums of both a long hidden gradient and the weight gradient would break the memory promise,
-    each has a sweep of its own (five GEMMs instead of four).
+    each has a sweep of its own (five GEMMs instead of four). Ignored rows are multiplied as zeros, unless `num_kept`
+    tells how many rows are not ignored and these are few enough to be gathered.
     """
     upstream = dense(grad_nll, grad_lse, grad_entropy, lse, entropy)
     target, bias = dense(target, bias)
     options = (bias, logit_scale, logit_softcap, ignore_index)
+    gathered = 2 * hidden.element_size() * (num_kept or 0) * hidden.shape[1]  # hidden and its gradient
+    if num_kept is not None and num_kept < target.shape[0] and gathered <= GATHERED_BYTES:
+        return gathered_sweep(upstream, hidden, weight, target, *options, needs, num_kept, gathered)
     long = hidden.dtype != torch.float32 and 4 * hidden.numel() > HIDDEN_BYTES
     if long and needs[0] and (needs[1] or needs[2]):
         grad_hidden, _, _ = gradient_sweep(upstream, hidden, weight, target, *options, (True, False, False))
-        return grad_hidden, *gradient_sweep(upstream, hidden, weight, target, *options, (False, *needs[1:]))[
-            1:
-        ]
+        rest = gradient_sweep(upstream, hidden, weight, target, *options, (False, *needs[1:]))
+        return grad_hidden, *rest[1:]
     return gradient_sweep(upstream, hidden, weight, target, *options, needs)
 
 
-def gradient_sweep(upstream, hidden, weight, target, bias, logit_scale, logit_softcap, ignore_index, needs):
-    """One sweep over (vocabulary chunk x row chunk) blocks; what is summed is float32 and cast once."""
+def gathered_sweep(
+    upstream,
+    hidden,
+    weight,
+    target,
+    bias,
+    logit_scale,
+    logit_softcap,
+    ignore_index,
+    needs,
+    num_kept,
+    gathered,
+):
+    """`gradient_sweep` of the rows that are not ignored. More of them than `num_kept` give NaN, as in the loss."""
+    order, count = keep_order(target, ignore_index)
+    picked = order[:num_kept]
+    poison = torch.where(count > num_kept, torch.nan, 1.0)
+    grads, saved = upstream[:3], upstream[3:]
+    upstream = [None if x is None else x[picked] * poison for x in grads]
+    upstream += [None if x is None else x[picked] for x in saved]
+    if not num_kept:
+        zeros = (hidden, weight, bias)
+        return tuple(
+            torch.zeros_like(x).mul_(poison) if need else None for x, need in zip(zeros, needs, strict=True)
+        )
+    grad_hidden, grad_weight, grad_bias = gradient_sweep(
+        upstream, hidden[picked], weight, target[picked], bias, logit_scale, logit_softcap, ignore_index, needs,
+        gathered,
+    )  # fmt: skip
+    if grad_hidden is not None:
+        grad_hidden = torch.zeros_like(hidden).index_copy_(0, picked, grad_hidden)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def gradient_sweep(
+    upstream, hidden, weight, target, bias, logit_scale, logit_softcap, ignore_index, needs, held=0
+):
+    """One sweep over (vocabulary chunk x row chunk) blocks; what is summed is float32 and cast once.
+
+    held: bytes of the memory promise that are taken already.
+    """
     (N, D), V, wide = hidden.shape, weight.shape[0], hidden.dtype == torch.float32
     grad_nll, grad_lse, grad_entropy, lse, entropy = upstream
     bound = sum((g.abs() for g in (grad_nll, grad_lse) if g is not None), torch.zeros_like(lse))
@@ -262,7 +311,7 @@ def gradient_sweep(upstream, hidden, weight, target, bias, logit_scale, logit_so
     gain, unscale = block_gain(bound, logit_scale, hidden.dtype)
 
     columns = vocab_chunk(V, D)
-    rows = row_chunk(N, D, columns, hidden.dtype, needs)
+    rows = row_chunk(N, D, columns, hidden.dtype, needs, held)
     stretch = N if wide or not needs[0] else max(1, min(N, HIDDEN_BYTES // (4 * D)))
     block = hidden.new_empty(min(rows, stretch), columns)
     residual = None if wide or not any(needs[:2]) else TargetResidual(target, ignore_index)

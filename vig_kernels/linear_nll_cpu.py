@@ -65,6 +65,7 @@ def backward(
     logit_softcap: float | None,
     ignore_index: int,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    num_kept: int | None = None,  # not needed on a CPU: rows are counted as they are compacted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of any upstream in the inputs' dtypes, with the logits formed anew, block by block of the vocabulary.
 

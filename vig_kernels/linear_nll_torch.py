@@ -322,6 +322,7 @@ def backward(
     logit_softcap,
     ignore_index,
     needs,
+    num_kept=None,
 ):
     """Gradients for any upstream, the logits being formed again: three products, five where neither float32 sum fits.
 
@@ -329,7 +330,7 @@ def backward(
     is buffered in float32 when it fits 128 MiB; else hidden and weight take a sweep each.
     """
     head = Head(weight, bias, logit_scale, logit_softcap)
-    kept = compact(target, ignore_index)
+    kept = compact(target, ignore_index, num_kept)
     rows, dead = row_gradients(
         grad_nll, grad_lse, grad_entropy, lse, entropy, target, weight.shape[0], ignore_index, kept
     )

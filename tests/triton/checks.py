@@ -191,6 +191,11 @@ def check_gradients(k, dtype=torch.float32, kinds=("nll", "lse", "entropy"), cap
         assert mine.dtype == leaf.dtype and mine.shape == leaf.shape
         assert_gradient(name, mine, truth, theirs, dtype, cap)
     assert not found[0][~live].any(), "an ignored row has a gradient"
+    told = module.backward(*arguments, (True, True, True), int(live.sum()))
+    for name, mine, truth, theirs in zip(names, told, exact, eager, strict=True):
+        assert_gradient(f"{name}, rows gathered", mine, truth, theirs, dtype, cap)
+    assert not told[0][~live].any(), "an ignored row has a gradient"
+    assert all(x.isnan().any() for x in module.backward(*arguments, (True, True, True), int(live.sum()) - 1))
     only = module.backward(*arguments, (False, True, False))
     assert only[0] is None and only[2] is None
     assert_gradient("weight alone", only[1], exact[1], eager[1], dtype, cap)
@@ -319,9 +324,9 @@ def check_rest_of_lse(k):
     assert (found - exact).abs().max() < 1e-6, "lse_rest"
 
     block, one, two = torch.ones(2, 8), torch.ones(2), torch.full((2,), 2.0)
-    k.linear_cross_entropy.finish_kernel[(1, 1)](
+    k.linear_cross_entropy.finish_kernel[(1,)](
         block, block, torch.zeros(1, 2), None, one, two, -one, None, torch.tensor([3, 9]), torch.arange(2),
-        torch.tensor(2), torch.tensor(1.0), None, None, 8, 0, 2, 8, 0.0, PART=8, BLOCK_N=16, SOFTCAP=False,
+        torch.tensor(2), torch.tensor(1.0), None, None, 8, 0, 2, 1, 8, 0.0, PART=8, BLOCK_N=16, SOFTCAP=False,
     )  # fmt: skip
     exact = torch.full((2, 8), -1.0).exp()
     exact[0, 3] -= 1.0  # nll = 1; the other row's target is no word
@@ -439,9 +444,10 @@ def check_large_offsets_of_blocks(k):
     near, top = torch.full((rows, V), 0.5), torch.zeros(3, rows)
     lse, target, order = torch.ones(rows), torch.arange(rows), torch.arange(rows)
     for b in (block, near):
-        k.linear_cross_entropy.finish_kernel[(1, 3)](
+        k.linear_cross_entropy.finish_kernel[(3,)](
             b, b, top, None, lse, lse, torch.zeros(rows), None, target, order, torch.tensor(rows),
-            torch.tensor(1.0), None, None, b.stride(0), 0, rows, V, 0.0, PART=part, BLOCK_N=16, SOFTCAP=False,
+            torch.tensor(1.0), None, None, b.stride(0), 0, rows, 3, V, 0.0, PART=part, BLOCK_N=16,
+            SOFTCAP=False,
         )  # fmt: skip
     assert torch.equal(block, near)
 

@@ -192,6 +192,23 @@ def test_no_host_synchronisation(small_tiles):
             )
 
 
+def test_gradient_products_never_use_plain_tf32(monkeypatch):
+    """The vendor's GEMM takes float32 as it is, whatever the process has set for its own."""
+    matmul = torch.backends.cuda.matmul
+    seen, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: seen.append(matmul.fp32_precision) or addmm(*a, **k))
+    hidden, weight, target, _ = checks.problem()
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        KERNELS.linear_cross_entropy.forward_backward(
+            hidden, weight, target, None, None, 1.0, None, -100, 0.0, None, (True, True, False)
+        )
+        assert seen == ["ieee"] * 2 and matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_large_offsets(small_tiles):
     checks.check_large_offsets_of_operands(KERNELS)
     checks.check_large_offsets_of_partials(KERNELS)

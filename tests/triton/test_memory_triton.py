@@ -120,15 +120,17 @@ def test_formed_gradients(shape, dtype, num_kept, gpu):
 
 @both
 @pytest.mark.parametrize("shape", [*SHAPES, (65536, 4096, 32064)], ids=str)
-def test_recomputed_gradients(shape, dtype, gpu):
+@pytest.mark.parametrize("share", [None, 0.3], ids=["not told", "30 % kept"])
+def test_recomputed_gradients(shape, dtype, share, gpu):
     hidden, weight, target, bias = inputs(*shape, dtype)
     N, D, V = shape
     row = torch.empty(N)
     extra = extra_mib(
         lambda: KERNELS.linear_nll_backward.backward(
-            row, row, row, row, row, hidden, weight, target, bias, 1.0, 30.0, -100, (True, True, True)
+            row, row, row, row, row, hidden, weight, target, bias, 1.0, 30.0, -100, (True, True, True),
+            None if share is None else int(share * N),
         ),
         dtype.itemsize * (N * D + V * D + V),
-    )
+    )  # fmt: skip
     assert extra <= 256, f"{extra:.0f} MiB"
-    print(f"recomputed {shape} {dtype}: {extra:.0f} MiB")
+    print(f"recomputed {share} {shape} {dtype}: {extra:.0f} MiB")
