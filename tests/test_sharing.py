@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import tiny_families
 import torch
+from torch.utils.data import dataloader
 
 from vig import features, forward, loader, plan, prefix
 from vig.loader import load_record, load_records
@@ -193,6 +195,28 @@ def test_workers_need_more_open_files_than_a_shell_gives_them(data):
         assert len(list(load_records(records, one.encoder, "pixels", 1))) == len(records)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_image_that_kills_its_process_is_an_error_row(data, monkeypatch, workers):
+    """As a decoder that crashes does: the other samples are loaded, in the same order."""
+    one, records, parent, original = scorer(), list(read_samples(data)), os.getpid(), loader.open_images
+
+    def deadly(record):
+        if os.getpid() != parent and record.images and record.images[0].name == "2.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(record)
+
+    whole = list(load_records(records, one.encoder, "pixels"))
+    monkeypatch.setattr(loader, "open_images", deadly)
+    asked = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(asked, "__defaults__", (0.05,))  # seconds between two looks at the workers
+    found = list(load_records(records, one.encoder, "pixels", workers))
+    assert [item.place for item in found] == [item.place for item in whole]
+    killed = [item for item in found if item.is_multimodal and item.record.images[0].name == "2.png"]
+    assert killed and all("process that decoded" in item.error.reason for item in killed)
+    assert all(item.encoded is None for item in killed)
+    assert all((item.error is None) == (item not in killed) for item in found)
 
 
 def test_how_many_workers_feed_a_device():

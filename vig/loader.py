@@ -6,19 +6,22 @@ import copy
 import hashlib
 import os
 import resource
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from vig import plan
 from vig.prompts import Encoded, Encoder, without_images
 from vig.samples import BrokenRecord, Sample, SampleError, open_image, open_images
 
 MOST_WORKERS = 8  # unless asked for
+DEATHS = 2  # of processes at one group
 
 
 class LoadedRecord:
@@ -57,6 +60,16 @@ class _Groups(Dataset):
             for place in group
         ]
 
+    def lost(self, number: int) -> list[LoadedRecord]:
+        """The records of a group whose processes died."""
+        found = [LoadedRecord(self.records[place], place) for place in self.groups[number]]
+        for item in found:
+            if item.error is None:
+                reason = "the process that decoded and tokenised it died"
+                cure = "Replace its images, or give the processes more memory"
+                item.error = SampleError(item.record.key, item.record.id, reason, cure)
+        return found
+
 
 def load_records(
     records: Sequence[Sample | BrokenRecord], encoder: Encoder, stage: str, workers: int = 0
@@ -64,13 +77,53 @@ def load_records(
     """Encodes records, those with the same images one after another: `place` tells which it was.
 
     stage: the null image's stage. workers: processes that work ahead, each at most two groups; the order does not
-    depend on them. 0 works in this process.
+    depend on them. 0 works in this process. A process that dies is replaced; a group whose processes die again and
+    again is left, its records errors.
     """
     if workers:
         allow_open_files()
     groups = _Groups(records, encoder, stage)
-    for group in DataLoader(groups, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
-        yield from group
+    done, deaths = 0, 0  # groups; processes since the last group came
+    while done < len(groups):
+        rest = Subset(groups, range(done, len(groups)))
+        try:
+            # After a death one process works on one group, so that it is known which one fells it.
+            ahead = {"num_workers": 1, "prefetch_factor": 1} if deaths else {"num_workers": workers}
+            with deaths_wait_to_be_asked_for():
+                for group in DataLoader(rest, batch_size=None, collate_fn=_as_it_is, **ahead):
+                    _let_deaths_wait()
+                    yield from group
+                    done, deaths = done + 1, 0
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # What a process had handed over may be lost with it, too: then its connection is broken.
+            if not workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+                raise
+            deaths += 1
+            if deaths > DEATHS:
+                yield from groups.lost(done)
+                done, deaths = done + 1, 1
+
+
+@contextmanager
+def deaths_wait_to_be_asked_for() -> Iterator[None]:
+    """While it lasts, a worker's death is raised where its work is waited for, not in the midst of the model.
+
+    torch raises it from a handler of SIGCHLD; without that it finds the death within seconds of waiting."""
+    before = signal.getsignal(signal.SIGCHLD)
+    _let_deaths_wait()
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # the only one that sets handlers
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def _let_deaths_wait() -> None:
+    """Takes torch's handler away, which it sets when its first workers start."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and str(getattr(handler, "__module__", "")).startswith("torch."):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def allow_open_files() -> None:

@@ -132,7 +132,7 @@ def sample_from_record(
             key, "", f"the record is a {type(record).__name__}, not an object", "Give one object a record"
         )
     id = str(key if record.get("id") is None else record["id"])
-    root = None if image_root is None else Path(image_root).resolve()
+    root = None if image_root is None else _real_folder(os.path.abspath(image_root))
     images = tuple(_image_source(value, root, key, id) for value in _image_values(record))
     if "conversations" in record:
         turns = [(turn, "from", "value") for turn in _turns(record["conversations"], key, id)]
@@ -168,7 +168,7 @@ def _image_values(record: dict[str, Any]) -> list[Any]:
     return []
 
 
-def _image_source(value: Any, root: Path | None, key: str, id: str) -> ImageSource:
+def _image_source(value: Any, root: str | None, key: str, id: str) -> ImageSource:
     if isinstance(value, Image.Image | bytes):
         return value
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
@@ -184,7 +184,7 @@ def _image_source(value: Any, root: Path | None, key: str, id: str) -> ImageSour
     if root is None:
         return Path(value)
     path = _real_path(os.path.join(root, value))
-    if path != str(root) and not path.startswith(os.path.join(root, "")):
+    if path != root and not path.startswith(os.path.join(root, "")):
         raise SampleError(
             key,
             id,
