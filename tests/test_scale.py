@@ -42,6 +42,14 @@ def test_a_million_samples_are_selected_within_two_minutes(scores, tmp_path):
     assert seconds * 1_000_000 / SAMPLES < 120  # 25 s on a free core
 
 
+def test_a_process_of_its_own_has_a_peak_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "data.json").write_text("[]")
+    held = bytearray(600 << 20)  # of the parent's
+    held[:: 1 << 12] = bytes(len(held) >> 12)
+    found = scale.in_process("read", 1, tmp_path / "data.json", tmp_path)
+    assert 20 < found["read_peak_mib_at_the_end"] < 500 and len(held)
+
+
 def test_the_bounds_name_what_they_miss():
     good = {"write_samples_per_s": 50_000, "select_s": 20, "select_peak_mib": 400, "first_batch_s": 20}
     assert scale.broken_bounds([{"rows": scale.rows_of(good)}]) == []
