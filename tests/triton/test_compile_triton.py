@@ -51,3 +51,19 @@ def test_forward_and_backward_compile_on_the_cpu(op):
         sum(value.sum() for value in values(function(hidden, weight, target))).backward()
         gradients.append(hidden.grad)
     assert torch.equal(*gradients) and gradients[0].any()
+
+
+def test_inductor_compiles_forward_and_backward_on_the_cpu():
+    def objective(hidden, weight, target):
+        hidden = torch.tanh(hidden)
+        return sum(value.sum() for op in OPS for value in values(OPS[op](hidden, weight, target)))
+
+    torch.manual_seed(0)
+    weight, target = torch.randn(30, 16), torch.tensor([1, 29, -100, 4])
+    gradients = []
+    for function in (objective, torch.compile(objective, fullgraph=True)):
+        hidden = torch.arange(64.0).reshape(4, 16).sin().requires_grad_()
+        function(hidden, weight, target).backward()
+        gradients.append(hidden.grad)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].any()
