@@ -6,6 +6,9 @@ import json
 import os
 import resource
 import signal
+import tempfile
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -186,15 +189,68 @@ def test_workers_give_the_same_records_in_the_same_order(data):
             assert torch.equal(value, right.encoded.pixels[name])
 
 
-def test_workers_need_more_open_files_than_a_shell_gives_them(data):
-    """Every tensor that a worker hands over is an open file: without more of them the first block would fail."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+def test_workers_need_neither_open_files_nor_shared_memory(data, monkeypatch, tmp_path):
+    """A shell gives 1,024 open files, a container 64 MB in /dev/shm: what is loaded may hold none of them."""
     one, records = scorer(), list(read_samples(data)) * 2
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    shared = set(os.listdir("/dev/shm"))
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, before[1]))
-        assert len(list(load_records(records, one.encoder, "pixels", 1))) == len(records)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, limits[1]))
+        found = list(load_records(records, one.encoder, "pixels", 1))
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(found) == len(records)
+    assert not any(value.is_shared() for item in found for value in item.encoded.pixels.values())
+    assert not [name for name in set(os.listdir("/dev/shm")) - shared if name.startswith("torch_")]
+    assert not list(tmp_path.iterdir())  # the files that were sent are gone
+
+
+def test_the_next_block_is_made_while_the_last_one_is_scored(data, monkeypatch):
+    monkeypatch.setattr(plan, "BLOCK", 8)
+    made, seen = [], []
+    blocks = plan.blocks
+
+    def noted(*given):
+        for block in blocks(*given):
+            made.append(len(block))
+            yield block
+
+    monkeypatch.setattr(plan, "blocks", noted)
+    one, records = scorer(workers=1), list(read_samples(data))
+    score_block = one._score_block
+
+    def slow(*given):
+        deadline = time.monotonic() + 20
+        while len(made) < min(len(seen) + 2, 5) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen.append(len(made))
+        return score_block(*given)
+
+    one._score_block = slow
+    assert len(one.score_window(records)) == len(records)
+    assert len(seen) == 5
+    for scored, at in enumerate(seen):
+        assert min(scored + 2, 5) <= at <= scored + 3  # no more than two ahead: their pixels are in memory
+
+
+def test_a_thread_ahead_passes_errors_on_and_ends_with_its_reader():
+    def failing():
+        yield 1
+        raise ValueError("no")
+
+    items = loader.ahead(failing())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="no"):
+        next(items)
+    endless = loader.ahead(iter(int, 1))
+    assert next(endless) == 0
+    endless.close()
+    deadline = time.monotonic() + 10
+    while any(thread.name == "vig-ahead" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert list(loader.ahead(iter(()))) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import resource
+import pickle
+import queue
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -20,6 +23,7 @@ from vig import plan
 from vig.prompts import Encoded, Encoder, without_images
 from vig.samples import BrokenRecord, Sample, SampleError, open_image, open_images
 
+Item = TypeVar("Item")
 MOST_WORKERS = 8  # unless asked for
 DEATHS = 2  # of processes at one group
 
@@ -80,58 +84,103 @@ def load_records(
     depend on them. 0 works in this process. A process that dies is replaced; a group whose processes die again and
     again is left, its records errors.
     """
-    if workers:
-        allow_open_files()
     groups = _Groups(records, encoder, stage)
+    if not workers:
+        return (item for number in range(len(groups)) for item in groups[number])
+    folder = tempfile.TemporaryDirectory(prefix="vig-", ignore_cleanup_errors=True)
+    return _from_workers(groups, folder, _started(groups, folder, 0, num_workers=workers))
+
+
+class _ToFile:
+    """Writes what a process has made into a file of its own, and sends the file's name.
+
+    Tensors would go through open files in /dev/shm, of which a container has 64 MB and a shell 1,024; large messages
+    through a pipe, which hangs where a process dies in the midst of one.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def __call__(self, group: list[LoadedRecord]) -> str:
+        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+            pickle.dump(group, file, protocol=pickle.HIGHEST_PROTOCOL)
+        return file.name
+
+
+def _taken(name: str) -> list[LoadedRecord]:
+    path = Path(name)
+    group = pickle.loads(path.read_bytes())
+    path.unlink()
+    return group
+
+
+def _started(groups: _Groups, folder: tempfile.TemporaryDirectory, first: int, **ahead: int) -> Iterator[str]:
+    """Starts processes at group `first`.
+
+    torch's handler of SIGCHLD is taken back, since it would raise a process's death in the midst of the model; so it is
+    raised where a group is waited for, within seconds.
+    """
+    rest = Subset(groups, range(first, len(groups)))
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(DataLoader(rest, batch_size=None, collate_fn=_ToFile(folder.name), **ahead))
+    if threading.current_thread() is threading.main_thread():  # the only one that sets handlers
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return iterator
+
+
+def _from_workers(
+    groups: _Groups, folder: tempfile.TemporaryDirectory, started: Iterator[str]
+) -> Iterator[LoadedRecord]:
     done, deaths = 0, 0  # groups; processes since the last group came
     while done < len(groups):
-        rest = Subset(groups, range(done, len(groups)))
         try:
             # After a death one process works on one group, so that it is known which one fells it.
-            ahead = {"num_workers": 1, "prefetch_factor": 1} if deaths else {"num_workers": workers}
-            with deaths_wait_to_be_asked_for():
-                for group in DataLoader(rest, batch_size=None, collate_fn=_as_it_is, **ahead):
-                    _let_deaths_wait()
-                    yield from group
-                    done, deaths = done + 1, 0
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            # What a process had handed over may be lost with it, too: then its connection is broken.
-            if not workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+            one = {"num_workers": 1, "prefetch_factor": 1}
+            for sent in _started(groups, folder, done, **one) if deaths else started:
+                yield from _taken(sent)
+                done, deaths = done + 1, 0
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
                 raise
             deaths += 1
             if deaths > DEATHS:
                 yield from groups.lost(done)
                 done, deaths = done + 1, 1
+    folder.cleanup()
 
 
-@contextmanager
-def deaths_wait_to_be_asked_for() -> Iterator[None]:
-    """While it lasts, a worker's death is raised where its work is waited for, not in the midst of the model.
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next one made by a thread while the last one is worked on; at most two are made ahead."""
+    made: queue.Queue = queue.Queue(maxsize=1)
+    stopped = threading.Event()
 
-    torch raises it from a handler of SIGCHLD; without that it finds the death within seconds of waiting."""
-    before = signal.getsignal(signal.SIGCHLD)
-    _let_deaths_wait()
+    def put(name: str, value: Any) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                made.put((name, value), timeout=0.1)
+                return
+
+    def make() -> None:
+        try:
+            for item in items:
+                put("item", item)
+                if stopped.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:
+            put("error", error)
+
+    threading.Thread(target=make, name="vig-ahead", daemon=True).start()
     try:
-        yield
+        while True:
+            name, value = made.get()
+            if name == "end":
+                return
+            if name == "error":
+                raise value
+            yield value
     finally:
-        if threading.current_thread() is threading.main_thread():  # the only one that sets handlers
-            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-
-
-def _let_deaths_wait() -> None:
-    """Takes torch's handler away, which it sets when its first workers start."""
-    handler = signal.getsignal(signal.SIGCHLD)
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and str(getattr(handler, "__module__", "")).startswith("torch."):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def allow_open_files() -> None:
-    """Raises this process's own limit of open files as far as it may: every tensor from a worker is an open file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        stopped.set()
 
 
 def workers_beside(device: torch.device) -> int:
@@ -140,10 +189,6 @@ def workers_beside(device: torch.device) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST_WORKERS, cores - 1))
-
-
-def _as_it_is(group: list[LoadedRecord]) -> list[LoadedRecord]:
-    return group
 
 
 class Opened:

@@ -15,7 +15,7 @@ from vig import plan, prefix
 from vig.families import LoadedModel, ModelError, as_loaded, context_length, load
 from vig.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
 from vig.forward import TokenNLL, TwoPasses
-from vig.loader import Donors, LoadedRecord, load_records, new_pixel_bytes, workers_beside
+from vig.loader import Donors, LoadedRecord, ahead, load_records, new_pixel_bytes, workers_beside
 from vig.null_image import BLUR_SIGMA, NullSettings
 from vig.prefix import shared_by
 from vig.prompts import Encoder
@@ -143,7 +143,8 @@ class Scorer:
         self.passes.features.clear()
         rows: list[ScoreRow | None] = [None] * len(records)
         loading = load_records(records, self.encoder, self.null.stage, self.workers)
-        for block in plan.blocks(loading, new_pixel_bytes()):
+        blocks = plan.blocks(loading, new_pixel_bytes())
+        for block in ahead(blocks) if self.workers else blocks:
             if self.null.stage == "image":
                 donors.give(block, self.encoder)
             block.sort(key=lambda item: item.place)
