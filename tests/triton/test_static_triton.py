@@ -48,6 +48,25 @@ def test_counts_are_found_again():
         assert again == stored, title
 
 
+SPILLING = """
+import json
+from benchmarks import static
+entry = next(e for e in static.rows() if e["target"] == "sm_90" and e["options"]["entropy"])
+tile = entry["tile"] | {"block_n": 64, "block_v": 256, "block_k": 32, "num_warps": 4, "parts": 1, "num_stages": 2}
+broken = static.compile_row(entry | {"tile": tile})
+print(json.dumps([broken["counts"], static.static_counts.faults(broken)]))
+"""
+
+
+def test_a_tile_that_spills_is_seen():
+    """The whole epilogue of a 64 x 256 tile at once, in four warps, has more values than registers."""
+    done = compiler("-c", SPILLING)
+    assert done.returncode == 0, done.stderr
+    counts, faults = json.loads(done.stdout)
+    assert counts["stack_bytes"] > 0 and counts["local_bytes_in_loop"] > 0
+    assert any("local memory traffic in the main loop" in fault for fault in faults)
+
+
 FAULTS = [
     ({"local_bytes_in_loop": 4}, "main loop"),
     ({"local_bytes_outside": 68}, "outside the loop"),
