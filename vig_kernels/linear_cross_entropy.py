@@ -50,8 +50,9 @@ def linear_cross_entropy(
     "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32 and
     unnormalised until backward, where the divisor and the upstream factor are applied and the result is cast once.
     For float32 inputs these sums are themselves scaled in place and handed out as the gradients. For 16-bit inputs
-    they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 240 MiB for hidden (beyond that,
-    and with memory="low" or reduction="none", gradients are recomputed in the backward: four products, no buffer).
+    they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 240 MiB (on a CPU 96) for hidden
+    (beyond that, and with memory="low" or reduction="none", gradients are recomputed in the backward: four products,
+    no buffer).
     A second backward (`retain_graph=True`) forms them again. Differentiating twice raises. What does not require grad
     costs no product.
 
@@ -135,7 +136,8 @@ def _fast(flat: check.Flat, row_weight: Tensor | None) -> bool:
         return False
     hidden = flat.hiddens[0]
     buffered = hidden.requires_grad and hidden.dtype != torch.float32
-    return not buffered or 4 * hidden.numel() <= HIDDEN_BUFFER_BYTES
+    limit = CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else HIDDEN_BUFFER_BYTES
+    return not buffered or 4 * hidden.numel() <= limit
 
 
 def _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, backend) -> Tensor:
