@@ -72,7 +72,7 @@ void linear_nll(const HeadArgs& args, const std::vector<RowsView>& hidden, uintp
 
 double linear_cross_entropy(const HeadArgs& args, const RowsView& hidden, uintptr_t target, uintptr_t row_weight,
                             int64_t ignore_index, double z_loss, uintptr_t grad_hidden, uintptr_t grad_weight,
-                            uintptr_t grad_bias, int threads) {
+                            bool rounded, uintptr_t grad_bias, int threads) {
   const vig::Head head = args.head();
   py::gil_scoped_release released;
   const auto [data, rows, stride] = hidden;
@@ -81,7 +81,7 @@ double linear_cross_entropy(const HeadArgs& args, const RowsView& hidden, uintpt
   std::vector<float> weights(kept.slot.size(), 1.0f);
   for (size_t n = 0; row_weight != 0 && n < weights.size(); ++n) weights[n] = pointer<float>(row_weight)[kept.slot[n]];
   return vig::linear_cross_entropy(head, kept, weights.data(), z_loss,
-                                   {pointer<float>(grad_hidden), pointer<float>(grad_weight), pointer<float>(grad_bias)},
+                                   {pointer<char>(grad_hidden), pointer<char>(grad_weight), rounded, pointer<float>(grad_bias)},
                                    threads);
 }
 
@@ -132,7 +132,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("nll"), py::arg("lse"), py::arg("entropy"), py::arg("argmax"), py::arg("threads"));
   m.def("linear_cross_entropy", linear_cross_entropy, py::arg("head"), py::arg("hidden"), py::arg("target"),
         py::arg("row_weight"), py::arg("ignore_index"), py::arg("z_loss"), py::arg("grad_hidden"),
-        py::arg("grad_weight"), py::arg("grad_bias"), py::arg("threads"));
+        py::arg("grad_weight"), py::arg("rounded"), py::arg("grad_bias"), py::arg("threads"));
   m.def("linear_nll_backward", linear_nll_backward, py::arg("head"), py::arg("hidden"), py::arg("target"),
         py::arg("ignore_index"), py::arg("upstream"), py::arg("grad_hidden"), py::arg("grad_weight"),
         py::arg("grad_bias"), py::arg("threads"));

@@ -1,18 +1,19 @@
-// Logits folded in cache: running (maximum, sum) of each row, a lane at a time, and the gradient of kept logits.
-// Included once per instruction set, inside its anonymous namespace. The maximum is subtracted from the logits as they
+// Logits folded in cache: running (reference, sum) of each row, a lane at a time, and the gradient of kept logits.
+// Included once per instruction set, inside its anonymous namespace. The reference is subtracted from the logits as they
 // are: a conversion to another base ahead of that would round large logits once more.
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// e^x for x <= 0; 0 from -104 down (and for -inf); NaN stays NaN. Relative error under 3e-7 near 0, and e^0 is 1.
-inline Vec::F exp_negative(Vec::F x) {
-  x = Vec::max(Vec::set1(-150.0f), Vec::mul(x, Vec::set1(kLog2E)));
-  const Vec::F whole = Vec::round(x), part = Vec::sub(x, whole);
-  Vec::F p = Vec::set1(1.3264726899e-03f);
-  p = Vec::fma(p, part, Vec::set1(9.6715126606e-03f));
-  p = Vec::fma(p, part, Vec::set1(5.5507337442e-02f));
-  p = Vec::fma(p, part, Vec::set1(2.4022242085e-01f));
-  p = Vec::fma(p, part, Vec::set1(6.9314697760e-01f));
+// e^x for x <= 80 or so; 0 from -104 down (and for -inf); NaN stays NaN. Relative error 1.5e-7 near 0, and e^0 is 1.
+// 2^t on [0, 1): minimax with the constant 1, fitted by us.
+inline Vec::F exp_of(Vec::F x) {
+  Vec::F part, whole;
+  Vec::split(Vec::mul(x, Vec::set1(kLog2E)), part, whole);
+  Vec::F p = Vec::set1(1.8671302134e-03f);
+  p = Vec::fma(p, part, Vec::set1(9.0170300186e-03f));
+  p = Vec::fma(p, part, Vec::set1(5.5799913321e-02f));
+  p = Vec::fma(p, part, Vec::set1(2.4016445010e-01f));
+  p = Vec::fma(p, part, Vec::set1(6.9315131181e-01f));
   p = Vec::fma(p, part, Vec::set1(1.0f));
   return Vec::scale_by_power(p, whole);
 }
@@ -26,9 +27,21 @@ inline Vec::F tanh_of(Vec::F x) {
   p = Vec::fma(p, square, Vec::set1(1.3331441985e-01f));
   p = Vec::fma(p, square, Vec::set1(-3.3333281935e-01f));
   const Vec::F near = Vec::fma(Vec::mul(p, square), size, size);
-  const Vec::F e = exp_negative(Vec::mul(size, Vec::set1(-2.0f)));
+  const Vec::F e = exp_of(Vec::mul(size, Vec::set1(-2.0f)));
   const Vec::F far = Vec::div(Vec::sub(Vec::set1(1.0f), e), Vec::add(Vec::set1(1.0f), e));
   return Vec::with_sign(Vec::select(Vec::greater(size, Vec::set1(0.625f)), far, near), x);
+}
+
+// How far logits may rise above the reference of their row before its sums are rebased to a new one: rebasing at every
+// new maximum costs as much again as folding.
+constexpr float kSlack = 4.0f;
+
+inline float highest_lane(Vec::F x) {
+  float lane[Vec::W];
+  Vec::store(lane, x);
+  float highest = lane[0];
+  for (int i = 1; i < Vec::W; ++i) highest = lane[i] > highest ? lane[i] : highest;
+  return highest;
 }
 
 template <bool Cap>
@@ -41,14 +54,14 @@ inline Vec::F logit_of(const FoldArgs& f, Vec::F product, Vec::F scale, Vec::F b
 // sum and moment of the lanes, moved from the old maximum to a new one that is no smaller.
 template <bool Stats>
 inline void rebase(Vec::F from, Vec::F to, Vec::F& sum, Vec::F& moment) {
-  const Vec::F change = Vec::sub(from, to), factor = exp_negative(change);
+  const Vec::F change = Vec::sub(from, to), factor = exp_of(change);
   if constexpr (Stats) moment = Vec::mul(factor, Vec::fma(sum, change, moment));
   sum = Vec::mul(factor, sum);
 }
 
 template <bool Stats>
-inline void gather(Vec::F y, Vec::F maximum, Vec::F& sum, Vec::F& moment) {
-  const Vec::F below = Vec::sub(y, maximum), e = exp_negative(below);
+inline void gather(Vec::F y, Vec::F reference, Vec::F& sum, Vec::F& moment) {
+  const Vec::F below = Vec::sub(y, reference), e = exp_of(below);
   sum = Vec::add(sum, e);
   if constexpr (Stats) moment = Vec::fma(e, Vec::max(Vec::set1(-200.0f), below), moment);
 }
@@ -59,7 +72,7 @@ void fold_tile(const FoldArgs& f) {
   const Vec::F scale = Vec::set1(f.scale), nothing = Vec::set1(-__builtin_inff());
   const Vec::F bias_left = Vec::load(f.bias), bias_right = Vec::load(f.bias + W);
   for (int n = 0; n < f.rows; ++n) {
-    float* lanes = f.lanes + n * W * (Stats ? 4 : 2);
+    float* lanes = f.lanes + n * W * (Stats ? 5 : 2);
     Vec::F left = logit_of<Cap>(f, Vec::load(f.product + n * kPanel), scale, bias_left);
     Vec::F right = logit_of<Cap>(f, Vec::load(f.product + n * kPanel + W), scale, bias_right);
     if (f.columns < kPanel) {
@@ -77,25 +90,27 @@ void fold_tile(const FoldArgs& f) {
       Vec::store(f.keep + n * kPanel, left);
       Vec::store(f.keep + n * kPanel + W, right);
     }
-    Vec::F maximum = f.fresh ? Vec::set1(kLowest) : Vec::load(lanes);
+    Vec::F reference = f.fresh ? Vec::set1(kLowest) : Vec::load(lanes);
     Vec::F sum = f.fresh ? Vec::zero() : Vec::load(lanes + W), moment = Vec::zero();
+    const Vec::F highest = Vec::max(left, right);
     if constexpr (Stats) {
       const int32_t first = static_cast<int32_t>(f.first_column);
       if (!f.fresh) moment = Vec::load(lanes + 2 * W);
-      Vec::I column = f.fresh ? Vec::ramp(first) : Vec::iload(lanes + 3 * W);
-      column = Vec::iselect(Vec::greater(left, maximum), Vec::ramp(first), column);
-      column = Vec::iselect(Vec::greater(right, Vec::max(left, maximum)), Vec::ramp(first + W), column);
-      Vec::istore(lanes + 3 * W, column);
+      const Vec::F greatest = f.fresh ? Vec::set1(kLowest) : Vec::load(lanes + 3 * W);
+      Vec::I column = f.fresh ? Vec::ramp(first) : Vec::iload(lanes + 4 * W);
+      column = Vec::iselect(Vec::greater(left, greatest), Vec::ramp(first), column);
+      column = Vec::iselect(Vec::greater(right, Vec::max(left, greatest)), Vec::ramp(first + W), column);
+      Vec::store(lanes + 3 * W, Vec::max(highest, greatest));
+      Vec::istore(lanes + 4 * W, column);
     }
-    const Vec::F highest = Vec::max(left, right);
-    if (Vec::any(Vec::greater(highest, maximum))) {
-      const Vec::F raised = Vec::max(highest, maximum);
-      rebase<Stats>(maximum, raised, sum, moment);
-      maximum = raised;
+    if (f.fresh || Vec::any(Vec::greater(highest, Vec::add(reference, Vec::set1(kSlack))))) {
+      const Vec::F raised = Vec::set1(highest_lane(Vec::max(highest, reference)));
+      rebase<Stats>(reference, raised, sum, moment);
+      reference = raised;
+      Vec::store(lanes, reference);
     }
-    Vec::store(lanes, maximum);
-    gather<Stats>(left, maximum, sum, moment);
-    gather<Stats>(right, maximum, sum, moment);
+    gather<Stats>(left, reference, sum, moment);
+    gather<Stats>(right, reference, sum, moment);
     Vec::store(lanes + W, sum);
     if constexpr (Stats) Vec::store(lanes + 2 * W, moment);
   }
@@ -106,52 +121,58 @@ void fold(const FoldArgs& f) {
   f.stats ? fold_tile<false, true>(f) : fold_tile<false, false>(f);
 }
 
-// One step of a sum over parts of a row that have maxima of their own, W rows at a time.
+// One step of a sum over parts of a row that have references of their own, W rows at a time.
 template <bool Stats>
-inline void add_part(Vec::F part_maximum, Vec::F part_sum, Vec::F part_moment, Vec::F maximum, Vec::F& sum,
+inline void add_part(Vec::F part_reference, Vec::F part_sum, Vec::F part_moment, Vec::F reference, Vec::F& sum,
                      Vec::F& moment) {
-  rebase<Stats>(part_maximum, maximum, part_sum, part_moment);
+  rebase<Stats>(part_reference, reference, part_sum, part_moment);
   sum = Vec::add(sum, part_sum);
   if constexpr (Stats) moment = Vec::add(moment, part_moment);
 }
 
-inline void store_part(const Partials& out, int64_t n, Vec::F maximum, Vec::F sum, Vec::F moment, Vec::I column) {
-  Vec::store(out.maximum + n, maximum);
+inline void store_sums(const Partials& out, int64_t n, Vec::F reference, Vec::F sum, Vec::F moment) {
+  Vec::store(out.reference + n, reference);
   Vec::store(out.sum + n, sum);
   Vec::store(out.moment + n, moment);
-  Vec::istore(out.column + n, column);
+}
+
+// The greatest of W lanes of W rows (`greatest` holds one lane of each row), and the least column that holds it.
+inline void store_first_greatest(const Vec::F* greatest, const Vec::F* column, const Partials& out, int64_t n) {
+  constexpr int W = Vec::W;
+  Vec::F best = greatest[0];
+  for (int i = 1; i < W; ++i) best = Vec::max(greatest[i], best);
+  Vec::store(out.greatest + n, best);
+  int32_t first[W] = {};
+  for (int i = 0; i < W; ++i) {
+    float value[W];
+    int32_t at[W];
+    Vec::store(value, greatest[i]);
+    Vec::store(reinterpret_cast<float*>(at), column[i]);
+    for (int r = 0; r < W; ++r) {
+      if (value[r] == out.greatest[n + r] && (first[r] == 0 || at[r] + 1 < first[r])) first[r] = at[r] + 1;
+    }
+  }
+  for (int r = 0; r < W; ++r) first[r] -= first[r] > 0 ? 1 : 0;
+  Vec::istore(out.column + n, Vec::iload(first));
 }
 
 // The lanes of W rows, turned so that a vector holds one lane of each row, summed in lane order.
 template <bool Stats>
 void reduce_rows(const float* lanes, int64_t rows, const Partials& out) {
-  constexpr int W = Vec::W, kFields = Stats ? 4 : 2;
+  constexpr int W = Vec::W, kFields = Stats ? 5 : 2;
   for (int64_t n = 0; n < rows; n += W) {
     Vec::F field[kFields][W];
     for (int f = 0; f < kFields; ++f) {
       for (int i = 0; i < W; ++i) field[f][i] = Vec::load(lanes + ((n + i) * kFields + f) * W);
       Vec::transpose(field[f]);
     }
-    Vec::F maximum = field[0][0], sum = Vec::zero(), moment = Vec::zero();
-    for (int i = 1; i < W; ++i) maximum = Vec::max(field[0][i], maximum);
+    Vec::F reference = field[0][0], sum = Vec::zero(), moment = Vec::zero();
+    for (int i = 1; i < W; ++i) reference = Vec::max(field[0][i], reference);
     for (int i = 0; i < W; ++i) {
-      add_part<Stats>(field[0][i], field[1][i], field[Stats ? 2 : 0][i], maximum, sum, moment);
+      add_part<Stats>(field[0][i], field[1][i], field[Stats ? 2 : 0][i], reference, sum, moment);
     }
-    int32_t first[W] = {};
-    if constexpr (Stats) {
-      for (int i = 0; i < W; ++i) {  // the least column among the lanes that hold the maximum
-        float best[W], value[W];
-        int32_t column[W];
-        Vec::store(best, maximum);
-        Vec::store(value, field[0][i]);
-        Vec::store(reinterpret_cast<float*>(column), field[3][i]);
-        for (int r = 0; r < W; ++r) {
-          if (value[r] == best[r] && (first[r] == 0 || column[r] + 1 < first[r])) first[r] = column[r] + 1;
-        }
-      }
-      for (int r = 0; r < W; ++r) first[r] -= first[r] > 0 ? 1 : 0;
-    }
-    store_part(out, n, maximum, sum, moment, Vec::iload(first));
+    store_sums(out, n, reference, sum, moment);
+    if constexpr (Stats) store_first_greatest(field[3], field[4], out, n);
   }
 }
 
@@ -162,18 +183,24 @@ void reduce_lanes(const float* lanes, int64_t rows, bool stats, const Partials& 
 // Rows [first, first + W) over all groups, in the groups' order.
 template <bool Stats>
 void combine_rows(const Partials* groups, int64_t count, int64_t first, const Partials& out) {
-  Vec::F maximum = Vec::load(groups[0].maximum + first), sum = Vec::zero(), moment = Vec::zero();
-  Vec::I column = Vec::iload(groups[0].column + first);
-  for (int64_t g = 1; g < count; ++g) {
-    const Vec::F other = Vec::load(groups[g].maximum + first);
-    column = Vec::iselect(Vec::greater(other, maximum), Vec::iload(groups[g].column + first), column);
-    maximum = Vec::max(other, maximum);
-  }
+  Vec::F reference = Vec::load(groups[0].reference + first), sum = Vec::zero(), moment = Vec::zero();
+  for (int64_t g = 1; g < count; ++g) reference = Vec::max(Vec::load(groups[g].reference + first), reference);
   for (int64_t g = 0; g < count; ++g) {
-    add_part<Stats>(Vec::load(groups[g].maximum + first), Vec::load(groups[g].sum + first),
-                    Vec::load(groups[g].moment + first), maximum, sum, moment);
+    add_part<Stats>(Vec::load(groups[g].reference + first), Vec::load(groups[g].sum + first),
+                    Vec::load(groups[g].moment + first), reference, sum, moment);
   }
-  store_part(out, first, maximum, sum, moment, column);
+  store_sums(out, first, reference, sum, moment);
+  if constexpr (Stats) {
+    Vec::F greatest = Vec::load(groups[0].greatest + first);
+    Vec::I column = Vec::iload(groups[0].column + first);
+    for (int64_t g = 1; g < count; ++g) {
+      const Vec::F other = Vec::load(groups[g].greatest + first);
+      column = Vec::iselect(Vec::greater(other, greatest), Vec::iload(groups[g].column + first), column);
+      greatest = Vec::max(other, greatest);
+    }
+    Vec::store(out.greatest + first, greatest);
+    Vec::istore(out.column + first, column);
+  }
 }
 
 void combine(const Partials* groups, int64_t count, int64_t first, bool stats, const Partials& out) {
@@ -184,7 +211,7 @@ void combine(const Partials* groups, int64_t count, int64_t first, bool stats, c
 inline Vec::F gradient_of(const GradArgs& g, int64_t n, const float* logit, int first, Vec::F& plain) {
   const Vec::F y = Vec::load(logit);
   const Vec::F below = Vec::sub(Vec::sub(y, Vec::set1(g.lse[n])), Vec::set1(g.lse_rest[n]));
-  const Vec::F p = exp_negative(below);
+  const Vec::F p = exp_of(below);
   Vec::F upstream = Vec::set1(g.weight[n]);
   if (g.moment != nullptr) {  // dH/dlogit = -p * (logit - lse + H)
     const Vec::F centred = Vec::add(Vec::max(Vec::set1(-200.0f), below), Vec::set1(g.entropy[n]));

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
+#include <mutex>
 
 #include "pool.h"
 
@@ -11,7 +13,8 @@ namespace vig {
 namespace {
 
 constexpr int64_t kPanelWords = 4096;  // words of D packed at a time: 512 KiB of an AVX-512 panel, half of an L2
-constexpr int64_t kMaxGroups = 64;
+constexpr int64_t kSmallGroups = 208;  // 48 large groups of 4, and 16
+constexpr int64_t kKeptFloats = 16 << 10;  // smaller buffers are left to the allocator
 constexpr int64_t kPackedWords = 96 << 10;  // of several shallow panels together: 384 KiB
 
 // Hands out the weight rows of the next panels, a share with every tile, for the tile to ask the cache for.
@@ -62,8 +65,68 @@ void prefer_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
+namespace {
+
+// Buffers given back, oldest first. Whoever finds it taken goes to the allocator instead: nothing waits, and a child
+// forked while another thread held it is not stuck.
+class KeptBuffers {
+ public:
+  // A buffer of at least `floats` that wastes little, or null; then older ones make room for a new one of that size.
+  Buffer take(int64_t floats) {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return {};
+    for (auto at = kept_.begin(); at != kept_.end(); ++at) {
+      const int64_t size = at->get_deleter().floats;
+      if (size < floats || size > floats + floats / 4) continue;
+      Buffer found = std::move(*at);
+      kept_.erase(at);
+      return found;
+    }
+    make_room(floats);
+    return {};
+  }
+
+  bool keep(float* data, int64_t floats) {
+    if (floats * 4 > kKeptBytes) return false;
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return false;
+    make_room(floats);
+    kept_.push_back(Buffer(data, GiveBack{floats}));
+    return true;
+  }
+
+ private:
+  void make_room(int64_t floats) {
+    int64_t held = floats;
+    for (const Buffer& buffer : kept_) held += buffer.get_deleter().floats;
+    while (!kept_.empty() && held * 4 > kKeptBytes) {
+      held -= kept_.front().get_deleter().floats;
+      delete[] kept_.front().release();
+      kept_.pop_front();
+    }
+  }
+
+  std::mutex mutex_;
+  std::deque<Buffer> kept_;
+};
+
+KeptBuffers& kept_buffers() {
+  static KeptBuffers* const buffers = new KeptBuffers;  // leaked on purpose: threads may still work at exit
+  return *buffers;
+}
+
+}  // namespace
+
+void GiveBack::operator()(float* data) const {
+  if (floats < kKeptFloats || !kept_buffers().keep(data, floats)) delete[] data;
+}
+
 Buffer make_buffer(int64_t floats) {
-  Buffer buffer(new float[static_cast<size_t>(std::max<int64_t>(floats, 1))]);
+  floats = std::max<int64_t>(floats, 1);
+  if (floats >= kKeptFloats) {
+    if (Buffer known = kept_buffers().take(floats)) return known;
+  }
+  Buffer buffer(new float[static_cast<size_t>(floats)], GiveBack{floats});
   prefer_large_pages(buffer.get(), floats * 4);
   return buffer;
 }
@@ -187,14 +250,14 @@ void PanelSweep::finish(int64_t rows, const Partials& out) const {
 }
 
 PanelGroups::PanelGroups(const Head& head)
-    : panels(head.panels()), per_group((panels + kMaxGroups - 1) / kMaxGroups),
-      count((panels + per_group - 1) / per_group) {}
+    : panels(head.panels()), small((panels + kSmallGroups - 1) / kSmallGroups),
+      large_count(panels * 12 / 13 / (4 * small)), count(large_count + (panels - begin(large_count) + small - 1) / small) {}
 
 PartialTable::PartialTable(int64_t groups, int64_t rows)
-    : memory_(make_buffer((groups + 1) * rows * 4)), groups_(groups + 1) {
+    : memory_(make_buffer((groups + 1) * rows * 5)), groups_(groups + 1) {
   for (int64_t g = 0; g <= groups; ++g) {
-    float* at = memory_.get() + g * rows * 4;
-    groups_[g] = {at, at + rows, at + 2 * rows, reinterpret_cast<int32_t*>(at + 3 * rows)};
+    float* at = memory_.get() + g * rows * 5;
+    groups_[g] = {at, at + rows, at + 2 * rows, at + 3 * rows, reinterpret_cast<int32_t*>(at + 4 * rows)};
   }
 }
 
@@ -204,12 +267,12 @@ void PartialTable::combine(const Head& head, int64_t first, bool stats) {
 
 RowTotal PartialTable::total(int64_t row) const {
   const Partials& all = groups_.back();
-  return {all.maximum[row], std::log(static_cast<double>(all.sum[row])),
+  return {all.reference[row], std::log(static_cast<double>(all.sum[row])),
           static_cast<double>(all.moment[row]) / all.sum[row], all.column[row]};
 }
 
-double RowTotal::nll(float picked) const { return (maximum - picked) + log_sum; }
-double RowTotal::lse() const { return maximum + log_sum; }
-double RowTotal::entropy() const { return log_sum - mean_below; }
+double RowTotal::nll(float picked) const { return (reference - picked) + log_sum; }
+double RowTotal::lse() const { return reference + log_sum; }
+double RowTotal::entropy() const { return log_sum - mean_above; }
 
 }  // namespace vig

@@ -41,8 +41,15 @@ struct KeptRows {
 // Asks for large pages where fresh memory of this size would otherwise be faulted in 4 KiB at a time.
 void prefer_large_pages(void* data, int64_t bytes);
 
-// Floats that are left as they come from the allocator.
-using Buffer = std::unique_ptr<float[]>;
+// Floats that are left as they come. Where memory is touched for the first time, the system clears it page by page,
+// which costs as much as a pass of the work itself: buffers given back are kept for the next call, up to kKeptBytes in
+// the whole process.
+constexpr int64_t kKeptBytes = 192 << 20;
+struct GiveBack {
+  int64_t floats = 0;
+  void operator()(float* data) const;
+};
+using Buffer = std::unique_ptr<float[], GiveBack>;
 Buffer make_buffer(int64_t floats);
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -94,17 +101,21 @@ class PanelSweep {
 };
 
 // Panels are summed in fixed groups, a function of V alone, so that bits depend on neither threads nor other rows.
+// Large groups first, then small ones, so that threads end together.
 struct PanelGroups {
-  int64_t panels, per_group, count;
+  int64_t panels, small, large_count, count;  // small: panels of a small group; a large one has four times as many
   explicit PanelGroups(const Head& head);
-  int64_t begin(int64_t group) const { return group * per_group; }
+  int64_t begin(int64_t group) const {
+    const int64_t large = group < large_count ? group : large_count;
+    return (4 * large + group - large) * small;
+  }
   int64_t end(int64_t group) const { return begin(group + 1) < panels ? begin(group + 1) : panels; }
 };
 
 // A row's values over all groups, in nats.
 struct RowTotal {
-  double maximum, log_sum, mean_below;  // mean_below: softmax mean of (logit - maximum)
-  int32_t column;                       // of the first maximum
+  double reference, log_sum, mean_above;  // mean_above: softmax mean of (logit - reference)
+  int32_t column;                         // of the first greatest logit
   double nll(float picked) const;
   double lse() const;
   double entropy() const;

@@ -45,7 +45,7 @@ struct FoldArgs {
   int64_t first_column;
   const int64_t* target;     // (rows)
   float* picked;             // (rows) logit of the target, written by the panel that holds it
-  float* lanes;              // [rows][lane_floats]: maximum, sum (, sum of e * (y - maximum), column of the maximum)
+  float* lanes;              // [rows][lane_floats]: reference, sum (, moment, greatest logit, its column): see Partials
   bool stats;
   bool fresh;                // the first panel: what stands in `lanes` is not read
   float scale;               // logit = scale * product + bias, then the cap
@@ -54,10 +54,11 @@ struct FoldArgs {
   float* keep;               // [rows][panel] logits, or null
 };
 
-// What rows have gathered: arrays over rows. moment = sum of e^(logit - maximum) * (logit - maximum).
+// What rows have gathered: arrays over rows. sum = sum of e^(logit - reference), moment the same times
+// (logit - reference). The reference is a logit, or a little below the greatest: see fold_body.h.
 struct Partials {
-  float *maximum, *sum, *moment;
-  int32_t* column;
+  float *reference, *sum, *moment, *greatest;
+  int32_t* column;  // the first that holds the greatest logit
 };
 
 // Gradients of a panel's logits, from the logits that the sweep kept.
@@ -112,6 +113,7 @@ struct Kernels {
   void (*multiply_columns)(const MultiplyArgs&, bool pairs); // a_row 1, a_word panel
   void (*multiply_rows)(const MultiplyArgs&, bool pairs);    // a_row panel (pairs: panel / 2), a_word 1
   void (*write_tile)(const float* tile, int rows, float* out, int64_t stride, bool add);  // until fence()
+  void (*round_tile)(const float* tile, int rows, uint16_t* out, int64_t stride);         // to bfloat16, until fence()
   void (*fence)();
   void (*fold)(const FoldArgs&);
   void (*reduce_lanes)(const float* lanes, int64_t rows, bool stats, const Partials& out);  // rows: whole vectors
@@ -122,7 +124,7 @@ struct Kernels {
   double (*peak)(bool pairs, int64_t steps);  // register-only multiply-adds; returns floating-point operations done
 };
 
-static inline int lane_floats(int lanes, bool stats) { return lanes * (stats ? 4 : 2); }
+static inline int lane_floats(int lanes, bool stats) { return lanes * (stats ? 5 : 2); }
 
 const Kernels* kernels_portable();
 const Kernels* kernels_avx2();

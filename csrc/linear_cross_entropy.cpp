@@ -78,6 +78,14 @@ RowSlopes slopes_of(const KeptRows& kept, int64_t begin, int64_t rows, const Ups
   return slopes;
 }
 
+void store_rows(const float* from, char* to, int64_t rows, int64_t depth, Dtype dtype, int threads) {
+  constexpr int64_t kRows = 256;
+  parallel_for((rows + kRows - 1) / kRows, threads, [&](int64_t task, int) {
+    const int64_t first = task * kRows, count = std::min(kRows, rows - first) * depth;
+    store_row(from + first * depth, to + first * depth * size_of(dtype), size_of(dtype), count, dtype);
+  });
+}
+
 template <class T>
 void clear(T* data, int64_t count) {
   if (data != nullptr) std::fill_n(data, count, T{});
@@ -86,18 +94,24 @@ void clear(T* data, int64_t count) {
 }  // namespace
 
 double linear_cross_entropy(const Head& given, const KeptRows& kept, const float* row_weight, double z_loss,
-                            const FloatGradients& out, int threads) {
+                            const LossGradients& out, int threads) {
   const Head head = head_for(given, kept);
   const Needs needs = {out.hidden != nullptr, out.weight != nullptr, out.bias != nullptr};
   if (kept.size() == 0) {
-    clear(out.weight, head.vocab * head.depth);
+    clear(out.weight, head.vocab * head.depth * (out.rounded ? 2 : 4));
     clear(out.bias, head.vocab);
     return 0;
   }
-  prefer_large_pages(out.weight, needs.weight ? head.vocab * head.depth * 4 : 0);
+  prefer_large_pages(out.weight, needs.weight ? head.vocab * head.depth * (out.rounded ? 2 : 4) : 0);
   const int64_t columns = head.panels() * head.kernels.panel;
   const int64_t chunk_rows = rows_within(head, kLogitBytes, columns, kept.size());
+  const bool direct = out.rounded && chunk_rows >= kept.size();
+  const Buffer sums = make_buffer(needs.weight && out.rounded && !direct ? head.vocab * head.depth : 0);
+  float* grad_weight = !needs.weight || direct ? nullptr : out.rounded ? sums.get() : reinterpret_cast<float*>(out.weight);
+  uint16_t* grad_rounded = needs.weight && direct ? reinterpret_cast<uint16_t*>(out.weight) : nullptr;
   const Buffer logits = make_buffer(padded_rows(head, chunk_rows) * columns);
+  const Buffer row = make_buffer(head.depth);
+  const Dtype stored = out.rounded ? Dtype::kBFloat16 : Dtype::kFloat32;
   Sweeps sweeps = make_sweeps(head, chunk_rows, threads);
   double loss = 0;
   for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
@@ -105,11 +119,16 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
     RowSlopes slopes;
     loss += forward_chunk(head, chunk, row_weight + begin, z_loss, sweeps, logits.get(), slopes, threads);
     ChunkGradients gradients(head, kept, begin, chunk, needs, threads);
-    gradients.run({0, head.panels(), out.weight, out.bias, begin > 0}, slopes, logits.get());
+    gradients.run({0, head.panels(), grad_weight, grad_rounded, out.bias, begin > 0}, slopes, logits.get());
     if (!needs.hidden) continue;
     for (int64_t n = 0; n < chunk.rows; ++n) {
-      gradients.read_hidden(n, out.hidden + kept.slot[begin + n] * head.depth);
+      gradients.read_hidden(n, row.get());
+      store_row(row.get(), out.hidden + kept.slot[begin + n] * head.depth * size_of(stored), size_of(stored), head.depth,
+                stored);
     }
+  }
+  if (needs.weight && out.rounded && !direct) {
+    store_rows(sums.get(), out.weight, head.vocab, head.depth, Dtype::kBFloat16, threads);
   }
   return loss;
 }
@@ -129,7 +148,10 @@ void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream
   const int64_t block = std::clamp<int64_t>(
       std::min(kBlockBytes / (4 * padded_rows(head, chunk_rows) * width), kBlockBytes / (4 * depth * width)), 1, head.panels());
   const Buffer logits = make_buffer(padded_rows(head, chunk_rows) * block * width);
-  const Buffer grad_weight = make_buffer(needs.weight ? block * width * depth : 0);
+  // One chunk of rows: what is summed is what is stored.
+  const bool direct = chunk_rows >= kept.size() && head.dtype != Dtype::kFloat16;
+  const bool rounded = direct && head.dtype == Dtype::kBFloat16;
+  const Buffer sums = make_buffer(needs.weight && !direct ? block * width * depth : 0);
   const Buffer picked = make_buffer(chunk_rows), row = make_buffer(depth);
   std::vector<float> grad_hidden(needs.hidden ? kept.size() * depth : 0, 0.0f);
   Sweeps sweeps = make_sweeps(head, chunk_rows, threads);
@@ -142,7 +164,10 @@ void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream
         sweeps[worker]->fold_panels(chunk, first + i, first + i + 1, head.panels(), picked.get(), {logits.get(), first});
       });
       ChunkGradients gradients(head, kept, begin, chunk, needs, threads);
-      gradients.run({first, last, grad_weight.get(), needs.bias ? out.bias + first * width : nullptr, begin > 0},
+      char* stored = needs.weight ? out.weight + first * width * depth * size_of(head.dtype) : nullptr;
+      gradients.run({first, last, direct ? reinterpret_cast<float*>(stored) : sums.get(),
+                     rounded ? reinterpret_cast<uint16_t*>(stored) : nullptr,
+                     needs.bias ? out.bias + first * width : nullptr, begin > 0},
                     slopes_of(kept, begin, chunk.rows, upstream), logits.get());
       for (int64_t n = 0; needs.hidden && n < chunk.rows; ++n) {
         gradients.read_hidden(n, row.get());
@@ -151,8 +176,8 @@ void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream
       }
     }
     const int64_t bytes = size_of(head.dtype), rows = std::min(last * width, head.vocab) - first * width;
-    for (int64_t v = 0; needs.weight && v < rows; ++v) {
-      store_row(grad_weight.get() + v * depth, out.weight + (first * width + v) * depth * bytes, bytes, depth, head.dtype);
+    if (needs.weight && !direct) {
+      store_rows(sums.get(), out.weight + first * width * depth * bytes, rows, depth, head.dtype, threads);
     }
   }
   for (int64_t n = 0; needs.hidden && n < kept.size(); ++n) {

@@ -3,16 +3,18 @@
 
 namespace vig {
 
-// Gradients by slot and row, float32 and unnormalised; null where not needed. hidden: rows of D floats.
-struct FloatGradients {
-  float* hidden;
-  float* weight;
+// Gradients by slot and row; null where not needed. hidden and weight: float32, or bfloat16 of a bfloat16 head if
+// `rounded`.
+struct LossGradients {
+  char* hidden;
+  char* weight;
+  bool rounded;
   float* bias;
 };
 
 // sum_n w_n (nll_n + z_loss lse_n^2) over the kept rows, and its gradients, in one sweep: three matrix products.
 double linear_cross_entropy(const Head& head, const KeptRows& kept, const float* row_weight, double z_loss,
-                            const FloatGradients& out, int threads);
+                            const LossGradients& out, int threads);
 
 // Upstream gradients by slot (null: none) and what the forward found, in nats.
 struct Upstream {

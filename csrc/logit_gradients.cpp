@@ -27,7 +27,9 @@ ChunkGradients::ChunkGradients(const Head& head, const KeptRows& kept, int64_t b
                               column * width, std::min((column + 1) * width, head.depth), head.depth});
     });
   }
-  const int64_t floats = std::max<int64_t>({words * width, block_rows() * width, 1}) + head.kernels.tile * width;
+  for (int64_t n = 0; pairs_ && needs.weight && n < chunk.rows; ++n) by_target_.emplace_back(chunk.target[n], n);
+  std::sort(by_target_.begin(), by_target_.end());
+  const int64_t floats = std::max<int64_t>({words * width, block_rows() * width, 1}) + round_up(width, head.kernels.tile) * width;
   for (int i = 0; i < threads; ++i) scratch_.push_back(make_buffer(floats));
 }
 
@@ -39,7 +41,6 @@ void ChunkGradients::run(const PanelRange& range, const RowSlopes& slopes, float
   parallel_for(range.end - range.begin, threads_, [&](int64_t i, int worker) {
     panel_gradient(range, range.begin + i, slopes, logits + i * chunk_.padded * head_.kernels.panel, worker);
   });
-  if (pairs_ && needs_.weight) mend_weight(range);
   if (!needs_.hidden) return;
   parallel_for(std::min<int64_t>(threads_, blocks_of_columns()), threads_,
                [&](int64_t slice, int worker) { hidden_product(range, logits, slice, worker); });
@@ -75,24 +76,47 @@ void ChunkGradients::weight_product(const PanelRange& range, int64_t panel, cons
   float* tile = scratch_[worker].get() + std::max<int64_t>({words * width, block_rows() * width, 1});
   for (int64_t column = 0; column < blocks_of_columns(); ++column) {
     const uint32_t* b = reinterpret_cast<const uint32_t*>(hidden_.get()) + column * words * width;
-    const int64_t wide = std::min(width, head_.depth - column * width);
     for (int64_t v = 0; v < valid; v += k.tile) {
       const int rows = static_cast<int>(std::min<int64_t>(k.tile, width - v));
-      float* out = range.grad_weight + ((panel - range.begin) * width + v) * head_.depth + column * width;
-      k.multiply_columns({gradient + v, b, tile, width, words, 1, 0, rows, false}, pairs_);
-      if (wide == width && v + rows <= valid) {
-        k.write_tile(tile, rows, out, head_.depth, range.add);
-        continue;
-      }
-      for (int64_t i = 0; i < std::min<int64_t>(rows, valid - v); ++i) {
-        for (int64_t j = 0; j < wide; ++j) {
-          float& at = out[i * head_.depth + j];
-          at = range.add ? at + tile[i * width + j] : tile[i * width + j];
-        }
-      }
+      k.multiply_columns({gradient + v, b, tile + v * width, width, words, 1, 0, rows, false}, pairs_);
     }
+    if (pairs_) mend_tile(panel, column, tile);
+    write_tile(range, panel, column, tile);
   }
   k.fence();
+}
+
+// tile[target] += residual * hidden, row after row, for the targets within the panel.
+void ChunkGradients::mend_tile(int64_t panel, int64_t column, float* tile) const {
+  const int64_t width = head_.kernels.panel, first = panel * width, begin = column * width;
+  const int64_t wide = std::min(width, head_.depth - begin);
+  auto at = std::lower_bound(by_target_.begin(), by_target_.end(), std::make_pair(first, int64_t{0}));
+  for (; at != by_target_.end() && at->first < first + width; ++at) {
+    const float residual = residual_[at->second];
+    const char* hidden = kept_.hidden[begin_ + at->second] + 2 * begin;
+    float* out = tile + (at->first - first) * width;
+    for (int64_t d = 0; d < wide; ++d) out[d] += residual * from_bfloat16(hidden + 2 * d);
+  }
+}
+
+void ChunkGradients::write_tile(const PanelRange& range, int64_t panel, int64_t column, const float* tile) const {
+  const Kernels& k = head_.kernels;
+  const int64_t width = k.panel, wide = std::min(width, head_.depth - column * width);
+  const int rows = static_cast<int>(std::min(width, head_.vocab - panel * width));
+  const int64_t at = (panel - range.begin) * width * head_.depth + column * width;
+  if (wide == width) {
+    if (range.grad_rounded != nullptr) return k.round_tile(tile, rows, range.grad_rounded + at, head_.depth);
+    return k.write_tile(tile, rows, range.grad_weight + at, head_.depth, range.add);
+  }
+  for (int64_t i = 0; i < rows * wide; ++i) {
+    const int64_t to = at + i / wide * head_.depth + i % wide;
+    const float sum = tile[i / wide * width + i % wide];
+    if (range.grad_rounded != nullptr) {
+      range.grad_rounded[to] = to_bfloat16(sum);
+    } else {
+      range.grad_weight[to] = range.add ? range.grad_weight[to] + sum : sum;
+    }
+  }
 }
 
 // Rows of the weight as the right side of a product over the vocabulary; rows past the end meet gradients of 0.
@@ -143,22 +167,6 @@ void ChunkGradients::hidden_block(const PanelRange& range, const float* logits, 
     k.multiply_rows({a + row * row_words, packed, out + row * width, width, row_words, panels, panel_words, rows, true},
                     pairs_);
   }
-}
-
-// grad_weight[target] += residual * hidden, row after row; threads share the columns.
-void ChunkGradients::mend_weight(const PanelRange& range) {
-  const int64_t width = head_.kernels.panel, first = range.begin * width, end = range.end * width;
-  parallel_for(blocks_of_columns(), threads_, [&](int64_t column, int) {
-    for (int64_t n = 0; n < chunk_.rows; ++n) {
-      const int64_t v = chunk_.target[n];
-      if (residual_[n] == 0.0f || v < first || v >= end) continue;
-      const char* hidden = kept_.hidden[begin_ + n];
-      float* out = range.grad_weight + (v - first) * head_.depth;
-      for (int64_t d = column * width; d < std::min((column + 1) * width, head_.depth); ++d) {
-        out[d] += residual_[n] * from_bfloat16(hidden + 2 * d);
-      }
-    }
-  });
 }
 
 void ChunkGradients::read_hidden(int64_t n, float* out) const {

@@ -18,12 +18,13 @@ struct RowSlopes {
   std::vector<float> entropy;  // nats
 };
 
-// Panels [begin, end) of the vocabulary, and where their gradients go: (columns, D) and (columns), float32.
+// Panels [begin, end) of the vocabulary, and where their gradients go: (columns, D) and (columns).
 struct PanelRange {
   int64_t begin, end;
-  float* grad_weight;
-  float* grad_bias;
-  bool add;  // to what stands there
+  float* grad_weight;     // float32
+  uint16_t* grad_rounded; // or bfloat16, of a chunk that holds all rows: then nothing is added
+  float* grad_bias;       // float32
+  bool add;               // to what stands there
 };
 
 // One chunk of rows: its logits, then their gradients in the same memory, and both products with them.
@@ -44,7 +45,8 @@ class ChunkGradients {
   void hidden_product(const PanelRange& range, const float* logits, int64_t slice, int worker);
   void hidden_block(const PanelRange& range, const float* logits, int64_t block, int64_t column, const uint32_t* packed);
   void pack_weight(int64_t panel, int64_t rows, int64_t column, uint32_t* packed) const;
-  void mend_weight(const PanelRange& range);
+  void mend_tile(int64_t panel, int64_t column, float* tile) const;
+  void write_tile(const PanelRange& range, int64_t panel, int64_t column, const float* tile) const;
   int64_t blocks_of_columns() const;
   int64_t block_rows() const { return (pairs_ ? 2 : 1) * kBlock; }
 
@@ -59,6 +61,7 @@ class ChunkGradients {
   Buffer grad_hidden_;  // [block of columns][padded rows][panel columns]
   std::vector<Buffer> scratch_;
   std::vector<float> residual_;  // by row: what the rounding to bfloat16 lost at the target, by far the largest loss
+  std::vector<std::pair<int64_t, int64_t>> by_target_;  // (target, row), ascending
 };
 
 }  // namespace vig

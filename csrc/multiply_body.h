@@ -211,6 +211,14 @@ void write_tile(const float* tile, int rows, float* out, int64_t stride, bool ad
   }
 }
 
+// The same, rounded to bfloat16.
+void round_tile(const float* tile, int rows, uint16_t* out, int64_t stride) {
+  for (int i = 0; i < rows; ++i, out += stride) {
+    Vec::to_bf16(out, Vec::load(tile + i * kPanel));
+    Vec::to_bf16(out + Vec::W, Vec::load(tile + i * kPanel + Vec::W));
+  }
+}
+
 // As many independent multiply-adds as hide their latency, with nothing to load: the ceiling of any kernel here.
 template <bool Pairs>
 double peak_loop(int64_t steps) {

@@ -13,6 +13,7 @@ constexpr Kernels make_table(const char* name) {
           multiply<Layout::kColumns>,
           multiply<Layout::kRows>,
           write_tile,
+          round_tile,
           Vec::fence,
           fold,
           reduce_lanes,

@@ -28,7 +28,11 @@ struct Vec {
   static F with_sign(F magnitude, F sign) {
     return _mm256_or_ps(magnitude, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));
   }
-  static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static void split(F x, F& part, F& whole) {  // x = whole + part with part in [0, 1]
+    x = max(set1(-150.0f), x);
+    whole = _mm256_floor_ps(x);
+    part = sub(x, whole);
+  }
   static F scale_by_power(F a, F n) {  // a * 2^n, n >= -150 an integer; 0 below the normal range
     const I power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return select(greater(n, set1(-127.0f)), mul(a, _mm256_castsi256_ps(power)), keep_nan(n));

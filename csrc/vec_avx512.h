@@ -34,8 +34,12 @@ struct Vec {
   static F with_sign(F magnitude, F sign) {
     return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
   }
-  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F scale_by_power(F a, F n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n >= -150 an integer
+  // x = whole + part with part in [0, 1]; whole may come with a fraction, which scale_by_power does not look at.
+  static void split(F x, F& part, F& whole) {
+    part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    whole = x;
+  }
+  static F scale_by_power(F a, F n) { return _mm512_scalef_ps(a, n); }  // a * 2^floor(n)
 
   static I iset1(int32_t x) { return _mm512_set1_epi32(x); }
   static I ramp(int32_t start) {

@@ -8,9 +8,8 @@ from torch import Tensor
 from vig_kernels import check, dispatch
 from vig_kernels.linear_nll import check_num_kept, nll_values
 
-HIDDEN_BUFFER_BYTES = (
-    240 << 20
-)  # largest float32 copy of a 16-bit hidden gradient that the fast path may hold
+# The largest float32 copy of a 16-bit hidden gradient that the fast path may hold; on a CPU logits stand beside it.
+HIDDEN_BUFFER_BYTES, CPU_HIDDEN_BUFFER_BYTES = 240 << 20, 96 << 20
 CAST_BYTES = 8 << 20  # what is cast at a time when a float32 gradient is scaled into its output
 
 
@@ -47,12 +46,13 @@ def linear_cross_entropy(
     Returns:
         0-d float32, or (...) float32 for reduction="none" (0.0 on ignored rows).
 
-    "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32 and
-    unnormalised until backward, where the divisor and the upstream factor are applied and the result is cast once.
+    "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32
+    until backward, where the upstream factor (on a GPU and for float16 the divisor too) is applied and the result is
+    cast once. The compiled CPU kernels round those of bfloat16 inputs at once instead, which spares the buffers below:
+    an upstream factor that is not a power of two then rounds a second time.
     For float32 inputs these sums are themselves scaled in place and handed out as the gradients. For 16-bit inputs
-    they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 240 MiB (on a CPU 96) for hidden
-    (beyond that, and with memory="low" or reduction="none", gradients are recomputed in the backward: four products,
-    no buffer).
+    they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 240 MiB for hidden (beyond that,
+    and with memory="low" or reduction="none", gradients are recomputed in the backward: four products, no buffer).
     A second backward (`retain_graph=True`) forms them again. Differentiating twice raises. What does not require grad
     costs no product.
 
@@ -72,10 +72,19 @@ def linear_cross_entropy(
     if num_kept is not None and not 0 <= num_kept <= flat.target.shape[0]:
         raise ValueError(f"num_kept={num_kept} is not in [0, {flat.target.shape[0]}], the number of rows")
 
-    fast = memory == "fast" and reduction != "none" and _fast(flat, row_weight)
-    name = dispatch.resolve("linear_cross_entropy" if fast else "linear_nll", backend, flat.weight.device)
+    name = dispatch.resolve("linear_cross_entropy", backend, flat.weight.device)
+    fast = memory == "fast" and reduction != "none" and _fast(flat, row_weight, name)
+    if not fast:
+        name = dispatch.resolve("linear_nll", backend, flat.weight.device)
     valid = flat.target != ignore_index
+    if num_items is None and reduction == "mean":
+        num_items = valid.sum() if row_weight is None else torch.where(valid, row_weight.detach(), 0.0).sum()
     if fast and name != "reference":
+        if num_items is not None and _takes_divisor(
+            flat.weight
+        ):  # then gradients come out as they are handed out
+            ones = torch.ones(flat.target.shape) if row_weight is None else row_weight
+            row_weight, num_items = ones * _reciprocal(num_items, ones.device), None
         loss = _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, name)
     else:
         stats = ("lse",) if z_loss else ()
@@ -86,11 +95,12 @@ def linear_cross_entropy(
         if reduction == "none":
             return losses.reshape(hidden.shape[:-1])
         loss = losses.sum()
-    if num_items is None and reduction == "sum":
-        return loss
-    if num_items is None:
-        num_items = valid.sum() if row_weight is None else torch.where(valid, row_weight.detach(), 0.0).sum()
-    return loss * _reciprocal(num_items, loss.device)
+    return loss if num_items is None else loss * _reciprocal(num_items, loss.device)
+
+
+def _takes_divisor(weight: Tensor) -> bool:
+    """Whether the divisor may scale the rows: not where a 16-bit logit gradient could underflow."""
+    return weight.device.type == "cpu" and weight.dtype != torch.float16
 
 
 def _row_weight(token_weight, target) -> Tensor | None:
@@ -128,16 +138,24 @@ def _needs(flat: check.Flat) -> tuple[bool, bool, bool]:
     return tuple(t is not None and t.requires_grad for t in (flat.hiddens[0], flat.weight, flat.bias))
 
 
-def _fast(flat: check.Flat, row_weight: Tensor | None) -> bool:
+def _fast(flat: check.Flat, row_weight: Tensor | None, backend: str) -> bool:
     """Whether to form the gradients in the forward: some are wanted, and their float32 sums are affordable."""
     if not torch.is_grad_enabled() or not any(_needs(flat)):
         return False
     if row_weight is not None and row_weight.requires_grad:
         return False
     hidden = flat.hiddens[0]
-    buffered = hidden.requires_grad and hidden.dtype != torch.float32
-    limit = CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else HIDDEN_BUFFER_BYTES
-    return not buffered or 4 * hidden.numel() <= limit
+    if not hidden.requires_grad or _grad_dtypes(backend, hidden.dtype)[0] == hidden.dtype:
+        return True
+    return 4 * hidden.numel() <= (
+        CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else HIDDEN_BUFFER_BYTES
+    )
+
+
+def _grad_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """What a backend forms the gradients of hidden, weight and bias in, for inputs of `dtype`."""
+    stored = dtype if (backend, dtype) == ("cpu", torch.bfloat16) else torch.float32
+    return stored, stored, torch.float32
 
 
 def _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, backend) -> Tensor:
@@ -212,9 +230,10 @@ def _forward_op(
 def _forward_fake(
     hidden, weight, target, bias, row_weight, scale, softcap, ignore_index, z_loss, num_kept, needs, backend
 ):
+    dtypes = _grad_dtypes(backend, hidden.dtype)
     grads = [
-        hidden.new_empty(x.shape if need else 0, dtype=torch.float32)
-        for x, need in zip((hidden, weight, bias), needs, strict=True)
+        hidden.new_empty(x.shape if need else 0, dtype=dtype if need else torch.float32)
+        for x, need, dtype in zip((hidden, weight, bias), needs, dtypes, strict=True)
     ]
     return hidden.new_empty((), dtype=torch.float32), *grads
 
@@ -261,8 +280,8 @@ def _scaled(ctx, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor in `dtype`: in place where it may be, else through an op that refuses a second derivative."""
     if _traced([grad]):  # the compiler reuses memory itself, and refuses a second derivative itself
         return (grad * factor).to(dtype)
-    if dtype == torch.float32 and _given_away([grad]):
-        return grad.mul_(factor)
+    if dtype == grad.dtype and _given_away([grad]):
+        return grad if grad.device.type == "cpu" and float(factor) == 1.0 else grad.mul_(factor)
     differentiated = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
     return _scale_op(grad, factor, dtype, differentiated[0] if torch.is_grad_enabled() else None)
 

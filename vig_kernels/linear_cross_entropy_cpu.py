@@ -26,13 +26,16 @@ def forward_backward(
     num_kept: int | None,  # not needed on a CPU: rows are counted as they are compacted
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(loss_sum, grad_hidden, grad_weight, grad_bias), loss_sum = sum_n w_n (nll_n + z_loss lse_n^2), all float32.
+    """(loss_sum, grad_hidden, grad_weight, grad_bias), loss_sum = sum_n w_n (nll_n + z_loss lse_n^2).
 
-    Gradients are those of loss_sum, unnormalised; what is not needed is None and costs nothing.
+    Gradients are those of loss_sum; what is not needed is None and costs nothing. float32, but those of bfloat16
+    inputs are rounded as they are stored (float32 buffers of their size would cost as much as the products). The
+    range of bfloat16 is that of float32: a later factor loses nothing to it.
     bfloat16 inputs multiply bfloat16 softmax gradients where the CPU has the instruction; float16 ones stay float32.
     """
-    grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32) if needs[0] else None
-    grad_weight = torch.empty(weight.shape, dtype=torch.float32) if needs[1] else None
+    stored = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+    grad_hidden = torch.zeros(hidden.shape, dtype=stored) if needs[0] else None
+    grad_weight = torch.empty(weight.shape, dtype=stored) if needs[1] else None
     grad_bias = torch.empty(weight.shape[0], dtype=torch.float32) if needs[2] and bias is not None else None
     described, kept_bias = native.head(hidden, weight, bias, logit_scale, logit_softcap)
     target = target.contiguous()
@@ -46,6 +49,7 @@ def forward_backward(
         z_loss,
         native.address(grad_hidden),
         native.address(grad_weight),
+        stored == torch.bfloat16,
         native.address(grad_bias),
         torch.get_num_threads(),
     )

@@ -98,7 +98,8 @@ void check_problem(const vig::Kernels& kernels, const Problem& p) {
   std::vector<float> hidden(p.rows * p.depth), weight(p.vocab * p.depth), bias(p.vocab);
   const std::vector<float> ones(p.rows, 1.0f);
   const double found = vig::linear_cross_entropy(head, kept, ones.data(), 0.0,
-                                                 {hidden.data(), weight.data(), p.bias ? bias.data() : nullptr}, 2);
+                                                 {reinterpret_cast<char*>(hidden.data()), reinterpret_cast<char*>(weight.data()), false,
+                                                  p.bias ? bias.data() : nullptr}, 2);
   CHECK(close(found, loss, tolerance * p.rows), "%s loss %g, not %g", kernels.name, found, loss);
   const double slack = p.dtype == vig::Dtype::kFloat32 ? 1e-5 : 2e-2;
   for (double g : grad_weight) largest = std::max(largest, std::fabs(g));
