@@ -46,13 +46,13 @@ def linear_cross_entropy(
     Returns:
         0-d float32, or (...) float32 for reduction="none" (0.0 on ignored rows).
 
-    "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32
-    until backward, where the upstream factor (on a GPU and for float16 the divisor too) is applied and the result is
-    cast once. The compiled CPU kernels round those of bfloat16 inputs at once instead, which spares the buffers below:
-    an upstream factor that is not a power of two then rounds a second time.
-    For float32 inputs these sums are themselves scaled in place and handed out as the gradients. For 16-bit inputs
-    they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 240 MiB for hidden (beyond that,
-    and with memory="low" or reduction="none", gradients are recomputed in the backward: four products, no buffer).
+    "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32 until
+    backward, where the upstream factor (on a GPU and for float16 the divisor too) is applied and the result is cast
+    once. For float32 inputs these sums are themselves scaled in place and handed out as the gradients. For 16-bit
+    inputs they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 240 MiB (on a CPU 96) for
+    hidden (beyond that, and with memory="low" or reduction="none", gradients are recomputed in the backward: four
+    products, no buffer). The compiled CPU kernels round the gradients of bfloat16 inputs as they form them, without
+    buffers: an upstream factor that is not a power of two then rounds a second time.
     A second backward (`retain_graph=True`) forms them again. Differentiating twice raises. What does not require grad
     costs no product.
 
@@ -80,9 +80,7 @@ def linear_cross_entropy(
     if num_items is None and reduction == "mean":
         num_items = valid.sum() if row_weight is None else torch.where(valid, row_weight.detach(), 0.0).sum()
     if fast and name != "reference":
-        if num_items is not None and _takes_divisor(
-            flat.weight
-        ):  # then gradients come out as they are handed out
+        if num_items is not None and _takes_divisor(flat.weight):  # gradients then come out ready
             ones = torch.ones(flat.target.shape) if row_weight is None else row_weight
             row_weight, num_items = ones * _reciprocal(num_items, ones.device), None
         loss = _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, name)
