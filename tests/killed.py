@@ -95,7 +95,7 @@ def main(data: Path, folder: Path, kills: int, seed: int) -> None:
         aim = draw.randrange(1, 30) if landed < kills and draw.random() < 0.4 else None
         pid = fork(model, data, folder / f"killed-{runs - 1}", aim)
         if landed < kills and aim is None:
-            time.sleep(draw.uniform(0, 0.6 * seconds))
+            time.sleep(draw.uniform(0, 0.95 * seconds))
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         assert status in (0, signal.SIGKILL), f"a resumed run failed with {status}"

@@ -39,6 +39,7 @@ class Proofs:
 
     def __init__(self, loaded: LoadedModel, passes: TwoPasses, image_token_id: int | None):
         self.loaded, self.passes, self.image_token_id = loaded, passes, image_token_id
+        self.needs_pictures = passes.null.stage == "pixels"
         self.sharing: str | None = None if passes.share else ALONE
         self._proven = 0  # 1: on text, 2: on images too
 
@@ -55,7 +56,8 @@ class Proofs:
         if self._proven < 1 + first.is_multimodal:
             inputs = self.passes.inputs([first.encoded])
             inputs.pop("labels")
-            self.passes.transform = prove(self.loaded, inputs, [first.encoded.sizes])
+            sizes = [first.encoded.sizes] if self.needs_pictures else [[]]
+            self.passes.transform = prove(self.loaded, inputs, sizes)
             self._prove_last_layer(first)
             self._proven = 1 + first.is_multimodal
         self._prove_sharing(good or chosen)
@@ -63,8 +65,11 @@ class Proofs:
     def _laid_out(self, items: Sequence[LoadedRecord]) -> list[LoadedRecord]:
         """Those whose pictures lie where the processor's settings say; the others become errors.
 
-        Raises ModelError where it is none of the first samples: then it is the wrong processor.
+        Raises ModelError where it is none of the first samples: then it is the wrong processor. Where the null is not
+        made of pictures, it does not matter how they lie.
         """
+        if not self.needs_pictures:
+            return list(items)
         good, broken = [], []
         for item in items:
             try:
