@@ -18,16 +18,20 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of the shared tests those on Triton; the case of 1100 rows, slow here, once a kind of block."""
-    once = {("torch.bfloat16", "fast"), ("torch.float32", "low"), ("torch.float16", None)}
+    """Of the shared tests those on Triton; the cases of many rows and of many words, slow here, not in every way."""
+    long = {
+        "tiles-of-N": {("torch.bfloat16", "fast"), ("torch.float16", None)},
+        "tiles-of-V": {("torch.float16", "fast"), ("torch.bfloat16", "low"), ("torch.float32", None)},
+    }
 
     def wanted(item):
         if item.path.name != "test_shared_triton.py":
             return True
         given = item.callspec.params if hasattr(item, "callspec") else {}
-        if str(given.get("case")) == "tiles-of-N" and (str(given["dtype"]), given.get("memory")) not in once:
-            return False
-        return given.get("backend") == "triton"
+        ways = long.get(str(given.get("case")))
+        return given.get("backend") == "triton" and (
+            ways is None or (str(given["dtype"]), given.get("memory")) in ways
+        )
 
     left_out = [item for item in items if not wanted(item)]
     if left_out:
