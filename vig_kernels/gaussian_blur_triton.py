@@ -194,15 +194,18 @@ def _kept_operators(sigmas, planes, size, truncate, border, dtype, device):
 def launch_band(bands, source, source_at, out, out_at, scaling, size, lines, enter, leave):
     """One product with the banded matrices, over the planes of `source_at` and `out_at`."""
     matrices, which, radii = bands
-    config = blur_config(matrices)
-    row_tiles, line_tiles = triton.cdiv(size, config.block_n), triton.cdiv(lines, config.block_v)
-    band_kernel[(row_tiles * line_tiles * len(source_at.plane),)](
-        matrices, which, radii, source, *source_at[:3], out, *out_at[:3], *scaling,
-        size, lines, matrices.stride(1), row_tiles, line_tiles,
-        BLOCK_R=config.block_n, BLOCK_L=config.block_v, BLOCK_K=config.block_k, ENTER=enter, LEAVE=leave,
-        SOURCE_UNIT=source_at.unit, OUT_UNIT=out_at.unit, PRECISION=compute_precision(matrices),
-        **config.launch_options,
-    )  # fmt: skip
+
+    def run(config):
+        row_tiles, line_tiles = triton.cdiv(size, config.block_n), triton.cdiv(lines, config.block_v)
+        band_kernel[(row_tiles * line_tiles * len(source_at.plane),)](
+            matrices, which, radii, source, *source_at[:3], out, *out_at[:3], *scaling,
+            size, lines, matrices.stride(1), row_tiles, line_tiles,
+            BLOCK_R=config.block_n, BLOCK_L=config.block_v, BLOCK_K=config.block_k, ENTER=enter, LEAVE=leave,
+            SOURCE_UNIT=source_at.unit, OUT_UNIT=out_at.unit, PRECISION=compute_precision(matrices),
+            **config.launch_options,
+        )  # fmt: skip
+
+    run(blur_config(matrices, size, lines, run))
 
 
 def blur_at(

@@ -132,12 +132,21 @@ def head_config(
     return tuned((kernel, target, str(weight.dtype), V, D), candidates, trial) if autotuning() else chosen
 
 
-def blur_config(matrices: Tensor) -> TileConfig:
-    """The tile of the blur: BLOCK_N rows of the matrix x BLOCK_V lines."""
+def blur_config(matrices: Tensor, size: int, lines: int, trial: Callable[[TileConfig], object]) -> TileConfig:
+    """The tile of the blur, BLOCK_N rows of a (size, size) matrix x BLOCK_V of `lines`. `trial` runs a candidate."""
     target = target_of(matrices.device)
     if target == "interpreter":
-        return replace(INTERPRETER, block_n=32, block_v=32, block_k=32)
-    return BLUR[table_target(target), kind_of(matrices.dtype)]
+        chosen = replace(INTERPRETER, block_n=32, block_v=32, block_k=32)
+        candidates = [chosen, replace(chosen, block_n=16)]
+    else:
+        chosen = BLUR[table_target(target), kind_of(matrices.dtype)]
+        changes = [{"block_n": 128}, {"block_v": 128}, {"num_warps": 8}, {"num_stages": 2}, {"num_stages": 4}]
+        candidates = [chosen, *(replace(chosen, **change) for change in changes)]
+    return (
+        tuned(("blur", target, str(matrices.dtype), size, lines), candidates, trial)
+        if autotuning()
+        else chosen
+    )
 
 
 def autotuning() -> bool:

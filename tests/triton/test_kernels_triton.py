@@ -280,6 +280,24 @@ def test_autotune_searches_once_and_prints(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_autotune_searches_every_kernel(monkeypatch, capsys):
+    monkeypatch.setenv("VIG_AUTOTUNE", "1")
+    monkeypatch.setattr(tile_configs, "_tuned", {})
+    hidden, weight, target, _ = checks.problem(N=6, D=16, V=20, ignored=False)
+    needs = (True, True, False)
+    _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
+    KERNELS.linear_nll_backward.backward(
+        sinks["lse"], None, None, sinks["lse"], None, hidden, weight, target, None, 1.0, None, -100, needs
+    )
+    KERNELS.linear_cross_entropy.forward_backward(
+        hidden, weight, target, None, None, 1.0, None, -100, 0.0, None, needs
+    )
+    images, sigma = torch.rand(1, 1, 9, 7), torch.ones(1, dtype=torch.float64)
+    KERNELS.gaussian_blur.forward(images, sigma, sigma, 3.0, "reflect", "float32", torch.empty_like(images))
+    chosen = [line for line in capsys.readouterr().err.splitlines() if line.startswith("VIG_AUTOTUNE *")]
+    assert [line.split()[2] for line in chosen] == ["fold", "gradient", "store", "blur", "blur"]
+
+
 @pytest.mark.parametrize("low, span", [(3.0, 0.0), (0.0, 0.0), (1000.0, 0.01)])
 def test_fast_blur_of_a_narrow_range_far_from_zero(low, span):
     images = low + span * torch.rand(1, 1, 9, 7)
