@@ -15,15 +15,15 @@ from benchmarks.throughput import Flops, make_samples, ours, plain_loop
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """LLaVA's form with 2 text layers, a small vocabulary and a tower of 2 layers; 12 samples of 4 images."""
+    """LLaVA's form with 2 text layers, a small vocabulary and a tower of 4 layers; 12 samples of 4 images."""
     patch = pytest.MonkeyPatch()
     text, vision = throughput.text_config, throughput.transformers.CLIPVisionConfig
     patch.setattr(throughput, "text_config", lambda layers, vocabulary: text(2, 400))
     patch.setattr(
         throughput.transformers, "CLIPVisionConfig",
-        lambda **named: vision(**named | {"num_hidden_layers": 2, "image_size": 64}),
+        lambda **named: vision(**named | {"num_hidden_layers": 4, "image_size": 128}),
     )  # fmt: skip
-    size = {"height": 64, "width": 64}
+    size = {"height": 128, "width": 128}
     images = throughput.transformers.CLIPImageProcessorPil
     patch.setattr(
         throughput.transformers, "CLIPImageProcessorPil", lambda **_: images(size=size, crop_size=size)
