@@ -40,7 +40,8 @@ def linear_cross_entropy(
             0-d tensor on any device, never read back to the host. Without it "mean" divides by the number of
             valid rows, or by the sum of their weights. A zero divisor gives loss 0.0 and zero gradients.
         z_loss: weight of lse^2, which keeps the logits' normaliser near 1.
-        num_kept: number of rows that are not ignored, if the caller knows it: spares a GPU the stall of counting.
+        num_kept: number of rows that are not ignored, if the caller knows it: a GPU then leaves the others out of its
+            products without stalling to count them.
         memory: "fast" or "low".
 
     Returns:
