@@ -6,11 +6,13 @@
 #include <vector>
 
 #include "cast.h"
+#include "head.h"
 #include "pool.h"
 
 namespace vig {
 namespace {
 
+constexpr int64_t kPixelsPerThread = 16 << 10;  // fewer are done before another thread is awake
 constexpr int64_t kScratchFloats = 2 << 20;  // half-blurred planes held at a time: 8 MiB stay in cache
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -54,12 +56,12 @@ class Blur {
         height_(shape[2]), width_(shape[3]), columns_(2 * kernels.lanes),
         half_stride_(round_up(height_, kernels.lanes)), wide_(round_up(width_, columns_)),
         strip_floats_(std::max(height_, width_) * columns_ + columns_ * round_up(width_, kernels.lanes)),
-        strips_(new float[strip_floats_ * threads]) {}
+        strips_(make_buffer(strip_floats_ * threads)) {}
 
   int64_t plane_floats() const { return wide_ * half_stride_; }
 
   void run(int64_t first, int64_t count, const std::vector<Filter>& down, const std::vector<Filter>& across) {
-    if (half_ == nullptr) half_.reset(new float[plane_floats() * count]);  // the first batch is the largest
+    if (half_ == nullptr) half_ = make_buffer(plane_floats() * count);  // the first batch is the largest
     const int64_t vertical = wide_ / columns_, horizontal = (height_ + columns_ - 1) / columns_;
     parallel_for(count * vertical, threads_, [&](int64_t task, int worker) {
       blur_down(first, task / vertical, task % vertical * columns_, down, strips_.get() + worker * strip_floats_);
@@ -105,7 +107,7 @@ class Blur {
   const Dtype dtype_;
   const int threads_;
   const int64_t channels_, height_, width_, columns_, half_stride_, wide_, strip_floats_;
-  std::unique_ptr<float[]> strips_, half_;
+  Buffer strips_, half_;
 };
 
 std::vector<Filter> make_filters(const double* sigma, int64_t images, double truncate, int64_t length, bool replicate,
@@ -127,6 +129,7 @@ void gaussian_blur(const Kernels& kernels, const ImageView& images, const ImageV
   if (planes == 0 || shape[2] == 0 || shape[3] == 0) return;
   const auto down = make_filters(sigma_y, shape[0], truncate, shape[2], replicate, kernels.blur_rows);
   const auto across = make_filters(sigma_x, shape[0], truncate, shape[3], replicate, kernels.blur_rows);
+  threads = static_cast<int>(std::min<int64_t>(threads, planes * shape[2] * shape[3] / kPixelsPerThread + 1));
   Blur blur(kernels, images, out, shape, dtype, threads);
   const int64_t batch = std::clamp<int64_t>(kScratchFloats / blur.plane_floats(), 1, planes);
   for (int64_t first = 0; first < planes; first += batch) {

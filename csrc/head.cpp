@@ -157,6 +157,7 @@ PanelSweep::PanelSweep(const Head& head, int64_t max_rows, bool stats)
       bias_(make_buffer(head.kernels.panel * together_)), rows_(head.kernels.panel) {}
 
 int64_t PanelSweep::panels_together(const Head& head) {
+  if (head.words() > kPanelWords) return 1;  // packed block by block of D
   return std::clamp<int64_t>(kPackedWords / (std::max<int64_t>(head.words(), 1) * head.kernels.panel), 1, 16);
 }
 

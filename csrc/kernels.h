@@ -108,7 +108,8 @@ struct Kernels {
   int blur_rows;    // outputs of one blur step
   bool pairs;       // has the bfloat16 dot product
   void (*pack)(const PackArgs&);
-  void (*pack_rows)(const PackArgs&);  // rows kept in order: [row][panel] (pairs: two rows a word), begin/end: columns
+  // Rows kept in order, [panel columns][row][panel] (pairs: two rows a word); begin and end are columns.
+  void (*pack_rows)(const PackArgs&);
   void (*multiply)(const MultiplyArgs&, bool pairs);         // a as packed by `pack`: a_row 1, a_word = rows of the tile
   void (*multiply_columns)(const MultiplyArgs&, bool pairs); // a_row 1, a_word panel
   void (*multiply_rows)(const MultiplyArgs&, bool pairs);    // a_row panel (pairs: panel / 2), a_word 1

@@ -7,6 +7,11 @@
 #include "pool.h"
 
 namespace vig {
+namespace {
+
+constexpr int64_t kColumnsTogether = 4;  // panels of columns that are packed from the same rows of the weight
+
+}  // namespace
 
 ChunkGradients::ChunkGradients(const Head& head, const KeptRows& kept, int64_t begin, const RowChunk& chunk,
                                Needs needs, int threads)
@@ -29,8 +34,14 @@ ChunkGradients::ChunkGradients(const Head& head, const KeptRows& kept, int64_t b
   }
   for (int64_t n = 0; pairs_ && needs.weight && n < chunk.rows; ++n) by_target_.emplace_back(chunk.target[n], n);
   std::sort(by_target_.begin(), by_target_.end());
-  const int64_t floats = std::max<int64_t>({words * width, block_rows() * width, 1}) + round_up(width, head.kernels.tile) * width;
+  const int64_t floats = scratch_words() + round_up(width, head.kernels.tile) * width;
   for (int i = 0; i < threads; ++i) scratch_.push_back(make_buffer(floats));
+}
+
+// Gradients of a panel with rows as words, or the packed rows of the weight, whichever is longer.
+int64_t ChunkGradients::scratch_words() const {
+  const int64_t width = head_.kernels.panel, rows = (chunk_.rows + (pairs_ ? 1 : 0)) / (pairs_ ? 2 : 1);
+  return std::max(rows, kColumnsTogether * kBlock) * width;
 }
 
 int64_t ChunkGradients::blocks_of_columns() const {
@@ -73,7 +84,7 @@ void ChunkGradients::weight_product(const PanelRange& range, int64_t panel, cons
   const Kernels& k = head_.kernels;
   const int64_t width = k.panel, words = (chunk_.rows + (pairs_ ? 1 : 0)) / (pairs_ ? 2 : 1);
   const int64_t valid = std::min(width, head_.vocab - panel * width);
-  float* tile = scratch_[worker].get() + std::max<int64_t>({words * width, block_rows() * width, 1});
+  float* tile = scratch_[worker].get() + scratch_words();
   for (int64_t column = 0; column < blocks_of_columns(); ++column) {
     const uint32_t* b = reinterpret_cast<const uint32_t*>(hidden_.get()) + column * words * width;
     for (int64_t v = 0; v < valid; v += k.tile) {
@@ -120,14 +131,15 @@ void ChunkGradients::write_tile(const PanelRange& range, int64_t panel, int64_t 
 }
 
 // Rows of the weight as the right side of a product over the vocabulary; rows past the end meet gradients of 0.
-void ChunkGradients::pack_weight(int64_t panel, int64_t rows, int64_t column, uint32_t* packed) const {
+void ChunkGradients::pack_weight(int64_t panel, int64_t rows, int64_t column, int64_t columns,
+                                 uint32_t* packed) const {
   const int64_t width = head_.kernels.panel;
   const char* at[2 * kBlock];
   for (int64_t i = 0; i < rows; ++i) {
     at[i] = head_.weight + std::min(panel * width + i, head_.vocab - 1) * head_.weight_stride;
   }
   head_.kernels.pack_rows({packed, at, static_cast<int>(rows), head_.dtype, pairs_, column * width,
-                           std::min((column + 1) * width, head_.depth), head_.depth});
+                           std::min((column + columns) * width, head_.depth), head_.depth});
 }
 
 // grad_hidden[n, slice of D] += sum_v gradient[n, v] weight[v, slice], kBlock words of v at a time.
@@ -137,15 +149,19 @@ void ChunkGradients::hidden_product(const PanelRange& range, const float* logits
   const int64_t together = block_rows() / width;
   uint32_t* packed = reinterpret_cast<uint32_t*>(scratch_[worker].get());
   for (int64_t block = range.begin; block < range.end; block += together) {
-    for (int64_t column = from; column < to; ++column) {
-      pack_weight(block, std::min(together, range.end - block) * width, column, packed);
-      hidden_block(range, logits, block, column, packed);
+    const int64_t rows = std::min(together, range.end - block) * width, words = pairs_ ? rows / 2 : rows;
+    for (int64_t column = from; column < to; column += kColumnsTogether) {
+      const int64_t columns = std::min(kColumnsTogether, to - column);
+      pack_weight(block, rows, column, columns, packed);
+      for (int64_t i = 0; i < columns; ++i) {
+        hidden_block(range, logits, block, column + i, i + 1 == columns, packed + i * words * width);
+      }
     }
   }
 }
 
 void ChunkGradients::hidden_block(const PanelRange& range, const float* logits, int64_t block, int64_t column,
-                                  const uint32_t* packed) {
+                                  bool look_ahead, const uint32_t* packed) {
   const Kernels& k = head_.kernels;
   const int64_t width = k.panel, panel_words = chunk_.padded * width;
   const int64_t panels = std::min(block_rows() / width, range.end - block);
@@ -155,12 +171,12 @@ void ChunkGradients::hidden_block(const PanelRange& range, const float* logits, 
   const int64_t tiles = (chunk_.rows + k.tile - 1) / k.tile, weight_rows = panels * width;
   const int64_t share = (weight_rows + tiles - 1) / tiles;
   const char* next = head_.weight + (column + 1) * width * size_of(head_.dtype);
+  const int64_t ahead = kColumnsTogether * width * size_of(head_.dtype);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t row = tile * k.tile;
-    for (int64_t i = tile * share; i < std::min(weight_rows, (tile + 1) * share); ++i) {
+    for (int64_t i = tile * share; look_ahead && i < std::min(weight_rows, (tile + 1) * share); ++i) {
       const char* line = next + std::min(block * width + i, head_.vocab - 1) * head_.weight_stride;
-      __builtin_prefetch(line, 0, 2);
-      __builtin_prefetch(line + 64, 0, 2);
+      for (int64_t at = 0; at < ahead; at += 64) __builtin_prefetch(line + at, 0, 2);
     }
     const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk_.rows - row));
     const int64_t row_words = pairs_ ? width / 2 : width;

@@ -159,27 +159,40 @@ void pack(const PackArgs& p) {
   pack_with(p, 2, 1, [](const char* at) { return Vec::from_f16(at); });
 }
 
-// Columns [begin, end), at most kPanel of them, of `width` rows: [row][kPanel] words, two rows a word for pairs.
+// Columns [begin, end) of `width` rows: [kPanel columns][row][kPanel] words, two rows a word for pairs. Row by row, so
+// that what lies side by side is read together: rows of the weight are often a multiple of 4 KiB apart.
 template <class Load>
 void pack_rows_with(const PackArgs& p, int64_t size, Load load) {
   for (int n = 0; n < p.width; ++n) {
-    for (int half = 0; half < 2; ++half) {
-      const Vec::F words = words_of(p.rows[n], p.begin + half * Vec::W, p.end, size, 1, load);
-      Vec::store(reinterpret_cast<float*>(p.out) + n * kPanel + half * Vec::W, words);
+    uint32_t* out = p.out + n * kPanel;
+    for (int64_t e = p.begin; e < p.end; e += kPanel, out += static_cast<int64_t>(p.width) * kPanel) {
+      for (int half = 0; half < 2; ++half) {
+        const Vec::F words = words_of(p.rows[n], e + half * Vec::W, p.end, size, 1, load);
+        Vec::store(reinterpret_cast<float*>(out) + half * Vec::W, words);
+      }
     }
   }
 }
 
+// W elements of a row from `e` on, zeros past the end, at `padded` or where they stand.
+inline const uint16_t* halves_of(const char* row, int64_t e, int64_t end, uint16_t* padded) {
+  if (row != nullptr && e + Vec::W <= end) return reinterpret_cast<const uint16_t*>(row) + e;
+  __builtin_memset(padded, 0, Vec::W * 2);
+  if (row != nullptr && e < end) __builtin_memcpy(padded, row + 2 * e, (end - e) * 2);
+  return padded;
+}
+
 void pack_row_pairs(const PackArgs& p) {
-  for (int n = 0; n < p.width; n += 2) {
-    for (int half = 0; half < 2; ++half) {
-      uint16_t two[2][Vec::W] = {};
-      const int64_t e = p.begin + half * Vec::W;
-      const int64_t count = p.end - e < Vec::W ? p.end - e : Vec::W;
-      for (int i = 0; i < 2 && n + i < p.width && count > 0; ++i) {
-        __builtin_memcpy(two[i], p.rows[n + i] + 2 * e, count * 2);
+  uint16_t padded[2][Vec::W];
+  const int64_t words = (p.width + 1) / 2;
+  for (int64_t n = 0; n < words; ++n) {
+    const char* low = p.rows[2 * n];
+    const char* high = 2 * n + 1 < p.width ? p.rows[2 * n + 1] : nullptr;
+    uint32_t* out = p.out + n * kPanel;
+    for (int64_t e = p.begin; e < p.end; e += kPanel, out += words * kPanel) {
+      for (int64_t at = e; at < e + kPanel; at += Vec::W) {
+        Vec::pair_bf16(out + at - e, halves_of(low, at, p.end, padded[0]), halves_of(high, at, p.end, padded[1]));
       }
-      Vec::pair_bf16(p.out + n / 2 * kPanel + half * Vec::W, two[0], two[1]);
     }
   }
 }

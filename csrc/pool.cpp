@@ -11,12 +11,30 @@
 namespace vig {
 namespace {
 
+// The next task of a call mostly comes within microseconds, far sooner than a sleeping thread is woken.
+constexpr int kSpins = 500;
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+template <class Ready>
+bool spin_until(Ready ready) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (ready()) return true;
+    relax();
+  }
+  return false;
+}
+
 class Pool {
  public:
   void run(int64_t count, int threads, const std::function<void(int64_t, int)>& task) {
     while (static_cast<int>(workers_.size()) < threads - 1) {
       const int id = static_cast<int>(workers_.size()) + 1;
-      workers_.emplace_back([this, id, seen = generation_] { wait_and_work(id, seen); });
+      workers_.emplace_back([this, id, seen = generation_.load()] { wait_and_work(id, seen); });
       workers_.back().detach();  // lives as long as the process: nothing to join at exit
     }
     {
@@ -25,13 +43,15 @@ class Pool {
       count_ = count;
       next_.store(0, std::memory_order_relaxed);
       invited_ = threads - 1;
-      busy_ = threads - 1;
-      ++generation_;
+      busy_.store(threads - 1, std::memory_order_relaxed);
+      generation_.fetch_add(1, std::memory_order_release);
     }
     start_.notify_all();
     work(0);
+    const auto done = [this] { return busy_.load(std::memory_order_acquire) == 0; };
+    if (spin_until(done)) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    done_.wait(lock, done);
   }
 
  private:
@@ -44,15 +64,21 @@ class Pool {
   }
 
   void wait_and_work(int id, uint64_t seen) {
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      start_.wait(lock, [&] { return generation_ != seen; });
-      seen = generation_;
-      if (id > invited_) continue;
-      lock.unlock();
+      const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+      bool invited;
+      {
+        spin_until(called);
+        std::unique_lock<std::mutex> lock(mutex_);  // the call's other fields are read under it
+        start_.wait(lock, called);
+        seen = generation_.load(std::memory_order_relaxed);
+        invited = id <= invited_;
+      }
+      if (!invited) continue;
       work(id);
-      lock.lock();
-      if (--busy_ == 0) done_.notify_one();
+      if (busy_.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+      std::lock_guard<std::mutex> lock(mutex_);  // or the caller could miss it between its look and its sleep
+      done_.notify_one();
     }
   }
 
@@ -62,8 +88,9 @@ class Pool {
   const std::function<void(int64_t, int)>* task_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
-  int invited_ = 0, busy_ = 0;
-  uint64_t generation_ = 0;
+  int invited_ = 0;
+  std::atomic<int> busy_{0};
+  std::atomic<uint64_t> generation_{0};
 };
 
 // Both are leaked on purpose: threads may still sleep in them at exit, and a forked child must not touch its parent's.

@@ -336,3 +336,37 @@ def test_a_forked_child_has_threads_of_its_own(threads):
 def test_peak_is_a_rate():
     assert native.peak_f32(1, 0.01) > 1e9
     assert native.peak_bf16(1, 0.01) > 1e9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_earlier_call_leaves_no_trace(isa, dtype):
+    """Buffers are used again: what a call full of NaN left in them must not show."""
+    random = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, 150, generator=random).to(dtype) for n in (301, 1003))
+    target = torch.randint(0, 1003, (301,), generator=random)
+    target[::7] = -100
+
+    def run(hidden):
+        options = (None, 1.0, None, -100)
+        nll, stats = linear_nll_cpu.forward(hidden, weight, target, *options, ("lse", "entropy", "argmax"))
+        formed = linear_cross_entropy_cpu.forward_backward(
+            hidden, weight, target, None, None, 1.0, None, -100, 0.0, None, (True, True, False)
+        )
+        again = linear_nll_cpu.backward(
+            nll,
+            nll,
+            nll,
+            stats["lse"],
+            stats["entropy"],
+            hidden,
+            weight,
+            target,
+            *options,
+            (True, True, False),
+        )
+        return [nll, *stats.values(), *formed[:3], *again[:2]]
+
+    before = run(hidden)
+    run(torch.full_like(hidden, float("nan")))
+    for mine, truth in zip(run(hidden), before, strict=True):
+        assert torch.equal(mine, truth)

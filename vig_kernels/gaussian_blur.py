@@ -112,10 +112,9 @@ def _sigmas(sigma, shape, leading: int) -> tuple[Tensor, Tensor]:
 
 def _blur(images, sigma_y, sigma_x, truncate, border, precision, backend, out) -> None:
     for name, sigma in (("sigma_y", sigma_y), ("sigma_x", sigma_x)):
-        bad = ~(sigma.isfinite() & (sigma >= 0))
-        if bool(bad.any()):
-            at = int(bad.nonzero()[0])
-            raise ValueError(f"{name} of image {at} is {float(sigma[at])}, not a finite number of at least 0")
+        for at, value in enumerate(sigma.tolist()):  # a few numbers: Python is faster than an op
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} of image {at} is {value}, not a finite number of at least 0")
     if backend == "reference":
         for image, y, x, to in zip(images, sigma_y.tolist(), sigma_x.tolist(), out, strict=True):
             to.copy_(reference.gaussian_blur(image, (y, x), truncate=truncate, border=border))

@@ -109,6 +109,15 @@ void check_problem(const vig::Kernels& kernels, const Problem& p) {
   for (size_t i = 0; i < hidden.size(); ++i) {
     CHECK(close(hidden[i], grad_hidden[i], slack * (p.depth + 1)), "%s dH %g, not %g", kernels.name, hidden[i], grad_hidden[i]);
   }
+  if (p.dtype == vig::Dtype::kBFloat16) {
+    std::vector<uint16_t> rounded_hidden(hidden.size()), rounded_weight(weight.size());
+    vig::linear_cross_entropy(head, kept, ones.data(), 0.0,
+                              {reinterpret_cast<char*>(rounded_hidden.data()),
+                               reinterpret_cast<char*>(rounded_weight.data()), true, nullptr}, 2);
+    for (size_t i = 0; i < weight.size(); ++i) {
+      CHECK(rounded_weight[i] == vig::to_bfloat16(weight[i]), "%s dW %zu is not the rounded sum", kernels.name, i);
+    }
+  }
   std::vector<char> stored_hidden(p.rows * p.depth * size), stored_weight(p.vocab * p.depth * size);
   vig::linear_nll_backward(head, kept, {ones.data(), nullptr, ones.data(), lse.data(), entropy.data()},
                            {stored_hidden.data(), stored_weight.data(), bias.data()}, 2);
