@@ -268,3 +268,14 @@ def test_failures_of_earlier_runs_are_told_apart(data, tmp_path):
     assert (retried.failed, retried.failed_before) == (1, 0)
     with ScoreWriter(tmp_path / "scores", score_metadata(tmp_path / "scores")) as writer:
         assert writer.counts()["errors"] == 1
+
+
+def test_an_error_holds_no_frames_and_so_no_pictures(data):
+    """Else a dataset with many broken images would grow in memory between two runs of the garbage collector."""
+    one = scorer()
+    for record in (list(read_samples(data))[9], SAMPLES[0]):
+        item = load_record(
+            record, Scorer(tiny.llava_model(), one.loaded.processor, max_length=8).encoder, "pixels"
+        )
+        assert item.error is not None
+        assert item.error.__traceback__ is None and item.error.__context__ is None

@@ -227,8 +227,14 @@ def load_record(
             loaded.null = encoder.encode(without_images(record), [])
             _check_same_answer(loaded)
     except SampleError as error:
-        loaded.encoded, loaded.error = None, error
+        loaded.encoded, loaded.error = None, bare(error)
     return loaded
+
+
+def bare(error: SampleError) -> SampleError:
+    """Without the frames that raised it, which hold pictures, and hold it in turn."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 def new_pixel_bytes() -> Callable[[LoadedRecord], int]:
@@ -336,7 +342,7 @@ class Donors:
                     item.null = encoder.encode(item.record, donors)
                     _check_same_answer(item)
                 except SampleError as error:
-                    item.encoded, item.error = None, error
+                    item.encoded, item.error = None, bare(error)
 
     def _donors(self, item: LoadedRecord) -> list[Image.Image]:
         donors = []
