@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,13 +32,12 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.flops import BATCH, Flops
 from vig import forward, packed, prefix, score
 from vig.plan import chunks
-from vig.prompts import Encoded
 from vig.samples import Sample
 from vig.score import Scorer
 
-BATCH = 8  # of the plain loop
 BATCH_TOKENS = 4096
 OUTSIDE = 0.08  # of the time outside the model's own layers, at most
 TEMPLATE = (
@@ -200,75 +198,6 @@ def plain_loop(scorer: Scorer, samples: Sequence[Sample]) -> list[tuple[np.ndarr
 def ours(scorer: Scorer, samples: Sequence[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
     rows = scorer.score_window(samples)
     return [(np.asarray(row.token_nll_image), np.asarray(row.token_nll_null)) for row in rows]
-
-
-# --- counting ---
-
-
-@dataclass(frozen=True)
-class Flops:
-    """FLOP of a model's parts, a product of (m, k) and (k, n) counted as 2 m k n; norms and activations as none."""
-
-    token: float  # the text layers' products, one token
-    pair: float  # attention, one query and one key
-    head: float  # one row of logits
-    image: float  # the tower and what joins it to the text, one image
-    last: float  # of `token`, the feed-forward part of the last layer
-
-    @classmethod
-    def of(cls, model: Any) -> Flops:
-        text, vision = model.config.get_text_config(), model.config.vision_config
-        head = model.get_output_embeddings().weight
-        language = next(
-            module
-            for name, module in model.named_modules()
-            if name.endswith(("language_model", "text_model"))
-        )
-        patches = (vision.image_size // vision.patch_size) ** 2 + (vision.model_type == "clip_vision_model")
-        tower = model.model.vision_tower if hasattr(model.model, "vision_tower") else model.model.vision_model
-        attention = 4 * vision.hidden_size * vision.num_hidden_layers * patches**2
-        join = getattr(model.model, "multi_modal_projector", None) or model.model.connector
-        joined = sum(weights(join)) * patches / getattr(model.config, "scale_factor", 1) ** 2
-        return cls(
-            token=2.0 * sum(weights(language.layers)),
-            pair=4.0
-            * text.num_attention_heads
-            * language.layers[0].self_attn.head_dim
-            * text.num_hidden_layers,
-            head=2.0 * head.numel(),
-            image=2.0 * (sum(weights(tower)) * patches + joined) + attention,
-            last=2.0 * sum(weights(language.layers[-1].mlp)),
-        )
-
-    def plain(self, encoded: Sequence[Encoded]) -> float:
-        """Both passes of the plain loop."""
-        total = 0.0
-        for batch in chunks(encoded, BATCH):
-            length = max(len(item.input_ids) for item in batch)
-            total += len(batch) * (length * (self.token + self.head) + length**2 * self.pair + self.image)
-        return 2 * total
-
-    def least(self, encoded: Sequence[Encoded], hashes: Sequence[list[str]], image_token_id: int) -> float:
-        """What both passes cannot do without: each image and prefix once, no padding, the last rows for answers."""
-        seen: Counter = Counter()
-        total = 0.0
-        for item, content in zip(encoded, hashes, strict=True):
-            key = prefix.shared_by(item, content, image_token_id)
-            shared, fed = len(key[1]), prefix.fed_tokens(item)
-            if not seen[key]:
-                total += self.image + shared * (self.token - self.last) + shared**2 / 2 * self.pair
-            seen[key] += 1
-            own = fed - shared
-            total += own * (self.token - self.last) + own * (shared + own / 2) * self.pair
-            total += len(item.answer_index) * (self.head + self.last)
-        return 2 * total
-
-
-def weights(module: torch.nn.Module) -> Iterator[int]:
-    """Elements of each weight that multiplies."""
-    for part in module.modules():
-        if isinstance(part, torch.nn.Linear | torch.nn.Conv2d):
-            yield part.weight.numel()
 
 
 # --- the suite ---
