@@ -59,14 +59,16 @@ struct HeadArgs {
 };
 
 void linear_nll(const HeadArgs& args, const std::vector<RowsView>& hidden, uintptr_t target, int64_t ignore_index,
-                uintptr_t nll, uintptr_t lse, uintptr_t entropy, uintptr_t argmax, int threads) {
+                uintptr_t nll, uintptr_t lse, uintptr_t lse_rest, uintptr_t entropy, uintptr_t argmax, int threads) {
   const vig::Head head = args.head();
   py::gil_scoped_release released;
   vig::KeptRows kept;
   for (const auto& [data, rows, stride] : hidden) {
     kept.add(pointer<char>(data), stride, pointer<int64_t>(target), rows, ignore_index);
   }
-  vig::linear_nll(head, kept, {pointer<float>(nll), pointer<float>(lse), pointer<float>(entropy), pointer<int64_t>(argmax)},
+  vig::linear_nll(head, kept,
+                  {pointer<float>(nll), pointer<float>(lse), pointer<float>(lse_rest), pointer<float>(entropy),
+                   pointer<int64_t>(argmax)},
                   threads);
 }
 
@@ -129,7 +131,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("isa"), py::arg("dtype"), py::arg("depth"), py::arg("vocab"), py::arg("weight"),
            py::arg("weight_stride"), py::arg("bias"), py::arg("scale"), py::arg("cap"));
   m.def("linear_nll", linear_nll, py::arg("head"), py::arg("hidden"), py::arg("target"), py::arg("ignore_index"),
-        py::arg("nll"), py::arg("lse"), py::arg("entropy"), py::arg("argmax"), py::arg("threads"));
+        py::arg("nll"), py::arg("lse"), py::arg("lse_rest"), py::arg("entropy"), py::arg("argmax"), py::arg("threads"));
   m.def("linear_cross_entropy", linear_cross_entropy, py::arg("head"), py::arg("hidden"), py::arg("target"),
         py::arg("row_weight"), py::arg("ignore_index"), py::arg("z_loss"), py::arg("grad_hidden"),
         py::arg("grad_weight"), py::arg("rounded"), py::arg("grad_bias"), py::arg("threads"));

@@ -4,8 +4,8 @@
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// e^x for x <= 80 or so; 0 from -104 down (and for -inf); NaN stays NaN. Relative error 1.5e-7 near 0, and e^0 is 1.
-// 2^t on [0, 1): minimax with the constant 1, fitted by us.
+// e^x for x <= 80 or so; 0 from -104 down (and for -inf); NaN stays NaN. Relative error 1.5e-7 and 6e-8 |x|; e^0 is 1.
+// The polynomials are minimax for 2^t on [0, 1] with the constant 1, fitted by us.
 inline Vec::F exp_of(Vec::F x) {
   Vec::F part, whole;
   Vec::split(Vec::mul(x, Vec::set1(kLog2E)), part, whole);
@@ -14,22 +14,39 @@ inline Vec::F exp_of(Vec::F x) {
   p = Vec::fma(p, part, Vec::set1(5.5799913321e-02f));
   p = Vec::fma(p, part, Vec::set1(2.4016445010e-01f));
   p = Vec::fma(p, part, Vec::set1(6.9315131181e-01f));
-  p = Vec::fma(p, part, Vec::set1(1.0f));
-  return Vec::scale_by_power(p, whole);
+  return Vec::scale_by_power(Vec::fma(p, part, Vec::set1(1.0f)), whole);
 }
 
-// tanh to a relative error of a few 1e-7: a polynomial near 0, (1 - e) / (1 + e) with e = exp(-2|x|) beyond.
-inline Vec::F tanh_of(Vec::F x) {
-  const Vec::F size = Vec::abs(x), square = Vec::mul(x, x);
+// The same with a relative error of 7e-8 at any x, for gradients: the product with log2(e) is not rounded before the whole
+// part is taken off, and the polynomial is one degree longer.
+inline Vec::F exact_exp_of(Vec::F x) {
+  x = Vec::max(Vec::set1(-104.0f), x);
+  const Vec::F log2e = Vec::set1(kLog2E);
+  const Vec::F whole = Vec::floor(Vec::mul(x, log2e));
+  Vec::F part = Vec::fma(x, log2e, Vec::sub(Vec::zero(), whole));
+  part = Vec::fma(x, Vec::set1(1.9259629911e-08f), part);  // log2(e) beyond float32
+  Vec::F p = Vec::set1(2.1612916366e-04f);
+  p = Vec::fma(p, part, Vec::set1(1.2467846076e-03f));
+  p = Vec::fma(p, part, Vec::set1(9.6754516026e-03f));
+  p = Vec::fma(p, part, Vec::set1(5.5485280603e-02f));
+  p = Vec::fma(p, part, Vec::set1(2.4022930556e-01f));
+  p = Vec::fma(p, part, Vec::set1(6.9314704444e-01f));
+  return Vec::scale_by_power(Vec::fma(p, part, Vec::set1(1.0f)), whole);
+}
+
+// cap * tanh(x / cap), rounded little more than once: x and an odd polynomial of x near 0; beyond, cap less its share
+// 2 e / (1 + e) with e = exp(-2 |x| / cap).
+inline Vec::F softcap_of(Vec::F x, Vec::F cap) {
+  const Vec::F ratio = Vec::div(x, cap), size = Vec::abs(ratio), square = Vec::mul(ratio, ratio);
   Vec::F p = Vec::set1(-5.7049108457e-03f);
   p = Vec::fma(p, square, Vec::set1(2.0639022263e-02f));
   p = Vec::fma(p, square, Vec::set1(-5.3739696205e-02f));
   p = Vec::fma(p, square, Vec::set1(1.3331441985e-01f));
   p = Vec::fma(p, square, Vec::set1(-3.3333281935e-01f));
-  const Vec::F near = Vec::fma(Vec::mul(p, square), size, size);
-  const Vec::F e = exp_of(Vec::mul(size, Vec::set1(-2.0f)));
-  const Vec::F far = Vec::div(Vec::sub(Vec::set1(1.0f), e), Vec::add(Vec::set1(1.0f), e));
-  return Vec::with_sign(Vec::select(Vec::greater(size, Vec::set1(0.625f)), far, near), x);
+  const Vec::F near = Vec::fma(Vec::mul(p, square), x, x);
+  const Vec::F e = exact_exp_of(Vec::mul(size, Vec::set1(-2.0f)));
+  const Vec::F far = Vec::fma(Vec::div(Vec::mul(Vec::set1(-2.0f), e), Vec::add(Vec::set1(1.0f), e)), cap, cap);
+  return Vec::select(Vec::greater(size, Vec::set1(0.625f)), Vec::with_sign(far, x), near);
 }
 
 // How far logits may rise above the reference of their row before its sums are rebased to a new one: rebasing at every
@@ -48,7 +65,7 @@ template <bool Cap>
 inline Vec::F logit_of(const FoldArgs& f, Vec::F product, Vec::F scale, Vec::F bias) {
   const Vec::F y = Vec::fma(product, scale, bias);
   if constexpr (!Cap) return y;
-  return Vec::mul(tanh_of(Vec::div(y, Vec::set1(f.cap))), Vec::set1(f.cap));
+  return softcap_of(y, Vec::set1(f.cap));
 }
 
 // sum and moment of the lanes, moved from the old maximum to a new one that is no smaller.
@@ -211,7 +228,7 @@ void combine(const Partials* groups, int64_t count, int64_t first, bool stats, c
 inline Vec::F gradient_of(const GradArgs& g, int64_t n, const float* logit, int first, Vec::F& plain) {
   const Vec::F y = Vec::load(logit);
   const Vec::F below = Vec::sub(Vec::sub(y, Vec::set1(g.lse[n])), Vec::set1(g.lse_rest[n]));
-  const Vec::F p = exp_of(below);
+  const Vec::F p = exact_exp_of(below);
   Vec::F upstream = Vec::set1(g.weight[n]);
   if (g.moment != nullptr) {  // dH/dlogit = -p * (logit - lse + H)
     const Vec::F centred = Vec::add(Vec::max(Vec::set1(-200.0f), below), Vec::set1(g.entropy[n]));
@@ -225,8 +242,8 @@ inline Vec::F gradient_of(const GradArgs& g, int64_t n, const float* logit, int 
     slope = Vec::sub(slope, Vec::load(lane));
   }
   if (g.cap != 0.0f) {  // d(cap * tanh(x / cap)) / dx = 1 - (logit / cap)^2
-    const Vec::F ratio = Vec::mul(y, Vec::set1(1.0f / g.cap));
-    slope = Vec::mul(slope, Vec::sub(Vec::set1(1.0f), Vec::mul(ratio, ratio)));
+    const Vec::F ratio = Vec::div(y, Vec::set1(g.cap));
+    slope = Vec::mul(slope, Vec::fma(ratio, Vec::sub(Vec::zero(), ratio), Vec::set1(1.0f)));
   }
   slope = Vec::select(Vec::first(g.columns - first), slope, Vec::zero());
   plain = Vec::add(plain, slope);

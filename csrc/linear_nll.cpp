@@ -28,7 +28,9 @@ void finish_rows(const Head& head, const KeptRows& kept, int64_t begin, int64_t 
       const RowTotal total = table.total(n);
       const int64_t slot = kept.slot[begin + n];
       out.nll[slot] = static_cast<float>(total.nll(picked[n]));
-      if (out.lse != nullptr) out.lse[slot] = static_cast<float>(total.lse());
+      const double lse = total.lse();
+      if (out.lse != nullptr) out.lse[slot] = static_cast<float>(lse);
+      if (out.lse_rest != nullptr) out.lse_rest[slot] = static_cast<float>(lse - static_cast<float>(lse));
       if (out.entropy != nullptr) out.entropy[slot] = static_cast<float>(total.entropy());
       if (out.argmax != nullptr) out.argmax[slot] = total.column;
     }

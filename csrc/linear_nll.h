@@ -7,6 +7,7 @@ namespace vig {
 struct NllOutputs {
   float* nll;
   float* lse;
+  float* lse_rest;  // what float32 cannot hold of lse
   float* entropy;
   int64_t* argmax;
 };

@@ -33,6 +33,7 @@ struct Vec {
     whole = _mm256_floor_ps(x);
     part = sub(x, whole);
   }
+  static F floor(F a) { return _mm256_floor_ps(a); }
   static F scale_by_power(F a, F n) {  // a * 2^n, n >= -150 an integer; 0 below the normal range
     const I power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return select(greater(n, set1(-127.0f)), mul(a, _mm256_castsi256_ps(power)), keep_nan(n));

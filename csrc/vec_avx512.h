@@ -39,6 +39,7 @@ struct Vec {
     part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     whole = x;
   }
+  static F floor(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
   static F scale_by_power(F a, F n) { return _mm512_scalef_ps(a, n); }  // a * 2^floor(n)
 
   static I iset1(int32_t x) { return _mm512_set1_epi32(x); }

@@ -31,11 +31,14 @@ struct Vec {
   static F with_sign(F magnitude, F sign) {
     return as_float(as_int(magnitude) | (as_int(sign) & static_cast<int32_t>(0x80000000u)));
   }
+  static F floor(F a) {  // |a| < 2^22 here
+    const F big = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to nearest even
+    const F near = (a + big) - big;
+    return near - select(greater(near, a), set1(1.0f), zero());
+  }
   static void split(F x, F& part, F& whole) {  // x = whole + part with part in [0, 1]
     x = max(set1(-150.0f), x);
-    const F big = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to nearest even
-    whole = (x + big) - big;
-    whole = whole - select(greater(whole, x), set1(1.0f), zero());
+    whole = floor(x);
     part = x - whole;
   }
   static F scale_by_power(F a, F n) {  // a * 2^n, n >= -150 an integer; 0 below the normal range

@@ -25,7 +25,7 @@ def forward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(nll (N,) float32 in nats, {"lse": ..., "entropy": ..., "argmax": ...} as asked); ignored rows 0.0 and -1.
 
-    "lse_rest", what float32 cannot hold of lse, is not told by the native code: zeros.
+    "lse_rest" is what float32 cannot hold of lse.
     Ignored rows are left out before any work. The bits of a row depend on neither threads nor other rows.
     """
     rows = hidden.shape[0]
@@ -43,6 +43,7 @@ def forward(
         ignore_index,
         nll.data_ptr(),
         native.address(sinks.get("lse")),
+        native.address(sinks.get("lse_rest")),
         native.address(sinks.get("entropy")),
         native.address(sinks.get("argmax")),
         torch.get_num_threads(),

@@ -37,6 +37,7 @@ def forward(
         0,
         0,
         0,
+        0,
         torch.get_num_threads(),
     )
     del kept_bias  # read until here

@@ -73,8 +73,8 @@ void check_problem(const vig::Kernels& kernels, const Problem& p) {
   kept.add(in.hidden.data(), p.depth * size, in.target.data(), p.rows, -100);
   std::vector<float> nll(p.rows), lse(p.rows), entropy(p.rows), again(p.rows);
   std::vector<int64_t> argmax(p.rows);
-  vig::linear_nll(head, kept, {nll.data(), lse.data(), entropy.data(), argmax.data()}, 1);
-  vig::linear_nll(head, kept, {again.data(), nullptr, nullptr, nullptr}, 3);
+  vig::linear_nll(head, kept, {nll.data(), lse.data(), nullptr, entropy.data(), argmax.data()}, 1);
+  vig::linear_nll(head, kept, {again.data(), nullptr, nullptr, nullptr, nullptr}, 3);
   const double tolerance = 1e-5 + 1e-6 * p.depth + (p.dtype == vig::Dtype::kFloat16 ? 2e-3 * p.depth : 0);
   std::vector<double> grad_hidden(p.rows * p.depth), grad_weight(p.vocab * p.depth);
   double loss = 0, largest = 0;
