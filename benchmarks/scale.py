@@ -24,6 +24,7 @@ import numpy as np
 
 SAMPLES, QUICK_SAMPLES = 1_000_000, 20_000
 TOKENS = 150  # answer tokens a sample, on average
+PROMPT = 32  # tokens before the answer
 WINDOW = 8192
 BOUNDS = {  # what the figures of a million samples must keep
     "write_samples_per_s": (">=", 40_000),
@@ -75,17 +76,22 @@ def tables(cases: Sequence[dict]) -> list[list[list[str]]]:
 
 
 def write_scores(folder: Path, samples: int) -> dict:
-    """Blocks made beforehand, then stored: samples a second of `ScoreWriter.write`, and bytes a sample.
+    """Rows as the scorer makes them, then stored: samples a second of `ScoreWriter.write`, and bytes a sample.
 
-    Also a second of processor time, which the load of the machine leaves alone."""
+    Also a second of processor time, which the load of the machine leaves alone; and what the rows themselves take to
+    make of token lists and likelihoods (`vig.score.scored_row`), before they are stored."""
+    from vig.score import scored_row
     from vig.store import ScoreWriter
 
-    seconds = processor = 0.0
+    making = seconds = processor = 0.0
     with ScoreWriter(folder, {"model": "synthetic"}) as writer:
         for window, start in enumerate(range(0, samples, WINDOW)):
-            block = synthetic_block(start, min(WINDOW, samples - start))
+            scored = synthetic_samples(start, min(WINDOW, samples - start))
+            begun = time.perf_counter()
+            rows = [scored_row(item, value) for item, value in scored]
+            making += time.perf_counter() - begun
             begun, spent = time.perf_counter(), time.process_time()
-            writer.write(window, block)
+            writer.write(window, rows)
             seconds += time.perf_counter() - begun
             processor += time.process_time() - spent
         writer.mark_complete()
@@ -93,8 +99,30 @@ def write_scores(folder: Path, samples: int) -> dict:
     return {
         "write_samples_per_s": samples / seconds,
         "write_samples_per_processor_s": samples / processor,
+        "make_rows_samples_per_s": samples / making,
         "bytes_per_sample": size / samples,
     }
+
+
+def synthetic_samples(start: int, rows: int) -> list[tuple]:
+    """The same scores as the model's passes leave them: (LoadedRecord, TokenNLL) a sample, for `scored_row`."""
+    from vig.forward import TokenNLL
+    from vig.loader import LoadedRecord
+    from vig.prompts import Encoded
+    from vig.samples import Sample
+
+    block = synthetic_block(start, rows)
+    cuts = np.cumsum(block.n_tokens)[:-1]
+    columns = (block.token_ids, block.positions, block.token_nll_image, block.token_nll_null)
+    found = []
+    for key, name, ids, places, image, null in zip(
+        block.key, block.id, *(np.split(column, cuts) for column in columns), strict=True
+    ):
+        item = LoadedRecord(Sample(key, name, (b"",), (), "data.json"))
+        answer = list(range(PROMPT, PROMPT + len(ids)))
+        item.encoded = Encoded(item.record, [0] * PROMPT + ids.tolist(), answer, places.tolist(), {})
+        found.append((item, TokenNLL(image, null)))
+    return found
 
 
 def synthetic_block(start: int, rows: int):

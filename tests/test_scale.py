@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 
 from benchmarks import scale
+from vig.score import scored_row
 from vig.select import select
-from vig.store import ScoreWriter, count_rows
+from vig.store import ScoreBlock, ScoreWriter, count_rows
 
 SAMPLES = 3 * scale.WINDOW
 
@@ -17,12 +19,15 @@ SAMPLES = 3 * scale.WINDOW
 def scores(tmp_path_factory):
     """A folder of synthetic scores, and the samples a processor second it was written with."""
     folder = tmp_path_factory.mktemp("scores")
-    blocks = [scale.synthetic_block(start, scale.WINDOW) for start in range(0, SAMPLES, scale.WINDOW)]
+    windows = [
+        [scored_row(*scored) for scored in scale.synthetic_samples(start, scale.WINDOW)]
+        for start in range(0, SAMPLES, scale.WINDOW)
+    ]
     with ScoreWriter(folder, {"model": "synthetic"}) as writer:
-        writer.write(0, blocks[0])  # warm
+        writer.write(0, windows[0])  # warm
         begun = time.process_time()
-        for window, block in enumerate(blocks[1:], 1):
-            writer.write(window, block)
+        for window, rows in enumerate(windows[1:], 1):
+            writer.write(window, rows)
         seconds = time.process_time() - begun
         writer.mark_complete()
     return folder, 2 * scale.WINDOW / seconds
@@ -32,6 +37,13 @@ def test_scores_are_written_at_thousands_of_samples_a_second(scores):
     folder, rate = scores
     assert count_rows(folder) == SAMPLES
     assert rate > 10_000  # 40,000 and more on a free core
+
+
+def test_rows_of_the_scorer_are_stored_as_the_columns_they_were_made_of():
+    rows = [scored_row(*scored) for scored in scale.synthetic_samples(7, 50)]
+    assert [row.token_ids.dtype for row in rows] == [row.positions.dtype for row in rows] == [np.int32] * 50
+    assert all(row.token_nll_image.dtype == row.token_nll_null.dtype == np.float32 for row in rows)
+    assert ScoreBlock.from_rows(rows).table().equals(scale.synthetic_block(7, 50).table())
 
 
 def test_a_million_samples_are_selected_within_two_minutes(scores, tmp_path):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vig import files, selection_table
+from vig.score_rows import CACHED_ROWS
 from vig.selection_table import SELECTION_SCHEMA, hash_keys, write_selection
 from vig.store import (
     SCORE_SCHEMA,
@@ -99,6 +100,20 @@ def test_values_that_are_not_finite_become_an_error_row_alone(bad, status):
     )
     assert b["token_ids"] is None and a["status"] == c["status"] == "ok"
     assert c["token_nll_image"] == list(rows[2].token_nll_image)
+
+
+def test_a_row_has_the_same_bits_among_many_others_and_alone_as_arrays_and_as_lists():
+    kinds = ("ok", "text_only", "ok", "error: x", "ok")
+    rows = [row(str(place), kinds[place % 5], 1 + place % 40, place) for place in range(CACHED_ROWS + 44)]
+    lists = [
+        ScoreRow(one.key, one.id, one.source, one.status, *(np.asarray(values).tolist() for values in (
+            one.token_ids, one.positions, one.token_nll_image, one.token_nll_null)))
+        for one in rows
+    ]  # fmt: skip
+    table = ScoreBlock.from_rows(rows).table()
+    assert table.equals(ScoreBlock.from_rows(lists).table())
+    alone = [ScoreBlock.from_rows([one]).table() for one in rows]
+    assert table.equals(pa.concat_tables(alone).combine_chunks())
 
 
 def test_bad_blocks_are_refused_with_the_key():

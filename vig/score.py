@@ -200,7 +200,7 @@ class Scorer:
                 [item.null for item in items] if items[0].null is not None else None,
                 [item.hashes for item in items],
             )
-            return [_scored_row(item, value) for item, value in zip(items, values, strict=True)]
+            return [scored_row(item, value) for item, value in zip(items, values, strict=True)]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -319,7 +319,8 @@ def error_row(item: LoadedRecord) -> ScoreRow | None:
     return _row(item, f"error: {item.error.reason}. {item.error.cure}")
 
 
-def _scored_row(item: LoadedRecord, value: TokenNLL) -> ScoreRow:
+def scored_row(item: LoadedRecord, value: TokenNLL) -> ScoreRow:
+    """The row to store, its token columns as arrays; an error row where a value is not finite."""
     finite = np.isfinite(value.image) & (True if value.null is None else np.isfinite(value.null))
     if not finite.all():
         token = int(finite.argmin())
@@ -330,8 +331,8 @@ def _scored_row(item: LoadedRecord, value: TokenNLL) -> ScoreRow:
     return _row(
         item,
         "ok" if value.null is not None else "text_only",
-        token_ids=item.encoded.answer_ids,
-        positions=item.encoded.turn_position,
+        token_ids=np.array(item.encoded.answer_ids, np.int32),
+        positions=np.array(item.encoded.turn_position, np.int32),
         token_nll_image=value.image,
         token_nll_null=value.null if value.null is not None else (),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow as pa
 
 METADATA_KEY = b"vig"  # of the Parquet files' metadata
 LIST_LIMIT = 2**31 - 1  # offsets of an Arrow list are int32
+CACHED_ROWS = 256  # whose float64 values, 300 kB for 150 tokens each, stay in the cache
 
 SCORE_SCHEMA = pa.schema(
     [
@@ -31,19 +32,21 @@ SCORE_SCHEMA = pa.schema(
 
 @dataclass
 class ScoreRow:
-    """One sample as scored. ``token_nll_null`` is empty for a text-only sample, every list for an error.
+    """One sample as scored. ``token_nll_null`` is empty for a text-only sample, every column for an error.
 
     vig = mean_t(token_nll_null_t - token_nll_image_t) in nats, in float64 (paper, section 3).
+    The scorer's columns are arrays of the stored dtype, which are joined as they are; any other sequence is
+    converted token by token.
     """
 
     key: str
     id: str
     source: str = ""
     status: str = "ok"
-    token_ids: Iterable[int] = ()
-    positions: Iterable[int] = ()
-    token_nll_image: Iterable[float] = ()
-    token_nll_null: Iterable[float] = ()
+    token_ids: np.ndarray | Sequence[int] = ()  # (n,) int32
+    positions: np.ndarray | Sequence[int] = ()  # (n,) int32
+    token_nll_image: np.ndarray | Sequence[float] = ()  # (n,) float32
+    token_nll_null: np.ndarray | Sequence[float] = ()  # (n,) float32
 
     @property
     def n_tokens(self) -> int:
@@ -93,31 +96,26 @@ class ScoreBlock:
     @classmethod
     def from_rows(cls, rows: Iterable[ScoreRow]) -> ScoreBlock:
         rows = list(rows)
-        for row in rows:
-            null_tokens = row.n_tokens if row.status == "ok" else 0
-            lengths = (len(row.positions), len(row.token_nll_image), len(row.token_nll_null))
-            if lengths != (row.n_tokens, row.n_tokens, null_tokens):
-                raise ValueError(
-                    f"{row.key} ({row.status}): {row.n_tokens} token_ids but positions, token_nll_image, "
-                    f"token_nll_null have {lengths}; expected {(row.n_tokens, row.n_tokens, null_tokens)}"
-                )
-
-        def joined(name: str, dtype) -> np.ndarray:
-            parts = [np.asarray(getattr(row, name), dtype) for row in rows]
-            return np.concatenate(parts) if parts else np.empty(0, dtype)
-
-        nulls = [
-            np.asarray(row.token_nll_null if row.status == "ok" else np.zeros(row.n_tokens), np.float32)
-            for row in rows
-        ]
-        return cls(
-            *([getattr(row, name) for row in rows] for name in ("key", "id", "source", "status")),
-            np.array([row.n_tokens for row in rows], np.int32),
-            joined("token_ids", np.int32),
-            joined("positions", np.int32),
-            joined("token_nll_image", np.float32),
-            np.concatenate(nulls) if nulls else np.empty(0, np.float32),
-        )
+        status = [row.status for row in rows]
+        ids, n_tokens = _joined([row.token_ids for row in rows], np.int32)
+        positions, n_positions = _joined([row.positions for row in rows], np.int32)
+        image, n_image = _joined([row.token_nll_image for row in rows], np.float32)
+        null, n_null = _joined([row.token_nll_null for row in rows], np.float32)
+        ok = np.array([text == "ok" for text in status], bool)
+        wrong = (n_positions != n_tokens) | (n_image != n_tokens) | (n_null != np.where(ok, n_tokens, 0))
+        if wrong.any():
+            row = int(wrong.argmax())
+            n, n_expected = int(n_tokens[row]), int(n_tokens[row]) if ok[row] else 0
+            raise ValueError(
+                f"{rows[row].key} ({status[row]}): {n} token_ids but positions, token_nll_image, token_nll_null "
+                f"have {(int(n_positions[row]), int(n_image[row]), int(n_null[row]))}; expected {(n, n, n_expected)}"
+            )
+        if len(null) < len(ids):  # a filler for rows that have no null pass
+            filled = np.zeros(len(ids), np.float32)
+            filled[np.repeat(ok, n_tokens)] = null
+            null = filled
+        names = ([getattr(row, name) for row in rows] for name in ("key", "id", "source"))
+        return cls(*names, status, n_tokens, ids, positions, image, null)
 
     def table(self) -> pa.Table:
         """The rows as an Arrow table of SCORE_SCHEMA, with the sample values computed from the tokens."""
@@ -129,20 +127,20 @@ class ScoreBlock:
             kept = np.repeat(scored, lengths)
             ids, positions, image, null = ids[kept], positions[kept], image[kept], null[kept]
             lengths = np.where(scored, lengths, 0)
-        pair = np.repeat(ok, lengths) if not ok.all() else slice(None)
-        image64, null64 = (
-            image.astype(np.float64),
-            np.where(np.repeat(ok, lengths), null, 0).astype(np.float64),
-        )
+        pair = slice(None)
+        if not ok.all():
+            pair = np.repeat(ok, lengths)
+            null = np.where(pair, null, np.float32(0))
+        vig, nll_image, nll_null = sample_means(image, null, lengths)
         columns = [
             pa.array(self.key, pa.string()),
             pa.array(self.id, pa.string()),
             pa.array(self.source, pa.string()),
             pa.array([problems.get(row, text) for row, text in enumerate(self.status)], pa.string()),
             pa.array(lengths, pa.int32()),
-            pa.array(segment_means(null64 - image64, lengths), pa.float64(), mask=~ok),
-            pa.array(segment_means(image64, lengths), pa.float64(), mask=~scored),
-            pa.array(segment_means(null64, lengths), pa.float64(), mask=~ok),
+            pa.array(vig, pa.float64(), mask=~ok),
+            pa.array(nll_image, pa.float64(), mask=~scored),
+            pa.array(nll_null, pa.float64(), mask=~ok),
             list_array(ids, lengths, scored),
             list_array(positions, lengths, scored),
             list_array(image, lengths, scored),
@@ -180,7 +178,8 @@ class ScoreBlock:
             raise ValueError(
                 f'{self.key[row]}: status {status[row]!r} is not "ok", "text_only" or "error: ..."'
             )
-        finite = np.isfinite(image) & (np.isfinite(null) | np.repeat(~ok, lengths))
+        finite = np.isfinite(image)
+        finite &= np.isfinite(null) if ok.all() else np.isfinite(null) | np.repeat(~ok, lengths)
         problems = {
             int(row): "error: no answer tokens" for row in np.flatnonzero((ok | text_only) & (lengths == 0))
         }
@@ -195,6 +194,26 @@ class ScoreBlock:
         for row, text in problems.items():
             status[row], ok[row] = text, False
         return ok, status, problems
+
+
+def _joined(parts: list[Sequence], dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The values of all parts one after another, and the length of each part, (R,) int32."""
+    lengths = np.fromiter(map(len, parts), np.int32, len(parts))
+    arrays = [np.asarray(part, dtype) for part in parts]
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype), lengths
+
+
+def sample_means(image: np.ndarray, null: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(3, R) float64: the means of null - image, of image and of null (S,) over each run of ``lengths`` tokens."""
+    means = np.empty((3, len(lengths)))
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    for first in range(0, len(lengths), CACHED_ROWS):
+        rows = slice(first, min(first + CACHED_ROWS, len(lengths)))
+        tokens = slice(ends[rows.start], ends[rows.stop])
+        image64, null64 = image[tokens].astype(np.float64), null[tokens].astype(np.float64)
+        for mean, values in zip(means, (null64 - image64, image64, null64), strict=True):
+            mean[rows] = segment_means(values, lengths[rows])
+    return means
 
 
 def segment_means(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
