@@ -83,7 +83,8 @@ double linear_cross_entropy(const HeadArgs& args, const RowsView& hidden, uintpt
   std::vector<float> weights(kept.slot.size(), 1.0f);
   for (size_t n = 0; row_weight != 0 && n < weights.size(); ++n) weights[n] = pointer<float>(row_weight)[kept.slot[n]];
   return vig::linear_cross_entropy(head, kept, weights.data(), z_loss,
-                                   {pointer<char>(grad_hidden), pointer<char>(grad_weight), rounded, pointer<float>(grad_bias)},
+                                   {pointer<char>(grad_hidden), pointer<char>(grad_weight), rounded,
+                                    pointer<float>(grad_bias)},
                                    threads);
 }
 
@@ -99,7 +100,8 @@ void linear_nll_backward(const HeadArgs& args, const RowsView& hidden, uintptr_t
   vig::linear_nll_backward(head, kept,
                            {pointer<float>(upstream[0]), pointer<float>(upstream[1]), pointer<float>(upstream[2]),
                             pointer<float>(upstream[3]), pointer<float>(upstream[4])},
-                           {pointer<char>(grad_hidden), pointer<char>(grad_weight), pointer<float>(grad_bias)}, threads);
+                           {pointer<char>(grad_hidden), pointer<char>(grad_weight), pointer<float>(grad_bias)},
+                           threads);
 }
 
 py::dict isas() {

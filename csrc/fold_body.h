@@ -17,8 +17,8 @@ inline Vec::F exp_of(Vec::F x) {
   return Vec::scale_by_power(Vec::fma(p, part, Vec::set1(1.0f)), whole);
 }
 
-// The same with a relative error of 7e-8 at any x, for gradients: the product with log2(e) is not rounded before the whole
-// part is taken off, and the polynomial is one degree longer.
+// The same with a relative error of 7e-8 at any x, for gradients: the product with log2(e) is not rounded before the
+// whole part is taken off, and the polynomial is one degree longer.
 inline Vec::F exact_exp_of(Vec::F x) {
   x = Vec::max(Vec::set1(-104.0f), x);
   const Vec::F log2e = Vec::set1(kLog2E);

@@ -83,8 +83,8 @@ class Blur {
     const char* from = plane(images_, first + p) + x * images_.stride[3];
     kernels_.load_strip({from, height_, std::min(columns_, width_ - x), images_.stride[2], images_.stride[3], dtype_,
                          strip, columns_});
-    kernels_.blur({strip, height_, std::min(columns_, width_ - x), filter.index.data(), filter.taps.data(), filter.radius,
-                   half_.get() + p * plane_floats() + x * half_stride_, half_stride_});
+    kernels_.blur({strip, height_, std::min(columns_, width_ - x), filter.index.data(), filter.taps.data(),
+                   filter.radius, half_.get() + p * plane_floats() + x * half_stride_, half_stride_});
   }
 
   // Rows [y, y + columns) of the result: columns of the half-blurred plane, filtered along x and turned upright.

@@ -252,7 +252,8 @@ void PanelSweep::finish(int64_t rows, const Partials& out) const {
 
 PanelGroups::PanelGroups(const Head& head)
     : panels(head.panels()), small((panels + kSmallGroups - 1) / kSmallGroups),
-      large_count(panels * 12 / 13 / (4 * small)), count(large_count + (panels - begin(large_count) + small - 1) / small) {}
+      large_count(panels * 12 / 13 / (4 * small)),
+      count(large_count + (panels - begin(large_count) + small - 1) / small) {}
 
 PartialTable::PartialTable(int64_t groups, int64_t rows)
     : memory_(make_buffer((groups + 1) * rows * 5)), groups_(groups + 1) {

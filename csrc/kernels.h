@@ -1,5 +1,6 @@
 // The table of kernels that one instruction set offers. Plain pointers and sizes: this header is all that the files
-// compiled for newer instructions share with the rest, and what bodies it has are static, so nothing can leak between them.
+// compiled for newer instructions share with the rest, and what bodies it has are static, so nothing can leak between
+// them.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -118,7 +119,8 @@ struct Kernels {
   void (*fence)();
   void (*fold)(const FoldArgs&);
   void (*reduce_lanes)(const float* lanes, int64_t rows, bool stats, const Partials& out);  // rows: whole vectors
-  void (*combine)(const Partials* groups, int64_t count, int64_t first, bool stats, const Partials& out);  // `lanes` rows
+  // `lanes` rows from `first` on.
+  void (*combine)(const Partials* groups, int64_t count, int64_t first, bool stats, const Partials& out);
   void (*gradient)(const GradArgs&);
   void (*blur)(const BlurArgs&);
   void (*load_strip)(const ConvertArgs&);

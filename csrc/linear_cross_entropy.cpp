@@ -107,8 +107,8 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
   const int64_t chunk_rows = rows_within(head, kLogitBytes, columns, kept.size());
   const bool direct = out.rounded && chunk_rows >= kept.size();
   const Buffer sums = make_buffer(needs.weight && out.rounded && !direct ? head.vocab * head.depth : 0);
-  float* grad_weight = !needs.weight || direct ? nullptr : out.rounded ? sums.get() : reinterpret_cast<float*>(out.weight);
-  uint16_t* grad_rounded = needs.weight && direct ? reinterpret_cast<uint16_t*>(out.weight) : nullptr;
+  float* grad_weight = out.rounded ? sums.get() : reinterpret_cast<float*>(out.weight);
+  uint16_t* grad_rounded = direct ? reinterpret_cast<uint16_t*>(out.weight) : nullptr;
   const Buffer logits = make_buffer(padded_rows(head, chunk_rows) * columns);
   const Buffer row = make_buffer(head.depth);
   const Dtype stored = out.rounded ? Dtype::kBFloat16 : Dtype::kFloat32;
@@ -123,8 +123,8 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
     if (!needs.hidden) continue;
     for (int64_t n = 0; n < chunk.rows; ++n) {
       gradients.read_hidden(n, row.get());
-      store_row(row.get(), out.hidden + kept.slot[begin + n] * head.depth * size_of(stored), size_of(stored), head.depth,
-                stored);
+      char* to = out.hidden + kept.slot[begin + n] * head.depth * size_of(stored);
+      store_row(row.get(), to, size_of(stored), head.depth, stored);
     }
   }
   if (needs.weight && out.rounded && !direct) {
@@ -146,7 +146,7 @@ void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream
   prefer_large_pages(out.weight, needs.weight ? head.vocab * depth * size_of(head.dtype) : 0);
   const int64_t chunk_rows = std::min(rows_within(head, kBlockBytes, 256 * width, kept.size()), int64_t{4096});
   const int64_t block = std::clamp<int64_t>(
-      std::min(kBlockBytes / (4 * padded_rows(head, chunk_rows) * width), kBlockBytes / (4 * depth * width)), 1, head.panels());
+      kBlockBytes / (4 * width * std::max(padded_rows(head, chunk_rows), depth)), 1, head.panels());
   const Buffer logits = make_buffer(padded_rows(head, chunk_rows) * block * width);
   // One chunk of rows: what is summed is what is stored.
   const bool direct = chunk_rows >= kept.size() && head.dtype != Dtype::kFloat16;
@@ -161,7 +161,8 @@ void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream
       const RowChunk chunk(head, kept, begin, std::min(chunk_rows, kept.size() - begin), threads);
       parallel_for(last - first, threads, [&](int64_t i, int worker) {
         sweeps[worker]->start(chunk.rows);
-        sweeps[worker]->fold_panels(chunk, first + i, first + i + 1, head.panels(), picked.get(), {logits.get(), first});
+        sweeps[worker]->fold_panels(chunk, first + i, first + i + 1, head.panels(), picked.get(),
+                                    {logits.get(), first});
       });
       ChunkGradients gradients(head, kept, begin, chunk, needs, threads);
       char* stored = needs.weight ? out.weight + first * width * depth * size_of(head.dtype) : nullptr;

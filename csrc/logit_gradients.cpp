@@ -66,10 +66,10 @@ void ChunkGradients::panel_gradient(const PanelRange& range, int64_t panel, cons
   // bfloat16 gradients take half the place of the logits, and never overtake the row that is read.
   uint16_t* column_pairs = pairs_ ? reinterpret_cast<uint16_t*>(logits) : nullptr;
   float sums[64];
-  k.gradient({logits, chunk_.rows, columns, first, chunk_.target, slopes.lse.data(),
-              slopes.lse_rest.data(), slopes.weight.data(), slopes.onehot.data(), slopes.moment.empty() ? nullptr : slopes.moment.data(), slopes.entropy.data(),
-              head_.scale, head_.cap, row_pairs, column_pairs, pairs_ ? residual_.data() : nullptr,
-              needs_.bias ? sums : nullptr});
+  const float* moment = slopes.moment.empty() ? nullptr : slopes.moment.data();
+  k.gradient({logits, chunk_.rows, columns, first, chunk_.target, slopes.lse.data(), slopes.lse_rest.data(),
+              slopes.weight.data(), slopes.onehot.data(), moment, slopes.entropy.data(), head_.scale, head_.cap,
+              row_pairs, column_pairs, pairs_ ? residual_.data() : nullptr, needs_.bias ? sums : nullptr});
   if (needs_.bias) {
     float* out = range.grad_bias + (panel - range.begin) * k.panel;
     for (int i = 0; i < columns; ++i) out[i] = (range.add ? out[i] : 0.0f) + sums[i] * head_.scale;
@@ -110,6 +110,7 @@ void ChunkGradients::mend_tile(int64_t panel, int64_t column, float* tile) const
   }
 }
 
+// The tile, a panel of words by a panel of columns of D, to where the range wants it.
 void ChunkGradients::write_tile(const PanelRange& range, int64_t panel, int64_t column, const float* tile) const {
   const Kernels& k = head_.kernels;
   const int64_t width = k.panel, wide = std::min(width, head_.depth - column * width);

@@ -30,7 +30,8 @@ struct PanelRange {
 // One chunk of rows: its logits, then their gradients in the same memory, and both products with them.
 class ChunkGradients {
  public:
-  ChunkGradients(const Head& head, const KeptRows& kept, int64_t begin, const RowChunk& chunk, Needs needs, int threads);
+  ChunkGradients(const Head& head, const KeptRows& kept, int64_t begin, const RowChunk& chunk, Needs needs,
+                 int threads);
 
   // logits: [panel - range.begin][padded rows][panel columns]; overwritten.
   void run(const PanelRange& range, const RowSlopes& slopes, float* logits);

@@ -98,16 +98,19 @@ void check_problem(const vig::Kernels& kernels, const Problem& p) {
   std::vector<float> hidden(p.rows * p.depth), weight(p.vocab * p.depth), bias(p.vocab);
   const std::vector<float> ones(p.rows, 1.0f);
   const double found = vig::linear_cross_entropy(head, kept, ones.data(), 0.0,
-                                                 {reinterpret_cast<char*>(hidden.data()), reinterpret_cast<char*>(weight.data()), false,
+                                                 {reinterpret_cast<char*>(hidden.data()),
+                                                  reinterpret_cast<char*>(weight.data()), false,
                                                   p.bias ? bias.data() : nullptr}, 2);
   CHECK(close(found, loss, tolerance * p.rows), "%s loss %g, not %g", kernels.name, found, loss);
   const double slack = p.dtype == vig::Dtype::kFloat32 ? 1e-5 : 2e-2;
   for (double g : grad_weight) largest = std::max(largest, std::fabs(g));
   for (size_t i = 0; i < weight.size(); ++i) {
-    CHECK(close(weight[i], grad_weight[i], slack * (largest + 1)), "%s dW %g, not %g", kernels.name, weight[i], grad_weight[i]);
+    CHECK(close(weight[i], grad_weight[i], slack * (largest + 1)), "%s dW %g, not %g", kernels.name, weight[i],
+          grad_weight[i]);
   }
   for (size_t i = 0; i < hidden.size(); ++i) {
-    CHECK(close(hidden[i], grad_hidden[i], slack * (p.depth + 1)), "%s dH %g, not %g", kernels.name, hidden[i], grad_hidden[i]);
+    CHECK(close(hidden[i], grad_hidden[i], slack * (p.depth + 1)), "%s dH %g, not %g", kernels.name, hidden[i],
+          grad_hidden[i]);
   }
   if (p.dtype == vig::Dtype::kBFloat16) {
     std::vector<uint16_t> rounded_hidden(hidden.size()), rounded_weight(weight.size());
