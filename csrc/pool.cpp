@@ -29,6 +29,8 @@ bool spin_until(Ready ready) {
   return false;
 }
 
+// A call waits for the workers that have joined it, not for one that the system has yet to wake: other pools' threads
+// may spin on its core.
 class Pool {
  public:
   void run(int64_t count, int threads, const std::function<void(int64_t, int)>& task) {
@@ -43,14 +45,17 @@ class Pool {
       count_ = count;
       next_.store(0, std::memory_order_relaxed);
       invited_ = threads - 1;
-      busy_.store(threads - 1, std::memory_order_relaxed);
       generation_.fetch_add(1, std::memory_order_release);
     }
     start_.notify_all();
     work(0);
-    const auto done = [this] { return busy_.load(std::memory_order_acquire) == 0; };
-    if (spin_until(done)) return;
     std::unique_lock<std::mutex> lock(mutex_);
+    invited_ = 0;  // nothing is left to take
+    if (joined_.load(std::memory_order_acquire) == 0) return;
+    const auto done = [this] { return joined_.load(std::memory_order_acquire) == 0; };
+    lock.unlock();
+    if (spin_until(done)) return;
+    lock.lock();
     done_.wait(lock, done);
   }
 
@@ -66,17 +71,16 @@ class Pool {
   void wait_and_work(int id, uint64_t seen) {
     for (;;) {
       const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
-      bool invited;
+      spin_until(called);
       {
-        spin_until(called);
         std::unique_lock<std::mutex> lock(mutex_);  // the call's other fields are read under it
         start_.wait(lock, called);
         seen = generation_.load(std::memory_order_relaxed);
-        invited = id <= invited_;
+        if (id > invited_) continue;
+        joined_.fetch_add(1, std::memory_order_relaxed);
       }
-      if (!invited) continue;
       work(id);
-      if (busy_.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+      if (joined_.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
       std::lock_guard<std::mutex> lock(mutex_);  // or the caller could miss it between its look and its sleep
       done_.notify_one();
     }
@@ -88,8 +92,8 @@ class Pool {
   const std::function<void(int64_t, int)>* task_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
-  int invited_ = 0;
-  std::atomic<int> busy_{0};
+  int invited_ = 0;             // workers that may join, by number; 0 between calls
+  std::atomic<int> joined_{0};  // workers at work
   std::atomic<uint64_t> generation_{0};
 };
 
