@@ -97,12 +97,14 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
                             const LossGradients& out, int threads) {
   const Head head = head_for(given, kept);
   const Needs needs = {out.hidden != nullptr, out.weight != nullptr, out.bias != nullptr};
+  const Dtype stored = out.rounded ? Dtype::kBFloat16 : Dtype::kFloat32;
+  const int64_t weight_bytes = head.vocab * head.depth * size_of(stored);
   if (kept.size() == 0) {
-    clear(out.weight, head.vocab * head.depth * (out.rounded ? 2 : 4));
+    clear(out.weight, weight_bytes);
     clear(out.bias, head.vocab);
     return 0;
   }
-  prefer_large_pages(out.weight, needs.weight ? head.vocab * head.depth * (out.rounded ? 2 : 4) : 0);
+  prefer_large_pages(out.weight, needs.weight ? weight_bytes : 0);
   const int64_t columns = head.panels() * head.kernels.panel;
   const int64_t chunk_rows = rows_within(head, kLogitBytes, columns, kept.size());
   const bool direct = out.rounded && chunk_rows >= kept.size();
@@ -111,7 +113,6 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
   uint16_t* grad_rounded = direct ? reinterpret_cast<uint16_t*>(out.weight) : nullptr;
   const Buffer logits = make_buffer(padded_rows(head, chunk_rows) * columns);
   const Buffer row = make_buffer(head.depth);
-  const Dtype stored = out.rounded ? Dtype::kBFloat16 : Dtype::kFloat32;
   Sweeps sweeps = make_sweeps(head, chunk_rows, threads);
   double loss = 0;
   for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
@@ -128,7 +129,7 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
     }
   }
   if (needs.weight && out.rounded && !direct) {
-    store_rows(sums.get(), out.weight, head.vocab, head.depth, Dtype::kBFloat16, threads);
+    store_rows(sums.get(), out.weight, head.vocab, head.depth, stored, threads);
   }
   return loss;
 }

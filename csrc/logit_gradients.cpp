@@ -17,8 +17,7 @@ ChunkGradients::ChunkGradients(const Head& head, const KeptRows& kept, int64_t b
                                Needs needs, int threads)
     : head_(head), kept_(kept), begin_(begin), chunk_(chunk), needs_(needs), threads_(threads), pairs_(head.pairs()),
       residual_(chunk.rows, 0.0f) {
-  const int64_t columns = blocks_of_columns(), width = head.kernels.panel;
-  const int64_t words = (chunk.rows + (pairs_ ? 1 : 0)) / (pairs_ ? 2 : 1);
+  const int64_t columns = blocks_of_columns(), width = head.kernels.panel, words = row_words();
   if (needs.hidden) {
     const int64_t floats = columns * chunk.padded * width;
     grad_hidden_ = make_buffer(floats);
@@ -40,8 +39,7 @@ ChunkGradients::ChunkGradients(const Head& head, const KeptRows& kept, int64_t b
 
 // Gradients of a panel with rows as words, or the packed rows of the weight, whichever is longer.
 int64_t ChunkGradients::scratch_words() const {
-  const int64_t width = head_.kernels.panel, rows = (chunk_.rows + (pairs_ ? 1 : 0)) / (pairs_ ? 2 : 1);
-  return std::max(rows, kColumnsTogether * kBlock) * width;
+  return std::max(row_words(), kColumnsTogether * kBlock) * head_.kernels.panel;
 }
 
 int64_t ChunkGradients::blocks_of_columns() const {
@@ -82,7 +80,7 @@ void ChunkGradients::panel_gradient(const PanelRange& range, int64_t panel, cons
 // grad_weight[v, :] (+)= sum_n gradient[n, v] hidden[n, :] for the columns v of one panel.
 void ChunkGradients::weight_product(const PanelRange& range, int64_t panel, const uint32_t* gradient, int worker) {
   const Kernels& k = head_.kernels;
-  const int64_t width = k.panel, words = (chunk_.rows + (pairs_ ? 1 : 0)) / (pairs_ ? 2 : 1);
+  const int64_t width = k.panel, words = row_words();
   const int64_t valid = std::min(width, head_.vocab - panel * width);
   float* tile = scratch_[worker].get() + scratch_words();
   for (int64_t column = 0; column < blocks_of_columns(); ++column) {

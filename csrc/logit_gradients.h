@@ -50,6 +50,8 @@ class ChunkGradients {
   int64_t scratch_words() const;
   void mend_tile(int64_t panel, int64_t column, float* tile) const;
   void write_tile(const PanelRange& range, int64_t panel, int64_t column, const float* tile) const;
+  // Words of a column over the chunk's rows: two rows a word for pairs.
+  int64_t row_words() const { return pairs_ ? (chunk_.rows + 1) / 2 : chunk_.rows; }
   int64_t blocks_of_columns() const;
   int64_t block_rows() const { return (pairs_ ? 2 : 1) * kBlock; }
 
