@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "buffers.h"
 #include "gaussian_blur.h"
 #include "isa.h"
 #include "linear_cross_entropy.h"
@@ -104,6 +105,14 @@ void linear_nll_backward(const HeadArgs& args, const RowsView& hidden, uintptr_t
                            threads);
 }
 
+// Memory of a result, seen by Python as so many writable bytes; given back with the last reference.
+struct Output {
+  int64_t bytes;
+  vig::Buffer memory;
+
+  explicit Output(int64_t size) : bytes(size), memory(vig::make_output((size + 3) / 4)) {}
+};
+
 py::dict isas() {
   py::dict reasons;
   for (const vig::Isa& isa : vig::isa_table()) {
@@ -132,6 +141,11 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<std::string, std::string, int64_t, int64_t, uintptr_t, int64_t, uintptr_t, double, double>(),
            py::arg("isa"), py::arg("dtype"), py::arg("depth"), py::arg("vocab"), py::arg("weight"),
            py::arg("weight_stride"), py::arg("bias"), py::arg("scale"), py::arg("cap"));
+  py::class_<Output>(m, "Output", py::buffer_protocol(), "Uninitialised memory for a result.")
+      .def(py::init<int64_t>(), py::arg("bytes"))
+      .def_buffer([](Output& output) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(output.memory.get()), output.bytes);
+      });
   m.def("linear_nll", linear_nll, py::arg("head"), py::arg("hidden"), py::arg("target"), py::arg("ignore_index"),
         py::arg("nll"), py::arg("lse"), py::arg("lse_rest"), py::arg("entropy"), py::arg("argmax"), py::arg("threads"));
   m.def("linear_cross_entropy", linear_cross_entropy, py::arg("head"), py::arg("hidden"), py::arg("target"),

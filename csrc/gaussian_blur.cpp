@@ -55,7 +55,7 @@ class Blur {
       : kernels_(kernels), images_(images), out_(out), dtype_(dtype), threads_(threads), channels_(shape[1]),
         height_(shape[2]), width_(shape[3]), columns_(2 * kernels.lanes),
         half_stride_(round_up(height_, kernels.lanes)), wide_(round_up(width_, columns_)),
-        strip_floats_(std::max(height_, width_) * columns_ + columns_ * round_up(width_, kernels.lanes)),
+        strip_floats_((height_ + round_up(width_, kernels.lanes)) * columns_),
         strips_(make_buffer(strip_floats_ * threads)) {}
 
   int64_t plane_floats() const { return wide_ * half_stride_; }
@@ -73,6 +73,17 @@ class Blur {
   }
 
  private:
+  // Rows that vectors of float32 can be read from, or written to, where they stand.
+  bool dense_floats(const ImageView& view) const {
+    return dtype_ == Dtype::kFloat32 && view.stride[3] == 4 && view.stride[2] % 4 == 0;
+  }
+
+  // A row of the result.
+  void store(const float* from, char* to) const {
+    if (out_.stride[3] == size_of(dtype_)) return kernels_.store_row(from, to, width_, dtype_);
+    for (int64_t x = 0; x < width_; ++x) store_element(from[x], to + x * out_.stride[3], dtype_);
+  }
+
   const char* plane(const ImageView& view, int64_t p) const {
     return view.data + p / channels_ * view.stride[0] + p % channels_ * view.stride[1];
   }
@@ -81,25 +92,32 @@ class Blur {
   void blur_down(int64_t first, int64_t p, int64_t x, const std::vector<Filter>& filters, float* strip) {
     const Filter& filter = filters[filters.size() == 1 ? 0 : (first + p) / channels_];
     const char* from = plane(images_, first + p) + x * images_.stride[3];
-    kernels_.load_strip({from, height_, std::min(columns_, width_ - x), images_.stride[2], images_.stride[3], dtype_,
-                         strip, columns_});
-    kernels_.blur({strip, height_, std::min(columns_, width_ - x), filter.index.data(), filter.taps.data(),
-                   filter.radius, half_.get() + p * plane_floats() + x * half_stride_, half_stride_});
+    const int64_t columns = std::min(columns_, width_ - x);
+    const float* at = strip;
+    int64_t stride = columns_;
+    if (dense_floats(images_) && columns % kernels_.lanes == 0) {
+      at = reinterpret_cast<const float*>(from);
+      stride = images_.stride[2] / 4;
+    } else {
+      kernels_.load_strip({from, height_, columns, images_.stride[2], images_.stride[3], dtype_, strip, columns_});
+    }
+    kernels_.blur({at, stride, height_, columns, filter.index.data(), filter.taps.data(), filter.radius,
+                   half_.get() + p * plane_floats() + x * half_stride_, half_stride_});
   }
 
   // Rows [y, y + columns) of the result: columns of the half-blurred plane, filtered along x and turned upright.
   void blur_across(int64_t first, int64_t p, int64_t y, const std::vector<Filter>& filters, float* strip) {
     const Filter& filter = filters[filters.size() == 1 ? 0 : (first + p) / channels_];
-    const int64_t rows = std::min(columns_, height_ - y), stride = round_up(width_, kernels_.lanes);
+    const int64_t rows = std::min(columns_, height_ - y), lanes = kernels_.lanes;
     const float* from = half_.get() + p * plane_floats() + y;
-    float* upright = strip + std::max(height_, width_) * columns_;
-    kernels_.load_strip({reinterpret_cast<const char*>(from), width_, rows, half_stride_ * 4, 4, Dtype::kFloat32,
-                         strip, columns_});
-    kernels_.blur({strip, width_, rows, filter.index.data(), filter.taps.data(), filter.radius, upright, stride});
     char* to = const_cast<char*>(plane(out_, first + p)) + y * out_.stride[2];
-    for (int64_t i = 0; i < rows; ++i) {
-      store_row(upright + i * stride, to + i * out_.stride[2], out_.stride[3], width_, dtype_);
-    }
+    const bool direct = dense_floats(out_) && rows % lanes == 0 && width_ % lanes == 0;
+    float* upright = direct ? reinterpret_cast<float*>(to) : strip + height_ * columns_;
+    const int64_t stride = direct ? out_.stride[2] / 4 : round_up(width_, lanes);
+    kernels_.blur({from, half_stride_, width_, rows, filter.index.data(), filter.taps.data(), filter.radius, upright,
+                   stride});
+    if (direct) return;
+    for (int64_t i = 0; i < rows; ++i) store(upright + i * stride, to + i * out_.stride[2]);
   }
 
   const Kernels& kernels_;

@@ -3,6 +3,22 @@
 
 constexpr int kBlurRows = Vec::W == 16 ? 8 : 4;
 
+// The step at input row t: sum[i] += tap(t - i) * row for outputs first <= i <= last.
+template <int Vectors>
+inline void blur_step(const BlurArgs& b, const int32_t* index, int64_t t, int first, int last,
+                      Vec::F (&sum)[kBlurRows][Vectors]) {
+  const float* row = b.strip + static_cast<int64_t>(index[t]) * b.strip_stride;
+  Vec::F value[Vectors];
+  for (int v = 0; v < Vectors; ++v) value[v] = Vec::load(row + v * Vec::W);
+  const float* tap = b.taps + t + kBlurRows - 1;
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlurRows; ++i) {
+    if (i < first || i > last) continue;
+    const Vec::F weight = Vec::set1(tap[-i]);
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = Vec::fma(value[v], weight, sum[i][v]);
+  }
+}
+
 // tile[i][0 .. Vectors * W) (+)= sum over t in [from, to) of tap(t - i) * strip[index[t]], i < kBlurRows; set at from 0.
 template <int Vectors>
 inline void blur_rows(const BlurArgs& b, const int32_t* index, int64_t from, int64_t to, float* tile) {
@@ -10,16 +26,15 @@ inline void blur_rows(const BlurArgs& b, const int32_t* index, int64_t from, int
   for (int i = 0; i < kBlurRows; ++i) {
     for (int v = 0; v < Vectors; ++v) sum[i][v] = Vec::zero();
   }
-  for (int64_t t = from; t < to; ++t) {
-    const float* row = b.strip + static_cast<int64_t>(index[t]) * (2 * Vec::W);
-    Vec::F value[Vectors];
-    for (int v = 0; v < Vectors; ++v) value[v] = Vec::load(row + v * Vec::W);
-    const float* tap = b.taps + t + kBlurRows - 1;
-#pragma GCC unroll 8
-    for (int i = 0; i < kBlurRows; ++i) {
-      const Vec::F weight = Vec::set1(tap[-i]);
-      for (int v = 0; v < Vectors; ++v) sum[i][v] = Vec::fma(value[v], weight, sum[i][v]);
-    }
+  constexpr int kEdge = kBlurRows - 1;
+  if (from == 0 && to == 2 * b.radius + kBlurRows && 2 * b.radius + 1 >= kEdge) {  // taps before and after are zeros
+#pragma GCC unroll 7
+    for (int t = 0; t < kEdge; ++t) blur_step<Vectors>(b, index, t, 0, t, sum);
+    for (int64_t t = kEdge; t <= 2 * b.radius; ++t) blur_step<Vectors>(b, index, t, 0, kEdge, sum);
+#pragma GCC unroll 7
+    for (int i = 1; i <= kEdge; ++i) blur_step<Vectors>(b, index, 2 * b.radius + i, i, kEdge, sum);
+  } else {
+    for (int64_t t = from; t < to; ++t) blur_step<Vectors>(b, index, t, 0, kEdge, sum);
   }
   for (int i = 0; i < kBlurRows; ++i) {
     for (int v = 0; v < Vectors; ++v) {

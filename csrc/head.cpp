@@ -1,11 +1,7 @@
 #include "head.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
-#include <deque>
-#include <mutex>
 
 #include "pool.h"
 
@@ -14,7 +10,6 @@ namespace {
 
 constexpr int64_t kPanelWords = 4096;  // words of D packed at a time: 512 KiB of an AVX-512 panel, half of an L2
 constexpr int64_t kSmallGroups = 208;  // 48 large groups of 4, and 16
-constexpr int64_t kKeptFloats = 16 << 10;  // smaller buffers are left to the allocator
 constexpr int64_t kPackedWords = 96 << 10;  // of several shallow panels together: 384 KiB
 
 // Hands out the weight rows of the next panels, a share with every tile, for the tile to ask the cache for.
@@ -51,84 +46,6 @@ void KeptRows::add(const char* data, int64_t stride, const int64_t* targets, int
     slot.push_back(offered + n);
   }
   offered += count;
-}
-
-void prefer_large_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kLarge = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLarge - 1) / kLarge * kLarge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kLarge * kLarge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: failure is harmless
-#else
-  (void)data;
-  (void)bytes;
-#endif
-}
-
-namespace {
-
-// Buffers given back, oldest first. Whoever finds it taken goes to the allocator instead: nothing waits, and a child
-// forked while another thread held it is not stuck.
-class KeptBuffers {
- public:
-  // A buffer of at least `floats` that wastes little, or null; then older ones make room for a new one of that size.
-  Buffer take(int64_t floats) {
-    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock) return {};
-    for (auto at = kept_.begin(); at != kept_.end(); ++at) {
-      const int64_t size = at->get_deleter().floats;
-      if (size < floats || size > floats + floats / 4) continue;
-      Buffer found = std::move(*at);
-      kept_.erase(at);
-      return found;
-    }
-    make_room(floats);
-    return {};
-  }
-
-  bool keep(float* data, int64_t floats) {
-    if (floats * 4 > kKeptBytes) return false;
-    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock) return false;
-    make_room(floats);
-    kept_.push_back(Buffer(data, GiveBack{floats}));
-    return true;
-  }
-
- private:
-  void make_room(int64_t floats) {
-    int64_t held = floats;
-    for (const Buffer& buffer : kept_) held += buffer.get_deleter().floats;
-    while (!kept_.empty() && held * 4 > kKeptBytes) {
-      held -= kept_.front().get_deleter().floats;
-      delete[] kept_.front().release();
-      kept_.pop_front();
-    }
-  }
-
-  std::mutex mutex_;
-  std::deque<Buffer> kept_;
-};
-
-KeptBuffers& kept_buffers() {
-  static KeptBuffers* const buffers = new KeptBuffers;  // leaked on purpose: threads may still work at exit
-  return *buffers;
-}
-
-}  // namespace
-
-void GiveBack::operator()(float* data) const {
-  if (floats < kKeptFloats || !kept_buffers().keep(data, floats)) delete[] data;
-}
-
-Buffer make_buffer(int64_t floats) {
-  floats = std::max<int64_t>(floats, 1);
-  if (floats >= kKeptFloats) {
-    if (Buffer known = kept_buffers().take(floats)) return known;
-  }
-  Buffer buffer(new float[static_cast<size_t>(floats)], GiveBack{floats});
-  prefer_large_pages(buffer.get(), floats * 4);
-  return buffer;
 }
 
 int64_t padded_rows(const Head& head, int64_t rows) { return round_up(rows, 4 * head.kernels.tile); }

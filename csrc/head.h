@@ -2,10 +2,10 @@
 // weight's panels over them.
 #pragma once
 #include <cstdint>
-#include <memory>
 #include <utility>
 #include <vector>
 
+#include "buffers.h"
 #include "kernels.h"
 
 namespace vig {
@@ -38,19 +38,6 @@ struct KeptRows {
   int64_t size() const { return static_cast<int64_t>(slot.size()); }
 };
 
-// Asks for large pages where fresh memory of this size would otherwise be faulted in 4 KiB at a time.
-void prefer_large_pages(void* data, int64_t bytes);
-
-// Floats that are left as they come. Where memory is touched for the first time, the system clears it page by page,
-// which costs as much as a pass of the work itself: buffers given back are kept for the next call, up to kKeptBytes in
-// the whole process.
-constexpr int64_t kKeptBytes = 192 << 20;
-struct GiveBack {
-  int64_t floats = 0;
-  void operator()(float* data) const;
-};
-using Buffer = std::unique_ptr<float[], GiveBack>;
-Buffer make_buffer(int64_t floats);
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 int64_t padded_rows(const Head& head, int64_t rows);

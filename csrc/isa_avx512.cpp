@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "cast.h"
 #include "kernels.h"
 
 namespace vig {
@@ -10,6 +11,7 @@ namespace {
 #include "multiply_body.h"
 #include "fold_body.h"
 #include "gaussian_blur_body.h"
+#include "store_body.h"
 #include "table_body.h"
 
 constexpr Kernels kTable = make_table("avx512");

@@ -1,3 +1,4 @@
+#include "cast.h"
 #include "kernels.h"
 
 namespace vig {
@@ -8,6 +9,7 @@ namespace {
 #include "multiply_body.h"
 #include "fold_body.h"
 #include "gaussian_blur_body.h"
+#include "store_body.h"
 #include "table_body.h"
 
 constexpr Kernels kTable = make_table("portable");

@@ -83,7 +83,8 @@ struct GradArgs {
 };
 
 struct BlurArgs {
-  const float* strip;        // [length][panel] float32
+  const float* strip;        // [length][strip_stride] float32, whole vectors of columns
+  int64_t strip_stride;
   int64_t length, columns;   // columns that count, at most a panel
   const int32_t* index;      // (length + 2 * radius) rows to read, border folded in; index[0] stands for row -radius
   const float* taps;         // blur_rows - 1 zeros, 2 * radius + 1 taps, blur_rows - 1 zeros
@@ -124,6 +125,7 @@ struct Kernels {
   void (*gradient)(const GradArgs&);
   void (*blur)(const BlurArgs&);
   void (*load_strip)(const ConvertArgs&);
+  void (*store_row)(const float* from, char* to, int64_t count, Dtype dtype);  // contiguous elements, rounded
   double (*peak)(bool pairs, int64_t steps);  // register-only multiply-adds; returns floating-point operations done
 };
 

@@ -78,11 +78,11 @@ RowSlopes slopes_of(const KeptRows& kept, int64_t begin, int64_t rows, const Ups
   return slopes;
 }
 
-void store_rows(const float* from, char* to, int64_t rows, int64_t depth, Dtype dtype, int threads) {
+void store_rows(const Head& head, const float* from, char* to, int64_t rows, Dtype dtype, int threads) {
   constexpr int64_t kRows = 256;
   parallel_for((rows + kRows - 1) / kRows, threads, [&](int64_t task, int) {
-    const int64_t first = task * kRows, count = std::min(kRows, rows - first) * depth;
-    store_row(from + first * depth, to + first * depth * size_of(dtype), size_of(dtype), count, dtype);
+    const int64_t first = task * kRows * head.depth, count = std::min(kRows, rows - task * kRows) * head.depth;
+    head.kernels.store_row(from + first, to + first * size_of(dtype), count, dtype);
   });
 }
 
@@ -104,7 +104,6 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
     clear(out.bias, head.vocab);
     return 0;
   }
-  prefer_large_pages(out.weight, needs.weight ? weight_bytes : 0);
   const int64_t columns = head.panels() * head.kernels.panel;
   const int64_t chunk_rows = rows_within(head, kLogitBytes, columns, kept.size());
   const bool direct = out.rounded && chunk_rows >= kept.size();
@@ -125,11 +124,11 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
     for (int64_t n = 0; n < chunk.rows; ++n) {
       gradients.read_hidden(n, row.get());
       char* to = out.hidden + kept.slot[begin + n] * head.depth * size_of(stored);
-      store_row(row.get(), to, size_of(stored), head.depth, stored);
+      head.kernels.store_row(row.get(), to, head.depth, stored);
     }
   }
   if (needs.weight && out.rounded && !direct) {
-    store_rows(sums.get(), out.weight, head.vocab, head.depth, stored, threads);
+    store_rows(head, sums.get(), out.weight, head.vocab, stored, threads);
   }
   return loss;
 }
@@ -144,7 +143,6 @@ void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream
     clear(out.bias, head.vocab);
     return;
   }
-  prefer_large_pages(out.weight, needs.weight ? head.vocab * depth * size_of(head.dtype) : 0);
   const int64_t chunk_rows = std::min(rows_within(head, kBlockBytes, 256 * width, kept.size()), int64_t{4096});
   const int64_t block = std::clamp<int64_t>(
       kBlockBytes / (4 * width * std::max(padded_rows(head, chunk_rows), depth)), 1, head.panels());
@@ -179,12 +177,12 @@ void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream
     }
     const int64_t bytes = size_of(head.dtype), rows = std::min(last * width, head.vocab) - first * width;
     if (needs.weight && !direct) {
-      store_rows(sums.get(), out.weight + first * width * depth * bytes, rows, depth, head.dtype, threads);
+      store_rows(head, sums.get(), out.weight + first * width * depth * bytes, rows, head.dtype, threads);
     }
   }
   for (int64_t n = 0; needs.hidden && n < kept.size(); ++n) {
-    store_row(grad_hidden.data() + n * depth, out.hidden + kept.slot[n] * depth * size_of(head.dtype),
-              size_of(head.dtype), depth, head.dtype);
+    head.kernels.store_row(grad_hidden.data() + n * depth, out.hidden + kept.slot[n] * depth * size_of(head.dtype), depth,
+                           head.dtype);
   }
 }
 

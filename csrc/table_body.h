@@ -21,5 +21,6 @@ constexpr Kernels make_table(const char* name) {
           gradient,
           blur,
           load_strip,
+          store_row,
           peak};
 }

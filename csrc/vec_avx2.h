@@ -56,14 +56,23 @@ struct Vec {
   static F from_u8(const void* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
   }
-  // W lanes to bfloat16, round to nearest even (the lanes are finite).
+  // W lanes to bfloat16, float16 and uint8, rounded to nearest even.
   static void to_bf16(uint16_t* p, F x) {
     const I bits = _mm256_castps_si256(x);
     const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const I sum = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
-    const I high = _mm256_srli_epi32(sum, 16);
+    const M nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    const I high = _mm256_srli_epi32(iselect(nan, _mm256_set1_epi32(0x7fc00000), sum), 16);
     const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  static void to_f16(uint16_t* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static void to_u8(uint8_t* p, F x) {
+    const I whole = _mm256_cvtps_epi32(_mm256_min_ps(max(x, zero()), set1(255.0f)));
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
   }
   // Words of two bfloat16: low half from a, high half from b.
   static void pair_bf16(uint32_t* p, const uint16_t* a, const uint16_t* b) {

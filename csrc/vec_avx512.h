@@ -60,16 +60,25 @@ struct Vec {
   static F from_u8(const void* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
   }
-  // W lanes to bfloat16, round to nearest even (the lanes are finite).
+  // W lanes to bfloat16, float16 and uint8, rounded to nearest even.
   static void to_bf16(uint16_t* p, F x) {
 #ifdef __AVX512BF16__
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
     return;
 #endif
     const I bits = _mm512_castps_si512(x);
+    const M nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const I sum = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(
+                            _mm512_mask_blend_epi32(nan, sum, _mm512_set1_epi32(0x7fc00000)), 16)));
+  }
+  static void to_f16(uint16_t* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static void to_u8(uint8_t* p, F x) {  // what an int32 cannot hold becomes 2^31, and that 255
+    const I whole = _mm512_cvtps_epi32(max(x, zero()));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(whole));
   }
   // Words of two bfloat16: low half from a, high half from b.
   static void pair_bf16(uint32_t* p, const uint16_t* a, const uint16_t* b) {

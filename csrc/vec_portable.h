@@ -73,13 +73,15 @@ struct Vec {
     __builtin_memcpy(x, p, sizeof x);
     return F{float(x[0]), float(x[1]), float(x[2]), float(x[3])};
   }
-  // W lanes to bfloat16, round to nearest even (the lanes are finite).
+  // W lanes to bfloat16, float16 and uint8, rounded to nearest even.
   static void to_bf16(uint16_t* p, F x) {
-    const I bits = as_int(x);
-    for (int i = 0; i < W; ++i) {
-      const uint32_t word = static_cast<uint32_t>(bits[i]);
-      p[i] = static_cast<uint16_t>((word + ((word >> 16) & 1) + 0x7fff) >> 16);
-    }
+    for (int i = 0; i < W; ++i) p[i] = to_bfloat16(x[i]);
+  }
+  static void to_f16(uint16_t* p, F x) {
+    for (int i = 0; i < W; ++i) p[i] = to_float16(x[i]);
+  }
+  static void to_u8(uint8_t* p, F x) {
+    for (int i = 0; i < W; ++i) p[i] = to_uint8(x[i]);
   }
   // Words of two bfloat16: low half from a, high half from b.
   static void pair_bf16(uint32_t* p, const uint16_t* a, const uint16_t* b) {

@@ -47,4 +47,5 @@ inline std::vector<const vig::Kernels*> all_kernels() {
 
 void test_blur();
 void test_heads();
+void test_store();
 void test_pool();

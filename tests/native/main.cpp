@@ -33,6 +33,7 @@ void test_pool() {
 int main() {
   test_pool();
   test_blur();
+  test_store();
   test_heads();
   std::printf("native tests passed on:");
   for (const vig::Kernels* kernels : all_kernels()) std::printf(" %s", kernels->name);

@@ -57,6 +57,7 @@ void test_blur() {
         check_plane(*kernels, 1, 1, sigma, replicate, 1);
         check_plane(*kernels, 5, 33, sigma, replicate, 1);
         check_plane(*kernels, 67, 41, sigma, replicate, 2);
+        check_plane(*kernels, 48, 64, sigma, replicate, 2);  // whole vectors: nothing is copied
       }
     }
   }

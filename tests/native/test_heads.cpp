@@ -34,7 +34,7 @@ struct Inputs {
                     std::vector<double>& exact) {
     const int64_t size = vig::size_of(dtype);
     out.resize(values.size() * size);
-    vig::store_row(values.data(), out.data(), size, values.size(), dtype);
+    for (size_t i = 0; i < values.size(); ++i) vig::store_element(values[i], out.data() + i * size, dtype);
     for (size_t i = 0; i < values.size(); ++i) {
       exact.push_back(dtype == vig::Dtype::kFloat32    ? values[i]
                       : dtype == vig::Dtype::kBFloat16 ? vig::from_bfloat16(out.data() + 2 * i)
