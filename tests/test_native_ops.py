@@ -1,12 +1,16 @@
 """The native kernels on every instruction set of this machine: fuzzed against float64, and equal bit by bit."""
 
+import copy as copy_module
 import os
+import pickle
+import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vig_kernels
 from vig_kernels import (
     gaussian_blur_cpu,
     linear_cross_entropy_cpu,
@@ -370,3 +374,45 @@ def test_an_earlier_call_leaves_no_trace(isa, dtype):
     run(torch.full_like(hidden, float("nan")))
     for mine, truth in zip(run(hidden), before, strict=True):
         assert torch.equal(mine, truth)
+
+
+def test_large_gradients_reuse_the_memory_of_freed_ones_only(monkeypatch):
+    monkeypatch.setattr(native, "KEPT_OUTPUT_BYTES", 0)
+    hidden = torch.randn(5, 300).requires_grad_()
+    weight = torch.randn(256, 300).requires_grad_()
+    target = torch.randint(0, 256, (5,))
+
+    def gradient(scale=1.0):
+        loss = vig_kernels.linear_cross_entropy(hidden * scale, weight, target, backend="cpu")
+        return torch.autograd.grad(loss, weight)[0]
+
+    monkeypatch.setattr(native, "KEPT_OUTPUT_BYTES", 1 << 40)
+    expected = gradient()
+    monkeypatch.setattr(native, "KEPT_OUTPUT_BYTES", 0)
+    first = gradient()
+    second = gradient(2.0)
+    assert torch.equal(first, expected)  # and not what the second call wrote
+    assert second.data_ptr() != first.data_ptr()
+    view, address = first[7:9], first.data_ptr()
+    del first
+    assert gradient(3.0).data_ptr() != address  # a view still reads it
+    assert torch.equal(view, expected[7:9])
+    del view
+    assert gradient().data_ptr() == address
+    again = gradient()
+    for copy in (copy_module.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert torch.equal(copy, expected)
+    assert torch.equal(again.add_(1.0), expected + 1.0)
+
+
+def test_a_gradient_is_given_back_by_any_thread(monkeypatch):
+    monkeypatch.setattr(native, "KEPT_OUTPUT_BYTES", 0)
+    like = torch.empty(300, 300)
+    held = [native.empty_gradient(like, torch.float32).fill_(float(i)) for i in range(4)]
+    threads = [threading.Thread(target=held.pop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not held
+    assert native.empty_gradient(like, torch.bfloat16).fill_(1.0).sum() == 90000

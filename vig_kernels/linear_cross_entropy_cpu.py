@@ -35,7 +35,7 @@ def forward_backward(
     """
     stored = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
     grad_hidden = torch.zeros(hidden.shape, dtype=stored) if needs[0] else None
-    grad_weight = torch.empty(weight.shape, dtype=stored) if needs[1] else None
+    grad_weight = native.empty_gradient(weight, stored) if needs[1] else None
     grad_bias = torch.empty(weight.shape[0], dtype=torch.float32) if needs[2] and bias is not None else None
     described, kept_bias = native.head(hidden, weight, bias, logit_scale, logit_softcap)
     target = target.contiguous()

@@ -73,7 +73,7 @@ def backward(
     dlogit = p * (g_nll + g_lse - g_entropy * (logit - lse + entropy)) - [v = target] * g_nll, sums in float32.
     """
     grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype) if needs[0] else None
-    grad_weight = torch.empty(weight.shape, dtype=weight.dtype) if needs[1] else None
+    grad_weight = native.empty_gradient(weight, weight.dtype) if needs[1] else None
     grad_bias = torch.empty(weight.shape[0], dtype=torch.float32) if needs[2] and bias is not None else None
     described, kept_bias = native.head(hidden, weight, bias, logit_scale, logit_softcap)
     upstream = [

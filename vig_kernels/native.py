@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 RECORD = Path(__file__).with_name("_build.json")
+KEPT_OUTPUT_BYTES = 8 << 20  # smaller results are left to the allocator
 BUILD = (
     "install a C++17 compiler and run `pip install .` (or `pip install -e .`) in a checkout of vig-kernels"
 )
@@ -123,6 +124,18 @@ def head(
         cap=logit_softcap or 0.0,
     )
     return described, bias
+
+
+def empty_gradient(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor of the shape of `like`. Large ones take the memory that an earlier one has left.
+
+    A training step frees a gradient of the size of the weight and asks for it again: memory fresh from the system
+    would be cleared first, page by page. What is kept between steps (2 GiB at most) the system may take meanwhile.
+    """
+    if like.numel() * dtype.itemsize < KEPT_OUTPUT_BYTES:
+        return torch.empty(like.shape, dtype=dtype)
+    memory = _required().Output(like.numel() * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(like.shape)
 
 
 def rows_view(tensor: Tensor) -> tuple[int, int, int]:
