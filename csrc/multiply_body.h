@@ -127,7 +127,7 @@ inline void pack_whole_square(const PackArgs& p, int first, int64_t word, int64_
 #pragma GCC unroll 16
   for (int i = 0; i < Vec::W; ++i) {
     const char* at = p.rows[first + i] + word * per_word * size;
-    __builtin_prefetch(at + 256);  // sixteen rows at once are more streams than the hardware follows
+    __builtin_prefetch(at + 256, 0, 2);  // sixteen rows at once are more streams than the hardware follows
     square[i] = load(at);
   }
   Vec::transpose(square);
@@ -136,9 +136,42 @@ inline void pack_whole_square(const PackArgs& p, int first, int64_t word, int64_
   for (int k = 0; k < Vec::W; ++k) Vec::store(out + static_cast<int64_t>(k) * p.width, square[k]);
 }
 
+// Rows a multiple of 4 KiB apart all fall on the same few lines of the first cache: lines of a row are copied out of
+// there side by side, and transposed from the copy. Returns the word it came to.
+template <class Load>
+int64_t pack_staged(const PackArgs& p, int64_t size, int per_word, Load load) {
+  constexpr int kLines = 4;
+  alignas(64) float staged[Vec::W][(kLines + 1) * Vec::W];
+  int64_t word = p.begin;
+  for (; word + kLines * Vec::W <= p.end && (word + kLines * Vec::W) * per_word <= p.depth; word += kLines * Vec::W) {
+    for (int first = 0; first < p.width; first += Vec::W) {
+      for (int i = 0; i < Vec::W; ++i) {
+        const char* at = p.rows[first + i] + word * per_word * size;
+#pragma GCC unroll 4
+        for (int line = 0; line < kLines; ++line, at += Vec::W * per_word * size) {
+          __builtin_prefetch(at + 1024, 0, 2);
+          Vec::store(staged[i] + line * Vec::W, load(at));
+        }
+      }
+      float* out = reinterpret_cast<float*>(p.out) + (word - p.begin) * p.width + first;
+      for (int line = 0; line < kLines; ++line, out += Vec::W * p.width) {
+        Vec::F square[Vec::W];
+#pragma GCC unroll 16
+        for (int i = 0; i < Vec::W; ++i) square[i] = Vec::load(staged[i] + line * Vec::W);
+        Vec::transpose(square);
+#pragma GCC unroll 16
+        for (int k = 0; k < Vec::W; ++k) Vec::store(out + static_cast<int64_t>(k) * p.width, square[k]);
+      }
+    }
+  }
+  return word;
+}
+
 template <class Load>
 void pack_with(const PackArgs& p, int64_t size, int per_word, Load load) {
-  for (int64_t word = p.begin; word < p.end; word += Vec::W) {
+  int64_t word = p.begin;
+  if (p.width % Vec::W == 0 && (p.rows[1] - p.rows[0]) % 4096 == 0) word = pack_staged(p, size, per_word, load);
+  for (; word < p.end; word += Vec::W) {
     const bool inside = word + Vec::W <= p.end && (word + Vec::W) * per_word <= p.depth;
     for (int first = 0; first < p.width; first += Vec::W) {
       const int rows = p.width - first < Vec::W ? p.width - first : Vec::W;
