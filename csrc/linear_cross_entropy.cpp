@@ -181,8 +181,8 @@ void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream
     }
   }
   for (int64_t n = 0; needs.hidden && n < kept.size(); ++n) {
-    head.kernels.store_row(grad_hidden.data() + n * depth, out.hidden + kept.slot[n] * depth * size_of(head.dtype), depth,
-                           head.dtype);
+    char* to = out.hidden + kept.slot[n] * depth * size_of(head.dtype);
+    head.kernels.store_row(grad_hidden.data() + n * depth, to, depth, head.dtype);
   }
 }
 

@@ -148,39 +148,38 @@ void ChunkGradients::hidden_product(const PanelRange& range, const float* logits
   const int64_t together = block_rows() / width;
   uint32_t* packed = reinterpret_cast<uint32_t*>(scratch_[worker].get());
   for (int64_t block = range.begin; block < range.end; block += together) {
-    const int64_t rows = std::min(together, range.end - block) * width, words = pairs_ ? rows / 2 : rows;
+    const int64_t rows = std::min(together, range.end - block) * width;
     for (int64_t column = from; column < to; column += kColumnsTogether) {
       const int64_t columns = std::min(kColumnsTogether, to - column);
       pack_weight(block, rows, column, columns, packed);
-      for (int64_t i = 0; i < columns; ++i) {
-        hidden_block(range, logits, block, column + i, i + 1 == columns, packed + i * words * width);
-      }
+      hidden_block(range, logits, block, column, columns, packed);
     }
   }
 }
 
+// A tile of gradients stays in the first cache while it meets all of the packed columns.
 void ChunkGradients::hidden_block(const PanelRange& range, const float* logits, int64_t block, int64_t column,
-                                  bool look_ahead, const uint32_t* packed) {
+                                  int64_t columns, const uint32_t* packed) {
   const Kernels& k = head_.kernels;
-  const int64_t width = k.panel, panel_words = chunk_.padded * width;
+  const int64_t width = k.panel, panel_words = chunk_.padded * width, row_words = pairs_ ? width / 2 : width;
   const int64_t panels = std::min(block_rows() / width, range.end - block);
   const uint32_t* a = reinterpret_cast<const uint32_t*>(logits) + (block - range.begin) * panel_words;
-  float* out = grad_hidden_.get() + column * panel_words;
   // The next columns of the same rows of the weight lie too far apart for the hardware to guess.
   const int64_t tiles = (chunk_.rows + k.tile - 1) / k.tile, weight_rows = panels * width;
-  const int64_t share = (weight_rows + tiles - 1) / tiles;
-  const char* next = head_.weight + (column + 1) * width * size_of(head_.dtype);
-  const int64_t ahead = kColumnsTogether * width * size_of(head_.dtype);
+  const int64_t share = (weight_rows + tiles - 1) / tiles, bytes = width * size_of(head_.dtype);
+  const char* next = head_.weight + (column + columns) * bytes;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t row = tile * k.tile;
-    for (int64_t i = tile * share; look_ahead && i < std::min(weight_rows, (tile + 1) * share); ++i) {
+    for (int64_t i = tile * share; i < std::min(weight_rows, (tile + 1) * share); ++i) {
       const char* line = next + std::min(block * width + i, head_.vocab - 1) * head_.weight_stride;
-      for (int64_t at = 0; at < ahead; at += 64) __builtin_prefetch(line + at, 0, 2);
+      for (int64_t at = 0; at < kColumnsTogether * bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
     }
     const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk_.rows - row));
-    const int64_t row_words = pairs_ ? width / 2 : width;
-    k.multiply_rows({a + row * row_words, packed, out + row * width, width, row_words, panels, panel_words, rows, true},
-                    pairs_);
+    for (int64_t i = 0; i < columns; ++i) {
+      const uint32_t* b = packed + i * panels * row_words * width;
+      float* out = grad_hidden_.get() + (column + i) * panel_words + row * width;
+      k.multiply_rows({a + row * row_words, b, out, width, row_words, panels, panel_words, rows, true}, pairs_);
+    }
   }
 }
 

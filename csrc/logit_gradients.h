@@ -44,7 +44,7 @@ class ChunkGradients {
   void panel_gradient(const PanelRange& range, int64_t panel, const RowSlopes& slopes, float* logits, int worker);
   void weight_product(const PanelRange& range, int64_t panel, const uint32_t* gradient, int worker);
   void hidden_product(const PanelRange& range, const float* logits, int64_t slice, int worker);
-  void hidden_block(const PanelRange& range, const float* logits, int64_t block, int64_t column, bool look_ahead,
+  void hidden_block(const PanelRange& range, const float* logits, int64_t block, int64_t column, int64_t columns,
                     const uint32_t* packed);
   void pack_weight(int64_t panel, int64_t rows, int64_t column, int64_t columns, uint32_t* packed) const;
   int64_t scratch_words() const;

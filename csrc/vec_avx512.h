@@ -74,7 +74,8 @@ struct Vec {
                             _mm512_mask_blend_epi32(nan, sum, _mm512_set1_epi32(0x7fc00000)), 16)));
   }
   static void to_f16(uint16_t* p, F x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    const __m256i halves = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
   }
   static void to_u8(uint8_t* p, F x) {  // what an int32 cannot hold becomes 2^31, and that 255
     const I whole = _mm512_cvtps_epi32(max(x, zero()));

@@ -23,9 +23,10 @@ bool same(const char* found, const char* expected, vig::Dtype dtype) {
 // Whole vectors and what is left over, against the cast of one element.
 void test_store() {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  std::vector<float> values = {0.0f,   -0.0f,  0.5f,    1.5f,    2.5f,   254.5f, 255.5f, 256.0f, -3.0f,    1e-8f,
-                               6e-8f,  3e-5f,  65504.0f, 65519.0f, 65520.0f, 3e9f,   1e20f,  -1e20f, kInfinity, -kInfinity,
-                               NAN,    1.0f + 1.0f / 256, 1.0f + 3.0f / 256, 3.4e38f};
+  std::vector<float> values = {0.0f,     -0.0f,    0.5f, 1.5f,  2.5f,   254.5f,    255.5f,     256.0f,
+                               -3.0f,    1e-8f,    6e-8f, 3e-5f, 3e9f,  1e20f,     -1e20f,     3.4e38f,
+                               65504.0f, 65519.0f, 65520.0f, NAN,   1.0f + 1.0f / 256,   1.0f + 3.0f / 256,
+                               kInfinity, -kInfinity};
   Draw draw(5);
   for (float x : draw.values(300)) values.push_back(300 * x);
   for (const vig::Kernels* kernels : all_kernels()) {
