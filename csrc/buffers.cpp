@@ -112,7 +112,7 @@ Buffer make(int64_t floats, bool output) {
 }  // namespace
 
 void GiveBack::operator()(float* data) const {
-  if (output) let_go(data, floats * 4);
+  if (output) let_go(data, floats * 4);  // before anybody can take it again
   if (floats < kKeptFloats || !kept_buffers(output).keep(data, floats)) free_floats(data);
 }
 

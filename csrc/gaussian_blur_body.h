@@ -59,10 +59,7 @@ void blur_strip(const BlurArgs& b) {
       Vec::F square[Vec::W];
 #pragma GCC unroll 16
       for (int i = 0; i < Vec::W; ++i) square[i] = Vec::load(tile + (i * 2 + v) * Vec::W);
-      Vec::transpose(square);
-      float* out = b.out + v * Vec::W * b.out_stride + y;
-#pragma GCC unroll 16
-      for (int i = 0; i < Vec::W; ++i) Vec::store(out + i * b.out_stride, square[i]);
+      store_transposed(square, b.out + v * Vec::W * b.out_stride + y, b.out_stride);
     }
   }
 }
@@ -83,7 +80,7 @@ void load_dense(const ConvertArgs& c, int64_t size, Load load) {
 }
 
 void load_strip(const ConvertArgs& c) {
-  const int64_t size = element_bytes(c.dtype);
+  const int64_t size = size_of(c.dtype);
   if (c.column_stride == size) {
     switch (c.dtype) {
       case Dtype::kFloat32:

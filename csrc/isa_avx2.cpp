@@ -6,7 +6,6 @@
 namespace vig {
 namespace {
 
-#include "scalar_body.h"
 #include "vec_avx2.h"
 #include "multiply_body.h"
 #include "fold_body.h"

@@ -4,7 +4,6 @@
 namespace vig {
 namespace {
 
-#include "scalar_body.h"
 #include "vec_portable.h"
 #include "multiply_body.h"
 #include "fold_body.h"

@@ -120,6 +120,13 @@ inline void pack_square(const PackArgs& p, int first, int rows, int64_t word, in
   for (int64_t k = 0; k < count; ++k) __builtin_memcpy(out + k * p.width, lanes[k], rows * sizeof(float));
 }
 
+// A square of W by W, transposed, to rows `stride` floats apart.
+inline void store_transposed(Vec::F* square, float* out, int64_t stride) {
+  Vec::transpose(square);
+#pragma GCC unroll 16
+  for (int k = 0; k < Vec::W; ++k) Vec::store(out + k * stride, square[k]);
+}
+
 // The same where the whole square is there: nothing leaves the registers.
 template <class Load>
 inline void pack_whole_square(const PackArgs& p, int first, int64_t word, int64_t size, int per_word, Load load) {
@@ -130,10 +137,7 @@ inline void pack_whole_square(const PackArgs& p, int first, int64_t word, int64_
     __builtin_prefetch(at + 256, 0, 2);  // sixteen rows at once are more streams than the hardware follows
     square[i] = load(at);
   }
-  Vec::transpose(square);
-  float* out = reinterpret_cast<float*>(p.out) + (word - p.begin) * p.width + first;
-#pragma GCC unroll 16
-  for (int k = 0; k < Vec::W; ++k) Vec::store(out + static_cast<int64_t>(k) * p.width, square[k]);
+  store_transposed(square, reinterpret_cast<float*>(p.out) + (word - p.begin) * p.width + first, p.width);
 }
 
 // Rows a multiple of 4 KiB apart all fall on the same few lines of the first cache: lines of a row are copied out of
@@ -158,9 +162,7 @@ int64_t pack_staged(const PackArgs& p, int64_t size, int per_word, Load load) {
         Vec::F square[Vec::W];
 #pragma GCC unroll 16
         for (int i = 0; i < Vec::W; ++i) square[i] = Vec::load(staged[i] + line * Vec::W);
-        Vec::transpose(square);
-#pragma GCC unroll 16
-        for (int k = 0; k < Vec::W; ++k) Vec::store(out + static_cast<int64_t>(k) * p.width, square[k]);
+        store_transposed(square, out, p.width);
       }
     }
   }
