@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csr
 # One thread a test process: two OpenMP pools on two cores nearly stall.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test lint format bench native-sanitize clean
+.PHONY: setup demo test lint format bench native-sanitize native-aarch64 clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,14 @@ native-sanitize: $(STAMP)
 	cmake -S . -B build/sanitize -DVIG_TESTS=ON -DVIG_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/sanitize
 	build/sanitize/native_tests
+
+# The C++ tests for 64-bit ARM, emulated with and without BF16. Debian: g++-aarch64-linux-gnu, qemu-user-static.
+native-aarch64: $(STAMP)
+	cmake -S . -B build/aarch64 -DVIG_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	cmake --build build/aarch64
+	qemu-aarch64-static -cpu max build/aarch64/native_tests
+	qemu-aarch64-static -cpu cortex-a72 build/aarch64/native_tests
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -50,7 +50,12 @@ def slug(machine: dict) -> str:
     """A file name for a machine, such as amd-epyc-2-cores-avx512-bf16."""
     name = machine["gpu"]["name"] if machine["gpu"] else machine["cpu"]
     best = next(
-        (flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in machine["flags"]), ""
+        (
+            flag
+            for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16", "asimd")
+            if flag in machine["flags"]
+        ),
+        "",
     )
     text = name if machine["gpu"] else f"{name} {machine['cores']} cores {best}"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
@@ -68,6 +73,8 @@ def sentence(result: dict) -> str:
             ("avx512f", "AVX-512"),
             ("avx512_bf16", "BF16"),
             ("amx_bf16", "AMX"),
+            ("asimd", "NEON"),
+            ("bf16", "BF16"),
         )
         if flag in machine["flags"]
     )

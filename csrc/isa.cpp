@@ -2,6 +2,12 @@
 
 #include <stdexcept>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace vig {
 namespace {
 
@@ -37,6 +43,21 @@ bool has_amx() {
 bool has_amx() { return false; }
 #endif
 
+#if defined(__aarch64__)
+const char* lacks_bf16() {
+#if defined(__linux__)
+  const bool has = (getauxval(AT_HWCAP2) & (1ul << 14)) != 0;  // HWCAP2_BF16
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  if (sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) != 0) has = 0;
+#else
+  const bool has = false;
+#endif
+  return has ? nullptr : "the CPU or the operating system lacks FEAT_BF16";
+}
+#endif
+
 const char* lacks_nothing() { return nullptr; }
 
 }  // namespace
@@ -47,6 +68,9 @@ const std::vector<Isa>& isa_table() {
       {"avx512_bf16", kernels_avx512_bf16, lacks_avx512_bf16},
       {"avx512", kernels_avx512, lacks_avx512},
       {"avx2", kernels_avx2, lacks_avx2},
+#elif defined(__aarch64__)
+      {"neon_bf16", kernels_neon_bf16, lacks_bf16},
+      {"neon", kernels_neon, lacks_nothing},
 #endif
       {"portable", kernels_portable, lacks_nothing},
   };

@@ -135,5 +135,7 @@ const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_neon();
+const Kernels* kernels_neon_bf16();
 
 }  // namespace vig

@@ -2,7 +2,7 @@
 // Included once per instruction set, inside its anonymous namespace, after Vec.
 
 constexpr int kPanel = 2 * Vec::W;             // columns of a tile
-constexpr int kUnit = Vec::W == 16 ? 4 : 2;    // rows of the smallest tile; the others have 2 and 3 units
+constexpr int kUnit = Vec::kRegisters == 32 ? 4 : 2;  // rows of the smallest tile; the others have 2 and 3 units
 constexpr int kTile = 3 * kUnit;
 
 constexpr int kAhead = 24;                     // words that the tile asks the cache for ahead of their use
@@ -16,6 +16,13 @@ inline typename V::F step(typename V::F sum, typename V::F a, typename V::F b) {
   } else {
     return V::fma(a, b, sum);
   }
+}
+
+// A word of rows that stand side by side, where an instruction takes a factor from a lane.
+template <int Rows, bool Pairs, class V = Vec>
+inline void add_by_lane(const float* a, typename V::F left, typename V::F right, typename V::F (&sum)[Rows][2]) {
+#pragma GCC unroll 3
+  for (int i = 0; i < Rows; i += V::W) V::template add_lanes<Pairs>(sum + i, V::load(a + i), left, right);
 }
 
 // The strides of `a` are constants of the instance, so that they become displacements.
@@ -49,11 +56,15 @@ void multiply_tile(const MultiplyArgs& m) {
         __builtin_prefetch(b + kAhead * kPanel);
         __builtin_prefetch(b + kAhead * kPanel + Vec::W);
         if constexpr (L != Layout::kRows) __builtin_prefetch(a + kAhead * kWord);
+        if constexpr (Vec::kTakesLanes && kRow == 1) {
+          add_by_lane<Rows, Pairs>(a, left, right, sum);
+        } else {
 #pragma GCC unroll 12
-        for (int i = 0; i < Rows; ++i) {
-          const Vec::F value = Vec::set1(a[i * kRow]);
-          sum[i][0] = step<Pairs>(sum[i][0], value, left);
-          sum[i][1] = step<Pairs>(sum[i][1], value, right);
+          for (int i = 0; i < Rows; ++i) {
+            const Vec::F value = Vec::set1(a[i * kRow]);
+            sum[i][0] = step<Pairs>(sum[i][0], value, left);
+            sum[i][1] = step<Pairs>(sum[i][1], value, right);
+          }
         }
         a += kWord;
         b += kPanel;

@@ -1,6 +1,8 @@
 // Vec: eight float32 lanes in a ymm register. Included once per file, inside its anonymous namespace.
 struct Vec {
   static constexpr int W = 8;
+  static constexpr int kRegisters = 16;
+  static constexpr bool kTakesLanes = false;  // of a register, as a factor
   static constexpr bool kHasPairs = false;
   using F = __m256;
   using I = __m256i;

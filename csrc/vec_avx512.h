@@ -1,6 +1,8 @@
 // Vec: sixteen float32 lanes in a zmm register. Included once per file, inside its anonymous namespace.
 struct Vec {
   static constexpr int W = 16;
+  static constexpr int kRegisters = 32;
+  static constexpr bool kTakesLanes = false;  // of a register, as a factor
   using F = __m512;
 #ifdef __AVX512BF16__
   static constexpr bool kHasPairs = true;

@@ -2,6 +2,8 @@
 // Included once per file, inside its anonymous namespace.
 struct Vec {
   static constexpr int W = 4;
+  static constexpr int kRegisters = 16;
+  static constexpr bool kTakesLanes = false;  // of a register, as a factor
   static constexpr bool kHasPairs = false;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));

@@ -63,7 +63,7 @@ def forced_isa() -> str:
 
 
 def isa() -> str | None:
-    """Name of the instruction set in use ("avx512_bf16", "avx512", "avx2", "portable"); None without kernels."""
+    """Name of the instruction set in use, one of isas(), "avx512_bf16" for example; None without kernels."""
     native = module()
     return None if native is None else native.isa(forced_isa())
 
