@@ -37,6 +37,9 @@ void gaussian_blur(const std::string& isa, const std::string& dtype, const std::
                    const std::vector<double>& sigma_x, double truncate, bool replicate, int threads) {
   const vig::Kernels& kernels = vig::select_kernels(isa.c_str());
   const vig::Dtype kind = dtype_of(dtype);
+  if (static_cast<int64_t>(sigma_y.size()) != shape[0] || static_cast<int64_t>(sigma_x.size()) != shape[0]) {
+    throw py::value_error("expected a sigma for each of " + std::to_string(shape[0]) + " images");
+  }
   py::gil_scoped_release released;
   vig::gaussian_blur(kernels, image_view(images, images_stride), image_view(out, out_stride), shape.data(), kind,
                      sigma_y.data(), sigma_x.data(), truncate, replicate, threads);

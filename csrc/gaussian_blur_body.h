@@ -34,7 +34,14 @@ inline void blur_rows(const BlurArgs& b, const int32_t* index, int64_t from, int
 #pragma GCC unroll 7
     for (int i = 1; i <= kEdge; ++i) blur_step<Vectors>(b, index, 2 * b.radius + i, i, kEdge, sum);
   } else {
-    for (int64_t t = from; t < to; ++t) blur_step<Vectors>(b, index, t, 0, kEdge, sum);
+    for (int64_t t = from; t < to; ++t) {
+      if (t >= kEdge && t <= 2 * b.radius) {
+        blur_step<Vectors>(b, index, t, 0, kEdge, sum);
+      } else {
+        blur_step<Vectors>(b, index, t, static_cast<int>(t > 2 * b.radius ? t - 2 * b.radius : 0),
+                           static_cast<int>(t < kEdge ? t : kEdge), sum);
+      }
+    }
   }
   for (int i = 0; i < kBlurRows; ++i) {
     for (int v = 0; v < Vectors; ++v) {

@@ -48,6 +48,16 @@ void KeptRows::add(const char* data, int64_t stride, const int64_t* targets, int
   offered += count;
 }
 
+KeptRows KeptRows::part(int64_t begin, int64_t count) const {
+  const int64_t end = std::min(begin + count, size());
+  KeptRows rows;
+  rows.hidden.assign(hidden.begin() + begin, hidden.begin() + end);
+  rows.target.assign(target.begin() + begin, target.begin() + end);
+  rows.slot.assign(slot.begin() + begin, slot.begin() + end);
+  rows.offered = offered;
+  return rows;
+}
+
 int64_t padded_rows(const Head& head, int64_t rows) { return round_up(rows, 4 * head.kernels.tile); }
 
 RowChunk::RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_t count, int threads)

@@ -36,6 +36,7 @@ struct KeptRows {
 
   void add(const char* data, int64_t stride, const int64_t* targets, int64_t count, int64_t ignore_index);
   int64_t size() const { return static_cast<int64_t>(slot.size()); }
+  KeptRows part(int64_t begin, int64_t count) const;  // at most `count` of them
 };
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

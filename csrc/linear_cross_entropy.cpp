@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kLogitBytes = 160 << 20;  // kept logits, and the copies of the rows that go with them
 constexpr int64_t kBlockBytes = 64 << 20;   // the same where the logits are formed anew, block by block of V
 
+constexpr int64_t kHiddenBytes = 128 << 20;  // float32 sums of a 16-bit hidden gradient, until they are rounded
 constexpr int64_t kFewRows = 32;            // bfloat16 is then read faster than it can be multiplied: float32 is free
 
 Head head_for(const Head& head, const KeptRows& kept) {
@@ -33,6 +34,43 @@ int64_t rows_within(const Head& head, int64_t bytes, int64_t columns, int64_t ke
   const int64_t row = 4 * columns + 4 * head.words() + ChunkGradients::bytes_per_row(head);
   return std::min(kept, std::max<int64_t>(bytes / row / unit, 1) * unit);
 }
+
+// Gradients of a float32 hidden are summed where they are wanted; others beside, and rounded at the end.
+class HiddenSums {
+ public:
+  HiddenSums(const Head& head, const KeptRows& kept, char* out)
+      : head_(head), kept_(kept), out_(out), row_bytes_(head.depth * size_of(head.dtype)), row_(make_buffer(head.depth)) {
+    if (out == nullptr) return;
+    if (head.dtype != Dtype::kFloat32) sums_.resize(kept.size() * head.depth);
+    for (int64_t n = 0; n < kept.size(); ++n) std::fill_n(sum(n), head.depth, 0.0f);
+  }
+
+  void add(const ChunkGradients& gradients, int64_t begin, int64_t rows) {
+    for (int64_t n = 0; out_ != nullptr && n < rows; ++n) {
+      gradients.read_hidden(n, row_.get());
+      float* const to = sum(begin + n);
+      for (int64_t d = 0; d < head_.depth; ++d) to[d] += row_[d];
+    }
+  }
+
+  void finish() {
+    for (int64_t n = 0; !sums_.empty() && n < kept_.size(); ++n) {
+      head_.kernels.store_row(sum(n), out_ + kept_.slot[n] * row_bytes_, head_.depth, head_.dtype);
+    }
+  }
+
+ private:
+  float* sum(int64_t n) {
+    return sums_.empty() ? reinterpret_cast<float*>(out_ + kept_.slot[n] * row_bytes_) : sums_.data() + n * head_.depth;
+  }
+
+  const Head& head_;
+  const KeptRows& kept_;
+  char* const out_;
+  const int64_t row_bytes_;
+  Buffer row_;
+  std::vector<float> sums_;
+};
 
 // Log-sum-exp of every row, with the logits kept; returns the chunk's share of the loss and what its slopes are.
 double forward_chunk(const Head& head, const RowChunk& chunk, const float* weight, double z_loss, Sweeps& sweeps,
@@ -133,9 +171,19 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
   return loss;
 }
 
-void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream& upstream, const StoredGradients& out,
+void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream& upstream, const StoredGradients& out,
                          int threads) {
-  const Head head = head_for(given, kept);
+  const int64_t most = std::max<int64_t>(kHiddenBytes / (4 * head.depth), 1);
+  if (out.hidden != nullptr && head.dtype != Dtype::kFloat32 && kept.size() > most) {  // so many rows at a time
+    if (out.weight != nullptr || out.bias != nullptr) {
+      linear_nll_backward(head, kept, upstream, {nullptr, out.weight, out.bias}, threads);
+    }
+    for (int64_t begin = 0; begin < kept.size(); begin += most) {
+      linear_nll_backward(head, kept.part(begin, most), upstream, {out.hidden, nullptr, nullptr}, threads);
+    }
+    return;
+  }
+  const Head exact = head_for(head, kept);  // for the products; logits are formed as the forward formed them
   const Needs needs = {out.hidden != nullptr, out.weight != nullptr, out.bias != nullptr};
   const int64_t width = head.kernels.panel, depth = head.depth;
   if (kept.size() == 0) {
@@ -151,8 +199,8 @@ void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream
   const bool direct = chunk_rows >= kept.size() && head.dtype != Dtype::kFloat16;
   const bool rounded = direct && head.dtype == Dtype::kBFloat16;
   const Buffer sums = make_buffer(needs.weight && !direct ? block * width * depth : 0);
-  const Buffer picked = make_buffer(chunk_rows), row = make_buffer(depth);
-  std::vector<float> grad_hidden(needs.hidden ? kept.size() * depth : 0, 0.0f);
+  const Buffer picked = make_buffer(chunk_rows);
+  HiddenSums grad_hidden(head, kept, out.hidden);
   Sweeps sweeps = make_sweeps(head, chunk_rows, threads);
   for (int64_t first = 0; first < head.panels(); first += block) {
     const int64_t last = std::min(first + block, head.panels());
@@ -163,27 +211,20 @@ void linear_nll_backward(const Head& given, const KeptRows& kept, const Upstream
         sweeps[worker]->fold_panels(chunk, first + i, first + i + 1, head.panels(), picked.get(),
                                     {logits.get(), first});
       });
-      ChunkGradients gradients(head, kept, begin, chunk, needs, threads);
+      ChunkGradients gradients(exact, kept, begin, chunk, needs, threads);
       char* stored = needs.weight ? out.weight + first * width * depth * size_of(head.dtype) : nullptr;
       gradients.run({first, last, direct ? reinterpret_cast<float*>(stored) : sums.get(),
                      rounded ? reinterpret_cast<uint16_t*>(stored) : nullptr,
                      needs.bias ? out.bias + first * width : nullptr, begin > 0},
                     slopes_of(kept, begin, chunk.rows, upstream), logits.get());
-      for (int64_t n = 0; needs.hidden && n < chunk.rows; ++n) {
-        gradients.read_hidden(n, row.get());
-        float* sum = grad_hidden.data() + (begin + n) * depth;
-        for (int64_t d = 0; d < depth; ++d) sum[d] += row[d];
-      }
+      grad_hidden.add(gradients, begin, chunk.rows);
     }
     const int64_t bytes = size_of(head.dtype), rows = std::min(last * width, head.vocab) - first * width;
     if (needs.weight && !direct) {
       store_rows(head, sums.get(), out.weight + first * width * depth * bytes, rows, head.dtype, threads);
     }
   }
-  for (int64_t n = 0; needs.hidden && n < kept.size(); ++n) {
-    char* to = out.hidden + kept.slot[n] * depth * size_of(head.dtype);
-    head.kernels.store_row(grad_hidden.data() + n * depth, to, depth, head.dtype);
-  }
+  grad_hidden.finish();
 }
 
 }  // namespace vig

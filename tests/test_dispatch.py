@@ -15,6 +15,7 @@ from vig_kernels import (
     linear_cross_entropy,
     linear_nll,
     linear_vig,
+    native,
     reference,
 )
 
@@ -170,3 +171,24 @@ def test_bad_options_show_their_value(op, options, message):
 def test_the_two_passes_must_fit():
     with pytest.raises(ValueError, match=r"expected hidden_null \(4, 8\) as hidden_image, got \(3, 8\)"):
         linear_vig(HIDDEN, HIDDEN[:3], WEIGHT, TARGET)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("VIG_BACKEND", "torch", 'linear_nll            torch      cpu     available, taken by "auto"'),
+        ("VIG_BACKEND", "bogus", "VIG_BACKEND=bogus"),
+        ("VIG_FORCE_ISA", "bogus", "VIG_FORCE_ISA=bogus"),
+    ],
+)
+def test_the_table_tells_what_the_environment_does(variable, value, told):
+    if variable == "VIG_FORCE_ISA" and native.module() is None:
+        pytest.skip("no compiled kernels")
+    run = subprocess.run(
+        [sys.executable, "-m", "vig_kernels"],
+        capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)) | {variable: value},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert told in run.stdout
+    if variable == "VIG_BACKEND":
+        assert not [line for line in run.stdout.splitlines() if " cpu        cpu" in line and "taken" in line]

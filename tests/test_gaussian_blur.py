@@ -172,3 +172,50 @@ def test_bad_arguments_show_their_value(change, message):
     arguments = {"images": torch.zeros(2, 3, 8, 8), "sigma": 1.0} | change
     with pytest.raises((ValueError, TypeError), match=message):
         gaussian_blur(arguments.pop("images"), arguments.pop("sigma"), **arguments)
+
+
+@every
+def test_a_sigma_tensor_must_fit_the_leading_images(backend, device):
+    for shape, sigma in (
+        ((9, 12), (9,)),
+        ((3, 9, 12), (3, 9)),
+        ((2, 3, 9, 12), (2, 3)),
+        ((2, 3, 9, 12), (3,)),
+    ):
+        with pytest.raises(ValueError, match="leading image"):
+            gaussian_blur(torch.rand(shape, device=device), torch.full(sigma, 2.0), backend=backend)
+    found = gaussian_blur(torch.rand(9, 12, device=device), torch.tensor(2.0), backend=backend)
+    assert found.shape == (9, 12)
+
+
+@every
+def test_taps_without_end_are_refused(backend, device):
+    for sigma in (1e5, 3.2e18, 1e300, (0.0, 1e19)):
+        with pytest.raises(ValueError, match="at most 65536"):
+            gaussian_blur(torch.rand(9, 12, device=device), sigma, backend=backend)
+    tiny = torch.rand(9, 12, device=device)
+    torch.testing.assert_close(gaussian_blur(tiny, 1e-200, backend=backend), tiny, rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif("cpu" not in {name for name, _ in runners("gaussian_blur")}, reason="no compiled kernels")
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 0.6, 2.0, 50.0, (50.0, 0.0)], ids=str)
+def test_a_pixel_that_is_not_finite_reaches_as_far_as_the_taps(sigma):
+    images = torch.rand(400, 64)
+    images[200, 30] = float("inf")
+    spoiled = ~gaussian_blur(images, sigma, backend="cpu").isfinite()
+    down, across = (math.ceil(3 * s) for s in (sigma if isinstance(sigma, tuple) else (sigma, sigma)))
+    expected = torch.zeros(400, 64, dtype=torch.bool)
+    expected[200 - down : 201 + down, max(0, 30 - across) : 31 + across] = True
+    assert torch.equal(spoiled, expected)
+
+
+def test_arguments_from_numpy():
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(gaussian_blur(images, np.float32(2)), gaussian_blur(images, 2.0))
+    with pytest.raises(TypeError, match="pass a tensor"):
+        gaussian_blur(images, np.array([1.0, 2.0]))
+
+
+def test_out_must_not_share_memory_with_itself():
+    with pytest.raises(ValueError, match="share memory"):
+        gaussian_blur(torch.rand(2, 3, 8, 8), 1.3, out=torch.empty(1, 3, 8, 8).expand(2, 3, 8, 8))

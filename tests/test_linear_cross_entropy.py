@@ -1,5 +1,6 @@
 """linear_cross_entropy against float64: options, reductions, gradients formed early or late."""
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, DTYPES, Case, assert_gradients, bound, eager_logits, make, runners
@@ -238,3 +239,98 @@ def test_reference_passes_gradcheck():
         )
 
     assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@every
+def test_defaults_of_torch_change_nothing(memory, backend, device):
+    hidden, weight = torch.randn(37, 24, device=device), torch.randn(51, 24, device=device)
+    target = torch.arange(37, device=device)
+
+    def everything():
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss = linear_cross_entropy(*leaves, target, memory=memory, backend=backend)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    expected = everything()
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            assert all(map(torch.equal, everything(), expected))
+    finally:
+        torch.set_default_dtype(before)
+    if backend != "reference":
+        with torch.device("meta"):
+            assert all(map(torch.equal, everything(), expected))
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@every
+def test_rows_of_weight_zero_may_hold_anything(memory, backend, device):
+    hidden, weight = torch.randn(37, 24, device=device), torch.randn(51, 24, device=device).requires_grad_()
+    target = torch.arange(37, device=device)
+    row_weight = torch.rand(37, device=device)
+    row_weight[::3] = 0.0
+    clean, spoiled = hidden.clone(), hidden.clone()
+    if backend != "reference":  # the specification multiplies them
+        spoiled[::3] = float("nan")
+    found = [
+        (
+            loss := linear_cross_entropy(
+                x.requires_grad_(), weight, target, token_weight=row_weight, memory=memory, backend=backend
+            )
+        ).detach()
+        for x in (clean, spoiled)
+        for _ in [0]
+    ]
+    assert torch.equal(*found)
+    grad_hidden, grad_weight = torch.autograd.grad(loss, (spoiled, weight))
+    assert grad_weight.isfinite().all() and not grad_hidden[::3].any()
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@every
+def test_a_divisor_of_zero_gives_zero_even_of_infinity(memory, backend, device):
+    hidden, weight = torch.randn(5, 24, device=device).requires_grad_(), torch.randn(51, 24, device=device)
+    bias = torch.zeros(51, device=device)
+    bias[2] = -float("inf")
+    target = torch.arange(5, device=device)
+    for num_items in (0, 0.0, torch.tensor(0), torch.tensor(0.0, device=device)):
+        loss = linear_cross_entropy(
+            hidden, weight, target, bias=bias, num_items=num_items, memory=memory, backend=backend
+        )
+        assert loss.item() == 0.0
+
+
+@every
+def test_weights_that_learn_know_the_mean(backend, device):
+    hidden, weight = torch.randn(37, 24, device=device), torch.randn(51, 24, device=device)
+    target = torch.arange(37, device=device)
+    target[::5] = -100
+    row_weight = torch.rand(37, device=device).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, target, token_weight=row_weight, backend=backend)
+    logits = hidden.double() @ weight.double().T
+    nll = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    exact = (row_weight * nll).sum() / row_weight[target != -100].sum()
+    torch.testing.assert_close(loss.double(), exact.double(), rtol=1e-5, atol=1e-6)
+    found, wanted = (torch.autograd.grad(x, row_weight)[0] for x in (loss, exact))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_arguments_of_numpy_and_of_no_sense():
+    hidden, weight, target = torch.randn(4, 8), torch.randn(9, 8), torch.tensor([0, 1, -100, 3])
+    plain = linear_cross_entropy(hidden, weight, target, num_items=3, num_kept=3, z_loss=0.5)
+    found = linear_cross_entropy(
+        hidden, weight, target, num_items=np.int64(3), num_kept=np.int64(3), z_loss=np.float32(0.5),
+        ignore_index=np.int64(-100),
+    )  # fmt: skip
+    assert torch.equal(plain, found)
+    for options, error, message in (
+        ({"num_items": -3}, ValueError, "num_items=-3"),
+        ({"num_items": torch.tensor(3 + 1j)}, TypeError, "real num_items"),
+        ({"ignore_index": 2**70}, ValueError, "64 bits"),
+        ({"logit_softcap": 1e-46}, ValueError, "1e-46"),
+    ):
+        with pytest.raises(error, match=message):
+            linear_cross_entropy(hidden, weight, target, **options)

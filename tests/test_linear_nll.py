@@ -1,10 +1,12 @@
 """linear_nll against its float64 specification, on every backend that can run here."""
 
+import threading
+
 import pytest
 import torch
 from cases import CASES, DTYPES, Case, assert_gradients, bound, eager_logits, make, runners
 
-from vig_kernels import linear_nll, reference
+from vig_kernels import linear_cross_entropy, linear_nll, linear_nll_torch, linear_vig, reference
 
 STATS = ("lse", "entropy", "argmax")
 RUNNERS = runners("linear_nll")
@@ -215,3 +217,83 @@ def test_reference_passes_gradcheck():
         return nll, sinks["lse"], sinks["entropy"]
 
     assert torch.autograd.gradcheck(values, [t.requires_grad_() for t in (hidden, weight, bias)])
+
+
+def test_forward_mode_raises_instead_of_giving_zero():
+    hidden, weight, target = torch.randn(5, 8), torch.randn(9, 8), torch.arange(5)
+    calls = [
+        lambda x: linear_nll(x, weight, target),
+        lambda x: linear_cross_entropy(x, weight, target),
+        lambda x: linear_vig(x, hidden, weight, target).vig,
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            torch.func.jvp(call, (hidden,), (torch.ones_like(hidden),))
+    _, found = torch.func.jvp(
+        lambda x: linear_nll(x, weight, target, backend="reference"), (hidden,), (torch.ones_like(hidden),)
+    )
+    assert found.any()
+
+
+def test_meta_tensors_have_shapes():
+    hidden, weight = torch.empty(2, 5, 8, device="meta"), torch.empty(9, 8, device="meta")
+    target = torch.empty(2, 5, dtype=torch.long, device="meta")
+    nll, stats = linear_nll(hidden, weight, target, stats=("lse", "argmax"), backend="torch")
+    assert nll.shape == (2, 5) == stats["argmax"].shape and nll.is_meta
+    with pytest.raises(ValueError, match="expected hidden on cpu"):
+        linear_nll(hidden, torch.empty(9, 8), target)
+
+
+@every
+def test_certain_rows_have_no_gradient_however_few(backend, device):
+    """The backward forms the logits as the forward did, or exp(logit - lse) would miss 1."""
+    for rows in (1, 31, 32, 40):
+        weight = torch.randn(512, 1024, device=device).bfloat16()
+        target = torch.randint(0, 512, (rows,), device=device)
+        hidden = (weight[target].float() * 2).bfloat16().requires_grad_()
+        linear_nll(hidden, weight, target, backend=backend).sum().backward()
+        assert not hidden.grad.any(), rows
+
+
+def test_one_thread_does_not_end_anothers_exact_products():
+    class Switch:
+        fp32_precision = "tf32"
+
+    switch = Switch()
+    exact = linear_nll_torch.ExactProducts(switch)
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with exact:
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(10)
+    with exact:
+        assert switch.fp32_precision == "ieee"
+    assert switch.fp32_precision == "ieee"
+    leave.set()
+    thread.join()
+    assert switch.fp32_precision == "tf32"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.eye(8).to_sparse(), "to_dense"),
+        (torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)]), "nested"),
+        (torch.eye(8).numpy(), "torch.Tensor"),
+    ],
+    ids=["sparse", "nested", "numpy"],
+)
+def test_hidden_states_that_are_no_dense_tensors(value, message):
+    with pytest.raises(TypeError, match=message):
+        linear_nll(value, torch.randn(9, 8), torch.arange(8))
+
+
+@pytest.mark.parametrize("stats", [None, "lse", 3])
+def test_stats_that_are_no_tuple(stats):
+    with pytest.raises(TypeError, match="stats"):
+        linear_nll(torch.randn(2, 8), torch.randn(9, 8), torch.arange(2), stats=stats)

@@ -149,3 +149,22 @@ def test_grad_scaler(backend):
     scaler.step(optimizer)
     scaler.update()
     assert torch.equal(weight.detach(), before) and scaler.get_scale() < 2.0**60
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_compiled_steps_take_other_counts_without_end(memory):
+    torch._dynamo.reset()
+
+    def step(hidden, weight, target, num_items, num_kept):
+        return linear_cross_entropy(
+            hidden, weight, target, num_items=num_items, num_kept=num_kept, memory=memory, backend="torch"
+        )
+
+    compiled = torch.compile(step, fullgraph=True)
+    hidden, weight = torch.randn(40, 8).requires_grad_(), torch.randn(9, 8)
+    for kept in range(20, 32):
+        target = torch.arange(40) % 9
+        target[kept:] = -100
+        found, exact = (f(hidden, weight, target, 100 + kept, kept) for f in (compiled, step))
+        torch.testing.assert_close(found, exact)
+        torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (found, exact)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from vig_kernels import dispatch, native
@@ -11,7 +13,10 @@ def compiled_part() -> list[str]:
     """What the C++ part of the package offers here, or what is missing."""
     if native.module() is None:
         return [f"compiled part: missing: {native.why_not()}"]
-    lines = [f"compiled part: present, uses {native.isa()}"]
+    try:
+        lines = [f"compiled part: present, uses {native.isa()}"]
+    except ValueError as error:
+        lines = [f"compiled part: present, but every call raises: {error}"]
     lines += [
         f"  {name}: {'available' if reason is None else reason}" for name, reason in native.isas().items()
     ]
@@ -21,6 +26,8 @@ def compiled_part() -> list[str]:
 def main() -> None:
     print(f"torch {torch.__version__}; devices: {', '.join(device.type for device in dispatch.devices())}")
     print("\n".join(compiled_part()))
+    if os.environ.get("VIG_BACKEND"):
+        print(f'VIG_BACKEND={os.environ["VIG_BACKEND"]} stands for "auto"')
     rows = [("op", "backend", "device", "state"), *_states()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
@@ -28,13 +35,17 @@ def main() -> None:
 
 
 def _states():
-    chosen = set()
     for (op, backend, device), reason in dispatch.backends().items():
-        state = f"no: {reason}"
-        if reason is None:
-            state = "available" if (op, device) in chosen else 'available, taken by "auto"'
-            chosen.add((op, device))
-        yield op, backend, device, state
+        state = f"no: {reason}" if reason else "available"
+        yield op, backend, device, state + (', taken by "auto"' if _chosen(op, device) == backend else "")
+
+
+def _chosen(op: str, device: str) -> str | None:
+    """What "auto" takes, under VIG_BACKEND if it is set."""
+    try:
+        return dispatch.resolve(op, "auto", torch.device(device))
+    except (ValueError, dispatch.BackendUnavailable):
+        return None
 
 
 if __name__ == "__main__":

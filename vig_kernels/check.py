@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STATS = ("lse", "entropy", "argmax")
+SMALLEST_CAP, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 class Flat(NamedTuple):
@@ -36,6 +40,11 @@ def tensor(name: str, value, dtypes: tuple[torch.dtype, ...]) -> None:
             f"{name} is a DTensor, which this op does not shard: gather it first with {name}.full_tensor(), or "
             f"work on the local shard with {name}.to_local()"
         )
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(
+            f"{name} is a {'nested' if value.is_nested else str(value.layout).removeprefix('torch.')} tensor: "
+            f"pass a dense one, {name}.to_dense() or one row after another"
+        )
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"expected {name} of dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
@@ -47,23 +56,57 @@ def flag(name: str, value, allowed: tuple) -> None:
 
 
 def number(name: str, value, *, positive: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    # comparisons, not math.isfinite: torch.compile passes numbers that vary from call to call as symbols
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"expected {name} to be a number, got {type(value).__name__} {value!r:.80}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not -math.inf < value < math.inf or (positive and value <= 0):
         raise ValueError(f"{name}={value!r} is not a finite {'positive ' if positive else ''}number")
     return float(value)
+
+
+def integer(name: str, value) -> int:
+    """A Python or NumPy integer that fits 64 bits."""
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
+        raise TypeError(f"expected {name} to be an int, got {type(value).__name__} {value!r:.80}")
+    value = value if isinstance(value, int) else operator.index(value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}={value} does not fit 64 bits")
+    return value
+
+
+def softcap(value) -> float | None:
+    """None, or a cap that float32 can hold."""
+    if value is None:
+        return None
+    cap = number("logit_softcap", value, positive=True)
+    if not SMALLEST_CAP <= cap <= LARGEST:
+        raise ValueError(
+            f"logit_softcap={value!r} is not in [{SMALLEST_CAP:.3g}, {LARGEST:.3g}], float32's range"
+        )
+    return cap
+
+
+def forward_mode(*tensors: Tensor | None) -> None:
+    """RuntimeError for dual tensors: custom ops would drop their tangents and give derivatives of 0."""
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            "forward-mode differentiation (torch.func.jvp, dual tensors) is not supported by this backend: "
+            "differentiate with backward() or torch.autograd.grad, or take backend='reference'"
+        )
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the dtype that F.linear would use under the autocast in force."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
-def linear(hiddens: dict[str, Tensor], weight, target, bias, ignore_index) -> Flat:
+def linear(hiddens: dict[str, Tensor], weight, target, bias) -> Flat:
     """Check shapes, dtypes and devices of a linear op (one hidden or two), apply autocast, flatten to (N, D)."""
     for name, hidden in hiddens.items():
         tensor(name, hidden, FLOATS)
@@ -72,10 +115,6 @@ def linear(hiddens: dict[str, Tensor], weight, target, bias, ignore_index) -> Fl
     tensor("target", target, (torch.int64, torch.int32))
     if bias is not None:
         tensor("bias", bias, FLOATS)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(
-            f"expected ignore_index to be an int, got {type(ignore_index).__name__} {ignore_index!r}"
-        )
 
     first_name, first = next(iter(hiddens.items()))
     width = first.shape[-1]

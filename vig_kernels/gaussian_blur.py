@@ -11,6 +11,7 @@ from vig_kernels import check, dispatch, reference
 
 BORDERS = ("reflect", "replicate")
 PRECISIONS = ("float32", "fast")
+MAX_RADIUS = 1 << 16  # pixels; taps and border tables of this length are made for every call
 DTYPES = (torch.uint8, *check.FLOATS)
 
 
@@ -31,7 +32,7 @@ def gaussian_blur(
         sigma: standard deviation in pixels, at least 0 (0 leaves the image as it is). A number; a pair
             (sigma_y, sigma_x) as a tuple or list; or a tensor with one value per leading image, whose shape is the
             beginning of images.shape: (B,) for (B, C, H, W). A tensor on a GPU is read back to the host.
-        truncate: the taps reach ceil(truncate * sigma) pixels, which may exceed H or W.
+        truncate: the taps reach ceil(truncate * sigma) pixels, which may exceed H or W, and at most 65536.
         border: "reflect" mirrors about the edge sample without repeating it, as often as needed (numpy "reflect",
             scipy "mirror", OpenCV BORDER_REFLECT_101); "replicate" repeats the edge sample.
         precision: "float32" is accurate to 2e-6 of the value range; "fast" may use 16-bit products and is within
@@ -40,6 +41,7 @@ def gaussian_blur(
 
     Returns:
         A tensor of the shape and dtype of images (`out` if given). uint8 is rounded half to even. No gradient.
+        A pixel that is not finite spoils at least what its taps reach, on some backends more.
 
     Raises:
         ValueError, TypeError: with the offending value. BackendUnavailable: a named backend that cannot run here.
@@ -55,6 +57,10 @@ def gaussian_blur(
             raise ValueError(
                 f"expected out {tuple(images.shape)} {images.dtype} on {images.device}, got {tuple(out.shape)} "
                 f"{out.dtype} on {out.device}"
+            )
+        if any(step == 0 and size > 1 for size, step in zip(out.shape, out.stride(), strict=True)):
+            raise ValueError(
+                f"out {tuple(out.shape)} with strides {out.stride()} holds elements that share memory: pass out.clone()"
             )
     lead = _lead(images.shape)
     sigma_y, sigma_x = _sigmas(sigma, images.shape, math.prod(lead[:-1]))
@@ -91,7 +97,10 @@ def _viewable(out: Tensor, shape) -> bool:
 def _sigmas(sigma, shape, leading: int) -> tuple[Tensor, Tensor]:
     """(L,) float64 CPU tensors: vertical and horizontal sigma of each leading image."""
     if isinstance(sigma, Tensor):
-        if sigma.shape != shape[: sigma.ndim] or sigma.ndim > max(1, len(shape) - 3):
+        most = max(
+            min(1, len(shape) - 2), len(shape) - 3
+        )  # leading dimensions: none of (H, W), B of (B, C, H, W)
+        if sigma.shape != shape[: sigma.ndim] or sigma.ndim > most:
             raise ValueError(
                 f"expected sigma as a tensor with one value per leading image of {tuple(shape)}, got "
                 f"{tuple(sigma.shape)}"
@@ -99,6 +108,8 @@ def _sigmas(sigma, shape, leading: int) -> tuple[Tensor, Tensor]:
         values = sigma.detach().to("cpu", torch.float64)
         each = values.reshape(-1, 1).expand(-1, leading // max(1, values.numel())).reshape(-1).contiguous()
         return (each, each) if sigma.ndim else (values.expand(leading).contiguous(),) * 2
+    if hasattr(sigma, "__array__") and getattr(sigma, "ndim", 0) > 0:
+        raise TypeError(f"sigma is a {type(sigma).__name__}: pass a tensor, torch.as_tensor(sigma)")
     pair = sigma if isinstance(sigma, (tuple, list)) else (sigma, sigma)
     if len(pair) != 2:
         raise ValueError(
@@ -115,6 +126,11 @@ def _blur(images, sigma_y, sigma_x, truncate, border, precision, backend, out) -
         for at, value in enumerate(sigma.tolist()):  # a few numbers: Python is faster than an op
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} of image {at} is {value}, not a finite number of at least 0")
+            if truncate * value > MAX_RADIUS:
+                raise ValueError(
+                    f"{name} of image {at} is {value}: with truncate={truncate} its taps would reach "
+                    f"{truncate * value:.6g} pixels, at most {MAX_RADIUS} are possible"
+                )
     if backend == "reference":
         for image, y, x, to in zip(images, sigma_y.tolist(), sigma_x.tolist(), out, strict=True):
             to.copy_(reference.gaussian_blur(image, (y, x), truncate=truncate, border=border))

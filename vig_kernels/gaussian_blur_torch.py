@@ -61,11 +61,11 @@ def _blur_axis(image: Tensor, axis: int, sigma: float, truncate: float, border: 
 def _band(start: int, stop: int, size: int, sigma: float, truncate: float, border: str) -> tuple[int, Tensor]:
     """(low, float32 (stop - start, n)): weights of input rows low ... low + n - 1 in output rows start ... stop - 1."""
     radius = math.ceil(truncate * sigma)
-    offsets = torch.arange(-radius, radius + 1)
-    taps = torch.exp(offsets.double().square() / (-2.0 * sigma**2))
-    source = _edge(torch.arange(start, stop).unsqueeze(1) + offsets, size, border)
+    offsets = torch.arange(-radius, radius + 1, device="cpu")
+    taps = torch.exp((offsets.double() / sigma).square() / -2.0)
+    source = _edge(torch.arange(start, stop, device="cpu").unsqueeze(1) + offsets, size, border)
     low = int(source.min())
-    band = torch.zeros(stop - start, int(source.max()) - low + 1, dtype=torch.float64)
+    band = torch.zeros(stop - start, int(source.max()) - low + 1, dtype=torch.float64, device="cpu")
     band.scatter_add_(1, source - low, (taps / taps.sum()).expand(stop - start, -1))
     return low, band.float()
 

@@ -155,15 +155,15 @@ def patch_addresses(
 def band_matrix(size: int, sigma: float, truncate: float, border: str) -> tuple[Tensor, int]:
     """K (size, size) float64 with the border folded in, and its radius: K[i, edge(i + k)] += g_k."""
     radius = math.ceil(truncate * sigma)
-    k = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    taps = torch.exp(-(k * k) / (2 * sigma * sigma)) if sigma > 0 else torch.ones(1, dtype=torch.float64)
-    index = torch.arange(size)[:, None] + k.long()
+    k = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
+    taps = torch.exp((k / sigma).square() / -2.0) if sigma > 0 else torch.ones_like(k)
+    index = torch.arange(size, device="cpu")[:, None] + k.long()
     if border == "replicate" or size == 1:
         index = index.clamp(0, size - 1)
     else:
         index = index.remainder(2 * size - 2)
         index = torch.minimum(index, 2 * size - 2 - index)
-    matrix = torch.zeros(size, size, dtype=torch.float64)
+    matrix = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     return matrix.scatter_add_(1, index, (taps / taps.sum()).expand(size, -1)), radius
 
 
@@ -182,12 +182,14 @@ def operators(sigmas, planes: int, size: int, truncate: float, border: str, dtyp
 def _kept_operators(sigmas, planes, size, truncate, border, dtype, device):
     distinct = sorted(set(sigmas))
     bands = [band_matrix(size, sigma, truncate, border) for sigma in distinct]
-    matrices = torch.zeros(len(bands), size, triton.cdiv(size, 16) * 16, dtype=dtype)
+    matrices = torch.zeros(len(bands), size, triton.cdiv(size, 16) * 16, dtype=dtype, device="cpu")
     for matrix, (band, _) in zip(matrices, bands, strict=True):
         matrix[:, :size] = band
     place = {sigma: i for i, sigma in enumerate(distinct)}
-    which = torch.tensor([place[s] for s in sigmas], dtype=torch.int32).repeat_interleave(planes)
-    radii = torch.tensor([radius for _, radius in bands], dtype=torch.int32)
+    which = torch.tensor([place[s] for s in sigmas], dtype=torch.int32, device="cpu").repeat_interleave(
+        planes
+    )
+    radii = torch.tensor([radius for _, radius in bands], dtype=torch.int32, device="cpu")
     return matrices.to(device), which.to(device), radii.to(device)
 
 

@@ -34,7 +34,8 @@ def linear_cross_entropy(
 
     Args:
         hidden, weight, target, bias, logit_scale, logit_softcap, ignore_index, backend: as in `linear_nll`.
-        token_weight: (...) w_n, 1 where None. Where it requires grad, the recomputing path is taken.
+        token_weight: (...) w_n, 1 where None. Rows of weight 0 count as ignored: they cost nothing, whatever they
+            hold. Where it requires grad, the recomputing path is taken, and all rows count.
         reduction: "mean", "sum" (divisor 1 unless num_items is given) or "none" ((...) float32, no divisor).
         num_items: the divisor of "mean" and "sum", e.g. the tokens of a whole accumulated batch: int, float or
             0-d tensor on any device, never read back to the host. Without it "mean" divides by the number of
@@ -63,13 +64,12 @@ def linear_cross_entropy(
     check.flag("reduction", reduction, ("mean", "sum", "none"))
     check.flag("memory", memory, ("fast", "low"))
     scale = check.number("logit_scale", logit_scale)
-    softcap = None if logit_softcap is None else check.number("logit_softcap", logit_softcap, positive=True)
+    softcap, ignore_index = check.softcap(logit_softcap), check.integer("ignore_index", ignore_index)
     z_loss = check.number("z_loss", z_loss)
-    flat = check.linear({"hidden": hidden}, weight, target, bias, ignore_index)
+    flat = check.linear({"hidden": hidden}, weight, target, bias)
     row_weight = _row_weight(token_weight, target)
     num_items = _num_items(num_items)
-    if num_kept is not None and (isinstance(num_kept, bool) or not isinstance(num_kept, int)):
-        raise TypeError(f"expected num_kept to be an int, got {type(num_kept).__name__} {num_kept!r:.80}")
+    num_kept = None if num_kept is None else check.integer("num_kept", num_kept)
     if num_kept is not None and not 0 <= num_kept <= flat.target.shape[0]:
         raise ValueError(f"num_kept={num_kept} is not in [0, {flat.target.shape[0]}], the number of rows")
 
@@ -77,13 +77,18 @@ def linear_cross_entropy(
     fast = memory == "fast" and reduction != "none" and _fast(flat, row_weight, name)
     if not fast:
         name = dispatch.resolve("linear_nll", backend, flat.weight.device)
+    if row_weight is not None and not row_weight.requires_grad:
+        flat = flat._replace(target=flat.target.masked_fill(row_weight == 0, ignore_index))
+        num_kept = None if flat.target.device.type == "cpu" else num_kept  # elsewhere it may be too high
     valid = flat.target != ignore_index
     if num_items is None and reduction == "mean":
-        num_items = valid.sum() if row_weight is None else torch.where(valid, row_weight.detach(), 0.0).sum()
+        num_items = valid.sum() if row_weight is None else torch.where(valid, row_weight, 0.0).sum()
     if fast and name != "reference":
         if num_items is not None and _takes_divisor(flat.weight):  # gradients then come out ready
-            ones = torch.ones(flat.target.shape) if row_weight is None else row_weight
-            row_weight, num_items = ones * _reciprocal(num_items, ones.device), None
+            if row_weight is None:
+                row_weight = flat.weight.new_ones(flat.target.shape, dtype=torch.float32)
+            row_weight, num_items = row_weight * _reciprocal(num_items, row_weight.device), None
+        check.forward_mode(*flat.hiddens, flat.weight, flat.bias)
         loss = _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, name)
     else:
         stats = ("lse",) if z_loss else ()
@@ -94,7 +99,7 @@ def linear_cross_entropy(
         if reduction == "none":
             return losses.reshape(hidden.shape[:-1])
         loss = losses.sum()
-    return loss if num_items is None else loss * _reciprocal(num_items, loss.device)
+    return loss if num_items is None else _divided(loss, num_items)
 
 
 def _takes_divisor(weight: Tensor) -> bool:
@@ -120,8 +125,23 @@ def _num_items(num_items):
         check.require(
             num_items.ndim == 0, ValueError, f"expected num_items 0-d, got {tuple(num_items.shape)}"
         )
+        check.require(
+            not num_items.is_complex(), TypeError, f"expected a real num_items, got {num_items.dtype}"
+        )
         return num_items.detach()
-    return None if num_items is None else check.number("num_items", num_items)
+    if num_items is None:
+        return None
+    if check.number("num_items", num_items) < 0:
+        raise ValueError(f"num_items={num_items!r} is negative")
+    return float(num_items)
+
+
+def _divided(loss: Tensor, divisor: float | Tensor) -> Tensor:
+    """loss / divisor, and 0 for a divisor of 0, even where the loss is infinite."""
+    quotient = loss * _reciprocal(divisor, loss.device)
+    if isinstance(divisor, Tensor):
+        return quotient.masked_fill(divisor.to(loss.device, non_blocking=True) == 0, 0.0)
+    return quotient if divisor else quotient.masked_fill(torch.ones_like(loss, dtype=torch.bool), 0.0)
 
 
 def _reciprocal(divisor: float | Tensor, device: torch.device) -> float | Tensor:
@@ -180,7 +200,7 @@ def _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, 
     "vig_kernels::linear_cross_entropy",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? row_weight, float scale, "
-    "float? softcap, int ignore_index, float z_loss, int? num_kept, bool[] needs, str backend) "
+    "float? softcap, int ignore_index, float z_loss, SymInt? num_kept, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_op(

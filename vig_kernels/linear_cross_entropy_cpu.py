@@ -34,9 +34,11 @@ def forward_backward(
     bfloat16 inputs multiply bfloat16 softmax gradients where the CPU has the instruction; float16 ones stay float32.
     """
     stored = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    grad_hidden = torch.zeros(hidden.shape, dtype=stored) if needs[0] else None
+    grad_hidden = hidden.new_zeros(hidden.shape, dtype=stored) if needs[0] else None
     grad_weight = native.empty_gradient(weight, stored) if needs[1] else None
-    grad_bias = torch.empty(weight.shape[0], dtype=torch.float32) if needs[2] and bias is not None else None
+    grad_bias = (
+        weight.new_empty(weight.shape[0], dtype=torch.float32) if needs[2] and bias is not None else None
+    )
     described, kept_bias = native.head(hidden, weight, bias, logit_scale, logit_softcap)
     target = target.contiguous()
     row_weight = None if row_weight is None else row_weight.float().contiguous()
@@ -54,4 +56,4 @@ def forward_backward(
         torch.get_num_threads(),
     )
     del kept_bias  # read until here
-    return torch.tensor(loss, dtype=torch.float32), grad_hidden, grad_weight, grad_bias
+    return torch.tensor(loss, dtype=torch.float32, device="cpu"), grad_hidden, grad_weight, grad_bias

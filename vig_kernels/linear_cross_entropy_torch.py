@@ -45,14 +45,14 @@ def forward_backward(
     live = target if kept is None else target[kept]
     dead = (live == ignore_index) | (live < 0) | (live >= weight.shape[0])
     if row_weight is None:
-        live_weight = torch.ones(live.shape[0], device=live.device)
+        live_weight = torch.ones(live.shape[0], dtype=torch.float32, device=live.device)
     else:
         live_weight = row_weight if kept is None else row_weight[kept]
     live_weight = live_weight.masked_fill(dead, 0.0)
 
-    loss = torch.zeros((), device=hidden.device)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     sums = [
-        torch.zeros(shape, device=hidden.device) if need else None
+        torch.zeros(shape, dtype=torch.float32, device=hidden.device) if need else None
         for need, shape in zip(needs, ((size, width), weight.shape, weight.shape[:1]), strict=True)
     ]
     step = max(1, min(tile_shape(width)[0], LOGITS_BYTES // (4 * weight.shape[0])))
@@ -101,4 +101,4 @@ def _chunk(head: Head, h: Tensor, target, dead, row_weight, z_loss, sums, rows) 
             grad_bias[part] += z[:, part].sum(0)
     if chunk_hidden is not None:
         grad_hidden[rows] = chunk_hidden
-    return torch.where(dead, 0.0, loss).sum()
+    return torch.where(dead | (row_weight == 0), 0.0, loss).sum()

@@ -26,7 +26,8 @@ def linear_nll(
 
     Args:
         hidden: (..., D) float32, bfloat16 or float16; any strides.
-        weight: (V, D), same dtype: `nn.Linear.weight` of the LM head.
+        weight: (V, D), same dtype: `nn.Linear.weight` of the LM head. Rows may lie any distance apart; elements of a
+            row must be neighbours, or every call copies the weight (a transposed one).
         target: (...) int64 or int32. Rows with `ignore_index` return 0.0 and get no gradient.
         bias: (V,) or None.
         logit_scale: logits are multiplied by it (Cohere, Granite; a temperature is its inverse).
@@ -48,8 +49,8 @@ def linear_nll(
     """
     stats = _stats(stats)
     scale = check.number("logit_scale", logit_scale)
-    softcap = None if logit_softcap is None else check.number("logit_softcap", logit_softcap, positive=True)
-    flat = check.linear({"hidden": hidden}, weight, target, bias, ignore_index)
+    softcap, ignore_index = check.softcap(logit_softcap), check.integer("ignore_index", ignore_index)
+    flat = check.linear({"hidden": hidden}, weight, target, bias)
     name = dispatch.resolve("linear_nll", backend, flat.weight.device)
     values = nll_values(flat, scale, softcap, ignore_index, stats, name)
     shape = hidden.shape[:-1]
@@ -60,6 +61,10 @@ def linear_nll(
 def _stats(stats) -> tuple[str, ...]:
     if isinstance(stats, str):
         raise TypeError(f"expected stats to be a tuple such as ({stats!r},), got the string {stats!r}")
+    if not isinstance(stats, (tuple, list)):
+        raise TypeError(
+            f"expected stats to be a tuple such as ('lse',), got {type(stats).__name__} {stats!r:.80}"
+        )
     for stat in stats:
         check.flag("stats", stat, check.STATS)
     return tuple(stats)
@@ -78,6 +83,7 @@ def nll_values(
         options = {"bias": bias, "logit_scale": scale, "logit_softcap": softcap, "ignore_index": ignore_index}
         nll, sinks = reference.linear_nll(hidden, weight, target, **options, stats=("lse", *stats))
         return {"nll": nll.float()} | {k: v if k == "argmax" else v.float() for k, v in sinks.items()}
+    check.forward_mode(hidden, weight, bias)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     nll, lse, entropy, argmax, _ = nll_forward_op(
         hidden,
@@ -109,7 +115,7 @@ def check_num_kept(num_kept: int | None, target: Tensor, ignore_index: int) -> N
     "vig_kernels::linear_nll",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float? softcap, "
-    "int ignore_index, bool with_lse, bool with_entropy, bool with_argmax, str backend, int? num_kept=None) "
+    "int ignore_index, bool with_lse, bool with_entropy, bool with_argmax, str backend, SymInt? num_kept=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def nll_forward_op(
@@ -212,7 +218,7 @@ nll_forward_op.register_autograd(_backward, setup_context=_save)
     mutates_args=(),
     schema="(Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor lse_rest, "
     "Tensor entropy, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float? softcap, "
-    "int ignore_index, bool[] needs, str backend, int? num_kept=None) -> (Tensor, Tensor, Tensor)",
+    "int ignore_index, bool[] needs, str backend, SymInt? num_kept=None) -> (Tensor, Tensor, Tensor)",
 )
 def nll_backward_op(
     grad_nll,

@@ -29,10 +29,9 @@ def forward(
     Ignored rows are left out before any work. The bits of a row depend on neither threads nor other rows.
     """
     rows = hidden.shape[0]
-    nll = torch.zeros(rows, dtype=torch.float32)
+    nll = hidden.new_zeros(rows, dtype=torch.float32)
     sinks = {
-        name: torch.full((rows,), -1) if name == "argmax" else torch.zeros(rows, dtype=torch.float32)
-        for name in stats
+        name: target.new_full((rows,), -1) if name == "argmax" else torch.zeros_like(nll) for name in stats
     }
     described, kept_bias = native.head(hidden, weight, bias, logit_scale, logit_softcap)
     target = target.contiguous()
@@ -72,9 +71,11 @@ def backward(
 
     dlogit = p * (g_nll + g_lse - g_entropy * (logit - lse + entropy)) - [v = target] * g_nll, sums in float32.
     """
-    grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype) if needs[0] else None
+    grad_hidden = hidden.new_zeros(hidden.shape) if needs[0] else None
     grad_weight = native.empty_gradient(weight, weight.dtype) if needs[1] else None
-    grad_bias = torch.empty(weight.shape[0], dtype=torch.float32) if needs[2] and bias is not None else None
+    grad_bias = (
+        weight.new_empty(weight.shape[0], dtype=torch.float32) if needs[2] and bias is not None else None
+    )
     described, kept_bias = native.head(hidden, weight, bias, logit_scale, logit_softcap)
     upstream = [
         None if x is None else x.float().contiguous()

@@ -9,6 +9,7 @@ and 256 MiB (gradients) for any N and V.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -43,26 +44,38 @@ def tile_shape(width: int) -> tuple[int, int]:
     return min(1024, fit), min(2048, fit)
 
 
+class ExactProducts:
+    """One of torch's process-wide switches, on "ieee" while any thread needs it so."""
+
+    def __init__(self, switch):
+        self.switch, self.lock, self.users, self.before = switch, threading.Lock(), 0, "none"
+
+    def __enter__(self):
+        with self.lock:
+            if self.users == 0:
+                self.before = getattr(self.switch, "fp32_precision", "none")
+                if self.before not in ("none", "ieee"):
+                    self.switch.fp32_precision = "ieee"
+            self.users += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.users -= 1
+            if self.users == 0 and self.before not in ("none", "ieee"):
+                self.switch.fp32_precision = self.before
+
+
+EXACT_CUDA, EXACT_CPU = ExactProducts(torch.backends.cuda.matmul), ExactProducts(torch.backends.mkldnn.matmul)
+
+
 @contextlib.contextmanager
 def float32_products(dtype: torch.dtype):
     """Float32 products of float32 inputs, whatever the global TF32 settings, restored on the way out.
 
     Upcast 16-bit inputs may use TF32 as they come: it holds every bfloat16 and float16 exactly.
     """
-    switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    if dtype != torch.float32:
-        switches.pop(0)
-    changed = []
-    for switch in switches:
-        before = getattr(switch, "fp32_precision", "none")
-        if before not in ("none", "ieee"):
-            switch.fp32_precision = "ieee"
-            changed.append((switch, before))
-    try:
+    with EXACT_CPU, EXACT_CUDA if dtype == torch.float32 else contextlib.nullcontext():
         yield
-    finally:
-        for switch, before in changed:
-            switch.fp32_precision = before
 
 
 def compact(target: Tensor, ignore_index: int, num_kept: int | None = None) -> Tensor | None:
@@ -356,7 +369,7 @@ def _gradient_sweep(head, hidden, rows, kept, dead, needs, rows_outside):
     weight = head.weight
     hidden_sum = GradientSum(hidden, kept, whole=not rows_outside) if need_hidden else None
     weight_sum = GradientSum(weight, None, whole=rows_outside) if need_weight else None
-    bias_sum = torch.zeros(weight.shape[0], device=weight.device) if need_bias else None
+    bias_sum = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if need_bias else None
     with float32_products(weight.dtype):
         for row_part, column_part, h, w in _tiles(
             hidden, weight, rows.target.shape[0], kept, dead, rows_outside

@@ -37,9 +37,9 @@ def linear_vig(
     No gradient.
     """
     scale = check.number("logit_scale", logit_scale)
-    softcap = None if logit_softcap is None else check.number("logit_softcap", logit_softcap, positive=True)
+    softcap, ignore_index = check.softcap(logit_softcap), check.integer("ignore_index", ignore_index)
     hiddens = {"hidden_image": hidden_image, "hidden_null": hidden_null}
-    (image, null), weight, target, bias = check.linear(hiddens, weight, target, bias, ignore_index)
+    (image, null), weight, target, bias = check.linear(hiddens, weight, target, bias)
     name = dispatch.resolve("linear_vig", backend, weight.device)
     if name == "reference":
         check.target_range(target, weight.shape[0], ignore_index)
@@ -48,6 +48,7 @@ def linear_vig(
             x.float() for x in reference.linear_vig(image, null, weight, target, **options)
         )
     else:
+        check.forward_mode(image, null, weight, bias)
         vig, nll_image, nll_null = _op(image, null, weight, target, bias, scale, softcap, ignore_index, name)
     shape = hidden_image.shape[:-1]
     return TokenVIG(vig.reshape(shape), nll_image.reshape(shape), nll_null.reshape(shape))

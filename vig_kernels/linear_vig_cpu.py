@@ -25,7 +25,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(vig, nll_image, nll_null), each (N,) float32 in nats, vig = nll_null - nll_image; ignored rows 0.0."""
     rows = hidden_image.shape[0]
-    nll = torch.zeros(2, rows, dtype=torch.float32)
+    nll = hidden_image.new_zeros((2, rows), dtype=torch.float32)
     described, kept_bias = native.head(hidden_image, weight, bias, logit_scale, logit_softcap)
     target = target.contiguous()
     native.module().linear_nll(

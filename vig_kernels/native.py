@@ -58,7 +58,10 @@ def forced_isa() -> str:
     name = os.environ.get("VIG_FORCE_ISA", "")
     native = module()
     if name and native is not None:
-        native.isa(name)
+        try:
+            native.isa(name)
+        except ValueError as error:
+            raise ValueError(f"VIG_FORCE_ISA={name}: {error}") from None
     return name
 
 
@@ -133,7 +136,7 @@ def empty_gradient(like: Tensor, dtype: torch.dtype) -> Tensor:
     would be cleared first, page by page. What is kept between steps (2 GiB at most) the system may take meanwhile.
     """
     if like.numel() * dtype.itemsize < KEPT_OUTPUT_BYTES:
-        return torch.empty(like.shape, dtype=dtype)
+        return like.new_empty(like.shape, dtype=dtype)
     memory = _required().Output(like.numel() * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype).view(like.shape)
 

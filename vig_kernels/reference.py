@@ -75,7 +75,7 @@ def linear_cross_entropy(
     if num_items is not None:
         divisor = float(num_items)
     elif reduction == "mean":
-        divisor = float(row_weight.sum())
+        divisor = row_weight.sum()
     return losses.sum() / divisor if divisor else losses.sum() * 0.0
 
 
@@ -102,7 +102,7 @@ def gaussian_blur(images, sigma, *, truncate=3.0, border="reflect"):
 @functools.lru_cache(maxsize=64)
 def _blur_matrix(size, sigma, truncate, border) -> Tensor:
     radius = math.ceil(truncate * sigma)
-    taps = [math.exp(-(k**2) / (2 * sigma**2)) if sigma > 0 else 1.0 for k in range(-radius, radius + 1)]
+    taps = [math.exp(-((k / sigma) ** 2) / 2) if sigma > 0 else 1.0 for k in range(-radius, radius + 1)]
     matrix = torch.zeros(size, size, dtype=torch.float64)
     for i in range(size):
         for k, tap in zip(range(-radius, radius + 1), taps, strict=True):
