@@ -14,6 +14,16 @@ from vig_kernels.linear_cross_entropy import linear_cross_entropy
 from vig_kernels.linear_nll import linear_nll
 from vig_kernels.linear_vig import TokenVIG, linear_vig
 
+
+def __getattr__(name: str) -> str:
+    """`__version__`, of the installed package."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib.metadata
+
+    return importlib.metadata.version("vig-kernels")
+
+
 __all__ = [
     "BackendUnavailable",
     "TokenVIG",
