@@ -149,3 +149,32 @@ def test_python_dash_m_vig_is_the_same_program(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1
     assert "nowhere does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(road, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vig.engine.score_dataset", interrupted)
+    monkeypatch.chdir(road)
+    monkeypatch.setattr(sys, "argv", ["vig", "score", "model", "data.json", "-o", "stopped"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 130 and "vig: stopped" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", ["inspect", "report", "select", "train"])
+def test_a_public_name_is_the_function_whatever_was_imported_before(name):
+    program = (
+        f"import vig, importlib; importlib.import_module('vig.{name}'); from vig.{name} import {name} as first\n"
+        f"from vig import {name}; assert {name} is first is vig.{name} and callable({name}), {name}\n"
+        "from vig import *\n"
+        f"assert all(callable(getattr(vig, n)) for n in vig.__all__) and {name} is first\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for before in ("", "from vig import Scorer, SelectiveTrainer, report, score_dataset, train\n"):
+        done = subprocess.run(
+            [sys.executable, "-c", before + program], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr

@@ -221,3 +221,37 @@ def test_an_interrupted_write_leaves_the_old_selection(scores, tmp_path):
         select(scores, 30, out=tmp_path, progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["selection-00000.parquet"]
     assert (tmp_path / "selection-00000.parquet").read_bytes() == before
+
+
+def test_random_keeps_nothing_where_nothing_passes(scores):
+    selection = select(scores, p=70, level="random", tau_floor=1e6)
+    assert selection.counts["samples_kept"] == 0 == selection.counts["tokens_kept"]
+    kept = as_dict(selection.batches())
+    statuses = {r["key"]: r["status"] for b in read_scores(scores, ["key", "status"]) for r in b.to_pylist()}
+    assert {key for key, (keep, _) in kept.items() if keep} == {
+        k for k, s in statuses.items() if s == "text_only"
+    }
+
+
+def test_scores_of_two_data_sets_are_one_choice(tmp_path):
+    for name in ("a", "b"):
+        settings = SETTINGS | {"data_fingerprint": name, "limit": len(name), "window": 8}
+        with ScoreWriter(tmp_path / name, settings) as writer:
+            writer.write(0, block(50, ord(name), f"{name}.json"))
+            writer.mark_complete()
+    both = select([tmp_path / "a", tmp_path / "b"], p=50)
+    assert both.counts["samples_total"] == sum(
+        select(tmp_path / name, p=50).counts["samples_total"] for name in ("a", "b")
+    )
+
+
+def test_a_shard_that_went_missing_is_said(tmp_path):
+    with ScoreWriter(tmp_path, SETTINGS) as writer:
+        for window in range(8):
+            writer.write(window, block(20, window))
+        writer.mark_complete()
+    assert not any("missing" in line for line in select(tmp_path, p=50).warnings)
+    for window in range(1, 8):
+        (tmp_path / f"scores-{window:05d}.parquet").unlink()
+    (line,) = [line for line in select(tmp_path, p=50).warnings if "missing" in line]
+    assert "scores-00001.parquet" in line and "and 2 more" in line and "vig score" in line

@@ -198,7 +198,7 @@ def test_readers_refuse_shards_of_different_settings_but_join_shards_of_one_job_
     with ScoreWriter(tmp_path / "array", SETTINGS) as writer:
         assert not writer.finished  # shards of folders within are not its own
     write_shard(tmp_path / "array" / "1", 1, [row("b")], {**SETTINGS, "model": "other"})
-    with pytest.raises(SettingsDiffer, match="model"):
+    with pytest.raises(SettingsDiffer, match=r"model: the first has 'm', the second 'other'"):
         rows_of(tmp_path / "array")
     with pytest.raises(StoreError, match="does not exist"):
         rows_of(tmp_path / "nowhere")
@@ -351,3 +351,13 @@ def test_key_hashes_are_fixed_and_do_not_depend_on_neighbours():
 
 
 FIXED = "0x99223fd64400aae1"
+
+
+def test_a_damaged_page_is_named_with_the_cure(tmp_path):
+    write_shard(tmp_path, 0, [row(f"a#{i}", n=500, seed=i) for i in range(50)], SETTINGS)
+    (shard,) = tmp_path.glob("*.parquet")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
+    shard.write_bytes(content)
+    with pytest.raises(StoreError, match=rf"{shard.name} is damaged .*Delete it and run"):
+        rows_of(tmp_path)

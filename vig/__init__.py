@@ -9,6 +9,8 @@ Names are loaded when they are first used, so that `import vig` costs nothing.
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,3 +58,18 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+class _Package(types.ModuleType):
+    """The package, in which a public name means the function even where a module is named like it.
+
+    Importing `vig.select` would put the module in the place of `vig.select`, the function, and which of the two
+    `from vig import select` gives would depend on what was imported before. The module is in sys.modules all the same.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,6 +1,7 @@
 """The commands: vig inspect | score | select | train | report | demo. No logic lives here.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not be scored.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not be scored, 130
+stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 SOME_FAILED = 3
+STOPPED = 130  # by Ctrl-C, as shells count it
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub (downloads it).")]
 Data = Annotated[
@@ -279,6 +281,8 @@ def train(
             gradient_checkpointing=gradient_checkpointing, workers=workers,
         )  # fmt: skip
     terminal.show_training(out, result)
+    if result.interrupted:
+        raise typer.Exit(STOPPED)
     if result.broken:
         raise typer.Exit(SOME_FAILED)
 
@@ -346,9 +350,10 @@ def main() -> None:
         sys.exit(1)
     try:
         app()
-    except KeyboardInterrupt:
-        err.print("vig: stopped. What is finished is kept; the same command goes on from there")
-        sys.exit(1)
+    except SystemExit as end:
+        if end.code == STOPPED:  # what typer makes of Ctrl-C
+            err.print("vig: stopped. What is finished is kept, and `vig score` goes on from there")
+        raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if terminal.wants_traceback():
             raise

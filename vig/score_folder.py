@@ -27,14 +27,26 @@ MANIFEST = "manifest.json"
 NOT_BINDING = frozenset(
     {"library_version", "data", "image_root", "batch_tokens", "batch_size", "noise_floor", "sharing"}
 )
+ABOUT_THE_DATA = frozenset({"data_fingerprint", "limit", "window", "shard"})
 JOB = re.compile(r"shard-(\d+)-of-(\d+)")
 
 
 class SettingsDiffer(StoreError):
-    """The folder was made with other settings. ``differences``: [(setting, in the folder, in this run)]."""
+    """The folder was made with other settings. ``differences``: [(setting, in the folder, in this run)].
 
-    def __init__(self, folder: Path, differences: list[tuple[str, Any, Any]]):
+    With ``first``, the shard read before, they are [(setting, in that shard, in this one)].
+    """
+
+    def __init__(self, folder: Path, differences: list[tuple[str, Any, Any]], first: Path | None = None):
         self.differences = differences
+        if first is not None:
+            lines = [f"  {name}: the first has {old!r}, the second {new!r}" for name, old, new in differences]
+            super().__init__(
+                f"{first} and {folder} hold scores made with different settings:\n"
+                + "\n".join(lines)
+                + "\nTheir values cannot be compared: select from each of them on its own."
+            )
+            return
         lines = [f"  {name}: the folder has {old!r}, this run has {new!r}" for name, old, new in differences]
         super().__init__(
             f"{folder} holds scores made with other settings:\n"
@@ -160,9 +172,19 @@ def unfinished(files: Iterable[Path]) -> list[str]:
 
 def _unfinished(folder: Path) -> list[str]:
     manifest = read_manifest(folder)
-    if manifest is None or manifest["complete"]:
+    if manifest is None:
         return []
-    return [f"{folder}: scoring is unfinished ({len(manifest['shards'])} windows so far)"]
+    lines = []
+    if not manifest["complete"]:
+        lines.append(f"{folder}: scoring is unfinished ({len(manifest['shards'])} windows so far)")
+    there = {window_of(shard) for shard in shards_in(folder)}
+    gone = [shard_name(int(window)) for window in manifest["shards"] if int(window) not in there]
+    if gone:
+        lines.append(
+            f"{folder}: {', '.join(gone[:5])}{f' and {len(gone) - 5} more' if len(gone) > 5 else ''} went missing: "
+            "run `vig score` again, it redoes those windows"
+        )
+    return lines
 
 
 def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
@@ -184,3 +206,10 @@ def refuse_differences(folder: Path, old: dict, new: dict) -> None:
     differences = settings_differences(old, new)
     if differences:
         raise SettingsDiffer(folder, differences)
+
+
+def refuse_mixture(first: Path, settings: dict, path: Path, others: dict) -> None:
+    """Raises SettingsDiffer where two shards hold values that cannot be compared; they may be of different data."""
+    differences = [row for row in settings_differences(settings, others) if row[0] not in ABOUT_THE_DATA]
+    if differences:
+        raise SettingsDiffer(path, differences, first)

@@ -88,8 +88,8 @@ class Rule:
     tau: float
     clip: float | None = None
     seed: int = 0
-    sample_limit: int = 0  # level "random": highest draw that is kept
-    token_limit: int = 0
+    sample_limit: int | None = None  # level "random": the highest draw that is kept; None: nothing is
+    token_limit: int | None = None
 
     columns = ("key", "id", "status", "n_tokens", "vig", "token_ids", "token_nll_image", "token_nll_null")
 
@@ -118,6 +118,8 @@ class Rule:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Masks over the multimodal samples and over their tokens."""
         if self.level == "random":
+            if self.sample_limit is None or self.token_limit is None:
+                return np.zeros(int(ok.sum()), bool), np.zeros(int(lengths.sum()), bool)
             draw = sample_draws(hash_keys(batch["key"])[ok], self.seed)
             keep = draw <= self.sample_limit
             return keep, (token_draws(draw, lengths) <= self.token_limit) & np.repeat(keep, lengths)
@@ -356,6 +358,8 @@ def _count(scores, rule: Rule, report: _Progress) -> _Kept:
 
 def _random_rule(rule: Rule, facts: _Facts, both: _Kept, notes: list[str]) -> Rule:
     """Limits that let through exactly as many samples and tokens as "both" does."""
+    if both.samples == 0:
+        return Rule("random", rule.tau, rule.clip, rule.seed)
     draws = sample_draws(facts.hashes, rule.seed)
     sample_limit = int(np.partition(draws, both.samples - 1)[both.samples - 1])
     chosen = draws <= sample_limit

@@ -36,6 +36,7 @@ from vig.score_folder import (
     SettingsDiffer,
     read_manifest,
     refuse_differences,
+    refuse_mixture,
     score_files,
     settings_differences,
     shard_name,
@@ -309,7 +310,7 @@ def read_scores(
     """Rows of all shards in reading order, in constant memory. ``columns``: the ones wanted, default all.
 
     Raises SettingsDiffer where shards were made with other settings than the first: their values cannot be
-    compared. (Settings about which part was scored, "shard", may differ.)
+    compared. (Settings about which data was scored may differ.) Raises StoreError for a damaged shard.
     """
     if isinstance(scores, pa.Table):
         yield from (scores.select(columns) if columns else scores).to_batches(max_chunksize=batch_size)
@@ -317,10 +318,21 @@ def read_scores(
     first = None
     for path in score_files(scores):
         with _open_parquet(path) as file:
-            settings = {**_file_settings(file.schema_arrow, path), "shard": None}
-            first = first or settings
-            refuse_differences(path, first, settings)
-            yield from file.iter_batches(batch_size, columns=columns)
+            settings = _file_settings(file.schema_arrow, path)
+            first = first or (path, settings)
+            refuse_mixture(*first, path, settings)
+            batches = file.iter_batches(batch_size, columns=columns)
+            while (batch := _next_batch(batches, path)) is not None:
+                yield batch
+
+
+def _next_batch(batches: Iterator[pa.RecordBatch], path: Path) -> pa.RecordBatch | None:
+    try:
+        return next(batches, None)
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(
+            f"{path} is damaged ({error}). Delete it and run `vig score` again: it redoes that window."
+        ) from error
 
 
 def unfinished(scores: str | Path | Sequence[str | Path] | pa.Table) -> list[str]:
