@@ -178,3 +178,15 @@ def test_a_public_name_is_the_function_whatever_was_imported_before(name):
             [sys.executable, "-c", before + program], env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_pages_and_pictures_need_the_name_of_a_file(road, monkeypatch):
+    monkeypatch.chdir(road)
+    call("score", "model", "data.json", "-o", "named", code=3)
+    (road / "folder").mkdir()
+    with pytest.raises(RuntimeError, match=r"folder is a folder: name the page, folder/report.html"):
+        call("report", "named", "-o", "folder")
+    assert "not the name of a file" in call("inspect", "model", "data.json", "-o", "folder", code=2)
+    assert "not the name of a file" in call("inspect", "model", "data.json", "-o", "nowhere/x.png", code=2)
+    call("inspect", "model", "data.json", "-o", "picture.foo")
+    assert (road / "picture.foo").read_bytes().startswith(b"\x89PNG")

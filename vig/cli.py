@@ -85,6 +85,8 @@ def inspect(
     from vig.inspect import inspect as look
     from vig.score import Scorer
 
+    if picture.is_dir() or not picture.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{picture} is not the name of a file in a folder that is there")
     sample = find_sample(data, index=index, key=key, question=question, answer=answer, image_root=image_root)
     with terminal.waiting(err, f"loading {model}"):
         scorer = Scorer(
@@ -94,7 +96,7 @@ def inspect(
     seen = look(scorer, sample)
     terminal.show_inspection(out, seen, scorer.null)
     if seen.images:
-        side_by_side(seen.images, seen.nulls).save(picture)
+        side_by_side(seen.images, seen.nulls).save(picture, "PNG")
         out.print(f"image and null image as the model sees them: {picture}")
 
 
@@ -289,7 +291,7 @@ def train(
 
 @app.command()
 def report(
-    scores: Annotated[Path, typer.Argument(help="Folder of scores.")],
+    scores: Annotated[list[Path], typer.Argument(help="Folders of scores.")],
     page: Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")] = Path("report.html"),
     selection: Annotated[Path | None, typer.Option(help="Mark what this selection keeps.")] = None,
     data: Annotated[Path | None, typer.Option(help="The data, if it is not where it was scored.")] = None,

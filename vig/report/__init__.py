@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vig.files import explain_write_errors, write_atomically
+from vig.files import StoreError, explain_write_errors, write_atomically
 from vig.report.facts import Facts, gather
 from vig.report.glue import Viewer, words
 from vig.report.page import render, rounded
@@ -57,6 +57,9 @@ def report(
 
     Raises StoreError where the scores cannot be read or ``out`` cannot be written.
     """
+    out = Path(out)
+    if out.is_dir():
+        raise StoreError(f"{out} is a folder: name the page, {out / 'report.html'} for example")
     metadata = score_metadata(scores)
     facts = gather(scores, samples, seed)
     viewer = Viewer(metadata, processor=processor, data=data or metadata.get("data"), image_root=image_root)
@@ -83,7 +86,6 @@ def report(
         notes=[*unfinished(scores), *viewer.notes, *_error_notes(facts)],
         settings=_settings(metadata, chosen),
     )
-    out = Path(out)
     with explain_write_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, render(page).encode("utf-8"))
