@@ -416,3 +416,24 @@ def test_a_gradient_is_given_back_by_any_thread(monkeypatch):
         thread.join()
     assert not held
     assert native.empty_gradient(like, torch.bfloat16).fill_(1.0).sum() == 90000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_hidden_gradient_too_large_to_sum_at_once_has_the_same_bits(dtype):
+    """Above 128 MiB of float32 sums the rows come in parts, and the weight's gradient has a sweep of its own."""
+    rows, depth, vocabulary = 40_000, 1024, 5
+    hidden, weight = torch.randn(rows, depth).to(dtype), torch.randn(vocabulary, depth).to(dtype)
+    target = torch.randint(0, vocabulary, (rows,))
+    target[::7] = -100
+
+    def gradients(part):
+        options = (target[part], None, 0.05, None, -100)
+        _, stats = linear_nll_cpu.forward(hidden[part], weight, *options, ("lse",))
+        upstream = torch.ones(target[part].shape)
+        return linear_nll_cpu.backward(
+            upstream, None, None, stats["lse"], None, hidden[part], weight, *options, (True, True, False)
+        )
+
+    whole, halves = gradients(slice(None)), [gradients(slice(0, 20_000)), gradients(slice(20_000, None))]
+    assert torch.equal(whole[0], torch.cat([half[0] for half in halves]))
+    torch.testing.assert_close(whole[1].float(), sum(half[1].float() for half in halves), rtol=0.02, atol=0.5)
