@@ -97,9 +97,8 @@ def _viewable(out: Tensor, shape) -> bool:
 def _sigmas(sigma, shape, leading: int) -> tuple[Tensor, Tensor]:
     """(L,) float64 CPU tensors: vertical and horizontal sigma of each leading image."""
     if isinstance(sigma, Tensor):
-        most = max(
-            min(1, len(shape) - 2), len(shape) - 3
-        )  # leading dimensions: none of (H, W), B of (B, C, H, W)
+        # leading dimensions that may have their own: none of (H, W), L of (L, H, W), B of (B, C, H, W)
+        most = max(min(1, len(shape) - 2), len(shape) - 3)
         if sigma.shape != shape[: sigma.ndim] or sigma.ndim > most:
             raise ValueError(
                 f"expected sigma as a tensor with one value per leading image of {tuple(shape)}, got "
