@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -50,6 +51,27 @@ SAMPLES = [
 
 
 WITH_IMAGES = [one for one in SAMPLES if one.images]
+
+
+def asked_last(number: int, n_before: int, *sizes: tuple[int, int]) -> Sample:
+    """A conversation whose last turn is a question: n_before pictures before the answer, the others in that turn."""
+    one = sample(number, [("What?", "blue ball")], *sizes)
+    parts = [{"type": "image"}] * len(sizes)
+    question, answer = ({"type": "text", "text": text} for text in ("What?", "blue ball"))
+    messages = (
+        {"role": "user", "content": [*parts[:n_before], question]},
+        {"role": "assistant", "content": [answer]},
+        {"role": "user", "content": [*parts[n_before:], {"type": "text", "text": "and this one?"}]},
+    )
+    return replace(one, messages=messages)
+
+
+ASKED_LAST = [
+    asked_last(20, 1, (40, 25), (30, 30)),
+    asked_last(21, 0, (20, 43)),
+    asked_last(22, 0, (17, 16), (33, 32)),
+    asked_last(23, 1, (64, 12)),
+]
 
 
 # --- the naive loop ---
@@ -183,16 +205,15 @@ def naive_nll(family: str, inputs: dict, is_answer: torch.Tensor) -> np.ndarray:
 
 @functools.cache
 def naive_scores(family: str) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    rows = []
-    for one in SAMPLES:
-        clean, null, is_answer = inputs_of(family, one)
-        rows.append(
-            (
-                naive_nll(family, clean, is_answer),
-                None if null is None else naive_nll(family, null, is_answer),
-            )
-        )
-    return rows
+    return [naive_score(family, one) for one in SAMPLES]
+
+
+def naive_score(family: str, one: Sample) -> tuple[np.ndarray, np.ndarray | None]:
+    clean, null, is_answer = inputs_of(family, one)
+    return (
+        naive_nll(family, clean, is_answer),
+        None if null is None else naive_nll(family, null, is_answer),
+    )
 
 
 def scorer(family: str, **options) -> Scorer:

@@ -11,7 +11,9 @@ import pytest
 import tiny_families
 import torch
 from naive_families import (
+    ASKED_LAST,
     SAMPLES,
+    naive_score,
     naive_scores,
     pixels_of,
     sample,
@@ -45,6 +47,19 @@ def test_both_passes_equal_a_naive_loop(family, batch_size):
             assert moved > 30 * TOLERANCE, one.id  # pictures matter here, or nothing is proven
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("family", NAMES)
+def test_an_image_behind_the_last_answer(family, share):
+    """Alone, since the first samples prove the model; and in a batch with others."""
+    for samples in (*([one] for one in ASKED_LAST), ASKED_LAST, [*ASKED_LAST, *SAMPLES[:4]]):
+        rows = scorer(family, share=share).score(samples)
+        for row, one in zip(rows[: len(ASKED_LAST)], samples, strict=False):
+            image, null = naive_score(family, one)
+            assert row.status == "ok"
+            np.testing.assert_allclose(row.token_nll_image, image, rtol=0, atol=TOLERANCE)
+            np.testing.assert_allclose(row.token_nll_null, null, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("family", NAMES)
 def test_every_null_image_scores_in_every_family(family):
     chosen = [SAMPLES[0], SAMPLES[1], SAMPLES[3], SAMPLES[4]]
@@ -56,6 +71,7 @@ def test_every_null_image_scores_in_every_family(family):
             np.testing.assert_allclose(row.token_nll_image, other.token_nll_image, rtol=0, atol=TOLERANCE)
             assert np.isfinite(row.token_nll_null).all()
         assert len({round(row.vig, 6) for row in rows if row.vig is not None}) == 3
+        assert {row.status for row in scorer(family, null=null).score(ASKED_LAST)} == {"ok"}
 
 
 def test_pictures_to_look_at():

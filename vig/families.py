@@ -210,27 +210,35 @@ def context_length(loaded: LoadedModel) -> int | None:
 
 
 @torch.inference_mode()
-def prove(loaded: LoadedModel, inputs: dict[str, Tensor], sizes: Sizes = ((),)) -> HeadTransform:
+def prove(
+    loaded: LoadedModel,
+    inputs: dict[str, Tensor],
+    sizes: Sizes = ((),),
+    last_answers: Sequence[int] | None = None,
+) -> HeadTransform:
     """Checks the facts that scoring stands on, on one real batch. Returns what the model does to its logits.
 
     1. hidden state x head, with that scale and softcap, equals the model's own logits;
-    2. attention is causal over the answers: another last token leaves the bits of the rows before it;
+    2. attention is causal over the answers: another last answer token leaves the bits of the rows before it;
     3. the pictures of the batch, taken out and put back, are the pixel inputs again.
-    sizes: (height, width) of the images of each sample. Raises ModelError with the values.
+    sizes: (height, width) of the images of each sample. last_answers: where each row's last answer token stands; its
+    last token unless given. Raises ModelError with the values.
     """
     try:
         transform = verify_head(loaded.model, inputs)
     except ValueError as error:
         raise ModelError(f"{loaded.name}: {error}") from error
-    _prove_causal(loaded, inputs)
+    _prove_causal(loaded, inputs, last_answers)
     if any(sizes):
         _prove_layout(loaded, inputs, sizes)
     return transform
 
 
-def _prove_causal(loaded: LoadedModel, inputs: dict[str, Tensor]) -> None:
+def _prove_causal(loaded: LoadedModel, inputs: dict[str, Tensor], last_answers: Sequence[int] | None) -> None:
     changed = inputs | {"input_ids": inputs["input_ids"].clone()}
     last = inputs["attention_mask"].sum(dim=1) - 1
+    if last_answers is not None:  # an image may follow, whose placeholders must stay
+        last = last.new_tensor(last_answers)
     for row, end in enumerate(last.tolist()):
         changed["input_ids"][row, end] = _another_token(loaded.model, inputs["input_ids"][row, : end + 1])
     hidden = hidden_at_head(loaded.model, inputs)

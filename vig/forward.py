@@ -169,11 +169,10 @@ class TwoPasses:
 
     @torch.inference_mode()
     def sharing_error(self, rows: Sequence[prefix.Row]) -> float:
-        """How far these rows move their members' clean NLL, in nats: the most in float32, the mean in 16 bit.
-
-        All members have the same images, or none."""
+        """How far these rows move their members' clean NLL, in nats: the most in float32, the mean in 16 bit."""
         apart = self.inputs([member for row in rows for member in row.members])
-        names = [("proof",)] * len(rows)
+        images = [row.members[0].sample.images for row in rows]
+        names = [("proof", images.index(one)) for one in images]  # equal where the images are
         batches = [
             _Batch(apart, apart.pop("labels")),
             self._pictured(self._laid_out(rows), rows, names, "image"),

@@ -51,7 +51,7 @@ class Row:
         return self.prefix + sum(fed_tokens(member) - self.prefix for member in self.members)
 
     def joined(self) -> Encoded:
-        """The row as one sample: the prefix, then what follows it in each member, up to its last answer token."""
+        """The row as one sample: the prefix, then what follows it in each member, as far as it is fed."""
         first = self.members[0]
         if len(self.members) == 1:
             return first
@@ -85,8 +85,8 @@ class Row:
 
 
 def fed_tokens(sample: Encoded) -> int:
-    """How many of its tokens the model reads: nothing depends on what follows the last answer token."""
-    return sample.answer_index[-1] + 1
+    """How many of its tokens the model reads."""
+    return sample.n_fed
 
 
 def prefix_length(sample: Encoded, image_token_id: int) -> int:

@@ -59,11 +59,21 @@ class Encoded:
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) of each decoded image
     truncated: int = 0  # answer tokens cut off by max_length
     straddles: int = 0  # answer tokens that hold characters from outside their answer
+    image_end: int = 0  # position behind the last image token
     null_pixels: dict[str, Tensor] | None = field(default=None, repr=False)  # nulls made from other images
 
     @property
     def answer_ids(self) -> list[int]:
         return [self.input_ids[index] for index in self.answer_index]
+
+    @property
+    def n_fed(self) -> int:
+        """How many of its tokens scoring feeds the model: no answer depends on what follows the last one.
+
+        Image tokens behind it are fed too. How an image is cut may depend on how many there are (LLaVA-OneVision), so
+        none can be left out.
+        """
+        return max(self.answer_index[-1] + 1, self.image_end)
 
 
 class Encoder:
@@ -133,6 +143,7 @@ class Encoder:
                 _straddles(text, span, moved, offsets[turn[0]], offsets[turn[-1]])
                 for span, moved, turn in zip(spans, expanded, turns, strict=True)
             ),
+            image_end=_end_of(self.image_token_id, input_ids) if images else 0,
         )
         return self._fit(encoded, refuse)
 
@@ -140,11 +151,9 @@ class Encoder:
         """Right-pads a batch: input_ids, attention_mask, labels (B, T) int64, and the pixel inputs.
 
         labels[b, t] is input_ids[b, t] where it is an answer token, else -100; they are not shifted.
-        until_last_answer: leave out what follows the last answer token, which nothing depends on.
+        until_last_answer: leave out what follows the last answer token and the images (`Encoded.n_fed`).
         """
-        lengths = [
-            item.answer_index[-1] + 1 if until_last_answer else len(item.input_ids) for item in encoded
-        ]
+        lengths = [item.n_fed if until_last_answer else len(item.input_ids) for item in encoded]
         shape = (len(encoded), max(lengths))
         input_ids = torch.full(shape, self._pad_id(), dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -406,6 +415,11 @@ def _expanded_spans(spans: list[Span], replacements: list[list[dict]] | None) ->
     ends = [item["span"][1] for item in replacements[0]]
     gained = [0] + [item["new_span"][1] - item["span"][1] for item in replacements[0]]
     return [tuple(char + gained[bisect.bisect_right(ends, char)] for char in span) for span in spans]
+
+
+def _end_of(id: int, input_ids: list[int]) -> int:
+    """The position behind the last token that is `id`; 0 where there is none."""
+    return len(input_ids) - input_ids[::-1].index(id) if id in input_ids else 0
 
 
 def _overlapping(offsets: list[list[int]], span: Span) -> list[int]:

@@ -57,7 +57,7 @@ class Proofs:
             inputs = self.passes.inputs([first.encoded])
             inputs.pop("labels")
             sizes = [first.encoded.sizes] if self.needs_pictures else [[]]
-            self.passes.transform = prove(self.loaded, inputs, sizes)
+            self.passes.transform = prove(self.loaded, inputs, sizes, [first.encoded.answer_index[-1]])
             self._prove_last_layer(first)
             self._proven = 1 + first.is_multimodal
         self._prove_sharing(good or chosen)
