@@ -204,6 +204,35 @@ def test_a_large_data_file_is_known_by_its_size_and_parts(tmp_path, monkeypatch)
     assert data_fingerprint(path) != parts
 
 
+def test_photographs_and_captions_may_be_repaired_but_not_exchanged(tmp_path):
+    folder, out = tmp_path / "photos", tmp_path / "scores"
+    folder.mkdir()
+    for number in range(4):
+        tiny.save_picture(folder / f"{number}.png", number)
+        if number:
+            (folder / f"{number}.txt").write_text("a red ball")
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:100])
+    assert score_dataset(scorer(), folder, out).failed == 2
+    tiny.save_picture(folder / "1.png", 1)
+    (folder / "0.txt").write_text("a blue ball")
+    assert score_dataset(scorer(), folder, out).resumed == 4
+    assert score_dataset(scorer(), folder, out, retry_failed=True).failed == 0
+    assert [row["status"] for row in rows_of(out)] == ["ok"] * 4
+    (folder / "3.png").rename(folder / "4.png")
+    with pytest.raises(SettingsDiffer, match="data_fingerprint"):
+        score_dataset(scorer(), folder, out)
+
+
+def test_a_folder_of_data_files_is_known_by_their_sizes(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"1")
+    (tmp_path / "0.png").write_bytes(b"broken")
+    first = data_fingerprint(tmp_path)
+    tiny.save_picture(tmp_path / "0.png", 0)
+    assert data_fingerprint(tmp_path) == first
+    (tmp_path / "a.tar").write_bytes(b"12")
+    assert data_fingerprint(tmp_path) != first
+
+
 def test_records_of_finished_windows_and_of_other_jobs_are_not_made(tmp_path, data, monkeypatch):
     one, keys = scorer(), keys_of(data)
     score_dataset(one, data, tmp_path / "scores", window=8)

@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vig.readers import data_files
+from vig.samples import PHOTOGRAPHS
+
 
 def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -34,12 +37,15 @@ def weights_fingerprint(name: str) -> str | None:
 
 
 def data_fingerprint(path: str | Path) -> str:
-    """Of a data file's content, or of the names and sizes in a folder.
+    """Of a data file's content; of the names and sizes of a folder's data files; of the names of its photographs,
+    since these and their captions may be repaired between two runs.
 
     Of a file above 1 GiB: of its size and 64 MiB, spread evenly, so that scoring may begin."""
     path = Path(path)
     if path.is_dir():
-        names = [(file.name, file.stat().st_size) for file in sorted(path.iterdir()) if file.is_file()]
+        names = [(file.name, file.stat().st_size) for file in data_files(path)] or sorted(
+            file.name for file in path.iterdir() if file.suffix.lower() in PHOTOGRAPHS
+        )
         return text_hash(json.dumps(names))
     digest = hashlib.sha256()
     if path.stat().st_size > WHOLE:
