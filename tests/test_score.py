@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from vig import plan
 from vig.engine import score_dataset
 from vig.families import ModelError, as_loaded, load
-from vig.loader import content_hash
+from vig.loader import content_hash, load_records
 from vig.null_image import NULLS, PixelRange
 from vig.prompts import Encoder, without_images
-from vig.samples import answers, open_images, read_samples
+from vig.samples import answers, open_image, open_images, read_samples, sample_from_record
 from vig.score import Scorer
 from vig.store import StoreError, read_scores, score_metadata, unfinished
 
@@ -150,22 +151,65 @@ def test_nulls_are_what_they_say(data):
 
 
 def test_shuffle_takes_the_next_different_image_and_shares_it(data):
-    from vig.loader import Donors, load_record
-
     one = scorer(null="shuffle")
-    samples = [sample for sample in read_samples(data) if len(sample.images) == 1][:12]
-    block = [load_record(sample, one.encoder, "image") for sample in samples]
-    Donors().give(block, one.encoder)
-    by_image = {}
-    for item in block:
-        null = item.null.pixels["pixel_values"]
-        assert not torch.equal(null, item.encoded.pixels["pixel_values"])
-        by_image.setdefault(item.hashes[0], []).append(null)
-    assert len(by_image) < len(block)  # several questions share an image
-    for nulls in by_image.values():
-        assert all(torch.equal(nulls[0], other) for other in nulls)
+    samples = [sample for sample in read_samples(data) if sample.images]
+    order = list(dict.fromkeys(image for sample in samples for image in sample.images))
+    questions = dict.fromkeys(order, 0)
+    for item in load_records(samples, one.encoder, "image"):
+        for place, image in enumerate(item.record.images):
+            donor = open_image(order[(order.index(image) + 1) % len(order)], "", "")
+            donor = donor.resize(item.sizes[place], Image.Resampling.BICUBIC)
+            expected = one.encoder.processor.image_processor(donor, return_tensors="pt")["pixel_values"][0]
+            assert torch.equal(item.null.pixels["pixel_values"][place], expected)
+            assert item.null_hashes[place] == content_hash(donor)
+            questions[image] += 1
+    assert len(order) == 40 and max(questions.values()) > 2
     alone = one.score([samples[0]])[0]
     assert alone.status.startswith("error: there is no other image")
+
+
+def test_shuffle_passes_over_equal_and_broken_images(tmp_path):
+    def record(name):
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a red ball"}]
+        return {"id": name, "image": name, "conversations": turns}
+
+    for name, seed in (("a.png", 0), ("copy.png", 0), ("b.png", 1), ("c.png", 2)):
+        tiny.save_picture(tmp_path / name, seed)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    names = ["a.png", "copy.png", "broken.png", "b.png", "copy.png", "c.png"]
+    (tmp_path / "data.json").write_text(json.dumps([record(name) for name in names]))
+    one = scorer(null="shuffle")
+    items = load_records(list(read_samples(tmp_path / "data.json")), one.encoder, "image")
+    found = {item.record.id: item.null_hashes for item in items if item.encoded is not None}
+    a, b, c = ([content_hash(tiny.picture(seed))] for seed in (0, 1, 2))
+    assert found == {"a.png": b, "copy.png": b, "b.png": c, "c.png": a}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shuffle_depends_on_neither_blocks_nor_batches(data, monkeypatch, workers):
+    samples = [sample for sample in read_samples(data) if len(sample.images) == 1][:25]
+    whole = scorer(null="shuffle").score(samples)
+    monkeypatch.setattr(plan, "BLOCK", 8)  # the last block is one sample
+    for options in ({}, {"share": False}, {"batch_size": 1}):
+        rows = scorer(null="shuffle", workers=workers, **options).score(samples)
+        assert {row.status for row in rows} == {"ok"}
+        for row, other in zip(rows, whole, strict=True):
+            np.testing.assert_allclose(row.token_nll_null, other.token_nll_null, rtol=0, atol=2e-4)
+            assert np.abs(row.token_nll_null - row.token_nll_image).max() > 1e-3
+
+
+def test_equal_images_that_are_replaced_by_different_ones_share_no_row():
+    def asked(number, picture):
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a red ball"}]
+        return sample_from_record({"images": [picture], "conversations": turns}, key=str(number))
+
+    pictures = [tiny.picture(seed) for seed in (0, 1, 0, 2)]  # the third is the first again, elsewhere
+    samples = [asked(*pair) for pair in enumerate(pictures)]
+    together = scorer(null="shuffle").score(samples)
+    apart = scorer(null="shuffle", share=False).score(samples)
+    for row, other in zip(together, apart, strict=True):
+        np.testing.assert_allclose(row.token_nll_null, other.token_nll_null, rtol=0, atol=2e-4)
+    assert abs(apart[0].vig - apart[2].vig) > 1e-3
 
 
 def test_backends_agree(data):
@@ -234,6 +278,29 @@ def test_retry_scores_the_failed_rows_again(tmp_path, data):
     progress = score_dataset(scorer(), path, tmp_path / "scores", retry_failed=True)
     assert len(progress.errors) == n_bad - 1 and progress.resumed == 20 - n_bad
     assert table(tmp_path / "scores")["data.json#1"]["status"] == "ok"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_retried_samples_take_the_images_of_the_whole_window(tmp_path, workers):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a red ball"}]
+    records = [{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(7)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    for number in (0, 2, 3, 5):
+        tiny.save_picture(tmp_path / f"{number}.png", number)
+    data = tmp_path / "data.json"
+    score_dataset(scorer(null="shuffle"), data, tmp_path / "scores", window=5)
+    for number in (1, 4, 6):
+        tiny.save_picture(tmp_path / f"{number}.png", number)
+    again = scorer(null="shuffle", workers=workers)
+    assert score_dataset(again, data, tmp_path / "scores", window=5, retry_failed=True).failed == 0
+    score_dataset(scorer(null="shuffle"), data, tmp_path / "whole", window=5)
+    found, expected = table(tmp_path / "scores"), table(tmp_path / "whole")
+    passed_over = ("data.json#0", "data.json#3")  # the image behind them was broken
+    for key, row in expected.items():
+        if key not in passed_over:
+            np.testing.assert_allclose(found[key]["token_nll_null"], row["token_nll_null"], rtol=0, atol=2e-4)
+        else:
+            assert abs(found[key]["vig"] - row["vig"]) > 1e-3
 
 
 def test_nan_logits_are_error_rows(tmp_path, data):

@@ -81,7 +81,7 @@ def inspect(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Show what the model sees of one sample: prompt, answer mask, image, null image, VIG of each token."""
-    from vig.inspect import find_sample, side_by_side
+    from vig.inspect import find_sample, side_by_side, window_of
     from vig.inspect import inspect as look
     from vig.score import Scorer
 
@@ -93,7 +93,8 @@ def inspect(
             model, null=null, sigma=sigma, dtype=dtype, device=device, end_of_turn=end_of_turn,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-    seen = look(scorer, sample)
+    others = window_of(data, sample, image_root=image_root) if scorer.null.stage == "image" else None
+    seen = look(scorer, sample, others)
     terminal.show_inspection(out, seen, scorer.null)
     if seen.images:
         side_by_side(seen.images, seen.nulls).save(picture, "PNG")

@@ -76,8 +76,8 @@ def score_dataset(
             progress.resumed += len(chunk) - len(again)
             if again:
                 chosen = [record for record in chunk if record.key in again]
-                scorer.rehearse(chosen)
-                writer.replace(number, scorer.score_window(chosen, progress, tell))
+                scorer.rehearse(chosen, chunk)
+                writer.replace(number, scorer.score_window(chosen, progress, tell, chunk))
                 record_splits(writer, number, progress)
         writer.mark_complete()
         progress.failed_before = writer.counts()["errors"] - progress.failed

@@ -69,20 +69,25 @@ class TwoPasses:
         samples: Sequence[Encoded],
         nulls: Sequence[Encoded] | None = None,
         hashes: Sequence[Sequence[str]] = (),
+        null_hashes: Sequence[Sequence[str]] | None = None,
     ) -> list[TokenNLL]:
         """One result a sample. Samples of a batch are all multimodal or all text-only.
 
         nulls: the samples as they are without sight, for nulls that are not made of pixels.
         hashes: the content hash of each sample's images, which seed the noise null and tell which images are equal.
+        null_hashes: the same of the nulls' images; as `hashes` unless given.
         """
         rows = self.rows(samples, hashes)
-        values = self._score_rows(rows, samples, nulls, hashes)
+        null_hashes = hashes if null_hashes is None else null_hashes
+        values = self._score_rows(rows, samples, nulls, hashes, null_hashes)
         members = [len(row.members) for row in rows for _ in row.members]
         for place, value in enumerate(values):
             if members[place] > 1 and not value.is_finite():
                 # a NaN of one member reaches all others of its row
                 alone = slice(place, place + 1)
-                values[place] = self.score(samples[alone], nulls and nulls[alone], hashes[alone])[0]
+                values[place] = self.score(
+                    samples[alone], nulls and nulls[alone], hashes[alone], null_hashes[alone]
+                )[0]
         return values
 
     def _score_rows(
@@ -91,6 +96,7 @@ class TwoPasses:
         samples: Sequence[Encoded],
         nulls: Sequence[Encoded] | None,
         hashes: Sequence[Sequence[str]],
+        null_hashes: Sequence[Sequence[str]],
     ) -> list[TokenNLL]:
         batch = self._laid_out(rows)
         content = (
@@ -106,8 +112,8 @@ class TwoPasses:
         if nulls is None:
             null = self._answer_rows(self._pictured(batch, rows, seen, "null"))
         else:
-            rows = self.rows(nulls, hashes)
-            content = {id(twin): tuple(names) for twin, names in zip(nulls, hashes, strict=True)}
+            rows = self.rows(nulls, null_hashes)
+            content = {id(twin): tuple(names) for twin, names in zip(nulls, null_hashes, strict=True)}
             seen = [content[id(row.members[0])] for row in rows]
             batch = self._laid_out(rows)
             null = self._answer_rows(self._pictured(batch, rows, seen, "other image"))

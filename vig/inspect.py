@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from vig import plan
 from vig.null_image import as_image
 from vig.samples import (
     CAPTION_QUESTION,
@@ -72,9 +73,25 @@ def find_sample(
     raise DataError(f"{data} has no record {key if key is not None else f'number {index}'}")
 
 
-def inspect(scorer: Scorer, sample: Sample) -> Inspection:
-    """Encodes and scores one sample. Raises SampleError where it cannot be scored."""
-    row = scorer.score([sample])[0]
+def window_of(
+    data: str | Path, sample: Sample, *, image_root: str | Path | None = None
+) -> list[Sample | BrokenRecord]:
+    """All records of the sample's window, of which null shuffle takes images; itself for a photograph."""
+    if sample.key != sample.source:
+        for window in plan.chunks(read_samples(data, image_root=image_root), plan.WINDOW):
+            if any(record.key == sample.key for record in window):
+                return window
+    return [sample]
+
+
+def inspect(
+    scorer: Scorer, sample: Sample, window: Sequence[Sample | BrokenRecord] | None = None
+) -> Inspection:
+    """Encodes and scores one sample. Raises SampleError where it cannot be scored.
+
+    window: the records beside it (`window_of`), for null shuffle.
+    """
+    row = scorer.score_window([sample], window=window)[0]
     if row.status.startswith("error: "):
         raise SampleError(
             sample.key, sample.id, row.status.removeprefix("error: ").rstrip("."), "Repair the sample"

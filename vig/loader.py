@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import os
 import pickle
 import queue
@@ -12,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +33,7 @@ DEATHS = 2  # of processes at one group
 class LoadedRecord:
     """One record as the scorer takes it: `encoded` and, where the null needs it, its null twin; or `error`."""
 
-    __slots__ = ("encoded", "error", "hashes", "null", "place", "record", "sizes")
+    __slots__ = ("encoded", "error", "hashes", "null", "null_hashes", "place", "record", "sizes")
 
     def __init__(self, record: Sample | BrokenRecord, place: int = 0):
         self.record, self.place = record, place  # its number among the records given
@@ -39,6 +41,7 @@ class LoadedRecord:
         self.null: Encoded | None = None
         self.error: SampleError | None = record.error if isinstance(record, BrokenRecord) else None
         self.hashes: list[str] = []  # content of each image
+        self.null_hashes: list[str] | None = None  # and of those that its null twin has in their place
         self.sizes: list[tuple[int, int]] = []
 
     @property
@@ -49,8 +52,15 @@ class LoadedRecord:
 class _Groups(Dataset):
     """Records with the same images are one item, so that one worker decodes and processes the images once."""
 
-    def __init__(self, records: Sequence[Sample | BrokenRecord], encoder: Encoder, stage: str):
+    def __init__(
+        self,
+        records: Sequence[Sample | BrokenRecord],
+        encoder: Encoder,
+        stage: str,
+        window: Sequence[Sample | BrokenRecord],
+    ):
         self.records, self.encoder, self.stage = records, with_image_memory(encoder), stage
+        self.donors = Donors(window)
         self.groups = plan.by_images(records)
 
     def __len__(self) -> int:
@@ -59,10 +69,13 @@ class _Groups(Dataset):
     def __getitem__(self, number: int) -> list[LoadedRecord]:
         group = self.groups[number]
         opened = Opened()
-        return [
+        found = [
             load_record(self.records[place], self.encoder, self.stage, place=place, opened=opened)
             for place in group
         ]
+        if self.stage == "image":
+            self.donors.give(found, self.encoder)
+        return found
 
     def lost(self, number: int) -> list[LoadedRecord]:
         """The records of a group whose processes died."""
@@ -76,15 +89,20 @@ class _Groups(Dataset):
 
 
 def load_records(
-    records: Sequence[Sample | BrokenRecord], encoder: Encoder, stage: str, workers: int = 0
+    records: Sequence[Sample | BrokenRecord],
+    encoder: Encoder,
+    stage: str,
+    workers: int = 0,
+    window: Sequence[Sample | BrokenRecord] | None = None,
 ) -> Iterator[LoadedRecord]:
     """Encodes records, those with the same images one after another: `place` tells which it was.
 
     stage: the null image's stage. workers: processes that work ahead, each at most two groups; the order does not
     depend on them. 0 works in this process. A process that dies is replaced; a group whose processes die again and
-    again is left, its records errors.
+    again is left, its records errors. window: all records of the window, of which `Donors` takes images; the given ones
+    unless told.
     """
-    groups = _Groups(records, encoder, stage)
+    groups = _Groups(records, encoder, stage, records if window is None else window)
     if not workers:
         return (item for number in range(len(groups)) for item in groups[number])
     folder = tempfile.TemporaryDirectory(prefix="vig-", ignore_cleanup_errors=True)
@@ -311,48 +329,64 @@ def content_hash(image: Image.Image) -> str:
 
 
 class Donors:
-    """The "shuffle" null: every image is replaced by the next different one in reading order.
+    """The "shuffle" null: every image is replaced by the next different one of its window, in reading order.
 
-    All questions about an image share its donor. The last image of a block takes the first one of the block, and
-    what was once chosen stays chosen for the window. Only where images lie is remembered, not their pixels.
+    The last image takes the first one. What is different is told by content, and what cannot be read is passed over.
+    A function of the window's records alone: neither blocks nor processes nor what is scored again change it. All
+    questions about an image share its donor.
     """
 
-    def __init__(self):
-        self._source: dict[str, tuple] = {}  # content hash -> (image source, key, id) of its donor
+    def __init__(self, window: Sequence[Sample | BrokenRecord]):
+        self.window = window
+        self._hashes: dict[int, str | None] = {}  # content by place; None: it cannot be read
 
-    def give(self, block: Sequence[LoadedRecord], encoder: Encoder) -> None:
-        """Encodes each multimodal sample of a block once more, with its donors resized to its own sizes."""
-        first_seen: dict[str, tuple] = {}
-        for item in block:
-            if item.encoded is not None:
-                for content, source in zip(item.hashes, item.record.images, strict=True):
-                    first_seen.setdefault(content, (source, item.record.key, item.record.id))
-        order = list(first_seen)
-        for place, content in enumerate(order):
-            if len(order) > 1:
-                self._source.setdefault(content, first_seen[order[(place + 1) % len(order)]])
-        encoder = with_image_memory(encoder)
-        last, donors = None, []
-        for item in block:
-            if item.encoded is not None and item.is_multimodal:
-                try:
-                    if last != (item.hashes, item.sizes):
-                        last, donors = None, self._donors(item)
-                        last = (item.hashes, item.sizes)
-                    item.null = encoder.encode(item.record, donors)
-                    _check_same_answer(item)
-                except SampleError as error:
-                    item.encoded, item.error = None, bare(error)
+    @cached_property
+    def _sources(self) -> list[Any]:
+        """The different images of the window in reading order, unopened."""
+        images = (image for record in self.window for image in getattr(record, "images", ()))
+        return list({plan.image_key(image): image for image in images}.values())
+
+    @cached_property
+    def _places(self) -> dict[Any, int]:
+        return {plan.image_key(image): place for place, image in enumerate(self._sources)}
+
+    def give(self, group: Sequence[LoadedRecord], encoder: Encoder) -> None:
+        """Encodes each multimodal sample once more, with the donors of its images resized to their sizes."""
+        last, donors, hashes = None, [], []
+        for item in group:
+            if item.encoded is None or not item.is_multimodal:
+                continue
+            try:
+                if last != item.record.images:
+                    last, donors = None, self._donors(item)
+                    last, hashes = item.record.images, [content_hash(donor) for donor in donors]
+                item.null, item.null_hashes = encoder.encode(item.record, donors), hashes
+                _check_same_answer(item)
+            except SampleError as error:
+                item.encoded, item.error = None, bare(error)
 
     def _donors(self, item: LoadedRecord) -> list[Image.Image]:
         donors = []
-        for content, size in zip(item.hashes, item.sizes, strict=True):
-            if content not in self._source:
-                raise SampleError(
-                    item.record.key,
-                    item.record.id,
-                    "there is no other image to take its place",
-                    "Use null blur",
-                )
-            donors.append(open_image(*self._source[content]).resize(size, Image.Resampling.BICUBIC))
+        for source, content, size in zip(item.record.images, item.hashes, item.sizes, strict=True):
+            donor = self._next(self._places.get(plan.image_key(source), -1), content)
+            if donor is None:
+                reason = "there is no other image to take its place"
+                raise SampleError(item.record.key, item.record.id, reason, "Use null blur")
+            donors.append(donor.resize(size, Image.Resampling.BICUBIC))
         return donors
+
+    def _next(self, place: int, content: str) -> Image.Image | None:
+        """The first image behind `place` that can be read and is different; behind the last comes the first."""
+        for other in itertools.chain(range(place + 1, len(self._sources)), range(place)):
+            if other in self._hashes and self._hashes[other] in (None, content):
+                continue
+            try:
+                image = open_image(self._sources[other], "", "")
+            except SampleError:
+                self._hashes[other] = None
+                continue
+            if other not in self._hashes:
+                self._hashes[other] = content_hash(image)
+            if self._hashes[other] != content:
+                return image
+        return None

@@ -127,6 +127,6 @@ NULLS: dict[str, Null] = {
     "mean": Null("pixels", mean),
     "black": Null("pixels", black),
     "noise": Null("pixels", noise),
-    "shuffle": Null("image", None, (), {"donor": "next different image in reading order"}),
+    "shuffle": Null("image", None, (), {"donor": "next different image of the window"}),
     "drop": Null("prompt", None),
 }

@@ -8,12 +8,12 @@ scores the same batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from vig.samples import BrokenRecord, Sample
+from vig.samples import BrokenRecord, ImageSource, Sample
 
 WINDOW = 8192  # records
 BLOCK = 256  # records whose pixels are in memory at a time,
@@ -39,7 +39,7 @@ def by_images(records: Sequence[Sample | BrokenRecord], most: int = 64) -> list[
     of_images: dict[tuple, list[int]] = {}
     for number, record in enumerate(records):
         images = getattr(record, "images", ())
-        key = tuple(image if isinstance(image, Path | bytes) else id(image) for image in images)
+        key = tuple(map(image_key, images))
         group = of_images.get(key) if key else None
         if group is None or len(group) == most:
             group = []
@@ -48,6 +48,11 @@ def by_images(records: Sequence[Sample | BrokenRecord], most: int = 64) -> list[
                 of_images[key] = group
         group.append(number)
     return groups
+
+
+def image_key(image: ImageSource) -> Hashable:
+    """Equal for equal paths, equal bytes and the same picture in memory."""
+    return image if isinstance(image, Path | bytes) else id(image)
 
 
 def blocks(items: Iterable[Item], n_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:

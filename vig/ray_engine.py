@@ -184,13 +184,13 @@ class ScoreWindows:
         """One window, given and told about in columns of length 1, as Ray Data passes them."""
         number, again = int(batch["window"][0]), set(batch["again"][0])
         progress = Progress()
-        chunk = self._read(number)
-        chunk = [record for record in chunk if record.key in again] if again else chunk
+        window = self._read(number)
+        chunk = [record for record in window if record.key in again] if again else window
         self._watch(progress)
         tries = self._try(number)
         try:
-            self.scorer.rehearse(chunk)
-            rows = self.scorer.score_window(chunk, progress, self._watch)
+            self.scorer.rehearse(chunk, window)
+            rows = self.scorer.score_window(chunk, progress, self._watch, window)
         finally:
             faulthandler.cancel_dump_traceback_later()
         store = replace_rows if again else write_shard

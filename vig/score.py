@@ -15,7 +15,7 @@ from vig import plan, prefix
 from vig.families import LoadedModel, ModelError, as_loaded, context_length, load
 from vig.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
 from vig.forward import TokenNLL, TwoPasses
-from vig.loader import Donors, LoadedRecord, ahead, load_records, new_pixel_bytes, workers_beside
+from vig.loader import LoadedRecord, ahead, load_records, new_pixel_bytes, workers_beside
 from vig.null_image import BLUR_SIGMA, NullSettings
 from vig.prefix import shared_by
 from vig.prompts import Encoder
@@ -136,17 +136,18 @@ class Scorer:
         records: Sequence[Sample | BrokenRecord],
         progress: Progress | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        window: Sequence[Sample | BrokenRecord] | None = None,
     ) -> list[ScoreRow]:
-        """Scores one window. Its rows, bits included, are a function of its records and the settings alone."""
+        """Scores one window. Its rows, bits included, are a function of its records and the settings alone.
+
+        window: all of its records, where `records` are those to be scored again.
+        """
         progress = progress or Progress()
-        donors = Donors()
         self.passes.features.clear()
         rows: list[ScoreRow | None] = [None] * len(records)
-        loading = load_records(records, self.encoder, self.null.stage, self.workers)
+        loading = load_records(records, self.encoder, self.null.stage, self.workers, window)
         blocks = plan.blocks(loading, new_pixel_bytes())
         for block in ahead(blocks) if self.workers else blocks:
-            if self.null.stage == "image":
-                donors.give(block, self.encoder)
             block.sort(key=lambda item: item.place)
             self.proofs.prove(block)
             for item, row in zip(block, self._score_block(block, progress, on_progress), strict=True):
@@ -199,6 +200,7 @@ class Scorer:
                 [item.encoded for item in items],
                 [item.null for item in items] if items[0].null is not None else None,
                 [item.hashes for item in items],
+                [item.hashes if item.null_hashes is None else item.null_hashes for item in items],
             )
             return [scored_row(item, value) for item, value in zip(items, values, strict=True)]
         except RuntimeError as error:
@@ -213,15 +215,18 @@ class Scorer:
         middle = len(items) // 2
         return self._score_batch(items[:middle], progress) + self._score_batch(items[middle:], progress)
 
-    def rehearse(self, records: Sequence[Sample | BrokenRecord]) -> None:
+    def rehearse(
+        self,
+        records: Sequence[Sample | BrokenRecord],
+        window: Sequence[Sample | BrokenRecord] | None = None,
+    ) -> None:
         """Scores the largest batch that these records could make, once: memory trouble comes before the work.
 
         Raises ModelError that says which --batch-tokens fits."""
         if self._rehearsed:
             return
-        few = list(load_records(records[:NOISE_SAMPLES], self.encoder, self.null.stage))
-        if self.null.stage == "image":
-            Donors().give(few, self.encoder)
+        window = records if window is None else window
+        few = list(load_records(records[:NOISE_SAMPLES], self.encoder, self.null.stage, window=window))
         self.proofs.prove(few)
         self.proofs.rehearse(few, self.batch_tokens, min(self.batch_size or len(records), len(records)))
         self._rehearsed = True
@@ -236,8 +241,6 @@ class Scorer:
         if len(block) < 2:
             self.proofs.prove(loaded)
             return None
-        if self.null.stage == "image":
-            Donors().give(block, self.encoder)
         self.proofs.prove(block)
         block = [item for item in block if item.encoded is not None]
         if len(block) < 2:
