@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import tiny
 from typer.testing import CliRunner
 
 from vig.cli import app, main
-from vig.store import read_selection
+from vig.null_image import NULLS
+from vig.samples import SampleError
+from vig.store import read_scores, read_selection
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,11 +94,40 @@ def test_select_passes_its_options_on(road, tmp_path):
     )
 
 
-def test_dry_run_scores_nothing(road, tmp_path):
-    said = call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", "--dry-run", code=3)
+@pytest.mark.parametrize("null", NULLS)
+def test_dry_run_scores_nothing(road, tmp_path, null):
+    said = call(
+        "score", road / "model", road / "data.json", "-o", tmp_path / "scores", "--dry-run", "--null", null,
+        code=3,
+    )  # fmt: skip
     assert "checked 12 records: 10 with images, 1 text-only" in said
     assert "estimate:" in said and "nothing was scored" in said
     assert not (tmp_path / "scores").exists()
+
+
+def test_dry_run_of_a_job_checks_its_windows_alone(road, tmp_path):
+    arguments = ("score", road / "model", road / "data.json", "-o", tmp_path / "scores", "--dry-run")
+    said = call(*arguments, "--window", "2", "--shard", "1/4", code=3)  # records 2, 3, 10 and 11
+    assert "checked 4 records: 3 with images, 0 text-only" in said and "data.json#3" in said
+    said = call(*arguments, "--window", "2", "--shard", "0/4")  # 0, 1, 8 and 9
+    assert "checked 4 records: 4 with images" in said
+    assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize("null", NULLS)
+def test_inspect_shows_the_scores_of_every_null(road, tmp_path, null):
+    call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", "--null", null, code=3)
+    row = next(row for batch in read_scores(tmp_path / "scores") for row in batch.to_pylist()[2:3])
+    arguments = ("inspect", road / "model", road / "data.json", "--index", "2", "-o", tmp_path / "p.png")
+    said = call(*arguments, "--null", null)  # record 3 has no image file: the donor is that of record 4
+    shown = float(re.search(r"sample VIG (\S+) nats", said)[1])
+    assert shown == pytest.approx(row["vig"], abs=2e-4) and abs(shown) > 1e-3
+
+
+def test_shuffle_of_a_lone_photograph_says_what_helps(road, tmp_path):
+    tiny.picture(5, (640, 480)).save(tmp_path / "photo.jpg")
+    with pytest.raises(SampleError, match=r"there is no other image.*Use null blur"):
+        call("inspect", road / "model", tmp_path / "photo.jpg", "--answer", "red", "--null", "shuffle")
 
 
 def test_inspect_a_record_and_a_photograph(road, tmp_path):

@@ -191,8 +191,9 @@ def score(
     with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
         if dry_run:
             estimate = dry_run_dataset(
-                scorer, data, image_root=image_root, limit=limit, on_progress=on_progress
-            )
+                scorer, data, image_root=image_root, limit=limit, shard=part, window=window,
+                on_progress=on_progress,
+            )  # fmt: skip
             done = estimate.progress
         else:
             done = score_dataset(scorer, data, folder, on_progress=on_progress, **run)

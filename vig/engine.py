@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from vig import plan
 from vig.files import check_writable
-from vig.loader import LoadedRecord, load_records
+from vig.loader import LoadedRecord, load_records, new_pixel_bytes
 from vig.samples import BrokenRecord, Sample, read_samples
 from vig.score import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
 from vig.score_folder import output_folder, read_manifest, siblings
@@ -204,13 +204,26 @@ def dry_run_dataset(
     *,
     image_root: str | Path | None = None,
     limit: int | None = None,
+    shard: tuple[int, int] | None = None,
+    window: int = plan.WINDOW,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Estimate:
-    """Opens, decodes and tokenises every record, scores only a few to take the time, stores nothing."""
+    """Opens, decodes and tokenises every record, scores only a few to take the time, stores nothing.
+
+    shard: (i, n), only the records of that job's windows, what is scored already included.
+    """
     estimate = Estimate(Progress())
-    records = read_samples(data, image_root=image_root, limit=limit)
+    records = read_samples(
+        data,
+        image_root=image_root,
+        limit=limit,
+        wanted=lambda record: plan.in_shard(record // window, shard),
+    )
+    windows = (
+        chunk for number, chunk in enumerate(plan.chunks(records, window)) if plan.in_shard(number, shard)
+    )
     with RecordCount(data, limit) as count:
-        for block in _blocks(records, scorer):
+        for block in _blocks(windows, scorer):
             rows = [error_row(item) for item in block]
             tally(estimate.progress, [row for row in rows if row is not None], None)
             good = [item for item in block if item.encoded is not None]
@@ -223,11 +236,14 @@ def dry_run_dataset(
             if estimate.tokens_per_second is None and good:
                 estimate.measured, estimate.tokens_per_second = scorer.measure_rate(good)
             if on_progress is not None:
-                estimate.progress.total = count.known()
+                estimate.progress.total = part_of(count.known(), window, shard)
                 on_progress(estimate.progress)
     return estimate
 
 
-def _blocks(records: Iterable[Sample | BrokenRecord], scorer: Scorer) -> Iterator[list[LoadedRecord]]:
-    for window in plan.chunks(records, plan.WINDOW):
-        yield from plan.chunks(load_records(window, scorer.encoder, "pixels", scorer.workers), plan.BLOCK)
+def _blocks(
+    windows: Iterable[Sequence[Sample | BrokenRecord]], scorer: Scorer
+) -> Iterator[list[LoadedRecord]]:
+    for window in windows:
+        loading = load_records(window, scorer.encoder, scorer.null.stage, scorer.workers)
+        yield from plan.blocks(loading, new_pixel_bytes())
