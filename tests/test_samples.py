@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import struct
+import sys
 import zlib
 
 import pytest
 import tiny
+from PIL import features
 
 from vig.samples import (
     BrokenRecord,
@@ -105,6 +107,16 @@ def test_an_array_is_read_item_by_item(tmp_path, chunk):
         (record(image="http://a/b.png"), "is an address"),
         (record(image="../secret.png"), "leaves the image root"),
         (record(image=3), "an image is a int"),
+        (
+            record(answer="a \ud83d cat"),
+            r"the assistant turn's value holds the lone surrogate '\ud83d' at character 2",
+        ),
+        (record(image="\ud83d.png"), r"the image path holds the lone surrogate '\ud83d' at character 0"),
+        (record(image="a\0/b.png"), "holds a zero byte"),
+        (
+            {"id": "7", "messages": [{"role": "user", "content": [{"type": "text", "text": "\udcff"}]}]},
+            r"the text of a content part holds the lone surrogate '\udcff'",
+        ),
         ({"id": "7", "text": "hm"}, "no turns among the fields"),
         ("just text", "the record is a str"),
     ],
@@ -147,6 +159,49 @@ def test_an_invalid_json_line_is_reported_and_the_rest_is_read(tmp_path):
     assert "line 2 is not JSON" in str(second.error) and third.key == "data.jsonl#2"
 
 
+def test_an_id_that_no_file_takes_is_refused_and_told_with_escapes(tmp_path):
+    broken, good = read(tmp_path, json.dumps([record(id="x\ud83d"), record("Hello", image=None)]))
+    assert isinstance(good, Sample)
+    assert r"the id holds the lone surrogate '\ud83d'" in broken.error.reason
+    assert broken.id == r"x\ud83d" and str(broken.error).encode()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 names only")
+def test_a_file_whose_name_is_not_utf_8_has_keys_that_can_be_written(tmp_path):
+    (sample,) = read(tmp_path, json.dumps([record("Hello", image=None)]), "caf\udce9.json")
+    assert sample.key == r"caf\udce9.json#0" and sample.source == r"caf\udce9.json"
+
+
+def test_a_line_that_is_not_utf_8_is_a_broken_record(tmp_path):
+    good = json.dumps(record("Hello", image=None))
+    latin = good.replace("A cat.", "A café.").encode("latin-1")
+    (tmp_path / "data.jsonl").write_bytes(b"\n".join([good.encode(), latin, good.encode()]))
+    first, second, third = read_samples(tmp_path / "data.jsonl")
+    assert isinstance(first, Sample) and isinstance(third, Sample)
+    assert r"lone surrogate '\udce9' at character 5" in second.error.reason and "UTF-8" in second.error.cure
+
+
+LONG = '{"id": ' + "1" * 5000 + "}"  # more digits than Python makes an integer of
+DEEP = '{"a": ' + "[" * 100_000
+
+
+@pytest.mark.parametrize("line, reason", [(LONG, "4300 digits"), (DEEP, "nested too deeply")])
+def test_a_line_that_python_refuses_to_decode_is_a_broken_record(tmp_path, line, reason):
+    good = json.dumps(record("Hello", image=None))
+    first, second, third = read(tmp_path, f"{good}\n{line}\n{good}\n", "data.jsonl")
+    assert isinstance(first, Sample) and isinstance(third, Sample) and third.key == "data.jsonl#2"
+    assert "line 2 cannot be decoded" in second.error.reason and reason in second.error.reason
+
+
+def test_an_item_of_an_array_that_python_refuses_to_decode_is_a_broken_record(tmp_path):
+    good = json.dumps(record("Hello", image=None))
+    first, second, third = read(tmp_path, f"[{good}, {LONG}, {good}]")
+    assert isinstance(first, Sample) and isinstance(third, Sample) and third.key == "data.json#2"
+    assert "the record cannot be decoded" in second.error.reason and "4300 digits" in second.error.reason
+    first, second = read(tmp_path, f"[{good}, {DEEP}")
+    assert isinstance(first, Sample) and "nested too deeply" in second.error.reason
+
+
 def test_an_array_that_breaks_off_keeps_what_was_before(tmp_path):
     good = json.dumps(record("Hello", image=None))
     first, second = read(tmp_path, f"[{good}, {good[:-9]}")
@@ -172,6 +227,15 @@ def test_a_folder_of_photographs(tmp_path):
     assert isinstance(bare, BrokenRecord) and "b.txt" in bare.error.cure
 
 
+def test_a_caption_that_is_not_utf_8_is_a_broken_record_that_names_its_file(tmp_path):
+    for name, caption in [("a", b"red"), ("b", "caf\xe9".encode("latin-1")), ("c", "\ufeffred".encode())]:
+        tiny.save_picture(tmp_path / f"{name}.png", 1)
+        (tmp_path / f"{name}.txt").write_bytes(caption)
+    first, second, third = read_samples(tmp_path)
+    assert answers(first) == answers(third) == ["red"]
+    assert f"the caption {tmp_path / 'b.txt'} is not UTF-8 (byte 3 is 0xe9)" in second.error.reason
+
+
 def png_bomb() -> bytes:
     """A PNG of a few hundred bytes that claims 60,000 x 60,000 pixels."""
 
@@ -193,6 +257,24 @@ def truncated_jpeg() -> bytes:
     return file.getvalue()[:1200]
 
 
+def damaged_dds() -> bytes:
+    """Of a pixel format that Pillow knows no decoder for: it raises NotImplementedError."""
+    file = io.BytesIO()
+    tiny.picture(3).save(file, "DDS")
+    content = bytearray(file.getvalue())
+    content[80:88] = struct.pack("<I4s", 4, b"ABCD")
+    return bytes(content)
+
+
+def damaged_avif() -> bytes:
+    """Pillow raises RuntimeError."""
+    file = io.BytesIO()
+    tiny.picture(3, (64, 64)).save(file, "AVIF")
+    content = file.getvalue()
+    at = content.index(b"mdat") + 8
+    return content[:at] + b"\xff" * (len(content) - at)
+
+
 @pytest.mark.parametrize(
     "content, reason",
     [
@@ -200,8 +282,14 @@ def truncated_jpeg() -> bytes:
         (b"hello, I am text", "is not an image"),
         (truncated_jpeg(), "cannot be decoded"),
         (png_bomb(), "is too large"),
+        (damaged_dds(), "cannot be decoded"),
+        pytest.param(
+            damaged_avif() if features.check("avif") else None,
+            "cannot be decoded",
+            marks=pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF"),
+        ),
     ],
-    ids=["missing", "text", "truncated", "bomb"],
+    ids=["missing", "text", "truncated", "bomb", "dds", "avif"],
 )
 def test_images_that_cannot_be_read(tmp_path, content, reason):
     path = tmp_path / "a.jpg"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from vig.engine import score_dataset
 from vig.families import ModelError, as_loaded, load
 from vig.loader import content_hash, load_records
 from vig.null_image import NULLS, PixelRange
-from vig.prompts import Encoder, without_images
-from vig.samples import answers, open_image, open_images, read_samples, sample_from_record
+from vig.prompts import Encoder, PromptError, without_images
+from vig.samples import answers, caption_turns, open_image, open_images, read_samples, sample_from_record
 from vig.score import Scorer
 from vig.store import StoreError, read_scores, score_metadata, unfinished
 
@@ -268,6 +269,48 @@ def test_bad_samples_become_rows_and_the_rest_is_scored(tmp_path, data):
     good = {row.key: row for row in scorer().score(read_samples(path)) if row.status == "ok"}
     for key, row in good.items():
         assert rows[key]["vig"] == row.vig
+
+
+class Fussy:
+    """A processor that raises what `errors` has for a word of the text."""
+
+    def __init__(self, inner, errors):
+        self._inner, self._errors = inner, errors
+
+    def __call__(self, *args, text, **options):
+        for word, error in self._errors.items():
+            if word in text[0]:
+                raise error
+        return self._inner(*args, text=text, **options)
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "_inner":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+@pytest.mark.parametrize("null", ["blur", "shuffle", "drop"])
+def test_whatever_is_raised_while_a_sample_is_prepared_is_its_own_error(data, null):
+    """Not what is wrong with the processor as a whole, or with the machine."""
+    one, images = scorer(null=null), [tiny.picture(number) for number in range(5)]
+    words = ["good", "type", "key", "runtime", "well"]
+    samples = [
+        sample_from_record({"image": image, "conversations": caption_turns(word)}, key=word)
+        for image, word in zip(images, words, strict=True)
+    ]
+    errors = {"type": TypeError("not a str"), "key": KeyError("x"), "runtime": RuntimeError("odd")}
+    one.encoder.processor = Fussy(one.encoder.processor, errors)
+    rows = one.score(samples)
+    said = ["TypeError: not a str", "KeyError: 'x'", "RuntimeError: odd"]
+    said = [f"error: it cannot be prepared ({text}). Check its turns and images" for text in said]
+    assert [(row.key, row.status) for row in rows] == list(zip(words, ["ok", *said, "ok"], strict=True))
+    for error in (MemoryError(), OSError("no space left"), ImportError("no torchvision")):
+        one.encoder.processor = Fussy(tiny.llava_processor(), {"good": error})
+        with pytest.raises(type(error)):
+            one.score(samples)
+    one.encoder._check_text = Mock(side_effect=PromptError("no template"))
+    with pytest.raises(PromptError):
+        one.score(samples)
 
 
 def test_retry_scores_the_failed_rows_again(tmp_path, data):

@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from vig import plan
-from vig.prompts import Encoded, Encoder, without_images
+from vig.prompts import Encoded, Encoder, PromptError, without_images
 from vig.samples import BrokenRecord, Sample, SampleError, open_image, open_images
 
 Item = TypeVar("Item")
@@ -232,11 +232,11 @@ def load_record(
     place: int = 0,
     opened: Opened | None = None,
 ) -> LoadedRecord:
-    """Encodes one record; what goes wrong with it becomes its `error`. opened: remembers images between calls."""
+    """Encodes one record; whatever goes wrong with it becomes its `error`. opened: remembers images between calls."""
     loaded = LoadedRecord(record, place)
     if loaded.error is not None:
         return loaded
-    try:
+    with _errors_of(loaded):
         images, hashes = (opened or Opened()).images_of(record)
         loaded.encoded = encoder.encode(record, images)
         loaded.hashes = hashes
@@ -244,9 +244,22 @@ def load_record(
         if stage == "prompt" and images:
             loaded.null = encoder.encode(without_images(record), [])
             _check_same_answer(loaded)
-    except SampleError as error:
-        loaded.encoded, loaded.error = None, bare(error)
     return loaded
+
+
+@contextmanager
+def _errors_of(item: LoadedRecord) -> Iterator[None]:
+    """Makes what is raised at one sample the sample's error. Not of a sample: the processor as a whole, the machine."""
+    try:
+        yield
+    except SampleError as error:
+        item.encoded, item.error = None, bare(error)
+    except (PromptError, ImportError, MemoryError, OSError):
+        raise
+    except Exception as error:  # templates, tokenizers and processors raise what they like at a sample
+        reason = f"it cannot be prepared ({type(error).__name__}: {error})"
+        cure = "Check its turns and images"
+        item.encoded, item.error = None, SampleError(item.record.key, item.record.id, reason, cure)
 
 
 def bare(error: SampleError) -> SampleError:
@@ -356,14 +369,12 @@ class Donors:
         for item in group:
             if item.encoded is None or not item.is_multimodal:
                 continue
-            try:
+            with _errors_of(item):
                 if last != item.record.images:
                     last, donors = None, self._donors(item)
                     last, hashes = item.record.images, [content_hash(donor) for donor in donors]
                 item.null, item.null_hashes = encoder.encode(item.record, donors), hashes
                 _check_same_answer(item)
-            except SampleError as error:
-                item.encoded, item.error = None, bare(error)
 
     def _donors(self, item: LoadedRecord) -> list[Image.Image]:
         donors = []

@@ -30,6 +30,7 @@ KINDS = {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "WebDataset"}
 MAX_RECORD = 1 << 28  # characters; a longer run without a record means that the JSON is broken
 ROWS = 16  # decoded at a time
 REPAIR = "Repair the file; the records before it are read"
+SHORTEN = "Shorten or remove it"
 
 
 SKIPPED = object()  # stands in the place of a record that is not wanted
@@ -99,12 +100,29 @@ def _line_rows(file, wanted: Wanted) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             problem = f"line {line_number} is not JSON ({error.msg} at column {error.colno})"
             yield Row(number, None, problem, "Write one JSON object a line")
+        except (ValueError, RecursionError) as error:
+            yield Row(number, None, f"line {line_number} cannot be decoded ({_why(error)})", SHORTEN)
         number += 1
+
+
+def _decoded(buffer: str, at: int) -> tuple[Any, int, str | None]:
+    """The item of an array at `at`, where it ends, and what is wrong with it. Raises JSONDecodeError."""
+    try:
+        return *json.JSONDecoder().raw_decode(buffer, at), None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        _, end = json.JSONDecoder(parse_int=len).raw_decode(buffer, at)
+        return None, end, f"the record cannot be decoded ({_why(error)})"
+
+
+def _why(error: ValueError | RecursionError) -> str:
+    """Python takes neither integers of thousands of digits nor thousands of brackets within each other."""
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(":")[0]
 
 
 def array_rows(file, chunk: int = 1 << 20) -> Iterator[Row]:
     """Decodes a JSON array item by item, so that a file of any size needs the memory of one record."""
-    decoder = json.JSONDecoder()
     buffer, at, number, ended = "", 0, 0, False
     opened = False
     while True:
@@ -114,7 +132,7 @@ def array_rows(file, chunk: int = 1 << 20) -> Iterator[Row]:
         if at < len(buffer) and buffer[at] == "]":
             return
         try:
-            item, end = decoder.raw_decode(buffer, at)
+            item, end, problem = _decoded(buffer, at)
             # A number or a cut literal at the end of the buffer may go on in the next chunk.
             if end == len(buffer) and not ended:
                 raise json.JSONDecodeError("incomplete", buffer, end)
@@ -130,7 +148,10 @@ def array_rows(file, chunk: int = 1 << 20) -> Iterator[Row]:
             where = f"{error.msg} at character {error.pos}"
             yield Row(number, None, f"the JSON array breaks off after {number} records ({where})")
             return
-        yield Row(number, item)
+        except RecursionError as error:
+            yield Row(number, None, f"the JSON array breaks off after {number} records ({_why(error)})")
+            return
+        yield Row(number, item) if problem is None else Row(number, None, problem, SHORTEN)
         number, at, chunk = number + 1, end, 1 << 20
 
 

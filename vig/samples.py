@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import io
 import os
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -57,8 +59,8 @@ class SampleError(ValueError):
     """A sample that cannot be used: says which (`key`, `id`), why (`reason`) and what helps (`cure`)."""
 
     def __init__(self, key: str, id: str, reason: str, cure: str):
-        self.key, self.id, self.reason, self.cure = key, id, reason, cure
-        super().__init__(f"{key} (id {id!r}): {reason}. {cure}")
+        self.key, self.id, self.reason, self.cure = map(writable, (key, id, reason, cure))
+        super().__init__(f"{self.key} (id {self.id!r}): {self.reason}. {self.cure}")
 
     def __reduce__(self):
         return SampleError, (self.key, self.id, self.reason, self.cure)
@@ -132,6 +134,7 @@ def sample_from_record(
             key, "", f"the record is a {type(record).__name__}, not an object", "Give one object a record"
         )
     id = str(key if record.get("id") is None else record["id"])
+    _check_characters("id", id, key, id)
     root = None if image_root is None else _real_folder(os.path.abspath(image_root))
     images = tuple(_image_source(value, root, key, id) for value in _image_values(record))
     if "conversations" in record:
@@ -140,7 +143,10 @@ def sample_from_record(
         turns = [(turn, "role", "content") for turn in _turns(record["messages"], key, id)]
     else:
         raise SampleError(
-            key, id, f"no turns among the fields {sorted(record)}", "Name them `conversations` or `messages`"
+            key,
+            id,
+            f"no turns among the fields {sorted(map(str, record))}",
+            "Name them `conversations` or `messages`",
         )
     messages = tuple(_message(*turn, key, id) for turn in turns)
     _check_turns(messages, len(images), key, id)
@@ -157,7 +163,25 @@ def text_of(message: dict[str, Any]) -> str:
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
+def writable(text: str) -> str:
+    """With lone surrogates, which no file takes, written out: a name whose bytes are not UTF-8 holds them."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 # --- one record ---
+
+
+def _check_characters(what: str, text: str, key: str, id: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        lone = f"{text[error.start]!r} at character {error.start}"
+        raise SampleError(
+            key,
+            id,
+            f"the {what} holds the lone surrogate {lone}",
+            "Write it in UTF-8, and characters beyond \\uffff as pairs of surrogates",
+        ) from None
 
 
 def _image_values(record: dict[str, Any]) -> list[Any]:
@@ -179,6 +203,9 @@ def _image_source(value: Any, root: str | None, key: str, id: str) -> ImageSourc
         raise SampleError(
             key, id, f"an image is a {type(value).__name__}", "Give a path, bytes or a PIL image"
         )
+    _check_characters("image path", str(value), key, id)
+    if "\0" in str(value):
+        raise SampleError(key, id, f"the image path {str(value)!r} holds a zero byte", "Remove it")
     if "://" in str(value):
         raise SampleError(key, id, f"the image {value} is an address", "Download it and give its path")
     if root is None:
@@ -225,6 +252,7 @@ def _message(turn: dict[str, Any], role_field: str, text_field: str, key: str, i
         raise SampleError(key, id, f"unknown role {name!r}", f"Use one of {', '.join(sorted(ROLES))}")
     content = turn.get(text_field)
     if isinstance(content, str):
+        _check_characters(f"{role} turn's {text_field}", content, key, id)
         return {"role": role, "content": _parts(content)}
     if isinstance(content, list | tuple):
         parts = [_part(part, key, id) for part in content]
@@ -238,6 +266,7 @@ def _part(part: Any, key: str, id: str) -> dict[str, Any]:
     if isinstance(part, dict) and part.get("type") == "image":
         return {"type": "image"}
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        _check_characters("text of a content part", part["text"], key, id)
         return {"type": "text", "text": part["text"]}
     raise SampleError(
         key, id, f"a content part is {part!r:.80}", 'Use {"type": "image"} or {"type": "text", "text": ...}'
@@ -288,11 +317,12 @@ def _read_folder(path: Path, root: Path, wanted: readers.Wanted) -> Iterator[Sam
     if not photographs:
         known = ", ".join((*PHOTOGRAPHS, *readers.KINDS))
         raise DataError(f"no photographs and no data files in {path}: expected {known}")
+    source = writable(path.name)
     for number, photograph in enumerate(photographs):
         if not wanted(number):
             yield None
             continue
-        key, caption = f"{path.name}#{photograph.name}", photograph.with_suffix(".txt")
+        key, caption = f"{source}#{writable(photograph.name)}", photograph.with_suffix(".txt")
         try:
             if not caption.is_file():
                 raise SampleError(
@@ -302,10 +332,21 @@ def _read_folder(path: Path, root: Path, wanted: readers.Wanted) -> Iterator[Sam
                     f"Write the caption to score into {caption.name} beside it",
                 )
             record = {"id": photograph.name, "image": photograph.name}
-            record["conversations"] = caption_turns(caption.read_text(encoding="utf-8"))
-            yield sample_from_record(record, key=key, image_root=root, source=path.name)
+            record["conversations"] = caption_turns(_caption(caption, key, photograph.name))
+            yield sample_from_record(record, key=key, image_root=root, source=source)
         except SampleError as error:
-            yield BrokenRecord(key, error.id, path.name, error)
+            yield BrokenRecord(key, error.id, source, error)
+
+
+def _caption(file: Path, key: str, id: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} is {error.object[error.start]:#04x}"
+        raise SampleError(key, id, f"the caption {file} is not UTF-8 ({where})", "Save it as UTF-8") from None
+    except OSError as error:
+        reason = f"the caption {file} cannot be read ({error.strerror})"
+        raise SampleError(key, id, reason, "Check its permissions") from None
 
 
 def _photographs(path: Path) -> list[Path]:
@@ -323,20 +364,20 @@ def caption_turns(caption: str) -> list[dict[str, str]]:
 def _read_files(path: Path, root: Path, wanted: readers.Wanted) -> Iterator[Sample | BrokenRecord | None]:
     total = 0  # records of the files before
     for file in readers.data_files(path):
-        before, number = total, -1
+        before, number, source = total, -1, writable(file.name)
         for number, record, problem, cure in readers.read_rows(file, lambda row, n=before: wanted(n + row)):
             if record is readers.SKIPPED or not wanted(before + number):
                 yield None
                 continue
-            key = f"{file.name}#{number}"
+            key = f"{source}#{number}"
             try:
                 if problem is not None:
                     raise SampleError(key, "", problem, cure)
                 if isinstance(record, dict) and "caption" in record and not record.keys() & TURNS:
                     record = record | {"conversations": caption_turns(str(record["caption"]))}
-                yield sample_from_record(record, key=key, image_root=root, source=file.name)
+                yield sample_from_record(record, key=key, image_root=root, source=source)
             except SampleError as error:
-                yield BrokenRecord(key, error.id, file.name, error)
+                yield BrokenRecord(key, error.id, source, error)
         total = before + number + 1
 
 
@@ -355,6 +396,10 @@ READERS = (
 
 
 # --- images ---
+
+# What Pillow's plugins were seen to raise at damaged files, and may.
+UNDECODABLE = (OSError, ValueError, RuntimeError, EOFError, SyntaxError, TypeError, LookupError, ArithmeticError,
+               AttributeError, struct.error, zlib.error)  # fmt: skip
 
 
 def open_images(sample: Sample, *, max_pixels: int = 1 << 28) -> list[Image.Image]:
@@ -388,7 +433,7 @@ def open_image(source: ImageSource, key: str, id: str, *, max_pixels: int = 1 <<
         raise SampleError(
             key, id, f"{name} is not an image that Pillow can read", "Replace or remove it"
         ) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except UNDECODABLE as error:
         raise SampleError(
             key, id, f"the image {name} cannot be decoded ({error})", "Replace or remove it"
         ) from None
