@@ -155,6 +155,17 @@ def test_a_webdataset_of_captions(tmp_path):
     assert answers(sample) == ["Squares of colour."] and sample.id == "x"
 
 
+def test_a_caption_that_is_no_text_is_a_broken_record(tmp_path):
+    rows = [
+        {"id": str(number), "image": {"bytes": png(1)}, "caption": text}
+        for number, text in enumerate(("a cat", None))
+    ]
+    as_parquet(tmp_path / "a", rows)
+    first, second = read_samples(tmp_path / "a.parquet")
+    assert answers(first) == ["a cat"]
+    assert second.id == "1" and second.error.reason == "the caption is NoneType"
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".tar"])
 def test_a_damaged_file_is_a_broken_record_and_the_next_file_is_read(tmp_path, suffix):
     folder = tmp_path / "parts"

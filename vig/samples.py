@@ -361,6 +361,14 @@ def caption_turns(caption: str) -> list[dict[str, str]]:
     ]
 
 
+def _turns_of_caption(record: dict[str, Any], key: str) -> list[dict[str, str]]:
+    caption, id = record["caption"], str(key if record.get("id") is None else record["id"])
+    if not isinstance(caption, str):
+        reason = f"the caption is {type(caption).__name__}"
+        raise SampleError(key, id, reason, "Write it as text, or remove the record")
+    return caption_turns(caption)
+
+
 def _read_files(path: Path, root: Path, wanted: readers.Wanted) -> Iterator[Sample | BrokenRecord | None]:
     total = 0  # records of the files before
     for file in readers.data_files(path):
@@ -374,7 +382,7 @@ def _read_files(path: Path, root: Path, wanted: readers.Wanted) -> Iterator[Samp
                 if problem is not None:
                     raise SampleError(key, "", problem, cure)
                 if isinstance(record, dict) and "caption" in record and not record.keys() & TURNS:
-                    record = record | {"conversations": caption_turns(str(record["caption"]))}
+                    record = record | {"conversations": _turns_of_caption(record, key)}
                 yield sample_from_record(record, key=key, image_root=root, source=source)
             except SampleError as error:
                 yield BrokenRecord(key, error.id, source, error)
