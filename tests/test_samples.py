@@ -8,9 +8,10 @@ import struct
 import sys
 import zlib
 
+import numpy as np
 import pytest
 import tiny
-from PIL import features
+from PIL import Image, features
 
 from vig.samples import (
     BrokenRecord,
@@ -307,3 +308,61 @@ def test_images_as_bytes_and_with_transparency():
     sample = sample_from_record(record(image={"bytes": file.getvalue()}), key="k")
     (image,) = open_images(sample)
     assert image.mode == "RGB" and image.size == tiny.picture(3).size
+
+
+GRADIENT = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+
+
+def encoded(image: Image.Image, format: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format)
+    return file.getvalue()
+
+
+def opened(image) -> Image.Image:
+    return open_images(sample_from_record(record(image=[image]), key="data.json#3"))[0]
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+@pytest.mark.parametrize(
+    "made",
+    [lambda image: image, lambda image: encoded(image, "PNG"), lambda image: encoded(image, "TIFF")],
+    ids=["PIL", "PNG", "TIFF"],
+)
+def test_16_bits_become_8_by_scaling(made, order):
+    values = GRADIENT.astype(order)
+    image = Image.frombytes("I;16" if order == "<u2" else "I;16B", (64, 64), values.tobytes())
+    shown = np.asarray(opened(made(image)))
+    expected = np.rint(values / 257)
+    assert shown.shape == (64, 64, 3) and 126 < shown.mean() < 129
+    for channel in range(3):
+        assert (shown[..., channel] == expected).all()
+
+
+def test_a_16_bit_png_that_opens_in_mode_i_is_one_too():
+    """As it does in some versions of Pillow."""
+    image = Image.fromarray(GRADIENT.astype(np.int32))
+    image.format = "PNG"
+    assert (np.asarray(opened(image))[..., 0] == np.rint(GRADIENT.astype(np.int32) / 257)).all()
+
+
+@pytest.mark.parametrize(
+    "mode, values, said",
+    [
+        ("F", (GRADIENT / 65535).astype(np.float32), "mode F, from 0 to 1"),
+        ("I", GRADIENT.astype(np.int32), "mode I, from 0 to 65535"),
+    ],
+)
+@pytest.mark.parametrize(
+    "made", [lambda image: image, lambda image: encoded(image, "TIFF")], ids=["PIL", "TIFF"]
+)
+def test_pixels_whose_range_is_not_known_are_refused(made, mode, values, said):
+    image = Image.fromarray(values)
+    assert image.mode == mode
+    with pytest.raises(SampleError, match=rf"data\.json#3 .*{said}\. Convert it to 8-bit RGB"):
+        opened(made(image))
+
+
+def test_a_picture_opened_by_the_caller_that_cannot_be_decoded_is_a_sample_error():
+    with pytest.raises(SampleError, match="the image of 200 x 200 pixels cannot be decoded"):
+        opened(Image.open(io.BytesIO(truncated_jpeg())))
