@@ -19,7 +19,15 @@ from vig.families import ModelError, as_loaded, load
 from vig.loader import content_hash, load_records
 from vig.null_image import NULLS, PixelRange
 from vig.prompts import Encoder, PromptError, without_images
-from vig.samples import answers, caption_turns, open_image, open_images, read_samples, sample_from_record
+from vig.samples import (
+    Sample,
+    answers,
+    caption_turns,
+    open_image,
+    open_images,
+    read_samples,
+    sample_from_record,
+)
 from vig.score import Scorer
 from vig.store import StoreError, read_scores, score_metadata, unfinished
 
@@ -269,6 +277,32 @@ def test_bad_samples_become_rows_and_the_rest_is_scored(tmp_path, data):
     good = {row.key: row for row in scorer().score(read_samples(path)) if row.status == "ok"}
     for key, row in good.items():
         assert rows[key]["vig"] == row.vig
+
+
+ASKED = {"role": "user", "content": [{"type": "text", "text": "What?"}]}
+TOLD = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+
+
+@pytest.mark.parametrize(
+    "messages, reason",
+    [
+        ((ASKED, TOLD | {"content": "red"}), "a assistant turn's content is str, not a list of parts"),
+        ((ASKED | {"content": None}, TOLD), "a user turn's content is NoneType, not a list of parts"),
+        ((ASKED,), "no answer turn"),
+        ((), "no answer turn"),
+        ((ASKED, TOLD | {"content": []}), "an answer is empty"),
+        ((ASKED, TOLD | {"role": "gpt"}), "unknown role 'gpt'"),
+        ((ASKED, TOLD | {"content": [{"type": "text"}]}), "a content part is {'type': 'text'}"),
+        ((ASKED | {"content": [{"type": "image"}]}, TOLD), "0 images but 1 <image> marks"),
+        ("What?", "the turns are not a list of objects"),
+    ],
+)
+def test_samples_made_by_hand_wrongly_are_error_rows(messages, reason):
+    wrong = Sample("k#1", "b", (), messages, "hand")
+    good = Sample("k#0", "a", (), (ASKED, TOLD), "hand")
+    first, second = scorer().score([good, wrong])
+    assert first.status == "text_only"
+    assert second.key == "k#1" and second.status.startswith(f"error: {reason}")
 
 
 class Fussy:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from vig import plan
 from vig.prompts import Encoded, Encoder, PromptError, without_images
-from vig.samples import BrokenRecord, Sample, SampleError, open_image, open_images
+from vig.samples import BrokenRecord, Sample, SampleError, check_sample, open_image, open_images
 
 Item = TypeVar("Item")
 MOST_WORKERS = 8  # unless asked for
@@ -237,6 +237,7 @@ def load_record(
     if loaded.error is not None:
         return loaded
     with _errors_of(loaded):
+        check_sample(record)
         images, hashes = (opened or Opened()).images_of(record)
         loaded.encoded = encoder.encode(record, images)
         loaded.hashes = hashes

@@ -34,6 +34,7 @@ ROLES = {
     "model": "assistant",
     "system": "system",
 }
+SPEAKERS = tuple(sorted(set(ROLES.values())))
 IMAGE_MARK = "<image>"
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TURNS = {"conversations", "messages"}
@@ -152,6 +153,21 @@ def sample_from_record(
     messages = tuple(_message(*turn, key, id) for turn in turns)
     _check_turns(messages, len(images), key, id)
     return Sample(key, id, images, messages, source)
+
+
+def check_sample(sample: Sample) -> None:
+    """Raises SampleError where a sample, perhaps made by hand, is not what `Sample` says."""
+    key, id = sample.key, sample.id
+    for message in _turns(sample.messages, key, id):
+        if message.get("role") not in SPEAKERS:
+            cure = f"Use one of {', '.join(SPEAKERS)}"
+            raise SampleError(key, id, f"unknown role {message.get('role')!r}", cure)
+        if not isinstance(message.get("content"), list | tuple):
+            kind = type(message.get("content")).__name__
+            reason = f"a {message['role']} turn's content is {kind}, not a list of parts"
+            raise SampleError(key, id, reason, "Write parts, or make the sample with sample_from_record")
+        _message(message, "role", "content", key, id)
+    _check_turns(sample.messages, len(sample.images), key, id)
 
 
 def answers(sample: Sample) -> list[str]:
