@@ -22,7 +22,7 @@ $(DEMO_STAMP): $(SOURCES) | .venv/bin/python
 	touch $@
 
 $(STAMP): $(SOURCES) | .venv/bin/python
-	$(PIP) -c constraints.txt -e ".[data,trl,bench,test,lint]"
+	$(PIP) -c constraints.txt -e ".[trl,bench,test,lint]"
 	touch $@ $(DEMO_STAMP)
 
 demo: $(DEMO_STAMP)

@@ -4,32 +4,42 @@
     Parquet, Arrow   the columns are the fields of a record; read through pyarrow, a few rows at a time. (The
                      streaming reader of `datasets` runs ahead of a slow consumer by two thirds of a Parquet file,
                      and takes the magic bytes of an Arrow file for a length of 1.3 GB.)
-    WebDataset       through `datasets`, streamed; the members of one name are a record: ``<name>.json`` holds its
-                     fields, ``<name>.jpg`` is its image (several: ``<name>.0.jpg``, ``<name>.1.jpg``, ...), and
-                     ``<name>.txt`` in the place of the JSON is a caption
+    WebDataset       a tar file, compressed or not, streamed through `tarfile`, a record at a time; consecutive
+                     members of one name, which ends at the first dot of the file's name, are a record:
+                     ``<name>.json`` holds its fields, ``<name>.jpg`` is its image (several: ``<name>.0.jpg``,
+                     ``<name>.1.jpg``, ...), and ``<name>.txt`` in the place of the JSON is a caption. (The reader
+                     of `datasets` fixes fields and types on the first 5 records, and loses what differs later.)
 
 Images within the files stay undecoded bytes. A damaged file ends in a row that says so; the rows before it are
-read. Of a Parquet file whose rows can be counted every row that cannot be read says so, and those behind are read.
-Rows that are not wanted keep their numbers and cost as little as the format allows: Parquet's and Arrow's are not
-read, JSON lines are not decoded. What a record means is the business of `vig.samples`.
+read. Of a Parquet file whose rows can be counted every row that cannot be read says so, and those behind are read;
+a bad member of a tar file costs its own record alone. Rows that are not wanted keep their numbers and cost as
+little as the format allows: Parquet's and Arrow's are not read, JSON lines are not decoded. What a record means is
+the business of `vig.samples`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
 import re
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tarfile import TarError
 from typing import Any, NamedTuple
 
 JSON = (".json", ".jsonl")
-KINDS = {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "WebDataset"}
+KINDS = {
+    ".parquet": "Parquet",
+    ".arrow": "Arrow",
+    ".tar": "WebDataset",
+    ".tar.gz": "WebDataset",
+    ".tgz": "WebDataset",
+}  # by the end of the name
 MAX_RECORD = 1 << 28  # characters; a longer run without a record means that the JSON is broken
 ROWS = 16  # decoded at a time
 REPAIR = "Repair the file; the records before it are read"
+MEND = "Mend that member; the other records are read"
 SHORTEN = "Shorten or remove it"
 
 
@@ -45,6 +55,7 @@ class Lost(NamedTuple):
     """A record that cannot be read."""
 
     problem: str
+    cure: str = REPAIR
 
 
 class Row(NamedTuple):
@@ -59,16 +70,23 @@ class Row(NamedTuple):
 def data_files(path: Path) -> list[Path]:
     """The file that `path` is, or the Parquet, Arrow or tar files of one kind in that folder, by name."""
     if path.is_file():
-        return [path] if path.suffix in (*JSON, *KINDS) else []
-    for suffix in KINDS:
-        found = sorted(file for file in path.glob(f"*{suffix}") if not file.name.startswith("."))
+        return [path] if path.suffix in JSON or _kind(path) else []
+    if not path.is_dir():
+        return []
+    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    for kind in dict.fromkeys(KINDS.values()):
+        found = [file for file in files if _kind(file) == kind]
         if found:
             return found
     return []
 
 
+def _kind(file: Path) -> str | None:
+    return next((kind for suffix, kind in KINDS.items() if file.name.endswith(suffix)), None)
+
+
 def read_rows(file: Path, wanted: Wanted = every) -> Iterator[Row]:
-    """The rows of one file. Raises ImportError, with the cure, where `datasets` is needed and missing.
+    """The rows of one file.
 
     wanted: asked when a row is reached; what is not wanted may be SKIPPED."""
     return _json_rows(file, wanted) if file.suffix in JSON else _table_rows(file, wanted)
@@ -158,17 +176,16 @@ def array_rows(file, chunk: int = 1 << 20) -> Iterator[Row]:
 # --- tables and archives ---
 
 
-DAMAGE = (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, TarError, zlib.error)
+DAMAGE = (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, tarfile.TarError, zlib.error)
 
 
 def _table_rows(file: Path, wanted: Wanted) -> Iterator[Row]:
-    read, number = READ[file.suffix], 0
+    kind, number = _kind(file), 0
     try:
-        for record in read(file, wanted):
-            yield Row(number, None, record.problem) if isinstance(record, Lost) else Row(number, record)
+        for record in READ[kind](file, wanted):
+            yield Row(number, None, *record) if isinstance(record, Lost) else Row(number, record)
             number += 1
     except DAMAGE as error:
-        kind = KINDS[file.suffix]
         yield Row(number, None, f"the {kind} file breaks off after {number} records ({_reason(error)})")
 
 
@@ -229,17 +246,108 @@ def _arrow_batches(file: Path) -> Iterator[Any]:
             yield reader.get_batch(index)
 
 
-def _record_of_members(members: dict[str, Any]) -> dict[str, Any]:
-    fields = members.get("json")
-    record = dict(fields) if isinstance(fields, dict) else {}
-    images = {name: value for name, value in members.items() if isinstance(value, dict) and "bytes" in value}
+# --- tar files ---
+
+
+class _Member(tarfile.TarInfo):
+    """A tar header; `tarfile` takes a damaged one for the end of the file, and says nothing."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Member:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} in the place of a member or the end mark") from None
+
+
+def _webdataset_rows(file: Path, wanted: Wanted) -> Iterator[Any]:
+    """A tar file is read from its beginning, whatever is wanted of it."""
+    name, members, number = None, {}, 0  # members: None of a record that is not wanted
+
+    def record() -> Any:
+        return SKIPPED if members is None else _record_of_members(name, members)
+
+    with tarfile.open(file, "r|*", tarinfo=_Member) as tar:
+        while True:
+            try:
+                member = tar.next()
+            except DAMAGE:
+                if name is not None:
+                    yield record()  # whole, for all that is known
+                raise
+            tar.members.clear()  # what tarfile remembers grows with the file
+            if member is None:
+                break
+            stem, field = _name_and_field(member.name)
+            if member.isdir() or not stem:
+                continue
+            if stem != name:
+                if name is not None:
+                    yield record()
+                    number += 1
+                name, members = stem, {} if wanted(number) else None
+            if members is not None and (field in ("json", "txt") or _is_image(field)):
+                members[field] = _content(tar, member, field in members)
+    if name is not None:
+        yield record()
+
+
+def _name_and_field(member: str) -> tuple[str, str]:
+    """The name of the record that a member belongs to, "" for none, and which field of it the member is."""
+    folder, slash, base = member.rpartition("/")
+    stem, _, field = base.partition(".")
+    if not (stem and field) or base.startswith("__"):  # what systems and tools leave there
+        return "", ""
+    return f"{folder}{slash}{stem}", field.lower()
+
+
+def _is_image(field: str) -> bool:
+    return f".{field.rpartition('.')[2]}" in _image_suffixes()
+
+
+@functools.cache
+def _image_suffixes() -> frozenset[str]:
+    from PIL import Image
+
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, again: bool) -> bytes | Lost:
+    if again:
+        return Lost(f"the member {member.name} is there twice", "Give each record a name of its own")
+    if not member.isreg():
+        return Lost(f"the member {member.name} is a link or a device", "Store the file itself")
+    return tar.extractfile(member).read()
+
+
+def _record_of_members(name: str, members: dict[str, bytes | Lost]) -> dict[str, Any] | Lost:
+    lost = next((content for content in members.values() if isinstance(content, Lost)), None)
+    if lost is not None:
+        return lost
+    fields, caption, images = {}, {}, []
+    for field in sorted(members, key=_natural):
+        member, content = f"{name}.{field}", members[field]
+        try:
+            if field == "txt":
+                caption = {"caption": content.decode("utf-8-sig")}
+            elif field == "json":
+                fields = json.loads(content)
+            else:
+                images.append({"path": member, "bytes": content})
+        except UnicodeDecodeError as error:
+            return Lost(f"the member {member} is not UTF-8 (at byte {error.start})", MEND)
+        except json.JSONDecodeError as error:
+            where = f"line {error.lineno}, column {error.colno}"
+            return Lost(f"the member {member} is not JSON ({error.msg} at {where})", MEND)
+        except (ValueError, RecursionError) as error:
+            return Lost(f"the member {member} cannot be decoded ({_why(error)})", MEND)
+    if not isinstance(fields, dict):
+        return Lost(f"the member {name}.json holds a {type(fields).__name__}, not an object", MEND)
     if images:
-        record.pop("images", None)
-        record["image"] = [images[name] for name in sorted(images, key=_natural)]
-    if isinstance(members.get("txt"), str):
-        record.setdefault("caption", members["txt"])
-    record.setdefault("id", members.get("__key__"))
-    return record
+        fields = {field: value for field, value in fields.items() if field != "images"} | {"image": images}
+    return {"id": name} | caption | fields
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -247,24 +355,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _webdataset_rows(file: Path, wanted: Wanted) -> Iterator[Any]:
-    """A tar file is read from its beginning, whatever is wanted of it."""
-    try:
-        import datasets
-    except ImportError:
-        cure = 'Install it: pip install "vig-kernels[data]"'
-        raise ImportError(f"reading {file} needs the package datasets, which is missing. {cure}") from None
-    log = logging.getLogger("datasets")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # what is wrong with the file is said in its last row
-    try:
-        rows = datasets.load_dataset("webdataset", data_files=str(file), split="train", streaming=True)
-        yield from map(_record_of_members, rows.decode(False))
-    finally:
-        log.setLevel(level)
-
-
-READ = {".parquet": _parquet_rows, ".arrow": _arrow_rows, ".tar": _webdataset_rows}
+READ = {"Parquet": _parquet_rows, "Arrow": _arrow_rows, "WebDataset": _webdataset_rows}
 
 # --- counting ---
 

@@ -90,8 +90,8 @@ def read_samples(
 ) -> Iterator[Sample | BrokenRecord | None]:
     """Reads `path` record by record, in order, in constant memory.
 
-    path: a ``.json`` array, a ``.jsonl`` file, ``.parquet``, ``.arrow`` or WebDataset ``.tar`` files (one, or a
-        folder of them), or a folder of photographs (caption ``photo.txt`` beside ``photo.jpg``).
+    path: a ``.json`` array, a ``.jsonl`` file, ``.parquet``, ``.arrow`` or WebDataset ``.tar`` or ``.tar.gz``
+        files (one, or a folder of them), or a folder of photographs (caption ``photo.txt`` beside ``photo.jpg``).
     image_root: folder that relative image paths start from; the data file's own folder unless given. Paths
         that leave it are refused.
     limit: read at most this many records.
@@ -116,13 +116,13 @@ def _reader_of(path: str | Path) -> tuple[Path, Reader]:
     path = Path(path)
     if not path.exists():
         raise DataError(
-            f"no such data: {path}. Give a .json, .jsonl, .parquet, .arrow or .tar file, or a folder"
+            f"no such data: {path}. Give a .json, .jsonl, .parquet, .arrow, .tar or .tar.gz file, or a folder"
         )
     reader = next((reader for reader in READERS if reader.knows(path)), None)
     if reader is None:
         got = f"{path.suffix or 'no suffix'!r}"
         raise DataError(
-            f"cannot read {path}: expected .json, .jsonl, .parquet, .arrow, .tar or a folder, got {got}"
+            f"cannot read {path}: expected .json, .jsonl, .parquet, .arrow, .tar, .tar.gz or a folder, got {got}"
         )
     return path, reader
 
