@@ -173,6 +173,11 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_1(road, arguments, mes
         main()
 
 
+def test_train_says_its_own_dtypes():
+    said = call("train", "--help")
+    assert "autocast" in said and "float16" not in said.replace("bfloat16", "")
+
+
 def test_python_dash_m_vig_is_the_same_program(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import multiprocessing
 import os
+import re
 import signal
 import socket
 
@@ -21,7 +23,7 @@ from transformers import LlavaForConditionalGeneration
 from vig.files import StoreError
 from vig.samples import SampleError
 from vig.train import plan_batches, train
-from vig.train_settings import TrainError, TrainSettings
+from vig.train_settings import SCHEDULES, TrainError, TrainSettings
 from vig.trainer import SelectiveCollator
 
 
@@ -250,6 +252,29 @@ def test_wrong_settings_are_refused(processor, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="is a file, not a folder"):
         attempt(out=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *(("epochs", value, "more than 0") for value in (0, -1, math.nan, math.inf)),
+        *(("warmup", value, "a share of the steps, 0 to 1") for value in (3, -0.1, math.nan)),
+        *(("schedule", value, "one of cosine, linear") for value in ("reduce_lr_on_plateau", "fast")),
+        *(("lr", value, "at least 0") for value in (-1e-5, math.nan, math.inf)),
+        ("max_steps", 0, "at least 1"),
+        ("max_grad_norm", math.nan, "at least 0"),
+        ("workers", -1, "at least 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_with_their_value(name, value, expected):
+    with pytest.raises(TrainError, match=re.escape(f"{name} = {value!r}, expected {expected}")):
+        TrainSettings(**{name: value})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_that_the_error_offers_runs(processor, schedule):
+    result = train(base(), samples(2), None, None, processor=processor, schedule=schedule, max_steps=2)
+    assert result.steps == 2
 
 
 def test_a_diverging_run_stops_with_its_step(processor):

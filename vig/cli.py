@@ -243,13 +243,15 @@ def train(
         Path | None, typer.Option(help="Folder of the selection. Without: all tokens.")
     ] = None,
     image_root: ImageRoot = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the kept samples.")] = 1.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the kept samples, more than 0.")] = 1.0,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a micro-batch.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
-    schedule: Annotated[str, typer.Option(help="cosine, linear, constant_with_warmup, ...")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.03,
+    schedule: Annotated[
+        str, typer.Option(help="cosine, linear, constant, constant_with_warmup, ...")
+    ] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the steps, 0 to 1.")] = 0.03,
     weight_decay: Annotated[float, typer.Option()] = 0.0,
     max_grad_norm: Annotated[float, typer.Option()] = 1.0,
     z_loss: Annotated[float, typer.Option(help="Weight of lse^2.")] = 0.0,
@@ -258,7 +260,12 @@ def train(
         typer.Option(help="Pattern of frozen parameters; repeat. Default: the vision tower."),
     ] = None,
     lora_rank: Annotated[int, typer.Option(min=0, help="Train LoRA adapters of this rank (needs peft).")] = 0,
-    dtype: Dtype = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the forward: bfloat16 (autocast over float32 weights), float32, or auto by the device."
+        ),
+    ] = "auto",
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode and tokenise ahead.")] = 0,
     end_of_turn: Annotated[

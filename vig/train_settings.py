@@ -9,7 +9,29 @@ from pathlib import Path
 
 from torch import nn
 
+SCHEDULES = (  # those of transformers.SchedulerType that need no settings of their own
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
 LORA_TARGETS = r"(?!.*(vision|visual)).*\.(q|k|v|o|gate|up|down)_proj"
+LEAST = {
+    "max_steps": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "log_every": 1,
+    "lr": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "z_loss": 0,
+    "lora_rank": 0,
+    "max_length": 2,
+    "workers": 0,
+}
 
 
 class TrainError(ValueError):
@@ -29,7 +51,7 @@ class TrainSettings:
     batch_size: int = 8  # samples of a micro-batch on one device
     accumulate: int = 1  # micro-batches a step
     lr: float = 2e-5
-    schedule: str = "cosine"  # or "linear", "constant_with_warmup", ...: transformers.SchedulerType
+    schedule: str = "cosine"  # one of SCHEDULES
     warmup: float = 0.03  # share of the steps
     weight_decay: float = 0.0  # on matrices; norms and biases have none
     betas: tuple[float, float] = (0.9, 0.999)
@@ -50,9 +72,16 @@ class TrainSettings:
     log_every: int = 10  # steps between two calls of on_progress, which read the loss back from the device
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise TrainError(f"{name} = {getattr(self, name)}, expected at least 1")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:  # a NaN is neither
+                raise TrainError(f"{name} = {value}, expected at least {least}")
+        if not 0 < self.epochs < math.inf:
+            raise TrainError(f"epochs = {self.epochs}, expected more than 0")
+        if not 0 <= self.warmup <= 1:
+            raise TrainError(f"warmup = {self.warmup}, expected a share of the steps, 0 to 1")
+        if self.schedule not in SCHEDULES:
+            raise TrainError(f"schedule = {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise TrainError(f"dtype = {self.dtype!r}, expected auto, float32 or bfloat16")
 
