@@ -20,6 +20,7 @@ from naive_families import (
     scorer,
 )
 from safetensors.torch import load_file
+from tiny import llava_model
 from tiny_families import FAMILIES
 
 from vig.families import ModelError, as_loaded, family_of, load, prove
@@ -194,3 +195,21 @@ def test_code_of_a_checkpoint_does_not_run_unasked(tmp_path):
     with pytest.raises(ModelError, match="--trust-remote-code"):
         load(tmp_path)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        (
+            "cuda:99",
+            r"device = 'cuda:99', but torch \S+ finds \d+ cuda devices here\. Use another one \(cpu\)",
+        ),
+        ("gpu", r"device = 'gpu': Expected one of cpu, cuda.*Use cuda, cuda:1, cpu"),
+        ("meta", "device = 'meta': .*Use cuda, cuda:1, cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_weights_are_read(device, words):
+    with pytest.raises(ModelError, match=words):
+        load("nowhere", device=device)
+    with pytest.raises(ModelError, match=words):
+        as_loaded(llava_model(), None, device=device)

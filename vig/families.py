@@ -8,6 +8,7 @@ does not change an earlier row, and that the pictures lie where the family says.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,6 +138,7 @@ def load(
     name = str(name)
     if dtype not in (*DTYPES, "auto"):
         raise ModelError(f"dtype = {dtype!r}, expected auto, {', '.join(DTYPES)}")
+    _check_device(device)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)
@@ -152,8 +154,35 @@ def load(
     return as_loaded(model, processor, name=name, revision=revision, device=device)
 
 
+def _check_device(device: str | torch.device | None) -> None:
+    """Raises ModelError where torch has no such device here."""
+    if device is None:
+        return
+    try:
+        device = torch.device(device)
+        here = torch.get_device_module(device)
+        found = here.device_count() if here.is_available() else 0
+    except (RuntimeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(". ")
+        raise ModelError(f"device = {str(device)!r}: {reason}. Use cuda, cuda:1, cpu, ...") from error
+    if (device.index or 0) >= found:
+        raise ModelError(
+            f"device = {str(device)!r}, but torch {torch.__version__} finds {found} {device.type} devices here. Use "
+            "another one (cpu), or install the torch build and the driver for it"
+        )
+
+
 def _reason(error: Exception, name: str) -> str:
     """What went wrong, in a sentence, and what helps."""
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file() and not (Path(name) / "config.json").exists():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        return (
+            f"it is a PEFT adapter of {base}, not a model. Merge it once: "
+            f"merged = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained({base!r}), {name!r})"
+            f".merge_and_unload(); merged.save_pretrained('merged'); "
+            f"AutoProcessor.from_pretrained({name!r}).save_pretrained('merged')"
+        )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     first = lines[0].rstrip(". ")
     pickled = sorted(path.name for path in Path(name).glob("*.bin")) if Path(name).is_dir() else []
@@ -180,6 +209,7 @@ def as_loaded(
 ) -> LoadedModel:
     """Wraps a model and processor that are already in memory. Raises ModelError for an unknown family."""
     family = family_of(model.config, processor)
+    _check_device(device)
     if device is None:
         device = "cuda" if torch.cuda.is_available() and model.device.type == "cpu" else model.device
     name = name or model.config.name_or_path or type(model).__name__
