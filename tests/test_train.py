@@ -8,6 +8,8 @@ import math
 import multiprocessing
 import os
 import re
+import resource
+import shutil
 import signal
 import socket
 
@@ -20,6 +22,7 @@ from test_trainer import masked_cross_entropy, samples, selection, stock_gradien
 from tiny import llava_model, llava_processor
 from transformers import LlavaForConditionalGeneration
 
+from vig.families import ModelError, load
 from vig.files import StoreError
 from vig.samples import SampleError
 from vig.train import plan_batches, train
@@ -194,6 +197,68 @@ def test_lora_trains_and_saves_the_adapter_alone(processor, tmp_path):
     assert any(value.any() for name, value in saved.items() if "lora_B" in name)
     assert torch.equal(model.lm_head.weight, llava_model().lm_head.weight)
     assert result.losses[1] < result.losses[0]
+
+
+@pytest.mark.parametrize("ranks", [(2, 0), (0, 2)])
+def test_an_adapter_and_a_full_checkpoint_replace_each_other(processor, tmp_path, ranks):
+    out, model = tmp_path / "out", tmp_path / "model"
+    base().save_pretrained(model)
+    processor.save_pretrained(model)
+    for rank in ranks:
+        train(model, samples(4), None, out, max_steps=1, lora_rank=rank, overwrite=rank == ranks[1])
+        if rank == ranks[0]:
+            with pytest.raises(TrainError, match="holds a checkpoint already"):
+                train(model, samples(4), None, out, max_steps=1)
+            (out / "model.safetensors.index.json").write_text("{}")  # of a sharded one
+    (out / "train.json").unlink()  # what stands beside the weights is what is loaded
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    full = {"config.json", "generation_config.json", "model.safetensors"}
+    left = {file.name for file in out.iterdir()} & (adapter | full | {"model.safetensors.index.json"})
+    assert left == (adapter if ranks[1] else full)
+    if not ranks[1]:
+        assert load(out).model.lm_head.weight.shape[0] == 261
+
+
+def test_an_adapter_is_refused_as_a_model_with_the_way_to_merge_it(processor, tmp_path):
+    out, model, merged = tmp_path / "out", tmp_path / "model", tmp_path / "merged"
+    base().save_pretrained(model)
+    processor.save_pretrained(model)
+    trained = train(model, samples(4), None, out, max_steps=1, lora_rank=2, lr=1e-2, warmup=0.0).model
+    with pytest.raises(ModelError, match=f"PEFT adapter of {re.escape(str(model))}, not a model") as refused:
+        load(out)
+    cure = str(refused.value).partition("Merge it once: ")[2].replace("'merged'", repr(str(merged)))
+    exec("from peft import PeftModel; from transformers import *; " + cure)
+    expected = trained.merge_and_unload().model.language_model.layers[0].self_attn.q_proj.weight
+    found = load(merged).model.model.language_model.layers[0].self_attn.q_proj.weight
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not torch.equal(found, base().model.language_model.layers[0].self_attn.q_proj.weight)
+
+
+def test_a_disk_that_fills_up_while_saving_is_explained_and_leaves_nothing_behind(processor, tmp_path):
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    train(base(), samples(2), None, out, processor=processor, max_steps=1)
+    before = weights(LlavaForConditionalGeneration.from_pretrained(out))
+
+    def fill_up(progress):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+
+    try:
+        with pytest.raises(StoreError, match=r"out: the trained weights were not saved .*Free some space"):
+            train(
+                base(), samples(2), None, out, processor=processor, max_steps=1, overwrite=True,
+                on_progress=fill_up, lr=1e-2,
+            )  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(out.glob(".*"))
+    assert torch.equal(weights(LlavaForConditionalGeneration.from_pretrained(out)), before)
+
+
+def test_too_little_space_is_seen_before_the_first_step(processor, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(TrainError, match=r"out: the checkpoint takes \d+ MiB, 0 MiB are free"):
+        train(base(), samples(2), None, tmp_path / "out", processor=processor, max_steps=1)
 
 
 def test_bfloat16_runs_over_float32_weights(processor):

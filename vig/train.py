@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib import metadata as package_metadata
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ import torch
 import transformers
 from accelerate import DistributedType, PartialState
 from accelerate.utils import reduce, send_to_device
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vig.families import LoadedModel, load
-from vig.files import explain_write_errors, write_atomically
+from vig.files import StoreError, explain_write_errors, write_atomically
 from vig.loss import selective_loss, unwrap
 from vig.samples import read_samples
 from vig.select import Selection
@@ -41,6 +42,8 @@ VISION_TOWER = (
     r"(^|\.)visual\.(?!merger|deepstack_merger)",
 )
 RECORD = "train.json"
+# What a checkpoint before may have left, and the loader would take together with the new files.
+OF_A_CHECKPOINT = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors*")
 
 
 def train(
@@ -69,7 +72,7 @@ def train(
     Ctrl-C ends the run after the current step and saves what there is; a second one stops at once. The folder is
     complete when it holds train.json. Same inputs, settings, machine and thread count give the same weights.
     Under ``accelerate launch`` or torchrun it runs on several devices, with the same loss.
-    Raises TrainError, SampleError (by key, for records that do not fit the selection) and HeadError.
+    Raises TrainError, StoreError (the folder cannot be written), SampleError (by key, for records that do not fit the selection) and HeadError.
     """
     settings = TrainSettings(**settings)
     processes = _processes()
@@ -77,6 +80,8 @@ def train(
     out = None if out is None else _prepare_folder(out, overwrite, processes.is_main_process)
     torch.manual_seed(settings.seed)
     model = _trainable(model, settings)
+    if out is not None and processes.is_main_process:
+        _check_space(model, out)
 
     table = open_selection(selection)
     records = data
@@ -353,7 +358,9 @@ def _stop_on_ctrl_c() -> Iterator[threading.Event]:
 def _prepare_folder(out: str | Path, overwrite: bool, is_main: bool) -> Path:
     """Makes the folder and proves, before hours of work, that it can be written."""
     out = Path(out)
-    if not overwrite and ((out / RECORD).exists() or (out / "config.json").exists()):
+    if not overwrite and any(
+        (out / name).exists() for name in (RECORD, "config.json", "adapter_config.json")
+    ):
         raise TrainError(f"{out} holds a checkpoint already. Choose another folder, or overwrite it")
     if not is_main:
         return out
@@ -365,24 +372,41 @@ def _prepare_folder(out: str | Path, overwrite: bool, is_main: bool) -> Path:
     return out
 
 
+def _check_space(model: nn.Module, out: Path) -> None:
+    """Before hours of work, not after them. A checkpoint that is there stays until the new one is written."""
+    adapters = hasattr(model, "peft_config")
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not adapters)
+    free = shutil.disk_usage(out).free
+    if free < size:
+        raise TrainError(
+            f"{out}: the checkpoint takes {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free. Free some "
+            "space, or choose another folder"
+        )
+
+
 def _save(result: TrainResult, processor: Any, made_of: dict[str, Any], settings: TrainSettings) -> None:
     """Writes beside the final names, then renames; train.json comes last and says that the rest is whole."""
     out = result.out
     partial = out / ".partial"
-    with explain_write_errors(out):
-        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
         result.model.save_pretrained(partial)
         processor.save_pretrained(partial)
-        for old in (
-            out / RECORD,
-            *out.glob("*.safetensors*"),
-        ):  # other shards would be loaded with the new ones
-            old.unlink(missing_ok=True)
+        (out / RECORD).unlink(missing_ok=True)
+        for old in chain.from_iterable(out.glob(pattern) for pattern in OF_A_CHECKPOINT):
+            old.unlink()
         for file in sorted(partial.iterdir()):
             if (out / file.name).is_dir():
                 shutil.rmtree(out / file.name)
             file.replace(out / file.name)
         partial.rmdir()
+    except (OSError, SafetensorError) as error:
+        raise StoreError(
+            f"{out}: the trained weights were not saved ({error}). Free some space or choose another folder, and "
+            "train again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     versions = {name: package_metadata.version(name) for name in ("torch", "transformers", "accelerate")}
     record = {
         **made_of,
