@@ -173,6 +173,22 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_1(road, arguments, mes
         main()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_train_names_what_it_cannot_use_and_saves_the_rest(road, tmp_path, workers):
+    records = json.loads((road / "data.json").read_text())
+    broken = [{"id": f"b{row}", "conversations": []} for row in range(9)]
+    data = road / f"broken{workers}.json"
+    data.write_text(json.dumps(broken[:1] + records + broken[1:] * 2))
+    said = call(
+        "train", road / "model", data, "-o", tmp_path / "out", "--batch-size", "2", "--workers", workers, code=3
+    )  # fmt: skip
+    assert f"{data.name}#0 (id 'b0'): no answer turn" in said and "Traceback" not in said
+    assert "and 8 more: `errors` in" in said and "17 records could not be read" in said
+    assert "1 samples were left out of training" in said
+    errors = json.loads((tmp_path / "out" / "train.json").read_text())["errors"]
+    assert len(errors) == 18 and errors[17].startswith(f"{data.name}#4 (id '3'): no image at")
+
+
 def test_train_says_its_own_dtypes():
     said = call("train", "--help")
     assert "autocast" in said and "float16" not in said.replace("bfloat16", "")

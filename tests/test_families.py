@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +32,8 @@ from vig.null_image import NULLS
 from vig.prompts import Encoder
 from vig.samples import Sample, SampleError
 from vig.score import Scorer
+from vig.train_batches import ReadableCollator
+from vig.trainer import SelectiveCollator
 
 NAMES = list(FAMILIES)
 TOLERANCE = 2e-4  # nats
@@ -195,6 +199,21 @@ def test_code_of_a_checkpoint_does_not_run_unasked(tmp_path):
     with pytest.raises(ModelError, match="--trust-remote-code"):
         load(tmp_path)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_batch_of_unreadable_samples_trains_on_nothing(family):
+    """Its stand-in goes through the model of every family, and every gradient is zero."""
+    processor = tiny_families.processor(family)
+    unreadable = replace(SAMPLES[0], images=(Path("nowhere.png"),))
+    batch = ReadableCollator(SelectiveCollator(processor, counts=True))([unreadable])
+    [error] = batch.pop("left_out")
+    assert "no image at nowhere.png" in str(error) and batch.pop("num_truncated") == 0
+    model = copy.deepcopy(tiny_families.model(family)).train()
+    loss = selective_loss(model, batch, num_items=7, num_kept=batch.pop("num_kept"))
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import resource
 import shutil
 import signal
 import socket
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -283,16 +285,82 @@ def test_from_files_with_a_truncated_answer(processor, tmp_path):
         file.write("{broken\n")
     result = train(folder, data, None, None, max_steps=1, batch_size=2, max_length=50, workers=1)
     assert (result.kept, result.broken, result.truncated) == (2, 1, 1)
+    assert len(result.errors) == 1 and "data.jsonl#2" in result.errors[0]
+
+
+# --- what cannot be used ---
+
+
+def without_pictures(items, rows):
+    """The samples, those of `rows` with an image that is not there."""
+    return [
+        replace(item, images=(Path("nowhere.png"),) * len(item.images)) if row in rows else item
+        for row, item in enumerate(items)
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_unreadable_samples_are_left_out_of_the_step(processor, tmp_path, accumulate, workers):
+    """Row by row, half of a micro-batch, or a whole one: the step is that of the samples that can be read."""
+    chosen = selection(processor, samples(4))
+    options = {"processor": processor, "lr": 1e-3, "max_steps": 1}
+    expected = train(base(), [samples(4)[row] for row in (0, 2, 3)], chosen, None, batch_size=3, **options)
+    result = train(
+        base(), without_pictures(samples(4), [1]), chosen, tmp_path / "out",
+        batch_size=4 // accumulate, accumulate=accumulate, workers=workers, **options,
+    )  # fmt: skip
+    assert result.losses == pytest.approx(expected.losses, rel=1e-5)
+    moved, should = weights(result.model) - weights(base()), weights(expected.model) - weights(base())
+    assert (moved - should).norm() < 5e-3 * should.norm()
+    assert (result.kept, result.samples, result.left_out, result.tokens) == (4, 3, 1, expected.tokens)
+    assert result.errors == ["data.json#1 (id 'id1'): no image at nowhere.png. Check --image-root"]
+    assert json.loads((tmp_path / "out" / "train.json").read_text())["errors"] == result.errors
+
+
+def test_a_step_of_unreadable_samples_moves_nothing_and_errors_are_told_once(processor):
+    plan = [index for [index] in plan_batches(3, TrainSettings(batch_size=1, epochs=2))]
+    items = without_pictures([samples(4)[row] for row in (0, 1, 3)], plan[1:2])
+    model, seen, after = base(), [], []
+
+    def look(progress):
+        seen.append(str(progress))
+        after.append(weights(model))
+
+    result = train(
+        model, items, None, None, processor=processor, batch_size=1, epochs=2, lr=1e-2, warmup=0.0, log_every=1,
+        on_progress=look,
+    )  # fmt: skip
+    empty = [step for step in range(6) if plan[step] == plan[1]]
+    assert len(empty) == 2 and [step for step in range(6) if result.losses[step] == 0] == empty
+    still = [step for step in range(1, 6) if torch.equal(after[step], after[step - 1])]
+    assert still == empty  # Adam's momentum is under way by then
+    assert (result.left_out, len(result.errors), result.samples) == (1, 1, 4)
+    assert "left out" not in seen[0] and "1 samples left out" in seen[1] and "2 samples left out" in seen[5]
+
+
+def test_too_long_prompts_are_left_out_and_nothing_left_is_refused(processor):
+    items = samples(3)[::2]  # one with an image, one of text alone
+    lengths = [len(SelectiveCollator(processor).encode(item).input_ids) for item in items]
+    options = {"processor": processor, "max_steps": 1, "batch_size": 2, "max_length": lengths[1]}
+    assert lengths[1] < lengths[0]
+    result = train(base(), items, None, None, **options)
+    assert (result.left_out, result.samples) == (1, 1) and f"it has {lengths[0]} tokens" in result.errors[0]
+    with pytest.raises(
+        TrainError, match=r"1 samples were unusable. The first: data.json#0 .*Raise max_length"
+    ):
+        train(base(), items[:1], None, None, **options)
 
 
 # --- refusals ---
 
 
-def test_a_selection_of_another_tokenizer_is_refused_by_key(processor):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_selection_of_another_tokenizer_is_refused_by_key(processor, workers):
     chosen = selection(processor, samples(4))
     chosen["data.json#1"] = chosen["data.json#1"]._replace(token_ids=chosen["data.json#1"].token_ids[::-1])
-    with pytest.raises(SampleError, match=r"data.json#1 \(id 'id1'\): its answer has"):
-        train(base(), samples(4), chosen, None, processor=processor)
+    with pytest.raises(SampleError, match=r"^data.json#1 \(id 'id1'\): its answer has"):
+        train(base(), samples(4), chosen, None, processor=processor, workers=workers)
 
 
 def test_wrong_settings_are_refused(processor, tmp_path):
@@ -372,14 +440,20 @@ def run_rank(rank: int, port: int, folder, items, chosen, processor):
         on_progress=lambda progress: norms.append(progress.grad_norm), **TWO_STEPS,
     )  # fmt: skip
     torch.save(
-        (out.losses, norms, out.tokens, out.samples, weights(out.model)), folder.with_suffix(f".{rank}")
+        (out.losses, norms, out.tokens, out.samples, weights(out.model), out.errors),
+        folder.with_suffix(f".{rank}"),
     )
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_take_the_steps_of_one(processor, tmp_path):
-    """Uneven kept tokens on the ranks; both end with the same weights, those of a single process."""
-    items = encoded(processor)
+@pytest.mark.parametrize("unreadable", [[], [4, 6], [0, 2, 4, 6]])
+def test_two_processes_take_the_steps_of_one(processor, tmp_path, unreadable):
+    """Uneven kept tokens on the ranks; both end with the same weights, those of a single process.
+
+    unreadable: places in the first step; 4 and 6 are rank 0's last micro-batch, the even ones all it has."""
+    order = plan_batches(8, TrainSettings(batch_size=8, max_steps=1))[0]
+    items = without_pictures(samples(8), [order[place] for place in unreadable])
+    lost = sum(bool(item.images) for item in items if item.images[:1] == (Path("nowhere.png"),))
     chosen = selection(processor, samples(8), lambda row, n: np.arange(n) < (1 if row % 2 else n))
     norms = []  # Adam does not see a gradient's scale, but its norm shows it
     one = train(
@@ -400,7 +474,8 @@ def test_two_processes_take_the_steps_of_one(processor, tmp_path):
     assert [process.exitcode for process in ranks] == [0, 0]
     results = [torch.load(folder.with_suffix(f".{rank}")) for rank in range(2)]
     assert results[0][1] == pytest.approx(norms, rel=1e-4)
-    for losses, _, tokens, seen, _ in results:
+    for losses, _, tokens, seen, _, errors in results:
+        assert sorted(errors) == sorted(one.errors) and len(errors) == lost
         assert losses == pytest.approx(one.losses, rel=1e-5)
         assert (tokens, seen) == (one.tokens, one.samples)
     assert torch.equal(results[0][4], results[1][4])

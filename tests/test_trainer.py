@@ -159,6 +159,7 @@ def test_keep_samples(processor):
         2,
         1,
     )
+    assert kept.errors == [broken.error]
     assert len(keep_samples(items, None).samples) == 4
     del chosen[items[3].key]
     with pytest.raises(SampleError, match=r"data.json#3 \(id 'id3'\): it is not in the selection"):

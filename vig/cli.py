@@ -1,7 +1,6 @@
 """The commands: vig inspect | score | select | train | report | demo. No logic lives here.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not be scored, 130
-stopped by Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not be used, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -294,7 +293,7 @@ def train(
     terminal.show_training(out, result)
     if result.interrupted:
         raise typer.Exit(STOPPED)
-    if result.broken:
+    if result.errors:
         raise typer.Exit(SOME_FAILED)
 
 

@@ -130,8 +130,15 @@ def show_training(console: Console, result: TrainResult) -> None:
     console.print(f"{result.kept:,} samples kept, {result.dropped:,} not selected")
     if result.truncated:
         console.print(f"{result.truncated:,} answers were cut short by max_length")
+    for line in result.errors[:SHOWN_ERRORS]:
+        console.print(line, style="red", markup=False)
+    if len(result.errors) > SHOWN_ERRORS:
+        more = len(result.errors) - SHOWN_ERRORS
+        console.print(f"... and {more:,} more: `errors` in {result.out}/train.json")
     if result.broken:
         console.print(f"{result.broken:,} records could not be read")
+    if result.left_out:
+        console.print(f"{result.left_out:,} samples were left out of training")
     if result.out is not None:
         console.print(f"checkpoint: {result.out}")
 

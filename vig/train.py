@@ -5,34 +5,30 @@ For FSDP, DeepSpeed, evaluation during training or other optimisers use `vig.tra
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from importlib import metadata as package_metadata
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import DistributedType, PartialState
-from accelerate.utils import reduce, send_to_device
-from safetensors import SafetensorError
+from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vig.families import LoadedModel, load
-from vig.files import StoreError, explain_write_errors, write_atomically
 from vig.loss import selective_loss, unwrap
-from vig.samples import read_samples
+from vig.samples import SampleError, read_samples
 from vig.select import Selection
+from vig.train_batches import ReadableCollator, plan_batches
+from vig.train_folder import check_space, prepare_folder, save
 from vig.train_settings import TrainError, TrainProgress, TrainResult, TrainSettings
 from vig.trainer import Record, Selected, SelectiveCollator, keep_samples, open_selection
 
@@ -41,9 +37,6 @@ VISION_TOWER = (
     r"(^|\.)(vision_tower|vision_model|vision_encoder)\.",
     r"(^|\.)visual\.(?!merger|deepstack_merger)",
 )
-RECORD = "train.json"
-# What a checkpoint before may have left, and the loader would take together with the new files.
-OF_A_CHECKPOINT = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors*")
 
 
 def train(
@@ -69,19 +62,22 @@ def train(
     out: folder of the checkpoint, None to save nothing. One that holds a checkpoint is refused unless `overwrite`.
     settings: the fields of `TrainSettings`.
 
-    Ctrl-C ends the run after the current step and saves what there is; a second one stops at once. The folder is
-    complete when it holds train.json. Same inputs, settings, machine and thread count give the same weights.
+    Samples that cannot be encoded (no image, image tokens beyond max_length) are left out: no loss, no count, their
+    errors in the result. Ctrl-C ends the run after the current step and saves what there is; a second one stops at
+    once. The folder is complete when it holds train.json. Same inputs, settings, machine and thread count give the
+    same weights.
     Under ``accelerate launch`` or torchrun it runs on several devices, with the same loss.
-    Raises TrainError, StoreError (the folder cannot be written), SampleError (by key, for records that do not fit the selection) and HeadError.
+    Raises TrainError, StoreError (the folder cannot be written), SampleError (by key, for samples that do not fit the
+    selection) and HeadError.
     """
     settings = TrainSettings(**settings)
     processes = _processes()
     name, model, processor = _model(model, processor, settings, processes.device)
-    out = None if out is None else _prepare_folder(out, overwrite, processes.is_main_process)
+    out = None if out is None else prepare_folder(out, overwrite, processes.is_main_process)
     torch.manual_seed(settings.seed)
     model = _trainable(model, settings)
     if out is not None and processes.is_main_process:
-        _check_space(model, out)
+        check_space(model, out)
 
     table = open_selection(selection)
     records = data
@@ -89,7 +85,10 @@ def train(
         records = read_samples(data, image_root=image_root, limit=limit)
     kept = keep_samples(islice(records, limit), table)
     if not kept.samples:
-        raise TrainError(f"nothing to train on: {kept.dropped} samples not selected, {kept.broken} broken")
+        raise TrainError(
+            f"nothing to train on: {kept.dropped} samples not selected, {kept.broken} broken"
+            + "".join(f". The first: {error}" for error in kept.errors[:1])
+        )
     collator = SelectiveCollator(
         processor,
         table,
@@ -102,12 +101,16 @@ def train(
     loader = DataLoader(
         kept.samples,
         batch_sampler=plan,
-        collate_fn=collator,
+        collate_fn=ReadableCollator(collator),
         num_workers=settings.workers,
         worker_init_fn=_leave_ctrl_c_to_the_parent,
     )
 
-    progress, losses, interrupted = _run(processes, model, loader, settings, on_progress)
+    progress, losses, left_out, interrupted = _run(processes, model, loader, settings, on_progress)
+    if left_out and not progress.tokens and not interrupted:
+        raise TrainError(
+            f"nothing to train on: {len(left_out)} samples were unusable. The first: {left_out[0]}"
+        )
     result = TrainResult(
         model=model.eval(),
         out=out,
@@ -120,11 +123,13 @@ def train(
         kept=len(kept.samples),
         dropped=kept.dropped,
         broken=kept.broken,
+        left_out=len(left_out),
+        errors=[str(error) for error in (*kept.errors, *left_out)],
         seconds=progress.seconds,
     )
     if out is not None and processes.is_main_process:
         made_of = {"model": name, "data": str(data) if isinstance(data, str | Path) else None}
-        _save(result, processor, made_of | {"selection": getattr(table, "metadata", None)}, settings)
+        save(result, processor, made_of | {"selection": getattr(table, "metadata", None)}, settings)
     processes.wait_for_everyone()
     return result
 
@@ -135,8 +140,11 @@ def _run(
     loader: DataLoader,
     settings: TrainSettings,
     on_progress: Callable[[TrainProgress], None] | None,
-) -> tuple[TrainProgress, list[float], bool]:
-    """The loop: one optimiser step a turn. Returns where it ended, the loss of each step, and if it was stopped."""
+) -> tuple[TrainProgress, list[float], list[SampleError], bool]:
+    """The loop: one optimiser step a turn.
+
+    Returns where it ended, the loss of each step, why samples were left out (an error each), and if it was stopped.
+    """
     steps = len(loader) // settings.accumulate
     model, world = _on_device(model, processes), processes.num_processes
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -148,16 +156,28 @@ def _run(
         num_training_steps=steps,
     )
     progress, losses, stopped = TrainProgress(steps), [], False
+    left_out: dict[str, SampleError] = {}
     arriving = iter(loader)
     model.train()
     with _stop_on_ctrl_c() as stop:
         for step in range(steps):
             micro_batches = list(islice(arriving, settings.accumulate))
+            for misfit in (batch for batch in micro_batches if isinstance(batch, SampleError)):
+                raise misfit
             kept = [batch.pop("num_kept") for batch in micro_batches]
             truncated = sum(batch.pop("num_truncated") for batch in micro_batches)
-            tokens, truncated, stopped = _over_all(processes, [sum(kept), truncated, stop.is_set()])
+            unusable = [error for batch in micro_batches for error in batch.pop("left_out")]
+            left_out |= {str(error): error for error in unusable}
+            tokens, truncated, missing, stopped = _over_all(
+                processes, [sum(kept), truncated, len(unusable), stop.is_set()]
+            )
             if stopped:
                 break
+            if not tokens:
+                micro_batches, kept = (
+                    [],
+                    [],
+                )  # on every process; without gradients AdamW leaves the weights alone
             loss = torch.zeros((), device=processes.device)
             for number, (batch, num_kept) in enumerate(zip(micro_batches, kept, strict=True), 1):
                 last = number == settings.accumulate  # DDP exchanges gradients once a step
@@ -177,13 +197,15 @@ def _run(
             optimizer.zero_grad()
             losses.append(loss)
             progress.step = step + 1
-            progress.samples += settings.batch_size * settings.accumulate * world
+            progress.samples += settings.batch_size * settings.accumulate * world - missing
+            progress.left_out += missing
             progress.tokens += tokens
             progress.truncated += truncated
             if progress.step % settings.log_every == 0 or progress.step == steps:
                 _report(processes, progress, loss, norm, on_progress)
     losses = reduce(torch.stack(losses), "sum").tolist() if losses else []
-    return progress, losses, bool(stopped)
+    everywhere = gather_object(list(left_out.values()))  # the same sample may come to several processes
+    return progress, losses, list({str(error): error for error in everywhere}.values()), bool(stopped)
 
 
 # --- before the loop ---
@@ -262,24 +284,6 @@ def _context(model: nn.Module) -> int | None:
     return getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
 
 
-def plan_batches(n: int, settings: TrainSettings, world: int = 1, rank: int = 0) -> list[list[int]]:
-    """Which of the n samples each micro-batch of this process holds, in order: a pure function of the seed.
-
-    The samples run in a new random order each epoch, without a break between epochs; every step takes the same
-    number. Steps are the same samples for any split of a step into accumulate x batch_size x world.
-    """
-    per_step = settings.batch_size * settings.accumulate * world
-    steps = settings.max_steps or max(1, math.ceil(settings.epochs * n / per_step))
-    order: list[int] = []
-    epoch = 0
-    while len(order) < steps * per_step:
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-        order += torch.randperm(n, generator=generator).tolist()
-        epoch += 1
-    mine = order[: steps * per_step][rank::world]
-    return [mine[at : at + settings.batch_size] for at in range(0, len(mine), settings.batch_size)]
-
-
 def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
@@ -350,68 +354,3 @@ def _stop_on_ctrl_c() -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-# --- after the loop ---
-
-
-def _prepare_folder(out: str | Path, overwrite: bool, is_main: bool) -> Path:
-    """Makes the folder and proves, before hours of work, that it can be written."""
-    out = Path(out)
-    if not overwrite and any(
-        (out / name).exists() for name in (RECORD, "config.json", "adapter_config.json")
-    ):
-        raise TrainError(f"{out} holds a checkpoint already. Choose another folder, or overwrite it")
-    if not is_main:
-        return out
-    with explain_write_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".partial"
-        probe.mkdir(exist_ok=True)
-        probe.rmdir()
-    return out
-
-
-def _check_space(model: nn.Module, out: Path) -> None:
-    """Before hours of work, not after them. A checkpoint that is there stays until the new one is written."""
-    adapters = hasattr(model, "peft_config")
-    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not adapters)
-    free = shutil.disk_usage(out).free
-    if free < size:
-        raise TrainError(
-            f"{out}: the checkpoint takes {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free. Free some "
-            "space, or choose another folder"
-        )
-
-
-def _save(result: TrainResult, processor: Any, made_of: dict[str, Any], settings: TrainSettings) -> None:
-    """Writes beside the final names, then renames; train.json comes last and says that the rest is whole."""
-    out = result.out
-    partial = out / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        result.model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        (out / RECORD).unlink(missing_ok=True)
-        for old in chain.from_iterable(out.glob(pattern) for pattern in OF_A_CHECKPOINT):
-            old.unlink()
-        for file in sorted(partial.iterdir()):
-            if (out / file.name).is_dir():
-                shutil.rmtree(out / file.name)
-            file.replace(out / file.name)
-        partial.rmdir()
-    except (OSError, SafetensorError) as error:
-        raise StoreError(
-            f"{out}: the trained weights were not saved ({error}). Free some space or choose another folder, and "
-            "train again"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    versions = {name: package_metadata.version(name) for name in ("torch", "transformers", "accelerate")}
-    record = {
-        **made_of,
-        "settings": asdict(settings),
-        "versions": versions,
-        **{name: value for name, value in vars(result).items() if name not in ("model", "out")},
-    }
-    write_atomically(out / RECORD, json.dumps(record, indent=1).encode())

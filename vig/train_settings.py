@@ -95,7 +95,8 @@ class TrainProgress:
     loss: float = math.nan  # of the last step, nats a token
     lr: float = 0.0
     grad_norm: float = math.nan
-    samples: int = 0  # seen so far, on all devices
+    samples: int = 0  # trained on so far, on all devices
+    left_out: int = 0  # unusable ones met so far, repetitions included
     tokens: int = 0  # kept tokens trained on so far
     truncated: int = 0  # answers cut short so far
     started: float = field(default_factory=time.monotonic)
@@ -110,10 +111,11 @@ class TrainProgress:
 
     def __str__(self) -> str:
         minutes, seconds = divmod(int(self.seconds_left), 60)
+        unusable = f"  {self.left_out:,} samples left out" if self.left_out else ""
         return (
             f"step {self.step}/{self.steps}  loss {self.loss:.4f}  lr {self.lr:.2e}  "
             f"grad norm {self.grad_norm:.3g}  {self.samples / max(self.seconds, 1e-9):.1f} samples/s  "
-            f"{self.tokens:,} tokens  {minutes}:{seconds:02d} left"
+            f"{self.tokens:,} tokens  {minutes}:{seconds:02d} left{unusable}"
         )
 
 
@@ -125,11 +127,13 @@ class TrainResult:
     out: Path | None
     steps: int
     interrupted: bool
-    losses: list[float] = field(repr=False)  # one a step: mean over its kept tokens, nats
-    samples: int  # seen, repetitions included
+    losses: list[float] = field(repr=False)  # one a step: mean over its kept tokens, nats; 0 without any
+    samples: int  # trained on, repetitions included
     tokens: int  # kept tokens trained on, repetitions included
     truncated: int  # answers cut short by max_length, repetitions included
     kept: int  # samples with a selected token
     dropped: int  # samples without
     broken: int  # records that never became samples
+    left_out: int  # kept samples that could not be used: no image, too long, ...
+    errors: list[str] = field(repr=False)  # of broken records and samples left out: key, id, reason and cure
     seconds: float

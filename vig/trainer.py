@@ -45,6 +45,7 @@ class Kept(NamedTuple):
     samples: list[Record]
     dropped: int  # not selected, or without a selected token
     broken: int  # records that never became samples
+    errors: list[SampleError]  # why, one a broken record
 
 
 def keep_samples(records: Iterable[Record | BrokenRecord], selection: Selected | None) -> Kept:
@@ -52,10 +53,10 @@ def keep_samples(records: Iterable[Record | BrokenRecord], selection: Selected |
 
     Raises SampleError for a record that the selection does not know.
     """
-    kept, dropped, broken = [], 0, 0
+    kept, dropped, errors = [], 0, []
     for record in records:
         if isinstance(record, BrokenRecord):
-            broken += 1
+            errors.append(record.error)
             continue
         if selection is not None:
             entry = _entry(selection, *_names(record))
@@ -63,7 +64,7 @@ def keep_samples(records: Iterable[Record | BrokenRecord], selection: Selected |
                 dropped += 1
                 continue
         kept.append(record)
-    return Kept(kept, dropped, broken)
+    return Kept(kept, dropped, len(errors), errors)
 
 
 def _names(record: Record) -> tuple[str, str]:

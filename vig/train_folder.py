@@ -1,0 +1,83 @@
+"""The folder of a training run: proven writable before it, and after it a whole checkpoint or the one before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from importlib import metadata as package_metadata
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from vig.files import StoreError, explain_write_errors, write_atomically
+from vig.train_settings import TrainError, TrainResult, TrainSettings
+
+RECORD = "train.json"
+# What a checkpoint before may have left, and the loader would take together with the new files.
+OF_A_CHECKPOINT = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors*")
+
+
+def prepare_folder(out: str | Path, overwrite: bool, is_main: bool) -> Path:
+    """Makes the folder and proves, before hours of work, that it can be written."""
+    out = Path(out)
+    if not overwrite and any(
+        (out / name).exists() for name in (RECORD, "config.json", "adapter_config.json")
+    ):
+        raise TrainError(f"{out} holds a checkpoint already. Choose another folder, or overwrite it")
+    if not is_main:
+        return out
+    with explain_write_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".partial"
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
+    return out
+
+
+def check_space(model: nn.Module, out: Path) -> None:
+    """Before hours of work, not after them. A checkpoint that is there stays until the new one is written."""
+    adapters = hasattr(model, "peft_config")
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not adapters)
+    free = shutil.disk_usage(out).free
+    if free < size:
+        raise TrainError(
+            f"{out}: the checkpoint takes {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free. Free some "
+            "space, or choose another folder"
+        )
+
+
+def save(result: TrainResult, processor: Any, made_of: dict[str, Any], settings: TrainSettings) -> None:
+    """Writes beside the final names, then renames; train.json comes last and says that the rest is whole."""
+    out = result.out
+    partial = out / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        result.model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (out / RECORD).unlink(missing_ok=True)
+        for old in chain.from_iterable(out.glob(pattern) for pattern in OF_A_CHECKPOINT):
+            old.unlink()
+        for file in sorted(partial.iterdir()):
+            if (out / file.name).is_dir():
+                shutil.rmtree(out / file.name)
+            file.replace(out / file.name)
+        partial.rmdir()
+    except (OSError, SafetensorError) as error:
+        raise StoreError(
+            f"{out}: the trained weights were not saved ({error}). Free some space or choose another folder, and "
+            "train again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    versions = {name: package_metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    record = {
+        **made_of,
+        "settings": asdict(settings),
+        "versions": versions,
+        **{name: value for name, value in vars(result).items() if name not in ("model", "out")},
+    }
+    write_atomically(out / RECORD, json.dumps(record, indent=1).encode())
