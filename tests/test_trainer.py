@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,11 +15,22 @@ import torch
 import torch.nn.functional as F
 import trl
 from tiny import byte_tokenizer, llava_model, llava_processor, picture
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
+from vig.demo.arms import CHECKPOINT
+from vig.demo.dataset import tuning_records, write_records
+from vig.engine import score_dataset
 from vig.prompts import Encoder
 from vig.samples import BrokenRecord, SampleError, sample_from_record
-from vig.select import Selection
+from vig.score import Scorer
+from vig.select import Selection, select
 from vig.selection_table import Entry
 from vig.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer, keep_samples, open_selection
 
@@ -381,6 +396,50 @@ def test_sft_trainer_with_a_selection(processor, tmp_path):
     trainer.train()
     assert logged(trainer)["loss"] == pytest.approx(loss, rel=1e-5)
     assert_step(llava_model(), model, gradients)
+
+
+def test_a_dataset_of_the_kept_samples_gives_their_batches(processor, tmp_path):
+    """Images as PIL, bytes and paths, and none; dicts and encoded samples."""
+    items = samples(4)
+    file = io.BytesIO()
+    items[0].images[0].save(file, "PNG")
+    items[1].images[0].save(tmp_path / "1.png")
+    items[0] = replace(items[0], images=(file.getvalue(),))
+    items[1] = replace(items[1], images=(tmp_path / "1.png",))
+    chosen = selection(processor, items)
+    collator = SelectiveCollator(processor, chosen)
+    given = [*items[:2], records(4)[2], collator.encode(items[3])]
+    data = keep_samples(given, chosen).dataset()
+    assert data.column_names == ["key", "id", "images", "messages"] and data["id"][1] == "id1"
+    expected = collator(items)
+    batch = collator(list(data))
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    assert keep_samples([items[2]], chosen).dataset().features == data.features  # also without any image
+
+
+def test_the_readme_as_written(tmp_path, monkeypatch):
+    """Both trainers, with the checkpoint, the data and the selection of a run."""
+    page = (Path(__file__).parent.parent / "README.md").read_text()
+    part = page.partition("The masked loss in the trainer you have")[2]
+    own, trl_s = re.findall(r"```python\n(.*?)```", part, re.DOTALL)[:2]
+    monkeypatch.chdir(tmp_path)
+    write_records(tmp_path, "data", tuning_records(12, 0))
+    score_dataset(Scorer(CHECKPOINT), "data.json", "scores")
+    select("scores", 70, out="selection")
+    names = {"processor": AutoProcessor.from_pretrained(CHECKPOINT)}
+    losses = []
+    if not torch.cuda.is_available():
+        trl_s = trl_s.replace('SFTConfig("out/")', 'SFTConfig("out/", bf16=False)')
+    for block in (own, trl_s):
+        names["model"] = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype="float32")
+        before = copy.deepcopy(names["model"].state_dict())
+        exec(block, names)
+        trainer = names["trainer"]
+        assert not torch.equal(trainer.model.lm_head.weight.cpu(), before["lm_head.weight"])
+        trainer.model.load_state_dict(before)
+        losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if trainer.args.device.type == "cpu" else 1e-2)
 
 
 def test_the_stock_trainer_would_weight_micro_batches_wrongly(processor, tmp_path):

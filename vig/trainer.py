@@ -10,6 +10,7 @@ Any other Trainer subclass gets the loss from the mixin: ``class MySFT(FusedLoss
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 
 from vig.loss import IGNORE, count_kept, selective_loss
 from vig.prompts import Encoded, Encoder
-from vig.samples import BrokenRecord, Sample, SampleError, sample_from_record
+from vig.samples import BrokenRecord, ImageSource, Sample, SampleError, sample_from_record
 from vig.select import Selection
 from vig.selection_table import Entry, read_selection
 
@@ -46,6 +48,51 @@ class Kept(NamedTuple):
     dropped: int  # not selected, or without a selected token
     broken: int  # records that never became samples
     errors: list[SampleError]  # why, one a broken record
+
+    def dataset(self) -> Any:
+        """The samples as a `datasets.Dataset` of plain records, which is what TRL's trainers take.
+
+        Images stay paths, or bytes. Raises ImportError, with the cure, without the package.
+        """
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError('TRL takes a datasets.Dataset: pip install "vig-kernels[data]"') from error
+        text = datasets.Value("string")
+        features = {
+            "key": text,
+            "id": text,
+            "images": datasets.List({"path": text, "bytes": datasets.Value("binary")}),
+            "messages": datasets.List({"role": text, "content": datasets.List({"type": text, "text": text})}),
+        }
+        rows = [_plain(record) for record in self.samples]
+        return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    """A record of strings and bytes alone, as `sample_from_record` reads it."""
+    if isinstance(record, Encoded):
+        record = record.sample
+    if not isinstance(record, Sample):
+        record = sample_from_record(record, key=_names(record)[0])
+    return {
+        "key": record.key,
+        "id": record.id,
+        "images": [_path_or_bytes(image) for image in record.images],
+        "messages": [
+            message
+            | {"content": [{"type": part["type"], "text": part.get("text")} for part in message["content"]]}
+            for message in record.messages
+        ],
+    }
+
+
+def _path_or_bytes(image: ImageSource) -> dict[str, Any]:
+    if isinstance(image, Image.Image):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        image = file.getvalue()
+    return {"path": None, "bytes": image} if isinstance(image, bytes) else {"path": str(image), "bytes": None}
 
 
 def keep_samples(records: Iterable[Record | BrokenRecord], selection: Selected | None) -> Kept:
