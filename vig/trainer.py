@@ -234,7 +234,8 @@ class FusedLossMixin:
 
     z_loss: weight of lse^2, a class attribute.
     Raises ValueError for what the loss does not have: label smoothing, compute_loss_func, router losses, other
-    loss types of TRL, context parallelism. TRL's entropy and accuracy metrics are not computed.
+    loss types of TRL, context parallelism; and for a resumed run that would go on from the initial weights. TRL's
+    entropy and accuracy metrics are not computed.
     """
 
     loss_is_scaled_for_ga = True
@@ -247,6 +248,7 @@ class FusedLossMixin:
         self._loss_shifts_labels = True
         self.truncated_samples = 0
         self._evaluated: list[float] | None = None
+        self._resuming = False
         if isinstance(self.data_collator, SelectiveCollator):
             self.args.remove_unused_columns = False
             # accelerate's dispatcher, which serves iterable datasets, concatenates tensors only
@@ -267,6 +269,23 @@ class FusedLossMixin:
         for name, found in unsupported.items():
             if found:
                 raise ValueError(f"{type(self).__name__} has a loss of its own, without {name}. Turn it off")
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._resuming = True
+        try:
+            super()._load_from_checkpoint(*args, **kwargs)
+        finally:
+            self._resuming = False
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """transformers 5 saves some vision-language models under names that a resumed run does not know, and warns."""
+        missing, unknown = load_result.missing_keys, load_result.unexpected_keys
+        if self._resuming and missing and unknown:  # missing alone may be tied
+            raise ValueError(
+                f"the checkpoint's weights would not be loaded: it names them {unknown[0]}, ..., the model "
+                f"{missing[0]}, .... Load the model from the checkpoint (from_pretrained) and start a new run"
+            )
+        super()._issue_warnings_after_load(load_result)
 
     def compute_loss(
         self,
