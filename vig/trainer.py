@@ -5,7 +5,8 @@
     collator = SelectiveCollator(processor, selection)
     SelectiveTrainer(model, args, train_dataset=samples, data_collator=collator).train()
 
-Any other Trainer subclass gets the loss from the mixin: ``class MySFT(FusedLossMixin, SFTTrainer): ...``.
+Any other Trainer subclass gets the loss from the mixin: ``class MySFT(FusedLossMixin, SFTTrainer): ...``; TRL's take
+``keep_samples(...).dataset()``.
 """
 
 from __future__ import annotations
