@@ -173,11 +173,8 @@ def _run(
             )
             if stopped:
                 break
-            if not tokens:
-                micro_batches, kept = (
-                    [],
-                    [],
-                )  # on every process; without gradients AdamW leaves the weights alone
+            if not tokens:  # on every process; without gradients AdamW leaves the weights alone
+                micro_batches, kept = [], []
             loss = torch.zeros((), device=processes.device)
             for number, (batch, num_kept) in enumerate(zip(micro_batches, kept, strict=True), 1):
                 last = number == settings.accumulate  # DDP exchanges gradients once a step

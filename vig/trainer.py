@@ -58,7 +58,7 @@ class Kept(NamedTuple):
         try:
             import datasets
         except ImportError as error:
-            raise ImportError('TRL takes a datasets.Dataset: pip install "vig-kernels[data]"') from error
+            raise ImportError('TRL takes a datasets.Dataset: pip install "vig-kernels[trl]"') from error
         text = datasets.Value("string")
         features = {
             "key": text,
