@@ -13,8 +13,9 @@ from vig.demo import dataset, measures, scenes
 from vig.demo.arms import CHECKPOINT, Job
 from vig.demo.evaluate import Exam
 from vig.engine import score_dataset
+from vig.images import open_images
 from vig.prompts import Encoder
-from vig.samples import BrokenRecord, open_images, read_samples
+from vig.samples import BrokenRecord, read_samples
 from vig.score import Scorer
 
 

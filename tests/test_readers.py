@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from vig.samples import BrokenRecord, DataError, Sample, answers, count_records, open_images, read_samples
+from vig.images import open_images
+from vig.samples import BrokenRecord, DataError, Sample, answers, count_records, read_samples
 from vig.score import Scorer
 
 

@@ -13,13 +13,13 @@ import pytest
 import tiny
 from PIL import Image, features
 
+from vig.images import open_images
 from vig.samples import (
     BrokenRecord,
     DataError,
     Sample,
     SampleError,
     answers,
-    open_images,
     read_samples,
     sample_from_record,
 )

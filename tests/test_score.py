@@ -16,18 +16,11 @@ from scipy.ndimage import gaussian_filter
 from vig import plan
 from vig.engine import score_dataset
 from vig.families import ModelError, as_loaded, load
+from vig.images import open_image, open_images
 from vig.loader import content_hash, load_records
 from vig.null_image import NULLS, PixelRange
 from vig.prompts import Encoder, PromptError, without_images
-from vig.samples import (
-    Sample,
-    answers,
-    caption_turns,
-    open_image,
-    open_images,
-    read_samples,
-    sample_from_record,
-)
+from vig.samples import Sample, answers, caption_turns, read_samples, sample_from_record
 from vig.score import Scorer
 from vig.store import StoreError, read_scores, score_metadata, unfinished
 

@@ -22,8 +22,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from vig import plan
+from vig.images import open_image, open_images
 from vig.prompts import Encoded, Encoder, PromptError, without_images
-from vig.samples import BrokenRecord, Sample, SampleError, check_sample, open_image, open_images
+from vig.samples import BrokenRecord, Sample, SampleError, check_sample
 
 Item = TypeVar("Item")
 MOST_WORKERS = 8  # unless asked for

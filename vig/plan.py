@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from vig.samples import BrokenRecord, ImageSource, Sample
+from vig.images import ImageSource
+from vig.samples import BrokenRecord, Sample
 
 WINDOW = 8192  # records
 BLOCK = 256  # records whose pixels are in memory at a time,

@@ -31,7 +31,8 @@ from vig.image_tokens import (
     prefix_inputs,
     prefix_marks,
 )
-from vig.samples import Sample, SampleError, answers, open_images
+from vig.images import open_images
+from vig.samples import Sample, SampleError, answers
 
 IGNORE = -100
 END_OF_TURN = ("template", "add", "drop")

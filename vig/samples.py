@@ -8,23 +8,17 @@ silently: what cannot become a sample is yielded as a `BrokenRecord` that carrie
 from __future__ import annotations
 
 import functools
-import io
 import os
-import struct
-import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from vig import readers
-
-ImageSource = Path | bytes | Image.Image
+from vig.images import ImageSource, SampleError, writable
 
 ROLES = {
     "human": "user",
@@ -55,17 +49,6 @@ class Sample:
     images: tuple[ImageSource, ...]
     messages: tuple[dict[str, Any], ...]
     source: str
-
-
-class SampleError(ValueError):
-    """A sample that cannot be used: says which (`key`, `id`), why (`reason`) and what helps (`cure`)."""
-
-    def __init__(self, key: str, id: str, reason: str, cure: str):
-        self.key, self.id, self.reason, self.cure = map(writable, (key, id, reason, cure))
-        super().__init__(f"{self.key} (id {self.id!r}): {self.reason}. {self.cure}")
-
-    def __reduce__(self):
-        return SampleError, (self.key, self.id, self.reason, self.cure)
 
 
 class BrokenRecord(NamedTuple):
@@ -178,11 +161,6 @@ def answers(sample: Sample) -> list[str]:
 def text_of(message: dict[str, Any]) -> str:
     """The text parts of one message, joined."""
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
-
-
-def writable(text: str) -> str:
-    """With lone surrogates, which no file takes, written out: a name whose bytes are not UTF-8 holds them."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # --- one record ---
@@ -418,63 +396,3 @@ READERS = (
     Reader(readers.data_files, _read_files, readers.count_rows),
     Reader(Path.is_dir, _read_folder, lambda path: len(_photographs(path))),
 )
-
-
-# --- images ---
-
-# What Pillow's plugins were seen to raise at damaged files, and may.
-UNDECODABLE = (OSError, ValueError, RuntimeError, EOFError, SyntaxError, TypeError, LookupError, ArithmeticError,
-               AttributeError, struct.error, zlib.error)  # fmt: skip
-
-
-def open_images(sample: Sample, *, max_pixels: int = 1 << 28) -> list[Image.Image]:
-    """Decodes the images of a sample to 8-bit RGB, in order; 16 bits are scaled by 1/257 and rounded.
-
-    Raises SampleError for a missing file, a file that is not an image, a truncated one, one of 32-bit or float
-    pixels, whose range is anyone's guess, and one of more than `max_pixels` pixels (checked on the header, before
-    anything is decoded).
-    """
-    return [open_image(source, sample.key, sample.id, max_pixels=max_pixels) for source in sample.images]
-
-
-def open_image(source: ImageSource, key: str, id: str, *, max_pixels: int = 1 << 28) -> Image.Image:
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    try:
-        if isinstance(source, Image.Image):
-            name = f"of {source.width} x {source.height} pixels"
-            return _as_rgb(source, name, key, id)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                if image.width * image.height > max_pixels:
-                    raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-                return _as_rgb(image, name, key, id)
-    except SampleError:
-        raise
-    except FileNotFoundError:
-        raise SampleError(key, id, f"no image at {name}", "Check --image-root") from None
-    except Image.DecompressionBombError as error:
-        raise SampleError(
-            key, id, f"the image {name} is too large ({error})", f"Shrink it below {max_pixels:,} pixels"
-        ) from None
-    except Image.UnidentifiedImageError:
-        raise SampleError(
-            key, id, f"{name} is not an image that Pillow can read", "Replace or remove it"
-        ) from None
-    except UNDECODABLE as error:
-        raise SampleError(
-            key, id, f"the image {name} cannot be decoded ({error})", "Replace or remove it"
-        ) from None
-
-
-def _as_rgb(image: Image.Image, name: str, key: str, id: str) -> Image.Image:
-    """8-bit RGB. `convert` alone cuts off what is above 255: 16 bits turn white, floats in [0, 1] black."""
-    is_png = getattr(image, "format", None) == "PNG"  # whose 16 bits are mode I to some versions of Pillow
-    if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
-        values = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        low, high = image.getextrema()
-        reason = f"the image {name} has pixels of mode {image.mode}, from {low:g} to {high:g}"
-        raise SampleError(key, id, reason, "Convert it to 8-bit RGB, in a range of your choice")
-    return image.convert("RGB")

@@ -22,9 +22,10 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
+from vig.images import ImageSource
 from vig.loss import IGNORE, count_kept, selective_loss
 from vig.prompts import Encoded, Encoder
-from vig.samples import BrokenRecord, ImageSource, Sample, SampleError, sample_from_record
+from vig.samples import BrokenRecord, Sample, SampleError, sample_from_record
 from vig.select import Selection
 from vig.selection_table import Entry, read_selection
 

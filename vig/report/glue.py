@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vig.images import open_images
 from vig.report.facts import Facts
 from vig.report.views import SampleView, Word
-from vig.samples import BrokenRecord, Sample, SampleError, open_images, read_samples, text_of
+from vig.samples import BrokenRecord, Sample, SampleError, read_samples, text_of
 
 WORDS = 14  # rows of each table of words
 
