@@ -65,7 +65,7 @@ class Flops:
         total = 0.0
         for item, content in zip(encoded, hashes, strict=True):
             key = prefix.shared_by(item, content, image_token_id)
-            shared, fed = len(key[1]), prefix.fed_tokens(item)
+            shared, fed = len(key[1]), item.n_fed
             if not seen[key]:
                 total += self.image + shared * (self.token - self.last) + shared**2 / 2 * self.pair
             seen[key] += 1

@@ -7,11 +7,7 @@ namespace vig {
 namespace {
 
 #include "vec_avx512.h"
-#include "multiply_body.h"
-#include "fold_body.h"
-#include "gaussian_blur_body.h"
-#include "store_body.h"
-#include "table_body.h"
+#include "bodies.h"
 
 constexpr Kernels kTable = make_table("avx512_bf16");
 

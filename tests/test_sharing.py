@@ -162,7 +162,7 @@ def test_each_image_and_prefix_is_computed_once_a_pass(tmp_path, monkeypatch):
     encoded = [one.encoder.encode(record) for record in records]
     prefixes = {prefix.shared_by(item, item.sample.images, one.encoder.image_token_id) for item in encoded}
     least = sum(len(ids) for _, ids in prefixes)
-    least += sum(prefix.fed_tokens(item) - prefix.prefix_length(item, 3) for item in encoded)
+    least += sum(item.n_fed - prefix.prefix_length(item, 3) for item in encoded)
     assert len(prefixes) == 8
     assert 2 * least <= sum(tokens) <= 2 * 1.15 * least  # a little padding
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from vig.prefix import FAMILIES, TWO_WAY_IMAGES, Row, fed_tokens, token_positions
+from vig.prefix import FAMILIES, TWO_WAY_IMAGES, Row, token_positions
 from vig.prompts import TOKEN_LEVEL, Encoder
 
 NAME = "vig_packed"  # of the attention function, for transformers
@@ -65,7 +65,7 @@ def stretches(rows: Sequence[Row]) -> list[Stretch]:
             found.append(Stretch(start, row.prefix))
             place = start + row.prefix
             for member in row.members:
-                found.append(Stretch(place, fed_tokens(member) - row.prefix, start, row.prefix))
+                found.append(Stretch(place, member.n_fed - row.prefix, start, row.prefix))
                 place += found[-1].length
         start += row.n_tokens
     return found

@@ -48,7 +48,7 @@ class Row:
 
     @property
     def n_tokens(self) -> int:
-        return self.prefix + sum(fed_tokens(member) - self.prefix for member in self.members)
+        return self.prefix + sum(member.n_fed - self.prefix for member in self.members)
 
     def joined(self) -> Encoded:
         """The row as one sample: the prefix, then what follows it in each member, as far as it is fed."""
@@ -59,7 +59,7 @@ class Row:
         for member in self.members:
             shift = len(input_ids) - self.prefix
             answer_index += [index + shift for index in member.answer_index]
-            input_ids += member.input_ids[self.prefix : fed_tokens(member)]
+            input_ids += member.input_ids[self.prefix : member.n_fed]
         pixels = {
             name: torch.cat(self._pieces([member.pixels[name] for member in self.members]), dim=-1)
             if name in TOKEN_LEVEL
@@ -70,23 +70,18 @@ class Row:
 
     def _pieces(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Token-level values (..., T) of each member, cut like the row's tokens."""
-        ends = [fed_tokens(member) for member in self.members]
+        ends = [member.n_fed for member in self.members]
         cut = [value[..., self.prefix : end] for value, end in zip(values, ends, strict=True)]
         return [values[0][..., : self.prefix], *cut]
 
     def branches(self) -> Tensor:
         """(L,) int64: 0 on the prefix, i on the tokens of member i, counted from 1."""
-        lengths = [self.prefix, *(fed_tokens(member) - self.prefix for member in self.members)]
+        lengths = [self.prefix, *(member.n_fed - self.prefix for member in self.members)]
         return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
     def positions(self, whole: Sequence[Tensor]) -> Tensor:
         """(..., L) positions of the row's tokens from those of each member alone, (..., T) each."""
         return torch.cat(self._pieces(whole), dim=-1)
-
-
-def fed_tokens(sample: Encoded) -> int:
-    """How many of its tokens the model reads."""
-    return sample.n_fed
 
 
 def prefix_length(sample: Encoded, image_token_id: int) -> int:
@@ -175,7 +170,7 @@ def _filled(values: Tensor, length: int, fill: int) -> Tensor:
 
 def token_positions(model: PreTrainedModel, encoder: Encoder, row: Row) -> Tensor:
     """(L,), or (3, L) where the model has an index of three axes, which needs the samples whole."""
-    lengths = [fed_tokens(member) for member in row.members]
+    lengths = [member.n_fed for member in row.members]
     if hasattr(model.model, "get_rope_index"):
         batch = encoder.collate(row.members, until_last_answer=True)
         batch = {name: value for name, value in batch.items() if name not in ("labels", "pixel_values")}

@@ -16,7 +16,7 @@ import torch
 from vig.families import LoadedModel, ModelError, prove
 from vig.forward import TwoPasses
 from vig.loader import LoadedRecord
-from vig.prefix import Row, fed_tokens, prefix_length, shared_by
+from vig.prefix import Row, prefix_length, shared_by
 from vig.samples import SampleError
 
 # How far sharing may move values, in nats: the largest in float32, the mean in 16 bit.
@@ -143,7 +143,7 @@ class Proofs:
         if not items:
             return
         hardest = max(items, key=_pixels_a_token)
-        tokens = fed_tokens(hardest.encoded)
+        tokens = hardest.encoded.n_fed
         copies = max(1, min(budget // tokens, most or budget))
         for n in (copies, *(copies >> shift for shift in range(1, copies.bit_length()))):
             try:
@@ -179,4 +179,4 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _pixels_a_token(item: LoadedRecord) -> float:
-    return sum(value.nbytes for value in item.encoded.pixels.values()) / fed_tokens(item.encoded)
+    return sum(value.nbytes for value in item.encoded.pixels.values()) / item.encoded.n_fed

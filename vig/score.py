@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vig import plan, prefix
+from vig import plan
 from vig.families import LoadedModel, ModelError, as_loaded, context_length, load
 from vig.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
 from vig.forward import TokenNLL, TwoPasses
@@ -309,7 +309,7 @@ class Scorer:
 
 def longest_pass(item: LoadedRecord) -> int:
     """Tokens of the longer of its two passes."""
-    return max(prefix.fed_tokens(one) for one in (item.encoded, item.null) if one is not None)
+    return max(one.n_fed for one in (item.encoded, item.null) if one is not None)
 
 
 def _row(item: LoadedRecord, status: str, **columns: Any) -> ScoreRow:

@@ -32,27 +32,14 @@ JOB = re.compile(r"shard-(\d+)-of-(\d+)")
 
 
 class SettingsDiffer(StoreError):
-    """The folder was made with other settings. ``differences``: [(setting, in the folder, in this run)].
+    """Scores were made with other settings. ``differences``: [(setting, value on one side, value on the other)]."""
 
-    With ``first``, the shard read before, they are [(setting, in that shard, in this one)].
-    """
-
-    def __init__(self, folder: Path, differences: list[tuple[str, Any, Any]], first: Path | None = None):
+    def __init__(
+        self, problem: str, sides: tuple[str, str], differences: list[tuple[str, Any, Any]], cure: str
+    ):
         self.differences = differences
-        if first is not None:
-            lines = [f"  {name}: the first has {old!r}, the second {new!r}" for name, old, new in differences]
-            super().__init__(
-                f"{first} and {folder} hold scores made with different settings:\n"
-                + "\n".join(lines)
-                + "\nTheir values cannot be compared: select from each of them on its own."
-            )
-            return
-        lines = [f"  {name}: the folder has {old!r}, this run has {new!r}" for name, old, new in differences]
-        super().__init__(
-            f"{folder} holds scores made with other settings:\n"
-            + "\n".join(lines)
-            + "\nGive the same settings to resume, or another output folder to score anew."
-        )
+        lines = [f"  {name}: {sides[0]} {old!r}, {sides[1]} {new!r}" for name, old, new in differences]
+        super().__init__("\n".join([f"{problem}:", *lines, cure]))
 
 
 # --- shards ---
@@ -205,11 +192,21 @@ def refuse_differences(folder: Path, old: dict, new: dict) -> None:
     """Raises SettingsDiffer where the scores of `folder` were made with other binding settings."""
     differences = settings_differences(old, new)
     if differences:
-        raise SettingsDiffer(folder, differences)
+        raise SettingsDiffer(
+            f"{folder} holds scores made with other settings",
+            ("the folder has", "this run has"),
+            differences,
+            "Give the same settings to resume, or another output folder to score anew.",
+        )
 
 
 def refuse_mixture(first: Path, settings: dict, path: Path, others: dict) -> None:
     """Raises SettingsDiffer where two shards hold values that cannot be compared; they may be of different data."""
     differences = [row for row in settings_differences(settings, others) if row[0] not in ABOUT_THE_DATA]
     if differences:
-        raise SettingsDiffer(path, differences, first)
+        raise SettingsDiffer(
+            f"{first} and {path} hold scores made with different settings",
+            ("the first has", "the second"),
+            differences,
+            "Their values cannot be compared: select from each of them on its own.",
+        )

@@ -48,8 +48,12 @@ class Kept(NamedTuple):
 
     samples: list[Record]
     dropped: int  # not selected, or without a selected token
-    broken: int  # records that never became samples
-    errors: list[SampleError]  # why, one a broken record
+    errors: list[SampleError]  # one a record that never became a sample
+
+    @property
+    def broken(self) -> int:
+        """How many records never became samples."""
+        return len(self.errors)
 
     def dataset(self) -> Any:
         """The samples as a `datasets.Dataset` of plain records, which is what TRL's trainers take.
@@ -113,7 +117,7 @@ def keep_samples(records: Iterable[Record | BrokenRecord], selection: Selected |
                 dropped += 1
                 continue
         kept.append(record)
-    return Kept(kept, dropped, len(errors), errors)
+    return Kept(kept, dropped, errors)
 
 
 def _names(record: Record) -> tuple[str, str]:
