@@ -68,11 +68,14 @@ inline Vec::F logit_of(const FoldArgs& f, Vec::F product, Vec::F scale, Vec::F b
   return softcap_of(y, Vec::set1(f.cap));
 }
 
+// A difference as a factor of its own exponential: where that is 0, neither infinite nor so large that a sum would be.
+inline Vec::F bounded(Vec::F below) { return Vec::max(Vec::set1(-200.0f), below); }
+
 // sum and moment of the lanes, moved from the old maximum to a new one that is no smaller.
 template <bool Stats>
 inline void rebase(Vec::F from, Vec::F to, Vec::F& sum, Vec::F& moment) {
   const Vec::F change = Vec::sub(from, to), factor = exp_of(change);
-  if constexpr (Stats) moment = Vec::mul(factor, Vec::fma(sum, change, moment));
+  if constexpr (Stats) moment = Vec::mul(factor, Vec::fma(sum, bounded(change), moment));
   sum = Vec::mul(factor, sum);
 }
 
@@ -80,7 +83,7 @@ template <bool Stats>
 inline void gather(Vec::F y, Vec::F reference, Vec::F& sum, Vec::F& moment) {
   const Vec::F below = Vec::sub(y, reference), e = exp_of(below);
   sum = Vec::add(sum, e);
-  if constexpr (Stats) moment = Vec::fma(e, Vec::max(Vec::set1(-200.0f), below), moment);
+  if constexpr (Stats) moment = Vec::fma(e, bounded(below), moment);
 }
 
 template <bool Cap, bool Stats>
@@ -113,7 +116,7 @@ void fold_tile(const FoldArgs& f) {
     if constexpr (Stats) {
       const int32_t first = static_cast<int32_t>(f.first_column);
       if (!f.fresh) moment = Vec::load(lanes + 2 * W);
-      const Vec::F greatest = f.fresh ? Vec::set1(kLowest) : Vec::load(lanes + 3 * W);
+      const Vec::F greatest = f.fresh ? nothing : Vec::load(lanes + 3 * W);
       Vec::I column = f.fresh ? Vec::ramp(first) : Vec::iload(lanes + 4 * W);
       column = Vec::iselect(Vec::greater(left, greatest), Vec::ramp(first), column);
       column = Vec::iselect(Vec::greater(right, Vec::max(left, greatest)), Vec::ramp(first + W), column);
@@ -231,7 +234,7 @@ inline Vec::F gradient_of(const GradArgs& g, int64_t n, const float* logit, int 
   const Vec::F p = exact_exp_of(below);
   Vec::F upstream = Vec::set1(g.weight[n]);
   if (g.moment != nullptr) {  // dH/dlogit = -p * (logit - lse + H)
-    const Vec::F centred = Vec::add(Vec::max(Vec::set1(-200.0f), below), Vec::set1(g.entropy[n]));
+    const Vec::F centred = Vec::add(bounded(below), Vec::set1(g.entropy[n]));
     upstream = Vec::fma(Vec::set1(-g.moment[n]), centred, upstream);
   }
   Vec::F slope = Vec::mul(p, upstream);

@@ -10,7 +10,7 @@ namespace vig {
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kUInt8 = 3 };
 
 constexpr int kBlock = 256;         // steps of one running sum; block sums are added up in float32
-constexpr float kLowest = -3.0e38f;  // the running maximum of nothing: finite, so that differences are never NaN
+constexpr float kLowest = -3.40282347e38f;  // the reference of nothing: finite, so that -inf minus it is not NaN
 
 // Matrix operands are stored as 32-bit words: one float32, or (pairs) two bfloat16 that one instruction multiplies.
 

@@ -147,6 +147,34 @@ def test_minus_infinity_masks_words(backend, device):
 
 
 @every
+@pytest.mark.parametrize("size", [-3.4e38, -3.2e38, -1e38, 1e38, 3.2e38, 3.4e38])
+def test_logits_as_large_as_float32_holds(size, backend, device):
+    hidden, target = torch.full((3, 1), size, device=device), torch.tensor([0, 2, 69], device=device)
+    weight = torch.full((70, 1), 1.0, device=device)
+    nll, sinks = linear_nll(hidden, weight, target, stats=("lse", "entropy", "argmax"), backend=backend)
+    for flat in (nll, sinks["entropy"]):
+        torch.testing.assert_close(flat, torch.full_like(flat, 70.0).log())
+    torch.testing.assert_close(sinks["lse"], hidden[:, 0])
+    assert not sinks["argmax"].any()
+    weight[40] = 0.999  # far the best word of negative logits, far the worst of positive ones
+    nll, sinks = linear_nll(hidden, weight, target, stats=("entropy", "argmax"), backend=backend)
+    best, words = (40, 1.0) if size < 0 else (0, 69.0)
+    assert (sinks["argmax"] == best).all()
+    torch.testing.assert_close(sinks["entropy"], torch.full_like(nll, words).log())
+
+
+@every
+def test_the_lowest_finite_logit_beats_minus_infinity(backend, device):
+    bias = torch.full((70,), float("-inf"), device=device)
+    bias[37] = torch.finfo(torch.float32).min
+    hidden, weight = torch.zeros(2, 4, device=device), torch.ones(70, 4, device=device)
+    target = torch.tensor([37, 0], device=device)
+    nll, sinks = linear_nll(hidden, weight, target, bias=bias, stats=("entropy", "argmax"), backend=backend)
+    assert nll.tolist() == [0.0, float("inf")]
+    assert sinks["argmax"].tolist() == [37, 37] and sinks["entropy"].tolist() == [0.0, 0.0]
+
+
+@every
 def test_nan_is_shown_and_stays_in_its_row(backend, device):
     inputs = make(Case("nan", ignored="none"), torch.float32, device)
     clean = linear_nll(inputs.hidden, inputs.weight, inputs.target, backend=backend)

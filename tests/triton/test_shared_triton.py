@@ -16,11 +16,13 @@ from test_linear_nll import (  # noqa: F401
     test_a_row_does_not_depend_on_the_others,
     test_gradients_with_random_upstream,
     test_huge_logits_have_finite_gradients,
+    test_logits_as_large_as_float32_holds,
     test_minus_infinity_masks_words,
     test_nan_is_shown_and_stays_in_its_row,
     test_nothing_to_learn_gives_zero_gradients,
     test_only_what_needs_a_gradient_gets_one,
     test_runs_repeat_bit_by_bit,
     test_shapes_and_integer_targets,
+    test_the_lowest_finite_logit_beats_minus_infinity,
 )
 from test_linear_vig import test_shape_and_no_gradient  # noqa: F401
