@@ -316,6 +316,48 @@ def test_dict_records_keep_their_columns_and_truncation_is_logged(processor, tmp
     assert logged(trainer)["truncated_samples"] == 1
 
 
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_unreadable_samples_can_be_skipped(processor, tmp_path, accumulate):
+    """Row by row, half of a micro-batch, or a whole one: the step is that of the samples that can be read."""
+    items = samples(4)
+    chosen = selection(processor, items)
+    broken = [
+        item if row != 1 else replace(item, images=(Path("nowhere.png"),)) for row, item in enumerate(items)
+    ]
+    loss, gradients = stock_gradients(
+        copy.deepcopy(llava_model()), SelectiveCollator(processor, chosen)([items[row] for row in (0, 2, 3)])
+    )
+    model = copy.deepcopy(llava_model())
+    args = arguments(
+        tmp_path, per_device_train_batch_size=4 // accumulate, gradient_accumulation_steps=accumulate
+    )
+    collator = SelectiveCollator(processor, chosen, skip_unreadable=True)
+    trainer = SelectiveTrainer(model=model, args=args, train_dataset=broken, data_collator=collator)
+    with pytest.warns(
+        UserWarning, match=r"left out of its batch: data.json#1 \(id 'id1'\): no image at nowhere"
+    ):
+        trainer.train()
+    assert logged(trainer)["loss"] == pytest.approx(loss, rel=1e-5)
+    assert logged(trainer)["unreadable_samples"] == 1
+    assert_step(llava_model(), model, gradients)
+    with pytest.raises(SampleError, match="no image at nowhere"):
+        SelectiveCollator(processor, chosen)(broken)
+
+
+def test_a_step_of_skipped_samples_alone_moves_nothing(processor, tmp_path):
+    broken = [replace(samples(1)[0], images=(Path("nowhere.png"),))] * 2
+    model = copy.deepcopy(llava_model())
+    collator = SelectiveCollator(processor, skip_unreadable=True)
+    trainer = SelectiveTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=broken, data_collator=collator
+    )
+    with pytest.warns(UserWarning, match="left out of its batch"):
+        trainer.train()
+    assert logged(trainer)["loss"] == 0 and logged(trainer)["unreadable_samples"] == 2
+    for name, parameter in llava_model().named_parameters():
+        assert torch.equal(parameter, dict(model.named_parameters())[name]), name
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

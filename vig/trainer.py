@@ -11,7 +11,9 @@ Any other Trainer subclass gets the loss from the mixin: ``class MySFT(FusedLoss
 
 from __future__ import annotations
 
+import copy
 import io
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,6 +159,9 @@ class SelectiveCollator:
         here and in the selection raises SampleError with both values.
     image_root: where relative image paths of dict records start from.
     counts: add ``num_kept`` and ``num_truncated`` (int) to each batch, for `FusedLossMixin`, which turns it on.
+    skip_unreadable: leave a sample that cannot be encoded (no image, too long a prompt, ...) out of its batch, with a
+        warning that names it, instead of raising its SampleError; counted as ``num_unreadable``. A batch of nothing
+        else is a stand-in without a label, whose fused loss is zero.
 
     Takes Samples, Encoded samples (encoded once, used in many runs), or dicts with a ``key`` and LLaVA or
     ``messages`` fields. Returns input_ids, attention_mask, labels (B, T) int64 and the processor's pixel inputs.
@@ -171,16 +176,48 @@ class SelectiveCollator:
         max_length: int | None = None,
         image_root: str | Path | None = None,
         counts: bool = False,
+        skip_unreadable: bool = False,
     ):
         self.selection = open_selection(selection)
         metadata = getattr(self.selection, "metadata", {})
         end_of_turn = end_of_turn or metadata.get("end_of_turn", "template")
         self.encoder = Encoder(processor, end_of_turn=end_of_turn, max_length=max_length, truncate=True)
-        self.image_root, self.counts = image_root, counts
+        self.image_root, self.counts, self.skip_unreadable = image_root, counts, skip_unreadable
         self.truncated = 0  # answers cut short, counted at every visit
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
-        items = [self.encode(record) for record in records]
+        if not self.skip_unreadable:
+            return self._batch([self.encode(record) for record in records])
+        batch, errors = self.readable(records)
+        for error in errors:
+            warnings.warn(f"left out of its batch: {error}", stacklevel=2)
+        return batch | {"num_unreadable": len(errors)} if self.counts else batch
+
+    def readable(self, records: Sequence[Record]) -> tuple[dict[str, Any], list[SampleError]]:
+        """The batch of the samples that can be encoded, and the errors of the others."""
+        items, errors = [], []
+        for record in records:
+            try:
+                items.append(self.encode(record))
+            except SampleError as error:
+                errors.append(error)
+        return (self._batch(items) if items else self._stand_in()), errors
+
+    def _stand_in(self) -> dict[str, Any]:
+        """A batch without a label, so that every process of DDP runs its forward and backward."""
+        encoder = copy.copy(self.encoder)
+        encoder.max_length = None
+        images = (Image.new("RGB", (64, 64)),) if encoder.image_token else ()
+        asked = [{"type": "image"}] * len(images) + [{"type": "text", "text": "?"}]
+        turns = (
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+        )
+        batch = encoder.collate([encoder.encode(Sample("stand-in", "stand-in", images, turns, ""))])
+        batch["labels"].fill_(IGNORE)
+        return batch | {"num_kept": 0, "num_truncated": 0} if self.counts else batch
+
+    def _batch(self, items: Sequence[Encoded]) -> dict[str, Any]:
         batch = self.encoder.collate(items)
         truncated = 0
         for labels, item in zip(batch["labels"], items, strict=True):
@@ -252,7 +289,7 @@ class FusedLossMixin:
         self._refuse_unsupported()
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.truncated_samples = 0
+        self.truncated_samples = self.unreadable_samples = 0
         self._evaluated: list[float] | None = None
         self._resuming = False
         if isinstance(self.data_collator, SelectiveCollator):
@@ -302,7 +339,7 @@ class FusedLossMixin:
     ) -> Any:
         inputs = dict(inputs)
         num_kept = inputs.pop("num_kept", None)
-        truncated = inputs.pop("num_truncated", 0)
+        truncated, unreadable = inputs.pop("num_truncated", 0), inputs.pop("num_unreadable", 0)
         token_weight = inputs.pop("token_weight", None)
         evaluating = self._evaluated is not None
         result = selective_loss(
@@ -321,6 +358,7 @@ class FusedLossMixin:
             self._evaluated[1] += kept
         else:
             self.truncated_samples += truncated
+            self.unreadable_samples += unreadable
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 # num_items counts the tokens of every device, and DDP averages the gradients over them
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -354,6 +392,8 @@ class FusedLossMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.truncated_samples:
             logs["truncated_samples"] = self.truncated_samples
+        if self.unreadable_samples:
+            logs["unreadable_samples"] = self.unreadable_samples
         super().log(logs, *args, **kwargs)
 
 
