@@ -6,7 +6,14 @@ import pytest
 import torch
 from cases import CASES, DTYPES, Case, assert_gradients, bound, eager_logits, make, runners
 
-from vig_kernels import linear_cross_entropy, linear_nll, linear_nll_torch, linear_vig, reference
+from vig_kernels import (
+    gaussian_blur,
+    linear_cross_entropy,
+    linear_nll,
+    linear_nll_torch,
+    linear_vig,
+    reference,
+)
 
 STATS = ("lse", "entropy", "argmax")
 RUNNERS = runners("linear_nll")
@@ -253,6 +260,8 @@ def test_forward_mode_raises_instead_of_giving_zero():
         lambda x: linear_nll(x, weight, target),
         lambda x: linear_cross_entropy(x, weight, target),
         lambda x: linear_vig(x, hidden, weight, target).vig,
+        lambda x: gaussian_blur(x, 1.0),
+        lambda x: gaussian_blur(x, 1.0, backend="reference"),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="forward-mode"):

@@ -45,7 +45,7 @@ def shifted_rows(
     labels: Tensor,  # (B, T) int64, IGNORE off the kept tokens, aligned with input_ids
     num_kept: int | None = None,
 ) -> Rows:
-    """Which hidden states predict a kept token, and which token. The only place that shifts by one.
+    """Which hidden states predict a kept token, and which token: the shift by one.
 
         position       0      1      2      3
         input_ids      a      b      c      d

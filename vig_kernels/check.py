@@ -86,14 +86,16 @@ def softcap(value) -> float | None:
     return cap
 
 
-def forward_mode(*tensors: Tensor | None) -> None:
+FORWARD_MODE_CURE = "differentiate with backward() or torch.autograd.grad, or take backend='reference'"
+
+
+def forward_mode(*tensors: Tensor | None, cure: str = FORWARD_MODE_CURE) -> None:
     """RuntimeError for dual tensors: custom ops would drop their tangents and give derivatives of 0."""
     if forward_ad._current_level < 0:
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(
-            "forward-mode differentiation (torch.func.jvp, dual tensors) is not supported by this backend: "
-            "differentiate with backward() or torch.autograd.grad, or take backend='reference'"
+            f"forward-mode differentiation (torch.func.jvp, dual tensors) is not supported here: {cure}"
         )
 
 

@@ -48,6 +48,7 @@ def gaussian_blur(
     """
     check.tensor("images", images, DTYPES)
     check.require(images.ndim >= 2, ValueError, f"expected images (..., H, W), got {tuple(images.shape)}")
+    check.forward_mode(images, cure="the blur has no gradient, so detach images")
     check.flag("border", border, BORDERS)
     check.flag("precision", precision, PRECISIONS)
     truncate = check.number("truncate", truncate, positive=True)

@@ -53,8 +53,9 @@ def linear_cross_entropy(
     once. For float32 inputs these sums are themselves scaled in place and handed out as the gradients. For 16-bit
     inputs they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 240 MiB (on a CPU 96) for
     hidden (beyond that, and with memory="low" or reduction="none", gradients are recomputed in the backward: four
-    products, no buffer). The compiled CPU kernels round the gradients of bfloat16 inputs as they form them, without
-    buffers: an upstream factor that is not a power of two then rounds a second time.
+    products, no buffer). The compiled CPU kernels round the gradients of bfloat16 inputs as they form them, for the
+    weight where the logits of all kept rows fit 160 MiB (else through the same 4 V D bytes): an upstream factor that
+    is not a power of two then rounds a second time.
     A second backward (`retain_graph=True`) forms them again. Differentiating twice raises. What does not require grad
     costs no product.
 

@@ -29,7 +29,8 @@ def forward_backward(
     """(loss_sum, grad_hidden, grad_weight, grad_bias), loss_sum = sum_n w_n (nll_n + z_loss lse_n^2).
 
     Gradients are those of loss_sum; what is not needed is None and costs nothing. float32, but those of bfloat16
-    inputs are rounded as they are stored (float32 buffers of their size would cost as much as the products). The
+    inputs are rounded as they are stored (float32 buffers of their size would cost as much as the products; rows of
+    several chunks need one for the weight). The
     range of bfloat16 is that of float32: a later factor loses nothing to it.
     bfloat16 inputs multiply bfloat16 softmax gradients where the CPU has the instruction; float16 ones stay float32.
     """
