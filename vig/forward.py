@@ -20,6 +20,7 @@ from vig.features import ImageFeatures
 from vig.loss import HeadTransform, find_head, head_replaced, shifted_rows
 from vig.null_image import NullSettings, PixelRange, null_pictures
 from vig.pixels import Sizes
+from vig.plan import BATCH_TOKENS
 from vig.prompts import Encoded, Encoder, collate_pixels
 from vig_kernels import linear_nll, linear_vig
 
@@ -49,7 +50,7 @@ class TwoPasses:
         backend: str = "auto",
         *,
         share: bool = True,
-        longest: int = 8192,
+        longest: int = BATCH_TOKENS,
     ):
         self.loaded, self.encoder, self.null, self.backend = loaded, encoder, null, backend
         self.model, self.head = loaded.model, find_head(loaded.model)

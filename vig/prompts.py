@@ -23,8 +23,17 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from vig.answer_spans import (
+    PromptError,
+    Span,
+    answer_template,
+    end_turns,
+    expanded_spans,
+    overlapping,
+    straddles,
+    turn_ends,
+)
 from vig.image_tokens import (
-    PREFIX_TEMPLATE,
     has_bidirectional_prefix,
     image_token_id,
     placeholders,
@@ -32,20 +41,13 @@ from vig.image_tokens import (
     prefix_marks,
 )
 from vig.images import open_images
+from vig.loss import IGNORE
 from vig.samples import Sample, SampleError, answers
 
-IGNORE = -100
 END_OF_TURN = ("template", "add", "drop")
 TOKEN_LEVEL = ("mm_token_type_ids", "token_type_ids")  # processor outputs of shape (1, T)
 NOT_MODEL_INPUT = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
 MAX_STRADDLE = 8  # characters that edge tokens may hold from outside an answer
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-Span = tuple[int, int]
-
-
-class PromptError(ValueError):
-    """The processor as a whole cannot be used: no chat template, or no character offsets."""
 
 
 @dataclass
@@ -103,12 +105,12 @@ class Encoder:
                 f"{type(self.tokenizer).__name__} gives no character offsets. Load it with use_fast=True"
             )
         self.end_of_turn, self.max_length, self.truncate = end_of_turn, max_length, truncate
-        self.template, self.source_of_answers = _answer_template(processor)
+        self.template, self.source_of_answers = answer_template(processor)
         self.image_token = getattr(processor, "image_token", None)
         self.image_token_id = image_token_id(processor)
         self.placeholders = placeholders(processor)
         self.has_bidirectional_prefix = has_bidirectional_prefix(processor)
-        self._turn_ends = _turn_ends(self.tokenizer, self.image_token)
+        self._turn_ends = turn_ends(self.tokenizer, self.image_token)
 
     def encode(self, sample: Sample, images: list[Image.Image] | None = None) -> Encoded:
         """Encodes one sample. images: its decoded images; opened from the sample unless given.
@@ -121,12 +123,12 @@ class Encoder:
         refuse = partial(SampleError, sample.key, sample.id)
         self._check_text(sample, refuse)
         text, spans = self._render(sample, refuse)
-        text, spans = _end_turns(text, spans, self.end_of_turn, self._turn_ends, self.tokenizer.eos_token)
+        text, spans = end_turns(text, spans, self.end_of_turn, self._turn_ends, self.tokenizer.eos_token)
         outputs = self._tokenise(text, images, refuse)
         input_ids = outputs["input_ids"][0].tolist()
         offsets = outputs["offset_mapping"][0].tolist()
-        expanded = _expanded_spans(spans, outputs.get("text_replacement_offsets"))
-        turns = [_overlapping(offsets, span) for span in expanded]
+        expanded = expanded_spans(spans, outputs.get("text_replacement_offsets"))
+        turns = [overlapping(offsets, span) for span in expanded]
         if not all(turns):
             raise refuse("an answer has no tokens", "Check the chat template and the answer's text")
         self._check_decoded(sample, input_ids, turns, refuse)
@@ -141,7 +143,7 @@ class Encoder:
             pixels=pixels,
             sizes=[(image.height, image.width) for image in images],
             straddles=sum(
-                _straddles(text, span, moved, offsets[turn[0]], offsets[turn[-1]])
+                straddles(text, span, moved, offsets[turn[0]], offsets[turn[-1]])
                 for span, moved, turn in zip(spans, expanded, turns, strict=True)
             ),
             image_end=_end_of(self.image_token_id, input_ids) if images else 0,
@@ -332,109 +334,9 @@ def _pad_to(value: Tensor, sizes: list[int]) -> Tensor:
     return padded
 
 
-# --- templates ---
-
-
-def _answer_template(processor: Any) -> tuple[str, str]:
-    """The chat template to render with, and where the answers come from in it."""
-    template = getattr(processor, "chat_template", None)
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template is None and has_bidirectional_prefix(processor):
-        template = PREFIX_TEMPLATE
-    if template is None:
-        raise PromptError(
-            f"{type(processor).__name__} has no chat template. Set processor.chat_template, "
-            "best with {% generation %} marks around the answers"
-        )
-    if GENERATION_MARK.search(template):
-        return template, "generation marks"
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-    except ImportError:
-        return template, "sentinels"
-    try:
-        training = get_training_chat_template(processor)
-    except (
-        Exception
-    ):  # TRL probes templates by rendering tool calls, which a template may refuse in its own way
-        training = None
-    return (training, "TRL's training template") if training else (template, "sentinels")
-
-
-def _turn_ends(tokenizer: Any, image_token: str | None) -> re.Pattern[str]:
-    ends = {str(token) for token in tokenizer.all_special_tokens}
-    ends |= {
-        token
-        for token in tokenizer.get_added_vocab()
-        if re.fullmatch(r"<\|?(im_end|end[\w|]*|eot\w*)\|?>", token)
-    }
-    ends -= {image_token, tokenizer.unk_token, tokenizer.bos_token}
-    return re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or r"(?!)")
-
-
-def _end_turns(
-    text: str, spans: list[Span], end_of_turn: str, turn_ends: re.Pattern[str], eos: str | None
-) -> tuple[str, list[Span]]:
-    """Moves the end of each answer's span as `end_of_turn` says; "add" may write an end-of-sequence token."""
-    if end_of_turn == "template":
-        return text, spans
-    moved, shift = [], 0
-    for start, end in spans:
-        start, end = start + shift, end + shift
-        body = _text_end(text, start, end, turn_ends)
-        if end_of_turn == "drop":
-            moved.append((start, body))
-            continue
-        following = re.compile(rf"\s*(?:{turn_ends.pattern})").match(text, body)
-        if following:
-            moved.append((start, following.end()))
-            continue
-        if eos is None:
-            raise PromptError(
-                "end_of_turn = 'add', but the tokenizer has no end-of-sequence token. Use 'template'"
-            )
-        text = text[:body] + eos + text[body:]
-        shift += len(eos)
-        moved.append((start, body + len(eos)))
-    return text, moved
-
-
-def _text_end(text: str, start: int, end: int, turn_ends: re.Pattern[str]) -> int:
-    """Where the answer's own text ends, without white space and end-of-turn tokens behind it."""
-    tail = re.compile(rf"(?:\s|{turn_ends.pattern})*\Z").search(text[start:end])
-    return start + (tail.start() if tail else end - start)
-
-
-# --- offsets ---
-
-
-def _expanded_spans(spans: list[Span], replacements: list[list[dict]] | None) -> list[Span]:
-    """Moves spans of the rendered text past the image placeholders that were expanded before them."""
-    if replacements is None or len(replacements) == 0 or len(replacements[0]) == 0:  # a tensor, where empty
-        return spans
-    ends = [item["span"][1] for item in replacements[0]]
-    gained = [0] + [item["new_span"][1] - item["span"][1] for item in replacements[0]]
-    return [tuple(char + gained[bisect.bisect_right(ends, char)] for char in span) for span in spans]
-
-
 def _end_of(id: int, input_ids: list[int]) -> int:
     """The position behind the last token that is `id`; 0 where there is none."""
     return len(input_ids) - input_ids[::-1].index(id) if id in input_ids else 0
-
-
-def _overlapping(offsets: list[list[int]], span: Span) -> list[int]:
-    """Indices of the tokens that overlap a span. Added special tokens have no width and never do."""
-    start, end = span
-    return [index for index, (low, high) in enumerate(offsets) if low < end and high > start]
-
-
-def _straddles(text: str, span: Span, expanded: Span, first: list[int], last: list[int]) -> int:
-    """How many of an answer's two edge tokens hold characters, other than white space, from outside it."""
-    before = max(expanded[0] - first[0], 0)
-    after = max(last[1] - expanded[1], 0)
-    outside = (text[span[0] - before : span[0]], text[span[1] : span[1] + after])
-    return sum(bool(characters.strip()) for characters in outside)
 
 
 def _plain(text: str) -> str:

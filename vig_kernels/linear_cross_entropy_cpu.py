@@ -30,8 +30,8 @@ def forward_backward(
 
     Gradients are those of loss_sum; what is not needed is None and costs nothing. float32, but those of bfloat16
     inputs are rounded as they are stored (float32 buffers of their size would cost as much as the products; rows of
-    several chunks need one for the weight). The
-    range of bfloat16 is that of float32: a later factor loses nothing to it.
+    several chunks need one for the weight). The range of bfloat16 is that of float32: a later factor loses nothing
+    to it.
     bfloat16 inputs multiply bfloat16 softmax gradients where the CPU has the instruction; float16 ones stay float32.
     """
     stored = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
