@@ -16,12 +16,12 @@ import pytest
 import tiny
 
 from vig import engine, fingerprints, samples
-from vig.engine import RecordCount, part_of, run_settings, score_dataset
+from vig.engine import RecordCount, dry_run_dataset, first_records, part_of, run_settings, score_dataset
 from vig.fingerprints import data_fingerprint
 from vig.samples import read_samples
-from vig.score import Scorer
+from vig.score import NOISE_SAMPLES, Scorer
 from vig.score_folder import output_folder
-from vig.store import ScoreWriter, SettingsDiffer, StoreError, read_scores, unfinished
+from vig.store import ScoreWriter, SettingsDiffer, StoreError, read_scores, unfinished, write_shard
 
 HERE = Path(__file__).parent
 N_SAMPLES = 64
@@ -162,6 +162,32 @@ def test_jobs_at_the_same_time_fill_one_folder_and_the_last_completes_it(tmp_pat
         score_dataset(one, data, tmp_path / "whole", window=8, shard=(0, 3))
 
 
+def test_a_dry_run_counts_the_tokens_of_both_passes(data):
+    one = scorer()
+    broken = "data.json#3"
+    encoded = [one.encoder.encode(item) for item in read_samples(data, limit=20) if item.key != broken]
+    estimate = dry_run_dataset(one, data, limit=20)
+    assert estimate.multimodal == sum(bool(item.sample.images) for item in encoded) < len(encoded) == 19
+    assert estimate.model_tokens == sum(item.n_fed * (2 if item.sample.images else 1) for item in encoded)
+    assert estimate.progress.tokens == sum(len(item.answer_index) for item in encoded)
+
+
+def test_the_first_records_with_images_decide(data):
+    records = list(read_samples(data))
+    text = [record for record in records if not record.images]
+    with_images = [record for record in records if record.images]
+    assert first_records([*text, *with_images * 20]) == (with_images * 20)[: 4 * NOISE_SAMPLES]
+    assert first_records([*text, with_images[0]]) == with_images[:1]
+    assert first_records(text) == text
+
+
+def test_jobs_that_have_not_begun_are_named_from_the_first_on(tmp_path):
+    with ScoreWriter(output_folder(tmp_path, (2, 4)), {"model": "m"}) as writer:
+        writer.mark_complete()
+    write_shard(tmp_path / "shard-2-of-4", 2, [], {"model": "m"})
+    assert unfinished(tmp_path) == [f"{tmp_path}: of 4 jobs these have not begun: 0, 1, 3"]
+
+
 def test_a_job_that_has_no_window_is_complete_too(tmp_path, data):
     for index in range(3):
         score_dataset(scorer(), data, tmp_path / "scores", limit=9, window=8, shard=(index, 3))
@@ -200,8 +226,24 @@ def test_a_large_data_file_is_known_by_its_size_and_parts(tmp_path, monkeypatch)
     assert parts != whole and parts == data_fingerprint(path)
     path.write_bytes(bytes((3 << 20) + 1))
     assert data_fingerprint(path) != parts
-    path.write_bytes(b"[" + bytes((3 << 20) - 1))
-    assert data_fingerprint(path) != parts
+    for at in (0, 3 << 19, (3 << 20) - 1):
+        path.write_bytes(bytes(at) + b"[" + bytes((3 << 20) - 1 - at))
+        assert data_fingerprint(path) != parts
+
+
+def test_a_checkpoint_is_known_by_its_config_and_by_weights_at_its_end(tmp_path):
+    files = {"config.json": b"{}", "a.safetensors": bytes(3 << 20), "b.safetensors": bytes(9)}
+    changes = {
+        "config.json": b"{ }",
+        "a.safetensors": bytes((3 << 20) - 1) + b"1",
+        "b.safetensors": bytes(8) + b"1",
+    }
+    found = set()
+    for changed in (None, *files):
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(changes[name] if name == changed else content)
+        found.add(fingerprints.weights_fingerprint(str(tmp_path)))
+    assert len(found) == 4 and fingerprints.weights_fingerprint("owner/name") is None
 
 
 def test_photographs_and_captions_may_be_repaired_but_not_exchanged(tmp_path):

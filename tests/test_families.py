@@ -32,6 +32,7 @@ from vig.null_image import NULLS
 from vig.prompts import Encoder
 from vig.samples import Sample, SampleError
 from vig.score import Scorer
+from vig.train import train
 from vig.train_batches import ReadableCollator
 from vig.trainer import SelectiveCollator
 
@@ -199,6 +200,18 @@ def test_code_of_a_checkpoint_does_not_run_unasked(tmp_path):
     with pytest.raises(ModelError, match="--trust-remote-code"):
         load(tmp_path)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
+def test_the_vision_tower_is_frozen_and_the_projector_trains(family):
+    model = copy.deepcopy(tiny_families.model(family))
+    train(model, SAMPLES[:1], None, None, processor=tiny_families.processor(family), max_steps=1, lr=0.0)
+    vision = [
+        (name, p) for name, p in model.named_parameters() if not re.search("language|text|lm_head", name)
+    ]
+    trained = {bool(re.search("merger|projector|connector", name)): p.requires_grad for name, p in vision}
+    assert trained == {True: True, False: False}
+    assert all(p.requires_grad == bool(re.search("merger|projector|connector", name)) for name, p in vision)
 
 
 @pytest.mark.parametrize("family", NAMES)

@@ -164,6 +164,11 @@ def test_small_float16_gradients_survive_loss_scaling(backend, device):
         linear_cross_entropy(*args, num_items=1e7, backend=backend) * 65536.0, inputs.leaves()
     )
     torch.testing.assert_close(tiny.float(), plain.float() * (6 * 65536.0 / 1e7), rtol=2e-3, atol=1e-6)
+    many = torch.full((6,), 1e6, device=device)  # the sum alone is beyond float16
+    mean, _ = torch.autograd.grad(
+        linear_cross_entropy(*args, token_weight=many, num_items=6e6, backend=backend), inputs.leaves()
+    )
+    torch.testing.assert_close(mean, plain, rtol=2e-3, atol=1e-6)
 
 
 def test_formed_gradients_are_handed_out_without_a_copy():
@@ -304,8 +309,10 @@ def test_a_divisor_of_zero_gives_zero_even_of_infinity(memory, backend, device):
 
 
 @every
-def test_weights_that_learn_know_the_mean(backend, device):
+@pytest.mark.parametrize("learns", [False, True], ids=["weights alone", "hidden too"])
+def test_weights_that_learn_know_the_mean(learns, backend, device):
     hidden, weight = torch.randn(37, 24, device=device), torch.randn(51, 24, device=device)
+    hidden.requires_grad_(learns)
     target = torch.arange(37, device=device)
     target[::5] = -100
     row_weight = torch.rand(37, device=device).requires_grad_()
@@ -314,7 +321,8 @@ def test_weights_that_learn_know_the_mean(backend, device):
     nll = torch.nn.functional.cross_entropy(logits, target, reduction="none")
     exact = (row_weight * nll).sum() / row_weight[target != -100].sum()
     torch.testing.assert_close(loss.double(), exact.double(), rtol=1e-5, atol=1e-6)
-    found, wanted = (torch.autograd.grad(x, row_weight)[0] for x in (loss, exact))
+    inputs = [row_weight, hidden] if learns else [row_weight]
+    found, wanted = (torch.autograd.grad(x, inputs) for x in (loss, exact))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 

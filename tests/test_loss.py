@@ -453,6 +453,17 @@ def test_unknown_transform_is_refused_with_the_values():
         selective_loss(model, batch("llava"))
 
 
+def test_a_router_loss_is_refused():
+    model = build("llava")
+
+    def routed(module, args, outputs):
+        outputs.aux_loss = torch.ones(())
+
+    model.register_forward_hook(routed)
+    with pytest.raises(HeadError, match="output_router_logits = False"):
+        selective_loss(model, batch("llava"))
+
+
 def test_nan_weights_of_the_head_are_named():
     model = build("llava")
     with torch.no_grad():
@@ -484,6 +495,14 @@ def test_sharded_weight_is_refused(tmp_path):
             selective_loss(model, inputs)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_memory_and_backend_are_handed_on():
+    model, inputs = build("llava"), batch("llava")
+    with pytest.raises(ValueError, match="memory='some' is not one of"):
+        selective_loss(model, inputs, memory="some")
+    with pytest.raises(ValueError, match="backend='some' is not one of"):
+        selective_loss(model, inputs, backend="some")
 
 
 def test_missing_labels_and_missing_head():

@@ -81,6 +81,15 @@ def test_paired_bootstrap():
     )
 
 
+def test_paired_bootstrap_by_hand():
+    """120 resamples, fewer than are drawn at a time: the interval and the p-value are of these alone."""
+    left, right = np.array([1.0, 1, 0, 1, 0, 1, 1, 0]), np.array([0.0, 1, 1, 0, 0, 0, 1, 0])
+    means = (left - right)[np.random.default_rng(3).integers(0, 8, (120, 8))].mean(axis=1)
+    expected = (0.25, *np.percentile(means, [2.5, 97.5]), 2 * ((means <= 0).sum() + 1) / 121)
+    assert (means == 0).any() and expected[3] < 1
+    assert paired_bootstrap(left, right, resamples=120, seed=3) == pytest.approx(expected)
+
+
 def test_unequal_or_empty_lists_are_refused():
     for measure in (yes_no, chair, anls, exact_accuracy, auroc, mcnemar, paired_bootstrap):
         with pytest.raises(ValueError, match="got 1 and 2"):

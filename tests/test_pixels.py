@@ -20,12 +20,13 @@ from naive_families import (
     pixels_of,
     scorer,
 )
+from PIL import Image
 from tiny_families import FAMILIES, TILE
 
 from vig.families import FAMILIES as FAMILY_TABLE
 from vig.families import family_of
 from vig.loader import content_hash
-from vig.null_image import NULLS, PixelRange
+from vig.null_image import NULLS, NullSettings, PixelRange
 from vig_kernels import gaussian_blur
 
 NAMES = list(FAMILIES)
@@ -119,6 +120,23 @@ def test_nulls_of_a_picture_do_not_depend_on_the_batch(family):
                     assert torch.allclose(picture.pixels, was.pixels.mean((1, 2), keepdim=True), atol=1e-5)
                 if null == "black":
                     assert picture.pixels[:, 2, 3].tolist() == pytest.approx(list(span.black))
+
+
+@pytest.mark.parametrize("do_normalize", [True, False])
+@pytest.mark.parametrize("do_rescale", [True, False])
+def test_black_and_white_are_what_the_processor_makes_of_them(do_rescale, do_normalize):
+    images = tiny.llava_processor().image_processor
+    images.do_rescale, images.do_normalize = do_rescale, do_normalize
+    made = images([Image.new("RGB", (32, 32), name) for name in ("black", "white")], return_tensors="pt")
+    found = made["pixel_values"][:, :, 0, 0].tolist()
+    span = PixelRange.of(images)
+    assert found == [pytest.approx(list(span.black)), pytest.approx(list(span.white))]
+
+
+@pytest.mark.parametrize("sigma", [0.0, -0.1, 10.0, float("nan")])
+def test_a_sigma_that_blurs_nothing_is_refused(sigma):
+    with pytest.raises(ValueError, match=f"sigma = {sigma}, expected a fraction"):
+        NullSettings(sigma=sigma)
 
 
 def test_llava_that_pads_to_squares():

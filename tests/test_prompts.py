@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from vig.prompts import IGNORE, Encoder, PromptError, collate_pixels, without_images
 from vig.samples import SampleError, sample_from_record
@@ -53,6 +54,23 @@ def test_end_of_turn_is_written_where_the_template_has_none():
     assert len(encoded.input_ids) == len(plain.input_ids) + 2
 
 
+def test_the_beginning_of_the_next_turn_is_not_the_end_of_an_answer():
+    template = tiny.UNMARKED.replace("+ eos_token ", "").replace("{{ '\n' }}", "{{ bos_token }}")
+    added = Encoder(tiny.llava_processor(template), end_of_turn="add")
+    assert turns_of(added, added.encode(sample())) == ["A rëd cat.</s>", "Yes 😀</s>"]
+
+
+@pytest.mark.parametrize("template", [tiny.MARKED, "{{ bos_token }}" + tiny.MARKED])
+def test_a_sequence_begins_once(template):
+    processor = tiny.llava_processor(template)
+    begin = processor.tokenizer.bos_token_id
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)]
+    )
+    ids = Encoder(processor).encode(sample()).input_ids
+    assert ids[0] == begin and ids.count(begin) == 1
+
+
 def test_a_template_that_strips_answers_is_followed():
     template = tiny.UNMARKED.replace("part['text'] + eos_token", "part['text'] | trim + eos_token")
     encoder = Encoder(tiny.llava_processor(template))
@@ -89,6 +107,9 @@ def test_straddling_tokens_are_counted():
     processor.tokenizer.backend_tokenizer.add_tokens(["éA"])
     encoded = Encoder(processor).encode(sample([("<image>\nx", "A cat")]), None)
     assert encoded.straddles == 1
+    processor.chat_template = processor.chat_template.replace("{% endgeneration %}", "{% endgeneration %}é")
+    processor.tokenizer.backend_tokenizer.add_tokens(["té"])
+    assert Encoder(processor).encode(sample([("<image>\nx", "A cat")]), None).straddles == 2
 
 
 @pytest.mark.parametrize("longest", [30, 70, 84])

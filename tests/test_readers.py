@@ -163,8 +163,11 @@ def test_a_webdataset_of_captions(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "x.png", png(1))
         add(tar, "x.txt", b"Squares of colour.\n")
-    (sample,) = read_samples(tmp_path / "a.tar")
+        add(tar, "y.png", png(2))
+        add(tar, "y.txt", b"\xef\xbb\xbfAnother.")  # with the mark that some editors write
+    sample, other = read_samples(tmp_path / "a.tar")
     assert answers(sample) == ["Squares of colour."] and sample.id == "x"
+    assert answers(other) == ["Another."]
 
 
 def tar_of(path, members: dict[str, bytes]):
@@ -354,12 +357,34 @@ def test_row_groups_that_are_not_wanted_are_not_read_and_lost_rows_are_counted(t
     assert others == [None] * 10 + found[10:]
 
 
+def test_rows_ahead_of_the_damage_in_a_row_group_are_read_and_counted_once(tmp_path):
+    """The fields of the last rows of a group of 40 are damaged."""
+    path = tmp_path / "a.parquet"
+    records = [record(number) | {"extra": f"{number:04d}" * 500} for number in range(60)]
+    options = {"compression": "none", "use_dictionary": False, "data_page_size": 2000, "write_batch_size": 1}
+    pq.write_table(pa.Table.from_pylist(records), path, row_group_size=40, **options)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"0036" * 500)
+    content[at - 100 : at + 6000] = b"\xff" * 6100
+    path.write_bytes(content)
+    found = list(read_samples(path))
+    assert [one.key for one in found] == [f"a.parquet#{number}" for number in range(60)]
+    lost = [number for number, one in enumerate(found) if isinstance(one, BrokenRecord)]
+    assert lost == list(range(lost[0], 40)) and 0 < lost[0] <= 36
+
+
 def test_lines_that_are_not_wanted_are_not_decoded(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("{broken\n\n" + json.dumps(record(0, image="0.png")) + "\n")
     first, second = read_samples(path, wanted=lambda number: number == 1)
     assert first is None and second.key == "a.jsonl#1"
     assert isinstance(next(read_samples(path)), BrokenRecord)
+
+
+def test_hidden_files_of_a_folder_are_no_data(tmp_path):
+    as_parquet(tmp_path / "a", [record(0)])
+    (tmp_path / "._a.parquet").write_bytes(b"of an archiver")
+    assert [one.key for one in read_samples(tmp_path)] == ["a.parquet#0"]
 
 
 def test_an_empty_folder_names_what_it_could_hold(tmp_path):

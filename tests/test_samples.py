@@ -153,6 +153,14 @@ def test_links_that_leave_the_image_root_are_refused_and_those_within_followed(t
         assert sample.images == ((root / "inner" / "a.png").resolve(),)
 
 
+def test_blank_lines_are_no_records_and_take_no_number(tmp_path):
+    lines = ["", json.dumps(record()), " ", json.dumps(record()), ""]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    assert [one.key for one in read_samples(tmp_path / "d.jsonl")] == ["d.jsonl#0", "d.jsonl#1"]
+    second = read_samples(tmp_path / "d.jsonl", wanted=lambda number: number == 1)
+    assert [one and one.key for one in second] == [None, "d.jsonl#1"]
+
+
 def test_an_invalid_json_line_is_reported_and_the_rest_is_read(tmp_path):
     good = json.dumps(record("Hello", image=None))
     first, second, third = read(tmp_path, f"{good}\n{{'id': 3}}\n\n{good}\n", "data.jsonl")
@@ -300,6 +308,13 @@ def test_images_that_cannot_be_read(tmp_path, content, reason):
     with pytest.raises(SampleError, match=reason) as error:
         open_images(sample)
     assert "data.json#3" in str(error.value) and "a.jpg" in str(error.value)
+
+
+def test_the_most_pixels_are_those_of_the_whole_image():
+    sample = sample_from_record(record(image={"bytes": encoded(tiny.picture(3, (40, 30)), "PNG")}), key="k")
+    assert open_images(sample, max_pixels=1200)[0].size == (40, 30)
+    with pytest.raises(SampleError, match=r"40 x 30 pixels.*Shrink it below 1,199 pixels"):
+        open_images(sample, max_pixels=1199)
 
 
 def test_images_as_bytes_and_with_transparency():

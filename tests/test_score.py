@@ -22,6 +22,7 @@ from vig.null_image import NULLS, PixelRange
 from vig.prompts import Encoder, PromptError, without_images
 from vig.samples import Sample, answers, caption_turns, read_samples, sample_from_record
 from vig.score import Scorer
+from vig.score_folder import settings_differences
 from vig.store import StoreError, read_scores, score_metadata, unfinished
 
 N_SAMPLES = 200
@@ -147,7 +148,9 @@ def test_nulls_are_what_they_say(data):
     noise = null("noise")
     assert torch.equal(noise, null("noise"))  # seeded by the picture
     assert not torch.equal(noise, null("noise", ["ab"]))
-    assert noise.std() > 0.5
+    low, high = (torch.tensor(level)[:, None, None] for level in (expected.black, expected.white))
+    share = (noise - low) / (high - low)  # uniform from black to white
+    assert -1e-6 < share.min() < 0.01 and 0.99 < share.max() < 1 + 1e-6 and abs(share.mean() - 0.5) < 0.02
     shown = without_images(sample)
     assert shown.images == () and answers(shown) == answers(sample)
 
@@ -415,6 +418,14 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, data):
     assert 0 <= metadata["noise_floor"] < 2e-4
 
 
+def test_every_setting_binds_but_those_that_change_no_score(data):
+    settings = scorer().settings(data) | {"window": 8192, "limit": None, "shard": None, "schema_version": 1}
+    free = {"data", "image_root", "batch_tokens", "batch_size", "library_version", "noise_floor", "sharing"}
+    for name in settings | dict.fromkeys(free):
+        differences = settings_differences(settings, settings | {name: "other"})
+        assert bool(differences) == (name not in free), name
+
+
 def test_an_out_of_memory_batch_is_halved_and_a_single_one_is_an_error_row(data):
     one = scorer(batch_size=16)
     whole, original = one.score(read_samples(data, limit=12)), one.passes.score
@@ -485,6 +496,7 @@ def test_batches_keep_the_budget_and_every_item():
         assert len(batch) == 1 or max(lengths[index] for index in batch) * len(batch) <= 128
     assert cut[0] == [5]  # the longest first, alone because it is over the budget
     assert all(len(batch) <= 2 for batch in plan.batches(lengths, 10_000, max_rows=2))
+    assert plan.batches([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]  # full to the last token, in order
     assert plan.batches([], 10) == []
 
 

@@ -169,6 +169,19 @@ def test_low_tau_unfinished_scores_and_noise_are_said(tmp_path):
     assert "unfinished" in str(said[0].message) and "noise floor, 40" in str(said[1].message)
 
 
+def test_a_score_that_is_no_number_counts_as_not_scored():
+    table = block(40, 0).table()
+    vig = table["vig"].to_pylist()
+    lost = next(row for row, value in enumerate(vig) if value is not None)
+    for value in (math.nan, math.inf, None):
+        vig[lost] = value
+        odd = table.set_column(table.column_names.index("vig"), "vig", pa.array(vig, pa.float64()))
+        selection = select(odd, 50)
+        assert selection.counts["errors"] == select(table, 50).counts["errors"] + 1
+        assert as_dict(selection.batches())[table["key"][lost].as_py()] == (False, [])
+        assert math.isfinite(selection.tau)
+
+
 def test_text_only_data_has_no_tau():
     text = ScoreBlock(
         ["a"], ["a"], ["s"], ["text_only"], np.array([2]), np.ones(2), np.ones(2), np.ones(2), np.ones(2)
@@ -202,6 +215,7 @@ def test_settings_without_sense_are_refused(scores):
         ({"p": 0}, "p is the percentage.*got 0"),
         ({"p": 101}, "got 101"),
         ({"level": "half"}, "level 'half' is not one of both, sample, token, random"),
+        ({"clip": 0}, "log-probability in nats, below 0.*got 0"),
         ({"clip": 0.01}, "log-probability in nats, below 0.*got 0.01"),
         ({"tau_floor": math.nan}, "got nan"),
     ):

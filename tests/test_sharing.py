@@ -364,6 +364,8 @@ def test_an_answer_before_the_last_image_is_computed_alone(data):
     late = next(sample for sample in read_samples(data) if sample.id == "6")
     encoded = one.encoder.encode(late)
     assert encoded.input_ids.count(3) > 1 and prefix.prefix_length(encoded, 3) == 0
+    alone = prefix.rows_of([encoded, encoded], [("a", "b")] * 2, 3, None, 10_000)
+    assert [len(row.members) for row in alone] == [1, 1]  # though their images are the same
     behind = replace(encoded, answer_index=encoded.answer_index[-3:])
     assert 0 < prefix.prefix_length(behind, 3) < behind.answer_index[0]
 

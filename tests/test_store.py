@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import stat
 import subprocess
 import sys
 import tempfile
@@ -90,7 +91,7 @@ def test_equal_passes_give_exactly_zero_and_columns_equal_rows():
 @pytest.mark.parametrize("status", ["ok", "text_only"])
 def test_values_that_are_not_finite_become_an_error_row_alone(bad, status):
     rows = [row("a"), row("b", status), row("c")]
-    rows[1].token_nll_image = [bad, 0.5, 0.5]  # the first token of its row
+    rows[1].token_nll_image = [bad, 0.5, np.nan]  # the first token of its row, and a later one
     table = ScoreBlock.from_rows(rows).table()
     a, b, c = table.to_pylist()
     assert (
@@ -100,6 +101,14 @@ def test_values_that_are_not_finite_become_an_error_row_alone(bad, status):
     )
     assert b["token_ids"] is None and a["status"] == c["status"] == "ok"
     assert c["token_nll_image"] == list(rows[2].token_nll_image)
+
+
+def test_nothing_is_read_of_the_null_pass_that_a_text_only_row_lacks():
+    rows = [row("a"), row("b", "text_only"), row("c")]
+    block = ScoreBlock.from_rows(rows)
+    expected = block.table()
+    block.token_nll_null[3:6] = np.nan
+    assert block.table().equals(expected) and expected["status"].to_pylist() == ["ok", "text_only", "ok"]
 
 
 def test_a_row_has_the_same_bits_among_many_others_and_alone_as_arrays_and_as_lists():
@@ -125,9 +134,8 @@ def test_bad_blocks_are_refused_with_the_key():
         ScoreBlock(
             ["k"], ["i"], ["s"], ["ok"], np.array([3]), np.arange(3), np.arange(2), np.ones(3), np.ones(3)
         ).table()
-    assert ScoreBlock.from_rows([ScoreRow("k", "i")]).table()["status"].to_pylist() == [
-        "error: no answer tokens"
-    ]
+    nothing = ScoreBlock.from_rows([ScoreRow("k", "i"), ScoreRow("l", "i", status="text_only")])
+    assert nothing.table()["status"].to_pylist() == ["error: no answer tokens"] * 2
     assert len(ScoreBlock.from_rows([]).table()) == 0
 
 
@@ -149,6 +157,23 @@ def test_resume_lists_finished_windows_and_drops_leftovers(tmp_path):
     (tmp_path / "scores-00000.parquet").unlink()
     with ScoreWriter(tmp_path, SETTINGS) as writer:
         assert sorted(writer.finished) == [2, 5]
+
+
+def test_a_complete_folder_that_lost_a_shard_is_unfinished_until_it_is_scored_again(tmp_path):
+    with ScoreWriter(tmp_path, SETTINGS) as writer:
+        for window in range(2):
+            writer.write(window, [row(f"a#{window}")])
+        writer.mark_complete()
+    (tmp_path / "scores-00001.parquet").unlink()
+    ScoreWriter(tmp_path, SETTINGS).close()  # killed before the window was there again
+    assert "unfinished (1 windows" in unfinished(tmp_path)[0]
+    with ScoreWriter(tmp_path, SETTINGS) as writer:
+        writer.write(1, [row("a#1")])
+        writer.mark_complete()
+    assert not unfinished(tmp_path)
+    with ScoreWriter(tmp_path, SETTINGS) as writer:
+        writer.write(2, [row("a#2")])  # more than there was
+    assert "unfinished (3 windows" in unfinished(tmp_path)[0]
 
 
 def test_a_shard_shorter_than_the_manifest_says_is_redone(tmp_path):
@@ -173,6 +198,8 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
         ("null.params.sigma", 0.1, 0.2),
     ]
     assert "null.params.sigma: the folder has 0.1, this run has 0.2" in str(refusal.value)
+    with pytest.raises(SettingsDiffer, match="clip: the folder has None, this run has 1"):
+        ScoreWriter(tmp_path, {**SETTINGS, "clip": 1})
     (tmp_path / "manifest.json").unlink()  # the shards know too
     with pytest.raises(SettingsDiffer):
         ScoreWriter(tmp_path, other)
@@ -248,6 +275,13 @@ def test_retry_replaces_rows_in_place(tmp_path):
     assert score_metadata(tmp_path)["model"] == "m"
 
 
+def test_shards_are_read_by_number_beyond_five_digits_too(tmp_path):
+    with ScoreWriter(tmp_path, SETTINGS) as writer:
+        for window in (100_000, 99_999):
+            writer.write(window, [row(f"a#{window}")])
+    assert [record["key"] for record in rows_of(tmp_path)] == ["a#99999", "a#100000"]
+
+
 def test_notes_are_kept_and_shown(tmp_path):
     with ScoreWriter(tmp_path, SETTINGS) as writer:
         writer.write(0, [row("a#0")])
@@ -282,6 +316,17 @@ def test_full_disk_is_explained_and_leaves_a_folder_that_resumes(tmp_path, monke
     with ScoreWriter(tmp_path, SETTINGS) as writer:
         assert sorted(writer.finished) == [0]
         writer.write(1, [row("a#1")])
+
+
+def test_content_and_name_are_on_the_disk_when_a_write_returns(tmp_path, monkeypatch):
+    path, synced = tmp_path / "file", []
+
+    def fsync(descriptor):
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), path.exists()))
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    files.write_atomically(path, b"content")
+    assert synced == [(False, False), (True, True)]  # the content, then the folder that holds the new name
 
 
 def test_read_only_folder_and_file_in_the_way(tmp_path):

@@ -92,6 +92,44 @@ def test_one_step_is_adamw_on_the_stock_gradient(processor):
     assert result.tokens == tokens
 
 
+def test_every_setting_of_the_optimiser_is_used(processor):
+    """Two steps of warmup and two of decay, against AdamW with the rates written out."""
+    items, expected = samples(4), base()
+    batch = SelectiveCollator(processor)(items)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    at, answer = batch["labels"][:, 1:] != -100, batch["labels"][:, 1:]
+    for name, parameter in expected.named_parameters():
+        parameter.requires_grad_("vision_tower" not in name)
+    trained = [parameter for parameter in expected.parameters() if parameter.requires_grad]
+    decay = [
+        {"params": [p for p in trained if (p.ndim > 1) == matrix], "weight_decay": 20.0 * matrix}
+        for matrix in (1, 0)
+    ]
+    optimizer, losses = torch.optim.AdamW(decay, betas=(0.5, 0.6)), []
+    for rate in (0.0, 1e-3, 2e-3, 1e-3):
+        logits = expected(**inputs).logits[:, :-1][at]
+        nll = torch.nn.functional.cross_entropy(logits, answer[at])
+        loss = nll + 0.02 * logits.logsumexp(-1).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    rates = []
+    result = train(
+        base(), items, None, None, processor=processor, on_progress=lambda progress: rates.append(progress.lr),
+        max_steps=4, batch_size=4, log_every=1, schedule="linear", lr=2e-3, warmup=0.5, max_grad_norm=0.0,
+        weight_decay=20.0, betas=(0.5, 0.6), z_loss=0.02,
+    )  # fmt: skip
+    assert rates == pytest.approx([0.0, 1e-3, 2e-3, 1e-3])
+    assert result.losses == pytest.approx(losses, rel=1e-4)
+    moved, should = weights(result.model) - weights(base()), weights(expected) - weights(base())
+    assert (moved - should).norm() < 1e-2 * should.norm()
+    for (name, found), wanted in zip(result.model.named_parameters(), expected.parameters(), strict=True):
+        assert found.ndim > 1 or torch.allclose(found, wanted, atol=1e-4), name  # norms do not decay
+
+
 def test_accumulation_does_not_change_the_steps(processor):
     items = encoded(processor)
     chosen = selection(
@@ -199,6 +237,35 @@ def test_lora_trains_and_saves_the_adapter_alone(processor, tmp_path):
     assert any(value.any() for name, value in saved.items() if "lora_B" in name)
     assert torch.equal(model.lm_head.weight, llava_model().lm_head.weight)
     assert result.losses[1] < result.losses[0]
+    assert result.model.peft_config["default"].lora_alpha == 4
+    other = train(
+        base(), samples(1), None, None, processor=processor, max_steps=1, lora_rank=2, lora_alpha=3.0
+    )
+    assert other.model.peft_config["default"].lora_alpha == 3
+
+
+def test_the_models_context_is_the_longest_sequence_unless_given(processor):
+    model, items = base(), samples(2)
+    whole = [len(item.input_ids) for item in encoded(processor, 2)]
+    model.config.text_config.max_position_embeddings = max(whole) - 20
+    for max_length, truncated in ((None, 1), (max(whole), 0)):
+        result = train(
+            model, items, None, None, processor=processor, max_steps=1, batch_size=2, max_length=max_length
+        )
+        assert (result.truncated, result.left_out) == (truncated, 0)
+
+
+def test_gradient_checkpointing_changes_no_step(processor):
+    plain, checkpointed = (
+        train(base(), samples(2), None, None, processor=processor, max_steps=2, gradient_checkpointing=on)
+        for on in (False, True)
+    )
+    found = [
+        any(getattr(module, "gradient_checkpointing", False) for module in run.model.modules())
+        for run in (plain, checkpointed)
+    ]
+    assert found == [False, True]
+    assert checkpointed.losses == pytest.approx(plain.losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [(2, 0), (0, 2)])

@@ -255,6 +255,22 @@ def test_selective_trainer_equals_stock_masked_cross_entropy(processor, tmp_path
     assert_step(llava_model(), model, gradients)
 
 
+def test_token_weights_and_z_loss_reach_the_loss(processor, tmp_path):
+    class Regularised(SelectiveTrainer):
+        z_loss = 0.1
+
+    model, batch = copy.deepcopy(llava_model()), SelectiveCollator(processor)(samples(4))
+    trainer = Regularised(model=model, args=arguments(tmp_path))
+    weight = torch.rand(batch["labels"].shape)
+    kept = batch["labels"][:, 1:] != -100
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1][kept]
+    losses = F.cross_entropy(logits, batch["labels"][:, 1:][kept], reduction="none")
+    losses = losses + 0.1 * logits.logsumexp(-1).square()
+    expected = (losses * weight[:, 1:][kept]).sum() / 7
+    found = trainer.compute_loss(model, batch | {"token_weight": weight}, num_items_in_batch=7)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["llava", "no loss kwargs"])
 def test_gradient_accumulation_does_not_change_the_step(processor, tmp_path, kind):
     """8 samples as 1 x 8, 4 x 2 and 8 x 1 micro-batches, kept tokens uneven, one micro-batch with none."""
@@ -371,6 +387,13 @@ def test_what_the_loss_lacks_is_refused(processor, tmp_path, more, message):
             model=copy.deepcopy(llava_model()),
             args=arguments(tmp_path, **more),
             data_collator=SelectiveCollator(processor),
+        )
+
+
+def test_a_loss_function_beside_the_fused_loss_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="without compute_loss_func"):
+        SelectiveTrainer(
+            model=copy.deepcopy(llava_model()), args=arguments(tmp_path), compute_loss_func=lambda *_: 0.0
         )
 
 
