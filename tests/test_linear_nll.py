@@ -129,6 +129,20 @@ def test_only_what_needs_a_gradient_gets_one(backend, device):
 
 
 @every
+def test_ignored_rows_may_hold_anything(backend, device):
+    hidden, weight = torch.randn(37, 24, device=device), torch.randn(51, 24, device=device).requires_grad_()
+    target = torch.arange(37, device=device)
+    target[::3] = -100
+    found = []
+    for filler in (0.0, float("nan"), float("inf")):
+        spoiled = hidden.clone()
+        spoiled[::3] = filler
+        nll = linear_nll(spoiled.requires_grad_(), weight, target, backend=backend)
+        found.append((nll.detach(), *torch.autograd.grad(nll.sum(), (spoiled, weight))))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@every
 def test_nothing_to_learn_gives_zero_gradients(backend, device):
     for size in (0, 3):
         hidden = torch.randn(size, 8, device=device, requires_grad=True)

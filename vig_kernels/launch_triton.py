@@ -80,6 +80,11 @@ def dense(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(vector if vector is None else vector.contiguous() for vector in vectors)
 
 
+def silence(rows: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The rows, zeroed in place where they are ignored: what they hold, times a gradient of 0, may be NaN."""
+    return rows.masked_fill_((target == ignore_index)[:, None], 0.0)
+
+
 def keep_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """order (N,) int64, the kept rows first and each group in its own order, and count () int64, on the device.
 

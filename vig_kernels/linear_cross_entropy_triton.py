@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import dense, device_guard, keep_order, why_not
+from .launch_triton import dense, device_guard, keep_order, silence, why_not
 from .linear_nll_backward_triton import accumulate, block_gain
 from .linear_nll_triton import Partials, combine, fold, sweep
 from .logit_tiles_triton import narrow
@@ -143,9 +143,9 @@ def forward_backward(
         if needs[2]:
             grads[2].mul_(logit_scale)
     losses = nll + z_loss * lse * lse if z_loss else nll
-    loss = (
-        losses if row_weight is None else torch.where(target == ignore_index, 0.0, losses * row_weight)
-    ).sum()
+    if row_weight is not None:
+        losses = torch.where((target == ignore_index) | (row_weight == 0), 0.0, losses * row_weight)
+    loss = losses.sum()
     if num_kept is not None:
         loss = torch.where(count > num_kept, torch.nan, loss)
     return loss, *grads
@@ -224,7 +224,9 @@ def train_chunks(hidden, weight, target, order, count, kept, gain, values, grads
             grad_hidden.index_copy_(0, picked, total)
             del total  # before the rows of hidden are gathered
         if grad_weight is not None:
-            accumulate(grad_weight, block.T, hidden.index_select(0, picked))
+            rows_of_chunk = silence(hidden.index_select(0, picked), target[picked], ignore_index)
+            accumulate(grad_weight, block.T, rows_of_chunk)
+            del rows_of_chunk
             if residual is not None:
                 residual.mend_weight(grad_weight, hidden, picked)
         if grad_bias is not None:

@@ -19,6 +19,7 @@ from .launch_triton import (
     device_guard,
     keep_order,
     operand,
+    silence,
 )
 from .logit_tiles_triton import dot_tile, halves, logits, narrow, slopes, tile_position
 from .target_residual_triton import TargetResidual
@@ -218,12 +219,13 @@ def vocab_chunk(V: int, D: int) -> int:
     return min(V, max(128, WEIGHT_BYTES // (4 * D) // 128 * 128))
 
 
-def row_chunk(N: int, D: int, columns: int, dtype: torch.dtype, needs, held: int) -> int:
+def row_chunk(N: int, D: int, columns: int, dtype: torch.dtype, needs, held: int, silent: bool) -> int:
     """Rows of a block of d loss / d y of so many columns: EXTRA_BYTES less the float32 sums and what is held."""
     free = EXTRA_BYTES - 64 * N - held
     if dtype != torch.float32:
         free -= min(4 * N * D, HIDDEN_BYTES) * needs[0] + 4 * columns * D * needs[1]
-    return max(1, min(N, free // (columns * dtype.itemsize)))
+    copied = 0 if silent or not needs[1] else D
+    return max(1, min(N, free // ((columns + copied) * dtype.itemsize)))
 
 
 def backward(
@@ -287,21 +289,43 @@ def gathered_sweep(
         return tuple(
             torch.zeros_like(x).mul_(poison) if need else None for x, need in zip(zeros, needs, strict=True)
         )
+    target = target[picked]
+    rows = silence(hidden[picked], target, ignore_index)
     grad_hidden, grad_weight, grad_bias = gradient_sweep(
-        upstream, hidden[picked], weight, target[picked], bias, logit_scale, logit_softcap, ignore_index, needs,
+        upstream,
+        rows,
+        weight,
+        target,
+        bias,
+        logit_scale,
+        logit_softcap,
+        ignore_index,
+        needs,
         gathered,
-    )  # fmt: skip
+        silent=True,
+    )
     if grad_hidden is not None:
         grad_hidden = torch.zeros_like(hidden).index_copy_(0, picked, grad_hidden)
     return grad_hidden, grad_weight, grad_bias
 
 
 def gradient_sweep(
-    upstream, hidden, weight, target, bias, logit_scale, logit_softcap, ignore_index, needs, held=0
+    upstream,
+    hidden,
+    weight,
+    target,
+    bias,
+    logit_scale,
+    logit_softcap,
+    ignore_index,
+    needs,
+    held=0,
+    silent=False,
 ):
     """One sweep over (vocabulary chunk x row chunk) blocks; what is summed is float32 and cast once.
 
-    held: bytes of the memory promise that are taken already.
+    held: bytes of the memory promise that are taken already. silent: ignored rows of hidden are zeros; else the
+    product with a chunk's rows takes a copy of them in which they are.
     """
     (N, D), V, wide = hidden.shape, weight.shape[0], hidden.dtype == torch.float32
     grad_nll, grad_lse, grad_entropy, lse, entropy = upstream
@@ -311,7 +335,7 @@ def gradient_sweep(
     gain, unscale = block_gain(bound, logit_scale, hidden.dtype)
 
     columns = vocab_chunk(V, D)
-    rows = row_chunk(N, D, columns, hidden.dtype, needs, held)
+    rows = row_chunk(N, D, columns, hidden.dtype, needs, held, silent)
     stretch = N if wide or not needs[0] else max(1, min(N, HIDDEN_BYTES // (4 * D)))
     block = hidden.new_empty(min(rows, stretch), columns)
     residual = None if wide or not any(needs[:2]) else TargetResidual(target, ignore_index)
@@ -336,7 +360,11 @@ def gradient_sweep(
                     if needs[0]:
                         accumulate(hidden_sum[chunk.start - first : chunk.stop - first], g, weight[vocab])
                     if needs[1]:
-                        accumulate(weight_sum, g.T, hidden[chunk])
+                        rows_of_chunk = hidden[chunk]
+                        if not silent:
+                            rows_of_chunk = silence(rows_of_chunk.clone(), target[chunk], ignore_index)
+                        accumulate(weight_sum, g.T, rows_of_chunk)
+                        del rows_of_chunk
                     if needs[2]:
                         grad_bias[vocab] += bias_sums
                 if needs[1]:

@@ -30,8 +30,9 @@ def linear_nll(
     hidden, weight, target, *, bias=None, logit_scale=1.0, logit_softcap=None, ignore_index=-100, stats=()
 ):
     """nll_n = lse_n - logit_{n, target_n};  lse = log sum_v exp(logit_v);  entropy = -sum_v p_v log p_v."""
-    logits = linear_logits(hidden, weight, bias, logit_scale, logit_softcap)
     ignored = target == ignore_index
+    hidden = hidden.masked_fill(ignored.unsqueeze(-1), 0.0)  # whatever it holds
+    logits = linear_logits(hidden, weight, bias, logit_scale, logit_softcap)
     log_p = logits.log_softmax(-1)
     nll = -log_p.gather(-1, target.long().masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
     nll = torch.where(ignored, 0.0, nll)

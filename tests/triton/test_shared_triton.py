@@ -4,11 +4,13 @@ Values are in test_kernels_triton.py. Gradients are here: at most twice the erro
 """
 
 from test_linear_cross_entropy import (  # noqa: F401
+    test_a_divisor_of_zero_gives_zero_even_of_infinity,
     test_backward_twice_gives_twice_the_gradient,
     test_differentiating_twice_raises,
     test_divisors,
     test_no_reduction_takes_any_upstream,
     test_nothing_to_learn,
+    test_rows_of_weight_zero_may_hold_anything,
     test_small_float16_gradients_survive_loss_scaling,
     test_weighted_loss_and_gradients,
 )
@@ -16,6 +18,7 @@ from test_linear_nll import (  # noqa: F401
     test_a_row_does_not_depend_on_the_others,
     test_gradients_with_random_upstream,
     test_huge_logits_have_finite_gradients,
+    test_ignored_rows_may_hold_anything,
     test_logits_as_large_as_float32_holds,
     test_minus_infinity_masks_words,
     test_nan_is_shown_and_stays_in_its_row,
