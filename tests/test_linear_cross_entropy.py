@@ -272,6 +272,25 @@ def test_defaults_of_torch_change_nothing(memory, backend, device):
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
 @every
+def test_targets_and_weights_of_any_stride_and_any_weight_of_ignored_rows(memory, backend, device):
+    hidden, weight = torch.randn(37, 24, device=device).requires_grad_(), torch.randn(51, 24, device=device)
+    target = torch.arange(37, device=device)
+    target[::5] = -100
+    row_weight = torch.rand(37, device=device)
+    found = []
+    for spaced in (False, True):
+        if spaced:
+            row_weight[::5] = float("nan")
+            target, row_weight = (x[:, None].repeat(1, 2)[:, 0] for x in (target, row_weight))
+        loss = linear_cross_entropy(
+            hidden, weight, target, token_weight=row_weight, memory=memory, backend=backend
+        )
+        found.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@every
 def test_rows_of_weight_zero_may_hold_anything(memory, backend, device):
     hidden, weight = torch.randn(37, 24, device=device), torch.randn(51, 24, device=device).requires_grad_()
     target = torch.arange(37, device=device)

@@ -50,10 +50,11 @@ def assert_argmax(inputs, argmax, limit):
 
 
 @every
-def test_argmax_takes_the_first_of_equal_columns(backend, device):
+@pytest.mark.parametrize("equal", [[17, 40, 2600], slice(17, None)], ids=["some", "all from 17 on"])
+def test_argmax_takes_the_first_of_equal_columns(equal, backend, device):
     hidden = torch.ones(3, 16, device=device)
     weight = torch.zeros(5000, 16, device=device)
-    weight[[17, 40, 2600]] = 1.0
+    weight[equal] = 1.0
     _, sinks = linear_nll(
         hidden, weight, torch.zeros(3, dtype=torch.long, device=device), stats=("argmax",), backend=backend
     )
@@ -117,6 +118,8 @@ def test_shapes_and_integer_targets(backend, device):
     assert one.shape == () and abs(one - nll[0, 0]) < 1e-5
     turned = linear_nll(hidden.transpose(0, 1), weight.T.contiguous().T, target.T, backend=backend)
     torch.testing.assert_close(turned.T, nll)
+    spaced = target[..., None].repeat(1, 1, 2)[..., 0]
+    assert torch.equal(linear_nll(hidden, weight, spaced, backend=backend), nll)
 
 
 @every
@@ -156,15 +159,17 @@ def test_nothing_to_learn_gives_zero_gradients(backend, device):
 def test_minus_infinity_masks_words(backend, device):
     inputs = make(Case("masked", N=5, D=16, V=70, bias=True), torch.float32, device)
     inputs.options["bias"][:64] = float("-inf")
+    hidden, weight, bias = (leaf.requires_grad_() for leaf in inputs.leaves())
     target = torch.full((5,), 66, device=device)
-    nll, sinks = linear_nll(
-        inputs.hidden, inputs.weight, target, **inputs.options, stats=("entropy",), backend=backend
+    nll, sinks = linear_nll(hidden, weight, target, bias=bias, stats=("entropy",), backend=backend)
+    exact, exact_sinks = reference.linear_nll(
+        hidden, weight[64:], target - 64, bias=bias[64:], stats=("entropy",)
     )
-    exact = reference.linear_nll(
-        inputs.hidden, inputs.weight[64:], target - 64, bias=inputs.options["bias"][64:]
-    )
-    torch.testing.assert_close(nll, exact.float())
-    assert sinks["entropy"].isfinite().all()
+    found = (nll, sinks["entropy"], *torch.autograd.grad((nll + sinks["entropy"]).sum(), inputs.leaves()))
+    loss = (exact + exact_sinks["entropy"]).sum()
+    truth = (exact, exact_sinks["entropy"], *torch.autograd.grad(loss, inputs.leaves()))
+    for mine, wanted in zip(found, truth, strict=True):
+        torch.testing.assert_close(mine, wanted.float(), rtol=1e-4, atol=1e-5)
 
 
 @every
@@ -193,6 +198,18 @@ def test_the_lowest_finite_logit_beats_minus_infinity(backend, device):
     nll, sinks = linear_nll(hidden, weight, target, bias=bias, stats=("entropy", "argmax"), backend=backend)
     assert nll.tolist() == [0.0, float("inf")]
     assert sinks["argmax"].tolist() == [37, 37] and sinks["entropy"].tolist() == [0.0, 0.0]
+
+
+@every
+def test_nll_is_no_difference_of_large_numbers(backend, device):
+    """Logits of 2^20 and some are exact here, but float32 holds their log-sum-exp to 1/32."""
+    draw = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(n, 16, generator=draw).round().to(device) for n in (5, 70))
+    bias = torch.full((70,), 2.0**20, device=device)
+    target = torch.arange(5, device=device)
+    nll = linear_nll(hidden, weight, target, bias=bias, backend=backend)
+    exact = reference.linear_nll(hidden, weight, target)
+    assert (nll - exact).abs().max() <= 1e-5
 
 
 @every

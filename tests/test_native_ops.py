@@ -252,6 +252,40 @@ def test_gradients_of_more_rows_and_words_than_a_chunk(dtype):
     assert error <= rounding * whole[2].float().norm()
 
 
+def test_every_chunk_takes_its_own_weights_upstreams_and_bias():
+    """More rows and words than a chunk, of which so few count that float64 is cheap."""
+    random = torch.Generator().manual_seed(10)
+    hidden, weight = (torch.randn(n, 9, generator=random) for n in (2300, 20011))
+    bias = torch.randn(20011, generator=random)
+    target = torch.randint(0, 20011, (2300,), generator=random)
+    target[::11] = -100
+    some = torch.arange(5, 2300, 57)
+    factors = torch.zeros(4, 2300)
+    factors[:, some] = torch.rand(4, len(some), generator=random) + 0.5
+    options = (1.0, None, -100)
+    leaves = [x.double().requires_grad_() for x in (hidden[some], weight, bias)]
+    nll, sinks = reference.linear_nll(*leaves[:2], target[some], bias=leaves[2], stats=("lse", "entropy"))
+    values = (nll, sinks["lse"], sinks["entropy"], nll + 0.01 * sinks["lse"].square())
+    losses = [(value * factor[some]).sum() for value, factor in zip(values, factors, strict=True)]
+
+    def compare(found, loss):
+        rows, *exact = torch.autograd.grad(loss, leaves, retain_graph=True)
+        exact.insert(0, torch.zeros(hidden.shape).double().index_copy(0, some, rows))
+        for mine, truth in zip(found, exact, strict=True):
+            assert (mine.double() - truth).norm() <= 2e-5 * truth.norm()
+
+    loss, *formed = linear_cross_entropy_cpu.forward_backward(
+        hidden, weight, target, bias, factors[3], *options, 0.01, None, (True,) * 3
+    )
+    assert abs(loss - losses[3]) <= 1e-5 * losses[3]
+    compare(formed, losses[3])
+    _, saved = linear_nll_cpu.forward(hidden, weight, target, bias, *options, ("lse", "entropy"))
+    again = linear_nll_cpu.backward(
+        *factors[:3], *saved.values(), hidden, weight, target, bias, *options, (True,) * 3
+    )
+    compare(again, sum(losses[:3]))
+
+
 def test_what_is_not_needed_is_none(isa):
     hidden, weight, target = torch.randn(40, 20), torch.randn(50, 20), torch.arange(40)
     full = linear_cross_entropy_cpu.forward_backward(
@@ -311,6 +345,57 @@ def test_blur_in_place_and_on_threads(isa, threads):
     threads(5)
     assert gaussian_blur_cpu.forward(images, sigma, sigma, 3.0, "reflect", "float32", images) is images
     assert torch.equal(once, images)
+
+
+def test_blur_of_more_planes_than_are_held_together(isa):
+    """Those beyond 8 MiB come in later batches, each with the sigma of its image."""
+    images = torch.rand(5, 1, 720, 720, generator=torch.Generator().manual_seed(11))
+    sigma_y, sigma_x = (
+        torch.tensor(s).double() for s in ([1.0, 2.0, 0.5, 3.0, 1.5], [2.0, 1.0, 3.0, 0.5, 2.5])
+    )
+
+    def blur(part):
+        out = torch.empty_like(images[part])
+        return gaussian_blur_cpu.forward(
+            images[part], sigma_y[part], sigma_x[part], 3.0, "reflect", "float32", out
+        )
+
+    assert torch.equal(blur(slice(None)), torch.cat([blur(slice(i, i + 1)) for i in range(5)]))
+
+
+def far_apart(near):
+    """A copy whose last row begins beyond 2^31 elements; memory is taken only where it is written."""
+    rows, width = near.shape
+    stride = 2**31 // (rows - 1) + 16
+    far = torch.empty(stride * (rows - 1) + width, dtype=near.dtype)
+    return far.as_strided((rows, width), (stride, 1)).copy_(near)
+
+
+def test_offsets_beyond_two_to_the_31st():
+    random = torch.Generator().manual_seed(12)
+    near = [torch.randn(n, 40, generator=random).bfloat16() for n in (40, 70)]
+    target, ones = torch.arange(40), torch.ones(40)
+    far = [far_apart(x) for x in near]
+    found = []
+    for hidden, weight in (near, (far[0], near[1]), (near[0], far[1])):
+        head = (hidden, weight, target, None)
+        nll, stats = linear_nll_cpu.forward(*head, 1.0, None, -100, ("lse",))
+        again = linear_nll_cpu.backward(
+            ones, None, None, stats["lse"], None, *head, 1.0, None, -100, (True, True, False)
+        )
+        formed = linear_cross_entropy_cpu.forward_backward(
+            *head, None, 1.0, None, -100, 0.0, None, (True, True, False)
+        )
+        found.append([nll, *again[:2], *formed[:3]])
+    for some in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(some, found[0], strict=True))
+    images, sigma = torch.rand(2, 1, 8, 8, generator=random), torch.ones(2).double()
+    apart = far_apart(images.reshape(2, 64).bfloat16()).unflatten(1, (1, 8, 8))
+    blurred = [
+        gaussian_blur_cpu.forward(x, sigma, sigma, 3.0, "reflect", "float32", out)
+        for x, out in ((apart, torch.empty(2, 1, 8, 8).bfloat16()), (images.bfloat16(), apart))
+    ]
+    assert torch.equal(*blurred)
 
 
 def test_a_forced_instruction_set_that_is_missing_raises(monkeypatch):

@@ -1,12 +1,15 @@
 """The Triton kernels in the interpreter against float64: values, gradients, blur, offsets, bits."""
 
+from dataclasses import replace
+
 import checks
 import pytest
 import torch
+import triton
 from cases import CASES, Case, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vig_kernels import tile_configs
+from vig_kernels import launch_triton, reference, tile_configs
 from vig_kernels.tile_configs import TileConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -157,6 +160,19 @@ def test_tiny_float16_gradients_are_not_lost(small_tiles):
     assert checks.norm_error(sums[1] * 1e9, sums[0]) < 1e-3
 
 
+def test_float16_blocks_hold_the_slope_of_a_large_z_loss(small_tiles):
+    hidden, weight, target, bias = checks.problem(dtype=torch.float16, spread=20.0, ignored=False, bias=True)
+    bias += 100.0
+    exact = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    options = {"bias": exact[2], "z_loss": 1.0, "reduction": "sum"}
+    exact = torch.autograd.grad(reference.linear_cross_entropy(*exact[:2], target, **options), exact)
+    found = KERNELS.linear_cross_entropy.forward_backward(
+        hidden, weight, target, bias, None, 1.0, None, -100, 1.0, None, (True,) * 3
+    )
+    for mine, truth in zip(found[1:], exact, strict=True):
+        assert checks.norm_error(mine, truth) < 1e-3
+
+
 class NoReadback(TorchDispatchMode):
     """Fails where an operation would make the host wait for a GPU."""
 
@@ -239,22 +255,24 @@ def test_blur_in_chunks_and_in_place(monkeypatch):
     )
 
 
-def test_blur_of_qwen_patches():
+@pytest.mark.parametrize("times", [1, 2])
+def test_blur_of_qwen_patches(times):
     """The flattened patches are blurred where they lie, as the picture that they were cut from."""
     rows, columns, patch, merge, channels, temporal = 4, 6, 5, 2, 3, 2
-    picture = torch.randn(temporal, channels, rows * patch, columns * patch)
-    sigma = torch.full((temporal,), 2.0, dtype=torch.float64)
+    frames = times * temporal
+    picture = torch.randn(frames, channels, rows * patch, columns * patch)
+    sigma = torch.full((frames,), 2.0, dtype=torch.float64)
     blurred = KERNELS.gaussian_blur.forward(
         picture, sigma, sigma, 3.0, "reflect", "float32", torch.empty_like(picture)
     )
 
     def cut(x):
-        x = x.reshape(temporal, channels, rows // merge, merge, patch, columns // merge, merge, patch)
-        return x.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(rows * columns, -1)
+        x = x.reshape(times, temporal, channels, rows // merge, merge, patch, columns // merge, merge, patch)
+        return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(times * rows * columns, -1)
 
     pixels = torch.cat([torch.zeros(7, channels * temporal * patch * patch), cut(picture)])
     at = KERNELS.gaussian_blur.patch_addresses(
-        (1, rows, columns), patch, merge, channels, temporal, 7, pixels.device
+        (times, rows, columns), patch, merge, channels, temporal, 7, pixels.device
     )
     KERNELS.gaussian_blur.blur_at(pixels, at, pixels, at, [2.0], [2.0], 3.0, "reflect", "float32")
     assert torch.equal(pixels[7:], cut(blurred)) and not pixels[:7].any()
@@ -278,6 +296,21 @@ def test_autotune_searches_once_and_prints(monkeypatch, capsys):
     assert (found - plain).abs().max() <= 1e-4
     KERNELS.linear_nll.forward(*arguments)
     assert capsys.readouterr().err == ""
+    KERNELS.linear_nll.forward(hidden, weight[:80], target.clamp_max(79), *arguments[3:])
+    assert len(capsys.readouterr().err.splitlines()) == 2, "another vocabulary is another key"
+
+
+def test_autotune_keeps_the_fastest_that_fits(monkeypatch):
+    monkeypatch.setattr(tile_configs, "_tuned", {})
+    monkeypatch.setattr(tile_configs, "measure", lambda run: run())
+    candidates = [replace(SMALL, group=group) for group in (1, 2, 4, 8)]
+
+    def trial(config):
+        if config.group == 1:
+            raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
+        return abs(config.group - 3.9)
+
+    assert tile_configs.tuned(("a key",), candidates, trial).group == 4
 
 
 def test_autotune_searches_every_kernel(monkeypatch, capsys):
@@ -309,3 +342,32 @@ def test_fast_blur_of_a_narrow_range_far_from_zero(low, span):
         images, sigma, sigma, 3.0, "reflect", "float32", torch.empty_like(images)
     )
     assert (found - exact).abs().max() <= 1e-3 * span + 2e-7 * low
+
+
+def test_fast_blur_takes_the_range_of_each_image():
+    images = torch.rand(2, 1, 9, 7) * torch.tensor([1.0, 1000.0])[:, None, None, None]
+    sigma = torch.ones(2, dtype=torch.float64)
+    found = KERNELS.gaussian_blur.forward(
+        images, sigma, sigma, 3.0, "reflect", "fast", torch.empty_like(images)
+    )
+    exact = reference.gaussian_blur(images, 1.0)
+    assert (found - exact)[0].abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_80")],
+    ids=str,
+)
+def test_a_gpu_takes_the_tiles_that_fit_it(capability, target, monkeypatch):
+    monkeypatch.setattr(launch_triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert launch_triton.target_of.__wrapped__(torch.device("cuda")) == target
+
+
+def test_descriptors_take_rows_on_16_byte_borders():
+    whole = torch.zeros(9, 64)
+    assert launch_triton.fits_descriptor(whole)
+    assert not launch_triton.fits_descriptor(whole[:, 1:49]), "the base"
+    assert not launch_triton.fits_descriptor(torch.zeros(9, 50)[:, :48]), "the rows"

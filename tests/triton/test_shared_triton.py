@@ -12,6 +12,7 @@ from test_linear_cross_entropy import (  # noqa: F401
     test_nothing_to_learn,
     test_rows_of_weight_zero_may_hold_anything,
     test_small_float16_gradients_survive_loss_scaling,
+    test_targets_and_weights_of_any_stride_and_any_weight_of_ignored_rows,
     test_weighted_loss_and_gradients,
 )
 from test_linear_nll import (  # noqa: F401
@@ -22,6 +23,7 @@ from test_linear_nll import (  # noqa: F401
     test_logits_as_large_as_float32_holds,
     test_minus_infinity_masks_words,
     test_nan_is_shown_and_stays_in_its_row,
+    test_nll_is_no_difference_of_large_numbers,
     test_nothing_to_learn_gives_zero_gradients,
     test_only_what_needs_a_gradient_gets_one,
     test_runs_repeat_bit_by_bit,
