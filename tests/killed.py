@@ -75,7 +75,7 @@ def fork(*arguments) -> int:
 
 
 def complete(out: Path) -> bool:
-    manifest = out / "manifest.json"
+    manifest = out / "_manifest.json"
     return manifest.exists() and json.loads(manifest.read_text())["complete"]
 
 

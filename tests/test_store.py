@@ -12,6 +12,7 @@ import tempfile
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
@@ -200,11 +201,11 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
     assert "null.params.sigma: the folder has 0.1, this run has 0.2" in str(refusal.value)
     with pytest.raises(SettingsDiffer, match="clip: the folder has None, this run has 1"):
         ScoreWriter(tmp_path, {**SETTINGS, "clip": 1})
-    (tmp_path / "manifest.json").unlink()  # the shards know too
+    (tmp_path / "_manifest.json").unlink()  # the shards know too
     with pytest.raises(SettingsDiffer):
         ScoreWriter(tmp_path, other)
     ScoreWriter(tmp_path, SETTINGS).close()
-    (tmp_path / "manifest.json").write_text("{")
+    (tmp_path / "_manifest.json").write_text("{")
     with pytest.raises(StoreError, match="damaged"):
         ScoreWriter(tmp_path, SETTINGS)
 
@@ -229,6 +230,39 @@ def test_readers_refuse_shards_of_different_settings_but_join_shards_of_one_job_
         rows_of(tmp_path / "array")
     with pytest.raises(StoreError, match="does not exist"):
         rows_of(tmp_path / "nowhere")
+
+
+def test_any_reader_of_parquet_folders_reads_scores_and_selections(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    for name, settings in (("whole", {}), ("array/shard-0-of-2", {"shard": "0/2"})):
+        with ScoreWriter(tmp_path / name, {**SETTINGS, **settings}) as writer:
+            writer.write(0, [row("a#0"), row("a#1", "text_only"), row("a#2", "error: lost")])
+            writer.mark_complete()
+    with ScoreWriter(tmp_path / "array" / "shard-1-of-2", {**SETTINGS, "shard": "1/2"}) as writer:
+        writer.write(1, [row("a#3")])
+    for name, keys in (("whole", ["a#0", "a#1", "a#2"]), ("array", ["a#0", "a#1", "a#2", "a#3"])):
+        table = pq.read_table(tmp_path / name)
+        assert table["key"].to_pylist() == keys and table["vig"][0].as_py() == row("a#0").vig
+        assert table.schema.remove_metadata() == SCORE_SCHEMA
+        assert pa.dataset.dataset(tmp_path / name).count_rows() == len(keys)
+        assert pandas.read_parquet(tmp_path / name)["status"].tolist()[:2] == ["ok", "text_only"]
+    write_selection(tmp_path / "selection", [selection_batch(["a#0"])], dict)
+    assert pandas.read_parquet(tmp_path / "selection")["key"].tolist() == ["a#0"]
+
+
+def test_folders_with_the_manifest_under_its_old_name_go_on(tmp_path):
+    with ScoreWriter(tmp_path, SETTINGS) as writer:
+        writer.write(0, [row("a#0")])
+        writer.note("noise_floor", 0.5)
+        writer.mark_complete()
+    (tmp_path / "_manifest.json").rename(tmp_path / "manifest.json")
+    assert not unfinished(tmp_path) and score_metadata(tmp_path)["notes"] == {"noise_floor": 0.5}
+    with pytest.raises(SettingsDiffer):
+        ScoreWriter(tmp_path, {**SETTINGS, "dtype": "float16"})
+    with ScoreWriter(tmp_path, SETTINGS) as writer:
+        assert sorted(writer.finished) == [0] and writer.notes == {"noise_floor": 0.5} and writer.complete
+    assert not (tmp_path / "manifest.json").exists() and not unfinished(tmp_path)
+    assert score_metadata(tmp_path)["notes"] == {"noise_floor": 0.5}
 
 
 def test_the_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
@@ -310,7 +344,7 @@ def test_full_disk_is_explained_and_leaves_a_folder_that_resumes(tmp_path, monke
         monkeypatch.undo()
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             ".lock",
-            "manifest.json",
+            "_manifest.json",
             "scores-00000.parquet",
         ]
     with ScoreWriter(tmp_path, SETTINGS) as writer:

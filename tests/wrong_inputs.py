@@ -86,7 +86,7 @@ def scored_in_parts(folder: Path) -> None:
 
 def damaged_manifest(folder: Path) -> None:
     scored(folder)
-    (folder / "scores" / "manifest.json").write_text("{")
+    (folder / "scores" / "_manifest.json").write_text("{")
 
 
 def damaged_shard(folder: Path) -> None:

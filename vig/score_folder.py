@@ -3,11 +3,12 @@
     scores/                       scores/                      one job array, `--shard i/n`
       scores-00000.parquet          shard-0-of-2/
       scores-00001.parquet            scores-00000.parquet
-      manifest.json                   manifest.json
+      _manifest.json                  _manifest.json
                                     shard-1-of-2/
                                       scores-00001.parquet
-                                      manifest.json
+                                      _manifest.json
 
+Readers of Parquet folders (pandas, pyarrow) skip names that begin with "_" or ".", so the folder is a table to them.
 The jobs of an array write at the same time, each into its own folder, so that no lock is shared between
 machines. Readers take the folder above them as one, in the order of the windows.
 """
@@ -22,7 +23,8 @@ from typing import Any
 
 from vig.files import StoreError
 
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"
+OLD_MANIFEST = "manifest.json"  # as early folders have it: read, and replaced by the next run
 # Settings that may differ between a run and its resumption: they do not change what is scored.
 NOT_BINDING = frozenset(
     {"library_version", "data", "image_root", "batch_tokens", "batch_size", "noise_floor", "sharing"}
@@ -127,6 +129,8 @@ def siblings(folder: Path) -> Iterator[Path]:
 def read_manifest(folder: Path) -> dict | None:
     """settings, complete, notes and shards of a folder; None where there is none. Raises StoreError."""
     path = folder / MANIFEST
+    if not path.exists():
+        path = folder / OLD_MANIFEST
     try:
         manifest = json.loads(path.read_text())
         return {name: manifest[name] for name in ("settings", "complete", "notes", "shards")}

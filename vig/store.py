@@ -1,7 +1,7 @@
 """Scores on disk: Parquet shards, manifest, lock, resume, and streaming readers.
 
 A folder of scores holds one Parquet file a window (``scores-00000.parquet``), one row a sample, and
-``manifest.json``: the settings of the run and the finished shards. A shard appears under its name only when
+``_manifest.json``: the settings of the run and the finished shards. A shard appears under its name only when
 it is whole (temporary name, fsync, rename), so a process may be killed at any instant: the next run finds
 each window either finished or absent.
 
@@ -33,6 +33,7 @@ from vig import score_folder
 from vig.files import FolderInUse, FolderLock, StoreError, explain_write_errors, write_atomically
 from vig.score_folder import (
     MANIFEST,
+    OLD_MANIFEST,
     SettingsDiffer,
     read_manifest,
     refuse_differences,
@@ -210,6 +211,7 @@ class ScoreWriter:
             "shards": shards,
         }
         write_atomically(self.folder / MANIFEST, json.dumps(document, indent=1).encode())
+        (self.folder / OLD_MANIFEST).unlink(missing_ok=True)
 
     def write(self, window: int, rows: ScoreBlock | Iterable[ScoreRow]) -> dict:
         """Store a window; when this returns it survives a power cut. Returns the manifest entry."""
