@@ -25,15 +25,16 @@ from transformers import (
     TrainingArguments,
 )
 
+from vig import keep_samples, read_samples, read_selection, report
 from vig.demo.arms import CHECKPOINT
 from vig.demo.dataset import tuning_records, write_records
-from vig.engine import score_dataset
+from vig.files import StoreError
 from vig.prompts import Encoder
 from vig.samples import BrokenRecord, SampleError, sample_from_record
 from vig.score import Scorer
 from vig.select import Selection, select
 from vig.selection_table import Entry
-from vig.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer, keep_samples, open_selection
+from vig.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer, open_selection
 
 ANSWERS = (
     "red",
@@ -510,27 +511,47 @@ def test_a_dataset_of_the_kept_samples_gives_their_batches(processor, tmp_path):
 
 
 def test_the_readme_as_written(tmp_path, monkeypatch):
-    """Both trainers, with the checkpoint, the data and the selection of a run."""
+    """The Python blocks from scoring to both trainers, in one namespace, with another checkpoint."""
     page = (Path(__file__).parent.parent / "README.md").read_text()
-    part = page.partition("The masked loss in the trainer you have")[2]
-    own, trl_s = re.findall(r"```python\n(.*?)```", part, re.DOTALL)[:2]
-    monkeypatch.chdir(tmp_path)
-    write_records(tmp_path, "data", tuning_records(12, 0))
-    score_dataset(Scorer(CHECKPOINT), "data.json", "scores")
-    select("scores", 70, out="selection")
-    names = {"processor": AutoProcessor.from_pretrained(CHECKPOINT)}
-    losses = []
+    part = page.partition("## In Python")[2].partition("\n## ")[0]
+    scoring, own, trl_s = re.findall(r"```python\n(.*?)```", part, re.DOTALL)
+    assert scoring.count('"llava-hf/llava-1.5-7b-hf"') == 1
+    scoring = scoring.replace('"llava-hf/llava-1.5-7b-hf"', repr(str(CHECKPOINT)))
     if not torch.cuda.is_available():
         trl_s = trl_s.replace('SFTConfig("out/")', 'SFTConfig("out/", bf16=False)')
+    monkeypatch.chdir(tmp_path)
+    write_records(tmp_path, "data", tuning_records(12, 0))
+    before = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype="float32").state_dict()
+    names, losses = {}, []
+    exec(scoring, names)
     for block in (own, trl_s):
-        names["model"] = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype="float32")
-        before = copy.deepcopy(names["model"].state_dict())
         exec(block, names)
         trainer = names["trainer"]
         assert not torch.equal(trainer.model.lm_head.weight.cpu(), before["lm_head.weight"])
         trainer.model.load_state_dict(before)
         losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if trainer.args.device.type == "cpu" else 1e-2)
+
+
+def test_what_one_step_returns_is_what_the_next_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_records(tmp_path, "data", tuning_records(12, 0))
+    items = list(read_samples("data.json"))
+    rows = Scorer(CHECKPOINT).score(items)
+    chosen = select(rows, 50, out="selection")
+    assert {row.status for row in rows} == {"ok", "text_only"}
+    for row in rows:
+        expected = None if row.vig is None else [row.n_tokens, pytest.approx(row.vig)]
+        assert expected == (None if row.token_vig is None else [len(row.token_vig), row.token_vig.mean()])
+    some = [sample.key for sample in keep_samples(items, chosen).samples]
+    assert 0 < len(some) < len(items)
+    for given in ("selection", chosen.table(), read_selection("selection")):
+        assert [sample.key for sample in keep_samples(items, given).samples] == some
+    page = report(rows, "report.html", data="data.json", processor=AutoProcessor.from_pretrained(CHECKPOINT))
+    assert "Highest VIG" in page.read_text() and "data:image/png" in page.read_text()
+    for nothing in (select, report):
+        with pytest.raises(StoreError, match="no scores were given"):
+            nothing([])
 
 
 def test_the_stock_trainer_would_weight_micro_batches_wrongly(processor, tmp_path):

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from vig.samples import Sample, read_samples
     from vig.score import Scorer
     from vig.select import select
+    from vig.selection_table import read_selection
     from vig.train import train
-    from vig.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer
+    from vig.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer, keep_samples
 
 _HOMES = {
     "FusedLossMixin": "vig.trainer",
@@ -30,7 +31,9 @@ _HOMES = {
     "SelectiveCollator": "vig.trainer",
     "SelectiveTrainer": "vig.trainer",
     "inspect": "vig.inspect",
+    "keep_samples": "vig.trainer",
     "read_samples": "vig.samples",
+    "read_selection": "vig.selection_table",
     "report": "vig.report",
     "score_dataset": "vig.engine",
     "select": "vig.select",
@@ -44,7 +47,9 @@ __all__ = [
     "SelectiveCollator",
     "SelectiveTrainer",
     "inspect",
+    "keep_samples",
     "read_samples",
+    "read_selection",
     "report",
     "score_dataset",
     "select",
@@ -53,6 +58,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("vig-kernels")
     if name not in _HOMES:
         raise AttributeError(f"module 'vig' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -61,13 +61,16 @@ class ScoreRow:
         return _mean(self.token_nll_null)
 
     @property
-    def vig(self) -> float | None:
+    def token_vig(self) -> np.ndarray | None:
+        """(n,) float64, token_nll_null - token_nll_image; None where `vig` is: without an image, or in an error row."""
         if not len(self.token_nll_null):
             return None
-        difference = np.asarray(self.token_nll_null, np.float64) - np.asarray(
-            self.token_nll_image, np.float64
-        )
-        return float(difference.mean())
+        return np.asarray(self.token_nll_null, np.float64) - np.asarray(self.token_nll_image, np.float64)
+
+    @property
+    def vig(self) -> float | None:
+        token_vig = self.token_vig
+        return None if token_vig is None else float(token_vig.mean())
 
 
 def _mean(values) -> float | None:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from vig.files import StoreError
 from vig.score_rows import METADATA_KEY, list_array, segment_means
 from vig.selection_table import SELECTION_SCHEMA, SelectionTable, hash_keys, mix64, write_selection
-from vig.store import count_rows, read_scores, score_metadata, unfinished
+from vig.store import count_rows, open_scores, read_scores, score_metadata, unfinished
 
 LEVELS = ("both", "sample", "token", "random")
 LOW_TAU = 1e-3  # nats; at or under it nearly every token passes
@@ -189,7 +189,7 @@ class _Facts:
 
 
 def select(
-    scores,  # folder, file, list of them, or a pyarrow Table of scores
+    scores,  # folder, file, list of them, what `Scorer.score` returned, or a pyarrow Table of scores
     p: float = 70.0,
     *,
     level: str = "both",
@@ -214,6 +214,7 @@ def select(
     Raises ValueError for settings that make no sense, StoreError for scores that cannot be read.
     """
     _check(p, level, clip, tau_floor)
+    scores = open_scores(scores)
     report = _Progress(progress, count_rows(scores), passes=3 if level == "random" else 2)
     facts = _first_pass(scores, clip, report)
     _refuse_duplicates(scores, facts.hashes)

@@ -57,6 +57,7 @@ __all__ = [
     "SelectionTable",
     "SettingsDiffer",
     "StoreError",
+    "open_scores",
     "read_scores",
     "read_selection",
     "replace_rows",
@@ -259,6 +260,16 @@ class ScoreWriter:
 
     def close(self) -> None:
         self._lock.release()
+
+
+def open_scores(scores: Any) -> Any:
+    """What `Scorer.score` returned as a table; folders, files and tables as they are. Raises StoreError for nothing."""
+    if isinstance(scores, str | Path | pa.Table):
+        return scores
+    scores = list(scores)
+    if not scores:
+        raise StoreError("no scores were given: the list is empty")
+    return ScoreBlock.from_rows(scores).table() if isinstance(scores[0], ScoreRow) else scores
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:

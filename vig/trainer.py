@@ -1,6 +1,6 @@
 """Selective training with Hugging Face's trainers: the collator that masks labels by a selection, and the loss.
 
-    selection = read_selection("selection/")
+    selection = read_selection("selection/")  # or what `select` returned
     samples = keep_samples(read_samples("data.json"), selection).samples
     collator = SelectiveCollator(processor, selection)
     SelectiveTrainer(model, args, train_dataset=samples, data_collator=collator).train()
@@ -103,11 +103,15 @@ def _path_or_bytes(image: ImageSource) -> dict[str, Any]:
     return {"path": None, "bytes": image} if isinstance(image, bytes) else {"path": str(image), "bytes": None}
 
 
-def keep_samples(records: Iterable[Record | BrokenRecord], selection: Selected | None) -> Kept:
+def keep_samples(
+    records: Iterable[Record | BrokenRecord],
+    selection: Selection | Selected | str | Path | None,  # as `SelectiveCollator` takes it
+) -> Kept:
     """The records worth training on, in order: those with at least one selected token; all without a selection.
 
     Raises SampleError for a record that the selection does not know.
     """
+    selection = open_selection(selection)
     kept, dropped, errors = [], 0, []
     for record in records:
         if isinstance(record, BrokenRecord):

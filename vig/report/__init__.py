@@ -17,7 +17,7 @@ from vig.report.page import render, rounded
 from vig.report.views import Histogram, Page, SampleView, Word
 from vig.select import Selection
 from vig.selection_table import selection_files, selection_metadata
-from vig.store import score_metadata, unfinished
+from vig.store import open_scores, score_metadata, unfinished
 
 __all__ = ["Histogram", "Page", "SampleView", "Word", "render", "report"]
 
@@ -37,7 +37,7 @@ REMARKS = {
 
 
 def report(
-    scores,  # folder, file, list of them, or a pyarrow Table of scores
+    scores,  # folder, file, list of them, what `Scorer.score` returned, or a pyarrow Table of scores
     out: str | Path = "report.html",
     *,
     selection: str | Path | Selection | None = None,
@@ -60,6 +60,7 @@ def report(
     out = Path(out)
     if out.is_dir():
         raise StoreError(f"{out} is a folder: name the page, {out / 'report.html'} for example")
+    scores = open_scores(scores)
     metadata = score_metadata(scores)
     facts = gather(scores, samples, seed)
     viewer = Viewer(metadata, processor=processor, data=data or metadata.get("data"), image_root=image_root)
