@@ -28,23 +28,28 @@ Out = Annotated[
 
 @app.callback(invoke_without_command=True)
 def main(context: typer.Context, threads: Threads = None) -> None:
-    """Benchmarks of vig_kernels. Without a suite: all CPU suites, quick."""
+    """Benchmarks of vig_kernels. Without a suite: all CPU suites, quick.
+
+    Exit code 1 where a row of the library is wrong or failed, or a bound is not kept."""
     if context.invoked_subcommand is None:
-        for suite in SUITES:
-            measure(suite, True, threads, None)
+        broken = [line for suite in SUITES for line in measure(suite, True, threads, None)]
+        raise typer.Exit(1 if broken else 0)
 
 
 def _command(suite: str, text: str) -> None:
     @app.command(suite, help=text)
     def command(quick: Quick = False, threads: Threads = None, out: Out = None) -> None:
-        measure(suite, quick, threads, out)
+        raise typer.Exit(1 if measure(suite, quick, threads, out) else 0)
 
 
 _command("score", "Per-token log-probabilities on the CPU, against the bare GEMM and the peers.")
 _command("train", "Loss and gradients on the CPU, against three bare GEMMs and the peers.")
 _command("blur", "Gaussian blur on the CPU, against OpenCV and others.")
 _command("memory", "Peak extra memory, each call in a fresh process.")
-_command("throughput", "Scoring from image files to token values, against a plain loop: about 15 minutes.")
+_command(
+    "throughput",
+    "Scoring from image files to token values, against a plain loop over full logits: about 15 minutes.",
+)
 _command(
     "scale", "One million samples: write scores, select, start. About 3 minutes and 3 GB of temporary files."
 )
@@ -66,7 +71,10 @@ def static(context: typer.Context) -> None:
 @app.command()
 def report(
     check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; exit 1 when README and results differ.")
+        bool,
+        typer.Option(
+            "--check", help="Change nothing; exit 1 when pages, plots and results differ or are wrong."
+        ),
     ] = False,
     readme: Annotated[Path | None, typer.Option(help="Default: README.md of the checkout.")] = None,
     results: Annotated[
@@ -78,22 +86,24 @@ def report(
     from benchmarks import report as writer
 
     paths = writer.Paths.default(readme, results, plots)
+    for line in writer.outdated(paths):
+        log.print(f"note: {line}", markup=False, highlight=False)
     if check:
         found = writer.disagreements(paths)
         for line in found:
-            log.print(line, markup=False)
+            log.print(line, markup=False, highlight=False)
         raise typer.Exit(1 if found else 0)
     for path in writer.write(paths):
         console.print(f"wrote {path}", highlight=False)
 
 
-def measure(suite: str, quick: bool, threads: int | None, out: Path | None) -> None:
-    """Run a suite, print it, store it."""
+def measure(suite: str, quick: bool, threads: int | None, out: Path | None) -> list[str]:
+    """Run a suite, print it, store it; returns what of the library was wrong, failed or out of bounds."""
     import importlib
 
     import torch
 
-    from benchmarks import machine, results, terminal
+    from benchmarks import audit, machine, results, terminal
 
     threads = threads or (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -102,7 +112,7 @@ def measure(suite: str, quick: bool, threads: int | None, out: Path | None) -> N
     module = importlib.import_module(f"benchmarks.{suite}")
     if hasattr(module, "plan") and module.why_not() is not None:
         module.plan(quick, console)
-        return
+        return []
     with log.status(suite) as status:
         say = (lambda text: status.update(f"{suite}: {text}")) if log.is_terminal else (lambda text: None)
         result = machine.header(suite, threads, quick) | {"cases": module.run(threads, quick, say)}
@@ -111,6 +121,10 @@ def measure(suite: str, quick: bool, threads: int | None, out: Path | None) -> N
     if not quick or out is not None:
         path = results.write(result, out or results.FOLDER)
         console.print(f"wrote {path}", highlight=False)
+    broken = audit.broken(result)
+    for line in broken:
+        log.print(f"{suite}: {line}", markup=False, highlight=False, style="red")
+    return broken
 
 
 if __name__ == "__main__":

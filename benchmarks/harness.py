@@ -23,6 +23,10 @@ SAMPLE_MS = 8.0  # what the repeated calls of a sample last at least
 SLOW = 3.0  # a contender slower than this many baselines...
 SLOW_ROUNDS = 2  # ...is timed in this many rounds only,
 HOPELESS = 4.0  # and one slower than this, if a call is also long, has the call that was verified for its only sample
+ONE_CALL = (
+    f"more than {HOPELESS:.0f} times the baseline and over {HOPELESS_MS / 1e3:.0f} s in the call that was verified, "
+    "which is then the only one, without a warm-up"
+)
 
 
 def can_run() -> str | None:
@@ -137,7 +141,7 @@ def measure(
         rows[entrant.contender.name].update(_summary(entrant))
         if extra_mib is not None:
             rows[entrant.contender.name]["peak_mib"] = extra_mib(entrant.run)
-    _add_ratios(rows.values())
+    add_ratios(rows.values())
     return {"rows": list(rows.values()), "probe": quantile(probed, 0.5) if probed else None}
 
 
@@ -204,7 +208,8 @@ def _summary(entrant: Entrant) -> dict:
     }
 
 
-def _add_ratios(rows) -> None:
+def add_ratios(rows) -> None:
+    """Sets `ratio` of the rows that were timed, where all baselines were."""
     rows = list(rows)
     baselines = [row for row in rows if row["baseline"]]
     if not baselines or any(row["status"] != "ok" for row in baselines):

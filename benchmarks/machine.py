@@ -16,6 +16,12 @@ import torch
 from vig_kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("csrc", "vig_kernels", "benchmarks")
+WRITTEN = (
+    ":!benchmarks/results",
+    ":!docs",
+    ":!*.md",
+)  # what suites and the report write themselves, and prose
 FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
     "asimd", "sve", "bf16",
@@ -112,17 +118,27 @@ def header(suite: str, threads: int, quick: bool) -> dict:
 
 
 def commit() -> str:
-    """The commit of the checkout, with "+" when tracked files differ from it; "unknown" outside git."""
+    """The commit of the checkout, with "+" when tracked files that are no result and no page of one differ from it;
+    "unknown" outside git."""
+    head = _git("rev-parse", "--short", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN)
+    return "unknown" if head is None or changes is None else head.strip() + ("+" if changes.strip() else "")
+
+
+def changed_since(commit: str) -> list[str] | None:
+    """Top folders whose code differs between the commit of a result and the checkout; None where git cannot say."""
+    names = _git("diff", "--name-only", commit.removesuffix("+"), "--", *CODE, *WRITTEN)
+    return None if names is None else sorted({name.partition("/")[0] for name in names.splitlines()})
+
+
+def _git(*words: str) -> str | None:
     try:
-        run = [
-            subprocess.run(
-                ["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
-            ).stdout
-            for args in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        ]
+        done = subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
+        )
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return run[0].strip() + ("+" if run[1].strip() else "")
+        return None
+    return done.stdout
 
 
 def _proc_table(path: Path) -> dict[str, str]:

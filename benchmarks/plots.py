@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 
 from benchmarks import machine, results
@@ -9,6 +10,7 @@ from benchmarks import machine, results
 OURS, THEIRS, LINE = "#c2410c", "#9ca3af", "#374151"
 LONGEST = 2.6  # of the reference: longer bars are cut, drawn with an arrow, and labelled with their value
 COLUMNS = 3
+DIGEST = "Digest of the result"  # a text of the PNG file
 
 
 def draw(result: dict, folder: Path) -> Path | None:
@@ -21,21 +23,44 @@ def draw(result: dict, folder: Path) -> Path | None:
     from matplotlib import pyplot
 
     lines = _lines(result["cases"])
-    columns, bars = max(map(len, lines)), max(len(_bars(case)) for case in result["cases"])
-    size = (max(9.8, 4.9 * columns), len(lines) * (0.27 * bars + 0.95) + 0.5)
-    figure, axes = pyplot.subplots(len(lines), columns, figsize=size, squeeze=False, layout="constrained")
-    for row, cases in zip(axes, lines, strict=True):
+    columns, bars = max(map(len, lines)), [max(len(_bars(case)) for case in cases) for cases in lines]
+    heights = [0.27 * places + 0.95 for places in bars]  # the same height a bar in every panel
+    figure, axes = pyplot.subplots(
+        len(lines),
+        columns,
+        figsize=(max(9.8, 4.9 * columns), sum(heights) + 0.5),
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"height_ratios": heights},
+    )
+    ratios = [length for case in result["cases"] if _is_ratio(case) for _, length, _ in _bars(case)]
+    limit = max(1.3, min(LONGEST, 1.3 * max(ratios, default=1.0)))  # one scale for all ratios
+    for row, cases, places in zip(axes, lines, bars, strict=True):
         for axis, case in zip(row, cases, strict=False):
-            _panel(axis, case, bars)
+            _panel(axis, case, places, limit)
         for axis in row[len(cases) :]:
             axis.set_visible(False)
         _share_names(row, cases)
-    figure.suptitle(f"{_title(result)}\n{machine.sentence(result)}, {machine.threads(result)}", fontsize=11)
+    single = any(row.get("samples") == 1 for case in result["cases"] for row in results.timed(case))
+    figure.suptitle(heading(result) + ("\n* one call, without a warm-up" if single else ""), fontsize=11)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{results.path_of(result, Path()).stem}.png"
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=110, metadata={"Software": None, DIGEST: results.digest(result)})
     pyplot.close(figure)
     return path
+
+
+def digest_of(path: Path) -> str | None:
+    """Of the result that a plot was drawn from, as the plot's file says."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info.get(DIGEST)
+
+
+def heading(result: dict) -> str:
+    """What a picture shows, and of which machine."""
+    return f"{_title(result)}\n{machine.sentence(result)}, {machine.threads(result)}"
 
 
 def _lines(cases: list[dict]) -> list[list[dict]]:
@@ -57,19 +82,24 @@ def _title(result: dict) -> str:
     }[result["suite"]]
 
 
-def _timed(case: dict) -> list[dict]:
-    return [row for row in case["rows"] if row["status"] == "ok"]
+def _is_ratio(case: dict) -> bool:
+    return "unit" not in case and "sigma" not in case
+
+
+def _shown(case: dict) -> list[dict]:
+    """What was measured, without the bare products themselves."""
+    return [
+        row
+        for row in results.timed(case)
+        if not _is_ratio(case) or (not row["baseline"] and row["ratio"] is not None)
+    ]
 
 
 def _bars(case: dict) -> list[tuple[str, float, bool]]:
-    """(name, length, ours) of what was measured, without the bare products themselves."""
-    timed = _timed(case)
-    if "unit" in case:
-        return [(row["name"], row["value"], row["ours"]) for row in timed]
-    if "sigma" in case:
-        return [(row["name"], row["p50_ms"], row["ours"]) for row in timed]
-    single = [row for row in timed if not row["baseline"]]
-    return [(row["name"], row["ratio"], row["ours"]) for row in single if row["ratio"] is not None]
+    """(name, length, ours)."""
+    key = "value" if "unit" in case else "ratio" if _is_ratio(case) else "p50_ms"
+    named = results.named if key != "value" else itemgetter("name")  # notes are of times
+    return [(named(row), row[key], row["ours"]) for row in _shown(case)]
 
 
 def _share_names(axes, cases: list[dict]) -> None:
@@ -80,20 +110,22 @@ def _share_names(axes, cases: list[dict]) -> None:
             axis.set_yticklabels([])
 
 
-def _panel(axis, case: dict, places: int) -> None:
-    bars = _bars(case)
-    is_ratio = "unit" not in case and "sigma" not in case
-    promises = {place: row["promised"] for place, row in enumerate(_timed(case)) if row.get("promised")}
-    longest = max([length for _, length, _ in bars] + list(promises.values()), default=1.0)
-    limit = max(1.3, min(LONGEST, 1.3 * longest)) if is_ratio else 1.25 * max(longest, 1e-3)
-    for place, (_, length, is_ours) in enumerate(bars):
-        _bar(axis, place, length, OURS if is_ours else THEIRS, limit, is_ratio)
+def _panel(axis, case: dict, places: int, limit: float) -> None:
+    """`limit`: the end of the scale of ratios; other figures have one of their own."""
+    rows, bars, is_ratio = _shown(case), _bars(case), _is_ratio(case)
+    promises = {place: row["promised"] for place, row in enumerate(rows) if row.get("promised")}
+    if not is_ratio:
+        limit = 1.25 * max([1e-3, *(length for _, length, _ in bars), *promises.values()])
+    for place, (row, (_, length, is_ours)) in enumerate(zip(rows, bars, strict=True)):
+        text = f"{length:.2f}" if is_ratio else results.milliseconds(length)
+        text += "*" if row.get("samples") == 1 else ""
+        _bar(axis, place, length, text, OURS if is_ours else THEIRS, limit)
     for place, promised in promises.items():
         axis.plot([promised, promised], [place - 0.45, place + 0.45], color=LINE, linewidth=1.6)
     axis.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
     for label, (_, _, is_ours) in zip(axis.get_yticklabels(), bars, strict=True):
         label.set_fontweight("bold" if is_ours else "normal")
-    axis.set_ylim(places - 0.4, -0.6)  # the same height a bar in every panel
+    axis.set_ylim(places - 0.4, -0.6)
     axis.set_xlim(0, limit)
     axis.tick_params(axis="x", labelsize=8)
     if is_ratio:
@@ -103,7 +135,7 @@ def _panel(axis, case: dict, places: int) -> None:
         axis.spines[side].set_visible(False)
 
 
-def _bar(axis, place: int, length: float, colour: str, limit: float, is_ratio: bool) -> None:
+def _bar(axis, place: int, length: float, text: str, colour: str, limit: float) -> None:
     """One bar and its value. A bar that is too long for the panel is broken, visibly."""
     longest = 0.84 * limit  # leaves room for the value
     cut = length > longest
@@ -114,7 +146,6 @@ def _bar(axis, place: int, length: float, colour: str, limit: float, is_ratio: b
             axis.plot(
                 [x - 0.008 * limit, x + 0.008 * limit], [place + 0.5, place - 0.5], color="white", linewidth=2
             )
-    text = f"{length:.2f}" if is_ratio else results.milliseconds(length)
     axis.text(
         shown + 0.012 * limit,
         place,

@@ -2,21 +2,25 @@
 
 Each suite has a pair of markers, `<!-- benchmarks:score -->` and `<!-- /benchmarks:score -->`; what stands between
 them is replaced. A suite without results leaves its block without any table. The suites of scoring have their
-markers in docs/throughput.md instead.
+markers in docs/throughput.md instead, and the README one block, `scoring`, with their figures in a sentence.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import machine, results
+from benchmarks import audit, machine, memory, plots, results
+from benchmarks.harness import ONE_CALL
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("score", "train", "memory", "blur", "peak", "gpu")
 ON_OWN_PAGE = ("throughput", "scale")  # in docs/throughput.md
+SCORING = "scoring"
 WITHOUT_PLOT = ("peak", *ON_OWN_PAGE)
 DTYPES = ("float32", "bfloat16", "float16", "uint8")
 
@@ -34,58 +38,91 @@ class Paths:
     @property
     def pages(self) -> dict[Path, tuple[str, ...]]:
         """Each page that shows results, and the suites it shows."""
-        own = self.readme.parent / "docs" / "throughput.md"
-        return {self.readme: SUITES} | ({own: ON_OWN_PAGE} if own.exists() else {})
+        return {
+            self.readme: (*SUITES, SCORING),
+            self.readme.parent / "docs" / "throughput.md": ON_OWN_PAGE,
+        }
+
+    def stored(self, block: str) -> list[dict]:
+        """The results that a block shows."""
+        suites = ON_OWN_PAGE if block == SCORING else (block,)
+        return [result for suite in suites for result in results.read_full(suite, self.results)]
+
+    def picture(self, result: dict) -> Path:
+        return self.plots / f"{results.path_of(result, Path()).stem}.png"
 
 
 def write(paths: Paths) -> list[Path]:
     """Rewrites the pages' blocks and the plots; returns the files that were written."""
-    from benchmarks import plots
-
-    for page, suites in paths.pages.items():
+    pages = {page: blocks for page, blocks in paths.pages.items() if page.exists()}
+    for page, blocks in pages.items():
         text = page.read_text()
-        for suite in suites:
-            if _has_marker(text, suite) and results.read_full(suite, paths.results):
-                text = _with_block(text, suite, block(suite, paths))
+        for name in blocks:
+            if _has_marker(text, name) and paths.stored(name):
+                text = _with_block(text, name, block(name, paths))
         page.write_text(text)
-    drawn = [
-        plots.draw(result, paths.plots)
-        for suite in SUITES
-        for result in results.read_full(suite, paths.results)
-    ]
-    return [*paths.pages, *(path for path in drawn if path is not None)]
+    drawn = [plots.draw(result, paths.plots) for suite in SUITES for result in paths.stored(suite)]
+    return [*pages, *(path for path in drawn if path is not None)]
 
 
 def disagreements(paths: Paths) -> list[str]:
-    """One line for every way in which the README does not show what the results hold."""
-    if not paths.readme.exists():
-        return [f"{paths.readme} does not exist"] if any(paths.results.glob("*.json")) else []
+    """One line for every way in which pages and plots do not show what the results hold, or results do not hold."""
     return [
         line
-        for page, suites in paths.pages.items()
-        for suite in suites
-        for line in _disagreements_of(suite, page, paths)
+        for page, blocks in paths.pages.items()
+        for line in (
+            *_of_page(page, blocks, paths),
+            *(line for name in blocks for line in _of_results(name, paths)),
+        )
     ]
 
 
-def _disagreements_of(suite: str, page: Path, paths: Paths) -> Iterator[str]:
+def outdated(paths: Paths) -> list[str]:
+    """One line for every stored result that other code measured than the checkout's, where git can say."""
+    found = []
+    for suite in (*SUITES, *ON_OWN_PAGE):
+        for result in paths.stored(suite):
+            changed = machine.changed_since(result["commit"])
+            if changed:
+                found.append(f"{suite}: measured at {result['commit']}; changed since: {', '.join(changed)}")
+    return found
+
+
+def _of_page(page: Path, blocks: tuple[str, ...], paths: Paths) -> Iterator[str]:
+    if not page.exists():
+        if any(paths.stored(name) for name in blocks):
+            yield f"{page} does not exist"
+        return
     text = page.read_text()
-    stored = results.read_full(suite, paths.results)
-    if not _has_marker(text, suite):
-        if stored and suite not in ("peak",):  # the peak stands in the captions of the others
-            yield f"{suite}: there are results, but {page.name} has no <!-- benchmarks:{suite} --> block"
+    for mark, count in Counter(re.findall(r"<!-- (/?benchmarks:\w+) -->", text)).items():
+        if count > 1 or mark.partition(":")[2] not in blocks:
+            yield f"{page.name} has <!-- {mark} --> {count} times: one block of each of {', '.join(blocks)}"
+    for name in blocks:
+        stored = paths.stored(name)
+        if not _has_marker(text, name):
+            if stored and name != "peak":  # the peak stands in the captions of the others
+                yield f"{name}: there are results, but {page.name} has no <!-- benchmarks:{name} --> block"
+            continue
+        shown = _pattern(name).search(text).group("block")
+        if not stored and shown.strip():
+            yield f"{name}: {page.name} shows figures, but {paths.results} has no results"
+        if stored and shown != block(name, paths):
+            yield f"{name}: {page.name} differs from the results: run `python -m benchmarks report`"
+
+
+def _of_results(suite: str, paths: Paths) -> Iterator[str]:
+    if suite == SCORING:
         return
-    shown = _pattern(suite).search(text).group("block")
-    if not stored:
-        if "|" in shown:
-            yield f"{suite}: {page.name} shows a table, but {paths.results} has no results"
-        return
-    if shown != block(suite, paths):
-        yield f"{suite}: {page.name} differs from the results: run `python -m benchmarks report`"
-    for result in stored:
-        picture = paths.plots / f"{results.path_of(result, Path()).stem}.png"
-        if suite not in WITHOUT_PLOT and not picture.exists():
+    for result in paths.stored(suite):
+        for line in (*audit.broken(result), *audit.not_following(result)):
+            yield f"{suite}: {line}"
+        picture = paths.picture(result)
+        if suite in WITHOUT_PLOT:
+            continue
+        if not picture.exists():
             yield f"{suite}: {picture} is missing: run `python -m benchmarks report`"
+        elif plots.digest_of(picture) != results.digest(result):
+            yield f"{suite}: {picture} was drawn from another result: run `python -m benchmarks report`"
 
 
 def _pattern(suite: str) -> re.Pattern:
@@ -105,9 +142,18 @@ def _with_block(text: str, suite: str, inner: str) -> str:
 
 def block(suite: str, paths: Paths) -> str:
     """What stands between the markers of a suite: for each machine a caption, tables, and the plot."""
-    return "\n".join(
-        _machine_block(suite, result, paths) for result in results.read_full(suite, paths.results)
-    )
+    if suite == SCORING:
+        return _scoring(paths)
+    return "\n".join(_machine_block(suite, result, paths) for result in paths.stored(suite))
+
+
+def _scoring(paths: Paths) -> str:
+    """The suites of scoring in one sentence."""
+    parts = []
+    for result in paths.stored(SCORING):
+        suite = importlib.import_module(f"benchmarks.{result['suite']}")
+        parts.append(suite.in_words(result["cases"]))
+    return f"{'; '.join(parts)}.\n"
 
 
 def _machine_block(suite: str, result: dict, paths: Paths) -> str:
@@ -119,12 +165,20 @@ def _machine_block(suite: str, result: dict, paths: Paths) -> str:
         return "\n".join(lines)
     for group, cases in _groups(result["cases"]):
         lines += [*_table(suite, group, cases), ""]
-    lines += _comparisons(result["cases"])
-    lines += _absent(result["cases"])
-    picture = paths.plots / f"{results.path_of(result, Path()).stem}.png"
+    lines += [*_notes(result["cases"]), *_comparisons(result["cases"]), *_absent(result["cases"])]
     if suite not in WITHOUT_PLOT:
-        lines += [f"![{suite}]({_relative(picture, paths.readme.parent)})", ""]
+        alternative = plots.heading(result).replace("\n", "; ")
+        lines += [f"![{alternative}]({_relative(paths.picture(result), paths.readme.parent)})", ""]
     return "\n".join(lines)
+
+
+def _notes(cases: list[dict]) -> Iterator[str]:
+    """What a reader has to know of the cells above."""
+    rows = [row for case in cases for row in results.timed(case)]
+    if any(row.get("samples") == 1 for row in rows):
+        yield from (f"One call: {ONE_CALL}.", "")
+    if any("promised" in row for row in rows):
+        yield from (memory.caption(cases), "")
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -175,18 +229,24 @@ def _table(suite: str, group: str, cases: list[dict]) -> list[str]:
     for name in results.names(cases):
         rows = [next((row for row in case["rows"] if row["name"] == name), None) for case in cases]
         timed = [row for row in rows if row is not None and row["status"] == "ok"]
-        if not timed:
-            continue
         label = name if unit else results.named(timed[0])
         label = f"**{label}**" if timed[0]["ours"] else label
         cells = [label, *(_cell(row) for row in rows)]
         if has_errors:
             cells.append(f"{max(row['max_error'] for row in timed):.0e}")
         lines.append(_line(cells))
+    if has_errors:
+        lines.append(_line(["rounds that a median is of", *map(_rounds, cases), ""]))
     peaks = [case.get("peak_gflops") for case in cases]
     if any(peaks):
         lines.append(_line(["register-only peak, GFLOP/s", *(f"{p:.0f}" if p else "" for p in peaks), ""]))
     return lines
+
+
+def _rounds(case: dict) -> str:
+    """ "9", or "2-9" where slow contenders sat out some."""
+    counts = [row["samples"] for row in results.timed(case) if row["samples"] > 1]
+    return "-".join(map(str, sorted({min(counts), max(counts)}))) if counts else ""
 
 
 def _column(case: dict) -> str:
@@ -198,7 +258,7 @@ def _column(case: dict) -> str:
 
 def _cell(row: dict | None) -> str:
     if row is None:
-        return ""
+        return "not run"
     if row["status"] != "ok":
         return {"cannot run": "-", "wrong": "wrong", "failed": "failed"}[row["status"]]
     if "value" in row:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import machine, peers
 
 FOLDER = Path(__file__).with_name("results")
 
@@ -30,6 +31,11 @@ def read_full(suite: str, folder: Path = FOLDER) -> list[dict]:
     """The full results of a suite, of all machines, by file name."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{suite}-*.json"))]
     return [result for result in found if result["suite"] == suite and not result["quick"]]
+
+
+def digest(result: dict) -> str:
+    """Of a result as it is read; a plot carries that of the result it was drawn from."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
 def tables(result: dict) -> list[list[list[str]]]:
@@ -62,6 +68,11 @@ def cells(row: dict) -> dict[str, str]:
     }
 
 
+def timed(case: dict) -> list[dict]:
+    """The rows that stand side by side: measured, and asked for the same work."""
+    return [row for row in case["rows"] if row["status"] == "ok" and row["name"] not in peers.LESS_WORK]
+
+
 def named(row: dict) -> str:
     """The contender, with its note."""
     return f"{row['name']} ({row['note']})" if row["note"] else row["name"]
@@ -80,8 +91,8 @@ def problems(case: dict) -> Iterator[str]:
 
 
 def names(cases: Iterable[dict]) -> list[str]:
-    """Names of all rows, in order of first appearance."""
-    return list(dict.fromkeys(row["name"] for case in cases for row in case["rows"]))
+    """Names of all rows that stand side by side, in order of first appearance."""
+    return list(dict.fromkeys(row["name"] for case in cases for row in timed(case)))
 
 
 def _rounded(value):

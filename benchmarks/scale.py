@@ -75,6 +75,14 @@ def tables(cases: Sequence[dict]) -> list[list[list[str]]]:
     return [[["step", "figure", "measured", "asked for"], *rows]]
 
 
+def in_words(cases: Sequence[dict]) -> str:
+    """For the README."""
+    figures = {row["name"]: row["value"] for case in cases for row in case["rows"]}
+    samples = cases[0]["samples"]
+    stored, selected = samples / figures["write_samples_per_s"], figures["select_s"]
+    return f"{samples:,} scored samples are stored in {stored:.0f} s and selected in {selected:.0f} s"
+
+
 def write_scores(folder: Path, samples: int) -> dict:
     """Rows as the scorer makes them, then stored: samples a second of `ScoreWriter.write`, and bytes a sample.
 

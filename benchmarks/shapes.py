@@ -41,6 +41,7 @@ TRAIN = (
     Shape("32k vocabulary, 2048 wide", 512, 2048, 32000),
     Shape("65k vocabulary, 1536 wide", 256, 1536, 65536),
 )
+TRAIN_MANY_ROWS = SCORE[2:]  # the suite `memory` only: many rows are where logits are large
 QUICK = (Shape("a small head", 192, 576, 16384),)
 GPU_HEADS = (
     Shape("LLaVA-1.5 7B", 8192, 4096, 32000),

@@ -46,7 +46,7 @@ def _show_head(result: dict, console: Console) -> None:
 def _show_timings(case: dict, console: Console) -> None:
     peak = f"; register-only peak {case['peak_gflops']:.0f} GFLOP/s" if case.get("peak_gflops") else ""
     table = Table(title=f"{results.label(case)} ({case['model']}){peak}", title_justify="left")
-    timed = [(row, results.cells(row)) for row in case["rows"] if row["status"] == "ok"]
+    timed = [(row, results.cells(row)) for row in results.timed(case)]
     columns = [column for column in results.COLUMNS if any(cells[column] for _, cells in timed)]
     table.add_column("contender", no_wrap=True)
     for column in columns:

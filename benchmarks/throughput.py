@@ -1,6 +1,7 @@
-"""Suite `throughput`: scoring from image files to token values, against a careful plain loop.
+"""Suite `throughput`: scoring from image files to token values, against a plain loop over full logits.
 
-The plain loop: batches of 8 in reading order, padded, two forward calls, log_softmax over full logits. Both read the
+The plain loop: batches of 8 in reading order, padded, two forward calls, logits and log_softmax at every position,
+image tokens included (transformers' `logits_to_keep` would spare most of them: docs/throughput.md). Both read the
 same files, use the same encoder and the same blur, in one process, part by part in turn; a part's ratio is
 plain / ours in seconds of the clock (and, beside it, in processor seconds, which other work on the machine stretches
 less). The figure is the median part's. Beside each stands the bound: the FLOP of the plain loop over the FLOP that
@@ -177,7 +178,7 @@ def make_samples(folder: Path, n_samples: int, questions: int) -> list[Sample]:
 
 @torch.inference_mode()
 def plain_loop(scorer: Scorer, samples: Sequence[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What one writes without a library for it, with care: (nll_image, nll_null) of each sample's answer tokens."""
+    """What one writes without a library for it: (nll_image, nll_null) of each sample's answer tokens."""
     results = []
     for batch in chunks(samples, BATCH):
         encoded = [scorer.encoder.encode(sample) for sample in batch]
@@ -370,6 +371,14 @@ def cells(case: dict) -> dict[str, str]:
     }
 
 
+def in_words(cases: Sequence[dict]) -> str:
+    """For the README."""
+    parts = [
+        f"{case['label']}: {case['ratio']:.1f} times (bound by FLOP: {case['bound']:.1f})" for case in cases
+    ]
+    return "Against a plain loop over full logits, " + "; ".join(parts)
+
+
 def tables(cases: Sequence[dict]) -> list[list[list[str]]]:
     """Tables, each a list of rows and the first row the head: the figures, and where the time goes."""
     figures = [cells(case) for case in cases]
@@ -381,6 +390,25 @@ def tables(cases: Sequence[dict]) -> list[list[list[str]]]:
             *([step, *(f"{100 * case['profile'][step]:.1f} %" for case in cases)] for step in steps),
         ],
     ]
+
+
+def broken_bounds(cases: Sequence[dict]) -> list[str]:
+    """What is asked of a full run and does not hold."""
+    full = {case.label: case.samples for case in CASES}
+    return [
+        f"{case['label']}: {name} = {value:.2f}, {sign} {asked:.2f} was asked for"
+        for case in cases
+        if case["samples"] >= full.get(case["label"], 0)
+        for name, value, sign, asked in _asked(case)
+        if not (value >= asked if sign == "at least" else value <= asked)
+    ]
+
+
+def _asked(case: dict) -> Iterator[tuple[str, float, str, float]]:
+    yield "plain / ours", case["ratio"], "at least", case["promised"]
+    yield "the share outside the model's layers", outside(case["profile"]), "at most", OUTSIDE
+    if case["memory"]:
+        yield "peak memory", case["peak_mib"]["ours"] / case["peak_mib"]["plain"], "at most", case["memory"]
 
 
 # --- memory ---

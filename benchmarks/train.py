@@ -9,12 +9,10 @@ import torch
 from benchmarks import harness, peers
 from benchmarks.harness import Contender
 from benchmarks.heads import TrainJudge, make_inputs
-from benchmarks.score import CASE_SECONDS, add_share_of_peak, describe, peak_probe
+from benchmarks.score import CASE_SECONDS, PRODUCTS, add_share_of_peak, describe, peak_probe
 from benchmarks.shapes import Shape, train_cases
 
-COMPARISONS = (
-    ("frozen weight / both gradients", "linear_cross_entropy, frozen weight", "linear_cross_entropy", 1),
-)
+COMPARISONS = (("frozen weight / both gradients", peers.FROZEN, "linear_cross_entropy", 1),)
 
 
 def contenders() -> list[Contender]:
@@ -42,5 +40,5 @@ def case(shape: Shape, dtype: torch.dtype, threads: int, rounds: int, say) -> di
         probe=peak_probe(dtype, threads),
         say=lambda text: say(f"{label}: {text}"),
     )
-    add_share_of_peak(result, ("linear_cross_entropy",), 3 * shape.gemm_flops)
+    add_share_of_peak(result, ("linear_cross_entropy",), PRODUCTS["train"] * shape.gemm_flops)
     return describe(shape, dtype, result, COMPARISONS)

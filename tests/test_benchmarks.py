@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 from benchmarks import (
+    __main__,
+    audit,
     blur,
     gpu,
     harness,
@@ -239,16 +243,16 @@ def test_gpu_suite_on_a_stand_in(monkeypatch, tmp_path):
     assert plots.draw(machine.header("gpu", 1, False) | {"cases": cases}, tmp_path).exists()
 
 
-def stored(folder: Path, suite: str = "score", ratio: float = 0.61234567) -> dict:
-    """A small result as a suite stores it."""
+def stored(folder: Path, suite: str = "score", p50_ms: float = 10.0) -> dict:
+    """A small result as a suite stores it: 240 operations a call, a peak of 25,000 of them a second."""
     timed = {"baseline": False, "work": 1.0, "note": "", "status": "ok", "max_error": 2e-6, "samples": 5}
     ours = timed | {
         "name": "linear_nll",
         "ours": True,
         "p20_ms": 9.0,
-        "p50_ms": 10.0,
+        "p50_ms": p50_ms,
         "p80_ms": 11.0,
-        "ratio": ratio,
+        "ratio": p50_ms / 16.0,
     }
     bare = timed | {
         "name": "bare GEMM",
@@ -258,6 +262,7 @@ def stored(folder: Path, suite: str = "score", ratio: float = 0.61234567) -> dic
         "p80_ms": 18.0,
         "ratio": 1.0,
     }
+    sparse = ours | {"name": peers.SPARSE, "p50_ms": 3.0, "ratio": 3.0 / 16.0}
     absent = {
         "name": "Peer",
         "ours": False,
@@ -270,9 +275,12 @@ def stored(folder: Path, suite: str = "score", ratio: float = 0.61234567) -> dic
         "model": "a model",
         "shape": {"N": 4, "D": 5, "V": 6},
         "dtype": "float32",
-        "peak_gflops": 200.0,
-        "rows": [bare | {"baseline": True}, ours | {"of_peak": 0.9}, absent],
-        "comparisons": [{"name": "this / that", "ratio": 0.5}, {"name": "unknown", "ratio": None}],
+        "peak_gflops": 25e-6,
+        "rows": [bare | {"baseline": True}, ours | {"of_peak": 9.6 / p50_ms}, sparse, absent],
+        "comparisons": [
+            {"name": score.COMPARISONS[0][0], "ratio": None},
+            {"name": score.COMPARISONS[1][0], "ratio": 3.0 / p50_ms},
+        ],
     }
     result = {
         "suite": suite, "quick": False, "command": f"python -m benchmarks {suite} --threads 2", "date": "2026-01-02",
@@ -294,15 +302,19 @@ def test_report_round_trip(tmp_path):
     assert report.disagreements(paths) == []
     text = paths.readme.read_text()
     assert text.startswith("# x\n") and text.endswith("end\n")
-    assert "| **linear_nll** | 0.61 (10.0, 90 % of peak) |" in text
+    assert "| **linear_nll** | 0.62 (10.0, 96 % of peak) |" in text
+    assert "| rounds that a median is of | 5 |" in text
     assert "`python -m benchmarks score --threads 2`" in text
-    assert "Not timed: Peer: cannot run: why." in text and "this / that: 0.50" in text
+    assert "Not timed: Peer: cannot run: why." in text
+    assert f"{peers.SPARSE} / none: 0.30 (4 × 5 × 6, float32)." in text and f"| **{peers.SPARSE}" not in text
     assert [path.suffix for path in written] == [".md", ".png"] and written[1].stat().st_size > 5000
     report.write(paths)
     assert paths.readme.read_text() == text
-    stored(paths.results, ratio=0.7)
-    assert "differs" in report.disagreements(paths)[0]
+    stored(paths.results, p50_ms=11.0)
+    found = report.disagreements(paths)
+    assert "differs" in found[0] and "drawn from another result" in found[1] and len(found) == 2
     report.write(paths)
+    assert report.disagreements(paths) == []
     written[1].unlink()
     assert "missing" in report.disagreements(paths)[0]
     next(paths.results.iterdir()).unlink()
@@ -314,7 +326,7 @@ def test_quick_results_do_not_replace_full_ones(tmp_path):
     path = results.write(result | {"quick": True}, tmp_path)
     assert "quick" in path.name and len(list(tmp_path.iterdir())) == 2
     assert len(results.read_full("score", tmp_path)) == 1
-    assert json.loads(path.read_text())["cases"][0]["rows"][1]["ratio"] == 0.61235
+    assert json.loads(path.read_text())["cases"][0]["rows"][1]["ratio"] == 0.625
 
 
 def test_plots_cut_only_what_is_far_longer(tmp_path):
@@ -322,6 +334,98 @@ def test_plots_cut_only_what_is_far_longer(tmp_path):
     result["cases"][0]["rows"][0] |= {"baseline": False, "name": "slow peer", "ratio": 12.0}
     path = plots.draw(result, tmp_path)
     assert path is not None and path.stat().st_size > 5000
+    assert plots.digest_of(path) == results.digest(result)
+
+
+def edited(paths: report.Paths, change) -> list[str]:
+    """What the check says of a result that `change` was done to, after the pages were written from it."""
+    path = next(paths.results.glob("score-*.json"))
+    before = path.read_text()
+    result = json.loads(before)
+    change(result["cases"][0])
+    path.write_text(json.dumps(result))
+    report.write(paths)
+    found = report.disagreements(paths)
+    path.write_text(before)
+    return found
+
+
+def test_the_check_recomputes_what_follows_from_the_times(tmp_path):
+    paths = report.Paths(tmp_path / "README.md", tmp_path / "results", tmp_path / "plots")
+    paths.readme.write_text("<!-- benchmarks:score -->\n<!-- /benchmarks:score -->\n")
+    stored(paths.results)
+    assert edited(paths, lambda case: None) == []
+    assert "the ratio of linear_nll is 0.5, but" in edited(paths, lambda c: c["rows"][1].update(ratio=0.5))[0]
+    assert "share of the peak" in edited(paths, lambda c: c["rows"][1].update(of_peak=0.9))[0]
+    assert "none is 0.1, but" in edited(paths, lambda c: c["comparisons"][1].update(ratio=0.1))[0]
+    assert "follows as None" in edited(paths, lambda c: c["comparisons"][0].update(ratio=0.9))[0]
+    wrong = {"status": "wrong", "reason": "error 1"}
+    assert "linear_nll: wrong: error 1" in edited(paths, lambda c: c["rows"][1].update(wrong))[0]
+
+
+def test_one_block_of_each_suite_on_its_own_page(tmp_path):
+    paths = report.Paths(tmp_path / "README.md", tmp_path / "results", tmp_path / "plots")
+    block = "<!-- benchmarks:score -->\n<!-- /benchmarks:score -->\n"
+    stored(paths.results)
+    paths.readme.write_text(block)
+    report.write(paths)
+    text = paths.readme.read_text()
+    paths.readme.write_text(text + block.replace("\n", "\n| false |\n", 1))
+    assert "2 times" in report.disagreements(paths)[0]
+    paths.readme.write_text(text + block.replace("score", "scale"))
+    assert "<!-- benchmarks:scale -->" in report.disagreements(paths)[0]
+    paths.readme.unlink()
+    assert "README.md does not exist" in report.disagreements(paths)[0]
+
+
+def test_a_wrong_row_of_the_library_fails_the_suite(monkeypatch):
+    """A peer's does not; what is wrong is wrong in the quick run too."""
+    rows = [
+        Contender("peer", lambda inputs: lambda: 2.0),
+        Contender("mine", lambda inputs: lambda: 1.0, ours=True),
+    ]
+    right = 1.0
+    judge = lambda contender, output: Check(0.0, 0.0 if output == right else math.inf)  # noqa: E731
+
+    def run(threads, quick, say):
+        return [{"label": "a case", "model": "", **harness.measure(rows, None, judge, rounds=1, settle_s=0)}]
+
+    monkeypatch.setattr(blur, "run", run)
+    assert CliRunner().invoke(__main__.app, ["blur", "--quick"]).exit_code == 0
+    right = 2.0
+    done = CliRunner().invoke(__main__.app, ["blur", "--quick"])
+    assert done.exit_code == 1 and "blur: a case: mine: wrong: error 0" in done.output
+
+
+def test_a_broken_promise_of_memory():
+    case = {"label": "score: a case", "rows": [
+        {"name": "linear_nll", "ours": True, "status": "ok", "value": 64.0, "promised": 64},
+        {"name": "eager PyTorch", "ours": False, "status": "ok", "value": 900.0, "promised": None},
+        {"name": "absent", "ours": False, "status": "cannot run", "reason": ""},
+    ]}  # fmt: skip
+    result = {"suite": "memory", "cases": [case]}
+    assert audit.broken(result) == []
+    case["rows"][0]["value"] = 64.1
+    assert audit.broken(result) == ["score: a case: linear_nll: 64.1 MiB, promised 64"]
+
+
+def test_results_and_pages_are_no_changes_of_a_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit() == "unknown" and machine.changed_since("abc1234") is None
+    git = lambda *words: subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)  # noqa: E731
+    for name in ("csrc/a.h", "benchmarks/b.py", "benchmarks/results/c.json", "README.md", "docs/plots/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    git("init", "-q")
+    git("add", ".")
+    git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x")
+    head = machine.commit()
+    assert len(head) >= 7 and not head.endswith("+")
+    for name in ("benchmarks/results/c.json", "README.md", "docs/plots/d.png"):
+        (tmp_path / name).write_text("after")
+    assert machine.commit() == head and machine.changed_since(head) == []
+    (tmp_path / "csrc/a.h").write_text("after")
+    assert machine.commit() == f"{head}+" and machine.changed_since(f"{head}+") == ["csrc"]
 
 
 def test_readme_shows_the_stored_results():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine, report, results, scale, throughput
+from benchmarks import audit, machine, report, results, scale, throughput
 from benchmarks.throughput import Flops, make_samples, ours, plain_loop
 
 
@@ -82,25 +82,48 @@ def test_a_case_from_samples_to_the_page(small, monkeypatch, tmp_path):
         throughput, "peak_mib", lambda case, name, threads: (80.0 if name == "plain" else 40.0, 1.0)
     )
     case = throughput.measured(throughput.CASES[1]._replace(samples=12, parts=2), 1, lambda text: None)
-    assert case["ratio"] > 1 and case["bound"] > 1 and case["promised"] == 4.0 and len(case["ratios"]) == 2
+    assert case["ratio"] > 1 and case["bound"] > 1 and len(case["ratios"]) == 2
+    assert case["promised"] == 4.0
     stored = machine.header("throughput", torch.get_num_threads(), False) | {"cases": [case]}
-    figures = [
-        {"label": "select", "samples": 1_000_000, "rows": scale.rows_of({"select_s": 31.0, "read": 2.0})}
-    ]
+    measured = scale.rows_of({"write_samples_per_s": 50_000.0, "select_s": 29.0, "read": 2.0})
+    figures = [{"label": "select", "samples": 1_000_000, "rows": measured}]
     paths = report.Paths(tmp_path / "README.md", tmp_path / "results", tmp_path / "plots")
     page = tmp_path / "docs" / "throughput.md"
     page.parent.mkdir()
-    paths.readme.write_text("nothing\n")
-    blocks = [f"<!-- benchmarks:{suite} -->\n<!-- /benchmarks:{suite} -->\n" for suite in report.ON_OWN_PAGE]
-    page.write_text("# Page\n" + "".join(blocks))
+    blocks = {
+        name: f"<!-- benchmarks:{name} -->\n<!-- /benchmarks:{name} -->\n"
+        for name in (*report.ON_OWN_PAGE, report.SCORING)
+    }
+    paths.readme.write_text(blocks.pop(report.SCORING))
+    page.write_text("# Page\n" + "".join(blocks.values()))
     results.write(stored, paths.results)
     results.write(machine.header("scale", 1, False) | {"cases": figures}, paths.results)
-    assert len(report.disagreements(paths)) == 2
+    assert len(report.disagreements(paths)) == 3
     assert page in report.write(paths)
-    assert report.disagreements(paths) == [] and paths.readme.read_text() == "nothing\n"
-    text = page.read_text()
-    ratio = f"{json.loads(results.path_of(stored, paths.results).read_text())['cases'][0]['ratio']:.2f}"
-    assert f"{ratio} (at least 4.00)" in text and "0.50 x (at most 0.6)" in text
-    assert "| text: the layers |" in text and "| 31.0 | <= 30 |" in text
+    assert report.disagreements(paths) == []
+    text, first = page.read_text(), paths.readme.read_text()
+    ratio = json.loads(results.path_of(stored, paths.results).read_text())["cases"][0]["ratio"]
+    assert f"| {ratio:.2f} (at least 4.00) |" in text and "0.50 x (at most 0.6)" in text
+    assert f"six questions an image: {ratio:.1f} times (bound by FLOP: {case['bound']:.1f})" in first
+    assert "1,000,000 scored samples are stored in 20 s and selected in 29 s." in first
+    assert "| text: the layers |" in text and "| 29.0 | <= 30 |" in text
     page.write_text(text.replace("<= 30", "<= 40"))
     assert "scale: throughput.md differs" in report.disagreements(paths)[0]
+    page.unlink()
+    assert "throughput.md does not exist" in report.disagreements(paths)[0]
+
+
+def test_bounds_of_full_runs():
+    full = throughput.CASES[0]
+    case = {
+        "label": full.label, "samples": full.samples, "ratio": 1.6, "promised": 1.5, "memory": 0.6, "rows": [],
+        "peak_mib": {"ours": 50.0, "plain": 100.0}, "profile": {"text: the layers": 0.95, "else": 0.05},
+    }  # fmt: skip
+    result = {"suite": "throughput", "cases": [case]}
+    assert audit.broken(result) == []
+    case |= {"ratio": 1.4, "memory": 0.4, "profile": {"text: the layers": 0.9, "else": 0.1}}
+    assert len(audit.broken(result)) == 3
+    assert f"{full.label}: plain / ours = 1.40, at least 1.50 was asked for" in audit.broken(result)
+    assert audit.broken({"suite": "throughput", "cases": [case | {"samples": 48}]}) == []
+    million = [{"label": "select", "samples": 1_000_000, "rows": scale.rows_of({"select_s": 31.0})}]
+    assert audit.broken({"suite": "scale", "cases": million}) == ["select_s = 31.0, expected <= 30"]
