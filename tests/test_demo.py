@@ -3,20 +3,26 @@
 import hashlib
 import json
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vig.demo import dataset, measures, scenes
+from vig.demo import dataset, measures, nulls, scenes
 from vig.demo.arms import CHECKPOINT, Job
 from vig.demo.evaluate import Exam
 from vig.engine import score_dataset
 from vig.images import open_images
+from vig.null_image import NullSettings
 from vig.prompts import Encoder
 from vig.samples import BrokenRecord, read_samples
 from vig.score import Scorer
+from vig.score_rows import ScoreRow
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -195,12 +201,57 @@ def test_an_exam_equals_greedy_decoding(scorer, tmp_path):
 # ---- measures
 
 
-def test_auroc_by_counting_pairs():
+def test_chance_above_by_counting_pairs():
     rng = np.random.default_rng(0)
     positive, negative = rng.integers(0, 5, 40).astype(float), rng.integers(-2, 3, 30).astype(float)
     pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
-    assert measures.auroc(positive, negative) == pytest.approx(np.mean(pairs))
-    assert np.isnan(measures.auroc(positive, np.empty(0)))
+    assert measures.chance_above(positive, negative) == pytest.approx(np.mean(pairs))
+    assert np.isnan(measures.chance_above(positive, np.empty(0)))
+
+
+# ---- the table of null images
+
+
+def test_colours_against_habit_are_told_by_their_object():
+    answer = "two things: a red cup and a yellow banana.".replace(":", " :").replace(".", " .").split()
+    assert [word for word, yes in zip(answer, nulls.against_habit(answer), strict=True) if yes] == ["red"]
+    for colour, contrary in (("teal", True), ("white", False)):
+        assert any(nulls.against_habit(["the", "cup", "is", colour, "."])) is contrary
+
+
+def test_null_figures_by_hand():
+    words = ["a", "red", "cup", "yellow", "banana", "two", "</s>"]
+    vig = [0.0, 2.0, 3.0, 0.5, 4.0, 1.0, 0.25]
+    row = ScoreRow(
+        "k", "i", "", "ok", list(range(7)), list(range(7)), [1.0] * 7, [1 + value for value in vig]
+    )
+    found = nulls.figures([row], words)
+    assert (found.contrary, found.canonical, found.object) == (1.0, pytest.approx(2 / 3), 1.0)
+    assert found.vig == {"colour": 1.25, "object": 3.5, "function": 0.0}
+
+
+def test_the_page_on_null_images_says_what_its_command_measures(tmp_path):
+    page = (ROOT / "docs" / "null-images.md").read_text(encoding="utf-8")
+    lines = nulls.MARKS.search(page)[0].splitlines()
+    assert len(lines) == 2 + len(nulls.NULLS)
+    records = nulls.answered_by_looking(dataset.SAMPLES, dataset.DATA_SEED)
+    assert f"the {len(records)} of its {dataset.SAMPLES:,}" in page
+    default = NullSettings()
+    found = nulls.measure(default, dataset.write_records(tmp_path, "seen", records))
+    empty = found._replace(vig=dict.fromkeys(measures.CLASSES, 0.0))
+    for null, line in zip(nulls.NULLS, lines[2:], strict=True):
+        made = nulls.table([(null, found if null == default else empty)]).splitlines()
+        assert lines[:2] == made[:2] and line.split("|")[1] == made[2].split("|")[1]
+        if null == default:
+            numbers = [
+                [float(n) for n in re.findall(r"\d\.\d+", text.split("|", 2)[2])] for text in (line, made[2])
+            ]
+            assert numbers[0] == pytest.approx(numbers[1], abs=0.011)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = re.search(r"object words (\S+), colour words (\S+), function words (\S+) ", readme)
+    assert [float(number) for number in said.groups()] == pytest.approx(
+        [found.vig[name] for name in ("object", "colour", "function")], abs=0.0051
+    )
 
 
 def test_jobs_are_read_as_they_are_written():

@@ -18,6 +18,7 @@ from pathlib import Path
 from vig.demo import scenes
 from vig.demo.scenes import Item, Scene, Turn
 
+SAMPLES, DATA_SEED = 1200, 0  # of the tuning data that the demo draws
 BLIND = 0.5  # share of colours and captions of the tuning data that are answered without looking
 PRIOR = 0.6  # how often an object of the tuning data wears its canonical colour
 MIX = {"colour": 42, "caption": 22, "look up": 12, "count": 4, "text only": 20}  # per cent

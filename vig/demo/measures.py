@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vig.demo.scenes import COLOUR_WORDS, FUNCTION_WORDS, OBJECT_WORDS
+from vig.metrics import auroc
 from vig.store import read_scores
 
 CLASSES = {"colour": COLOUR_WORDS, "object": OBJECT_WORDS, "function": FUNCTION_WORDS}
@@ -26,10 +27,10 @@ class WordVIG(NamedTuple):
     def auroc(self) -> float:
         """Of colour and object words against function words."""
         seen = np.concatenate([self.values["colour"], self.values["object"]])
-        return auroc(seen, self.values["function"])
+        return chance_above(seen, self.values["function"])
 
     def against_function(self, name: str) -> float:
-        return auroc(self.values[name], self.values["function"])
+        return chance_above(self.values[name], self.values["function"])
 
 
 def word_vig(scores: str | Path, words: list[str], ids: Iterable[str] | None = None) -> WordVIG:
@@ -49,14 +50,11 @@ def word_vig(scores: str | Path, words: list[str], ids: Iterable[str] | None = N
     return WordVIG({name: np.concatenate(parts) for name, parts in found.items()})
 
 
-def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """P(positive > negative) + P(equal) / 2 over all pairs; nan where a side is empty."""
+def chance_above(positive: np.ndarray, negative: np.ndarray) -> float:
+    """AUROC of the positive values against the negative ones; nan where a side is empty."""
     if not len(positive) or not len(negative):
         return float("nan")
-    negative = np.sort(negative)
-    below = np.searchsorted(negative, positive, side="left")
-    upto = np.searchsorted(negative, positive, side="right")
-    return float((below + upto).mean() / 2 / len(negative))
+    return auroc([*positive, *negative], [True] * len(positive) + [False] * len(negative))
 
 
 def vig_by(field: str, scores: str | Path, truth: Mapping[str, dict]) -> dict[str, np.ndarray]:
