@@ -113,6 +113,11 @@ def test_metadata_holds_the_scores_own_and_the_choice(scores, tmp_path):
         selection.table().table.column_names
     )
     assert any("tau =" in line for line in selection.summary())
+    counts = selection.counts
+    kept, every = (counts[name] + counts["text_only_tokens"] for name in ("tokens_kept", "tokens_total"))
+    assert counts["text_only_tokens"] and any(
+        f" {kept:,} of {every:,} (" in line for line in selection.summary()
+    )
 
 
 def test_random_keeps_the_same_counts_and_is_stable(scores):

@@ -62,7 +62,7 @@ class Selection:
 
     def summary(self) -> list[str]:
         """Lines for a terminal."""
-        n = self.counts
+        n, text = self.counts, self.counts["text_only_tokens"]
         tau = "none" if self.tau is None else f"{self.tau:.6g} nats"
         if self.tau is not None and self.tau != self.tau_p:
             tau += f" (the floor; the percentile is {self.tau_p:.6g})"
@@ -71,6 +71,7 @@ class Selection:
             f"samples kept  {_share(n['samples_kept'], n['samples_total'])} with an image",
             f"tokens kept   {_share(n['tokens_kept'], n['tokens_total'])} of these samples' answers",
             f"text-only     {n['text_only']:,} samples, {n['text_only_tokens']:,} tokens, all kept",
+            f"trained on    {_share(n['tokens_kept'] + text, n['tokens_total'] + text)} of all answer tokens",
             f"not scored    {n['errors']:,} samples, none kept",
         ]
         return lines + [f"warning: {line}" for line in self.warnings]
@@ -221,7 +222,7 @@ def select(
     notes = list(unfinished(scores))
     tau_p = float(np.percentile(facts.vig, 100 - p)) if len(facts.vig) else None
     tau = tau_p if tau_p is None or tau_floor is None else max(tau_p, float(tau_floor))
-    notes += _tau_warnings(tau, score_metadata(scores))
+    notes += tau_warnings(tau, score_metadata(scores))
     rule = Rule("both" if level == "random" else level, math.inf if tau is None else tau, clip, seed)
     if level == "random" and tau is not None:
         rule = _random_rule(rule, facts, _count(scores, rule, report), notes)
@@ -323,7 +324,8 @@ def _refuse_duplicates(scores, hashes: np.ndarray) -> None:
             seen.add(key)
 
 
-def _tau_warnings(tau: float | None, metadata: dict) -> list[str]:
+def tau_warnings(tau: float | None, metadata: dict) -> list[str]:
+    """What a reader of the selection should know of its tau. metadata: of the scores."""
     if tau is None:
         return ["no scored sample has an image: there is no tau, and only text-only samples are kept"]
     floor = metadata.get("noise_floor", metadata.get("notes", {}).get("noise_floor"))

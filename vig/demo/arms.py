@@ -39,7 +39,7 @@ class Job(NamedTuple):
 
 
 def run_jobs(folder: Path, jobs: list[Job]) -> Iterator[dict]:
-    """Train and examine each job's model; yields {"arm", "seed", "colour", "exact", "questions", "seconds"}."""
+    """Train and examine each job's model; yields arm, seed, the exam's figures, tokens and seconds of each."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     from vig.demo.evaluate import Exam
@@ -57,7 +57,13 @@ def run_jobs(folder: Path, jobs: list[Job]) -> Iterator[dict]:
             model, encoded, job.selection(folder), None, processor=processor, seed=job.seed, **TRAINING
         )
         figures = exam.sit(result.model)
-        yield {"arm": job.arm, "seed": job.seed, **figures._asdict(), "seconds": result.seconds}
+        yield {
+            "arm": job.arm,
+            "seed": job.seed,
+            **figures._asdict(),
+            "tokens": result.tokens,
+            "seconds": result.seconds,
+        }
 
 
 def main() -> None:

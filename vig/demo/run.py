@@ -22,7 +22,9 @@ from rich.table import Table
 from vig.demo.arms import ARMS, CHECKPOINT, TRAINING, Job, run_jobs
 from vig.demo.dataset import (
     BLIND,
+    DATA_SEED,
     MATCHES,
+    SAMPLES,
     read_truth,
     test_records,
     triple_records,
@@ -30,15 +32,15 @@ from vig.demo.dataset import (
     write_records,
 )
 from vig.demo.measures import vig_by, word_vig, words_of
+from vig.train_folder import RECORD
 
 NAMES = {"base": "base, untuned", "all": "all tokens", "random": "random, same count", "vig": "VIG, p = 70"}
-DATA_SEED = 0
 
 
 def demo(
     folder: str | Path = "demo-output",
     *,
-    samples: int = 1200,
+    samples: int = SAMPLES,
     questions: int = 600,
     triples: int = 120,
     seeds: int = 3,
@@ -202,7 +204,9 @@ def _first_seed(console: Console, folder: Path, job: Job) -> dict:
         *options,
     )
     seconds = time.monotonic() - started
-    found = _examine(folder, out) | {"arm": job.arm, "seed": job.seed, "seconds": seconds}
+    tokens = json.loads((out / RECORD).read_text(encoding="utf-8"))["tokens"]
+    told = {"arm": job.arm, "seed": job.seed, "tokens": tokens, "seconds": seconds}
+    found = _examine(folder, out) | told
     _show_arm(console, found)
     return found
 
@@ -240,7 +244,8 @@ def _second_process(folder: Path, jobs: Sequence[Job]) -> Iterator[Iterator[dict
 
 def _show_arm(console: Console, found: dict) -> None:
     console.print(
-        f"  {NAMES[found['arm']]}, seed {found['seed']}: colour {found['colour']:.1f} %, {found['seconds']:.0f} s"
+        f"  {NAMES[found['arm']]}, seed {found['seed']}: colour {found['colour']:.1f} %, "
+        f"{found['tokens']:,} answer tokens, {found['seconds']:.0f} s"
     )
 
 
@@ -250,24 +255,33 @@ def _show_arms(console: Console, figures: list[dict]) -> dict[str, bool]:
     seeds = sorted({found["seed"] for found in figures[1:]})
     title = f"right colour, % of {base['questions']:,} questions about scenes where habit is always wrong"
     table = Table(
-        "arm", *(f"seed {seed}" for seed in seeds), "mean", "exact answer", title=title, title_justify="left"
+        "arm",
+        *(f"seed {seed}" for seed in seeds),
+        "mean",
+        "exact answer",
+        "tokens",
+        title=title,
+        title_justify="left",
     )
     table.add_row(
         NAMES["base"],
         *([f"{base['colour']:.1f}"] * len(seeds)),
         f"{base['colour']:.1f}",
         f"{base['exact']:.1f}",
+        "0",
     )
     claims = {}
     for arm in ARMS:
         rows = sorted((found for found in figures if found["arm"] == arm), key=lambda found: found["seed"])
         colour = [found["colour"] for found in rows]
-        exact = np.mean([found["exact"] for found in rows])
-        table.add_row(
-            NAMES[arm], *(f"{value:.1f}" for value in colour), f"{np.mean(colour):.1f}", f"{exact:.1f}"
-        )
+        exact, tokens = (np.mean([found[name] for found in rows]) for name in ("exact", "tokens"))
+        means = (f"{np.mean(colour):.1f}", f"{exact:.1f}", f"{tokens:,.0f}")
+        table.add_row(NAMES[arm], *(f"{value:.1f}" for value in colour), *means)
         claims[arm] = all(value > base["colour"] for value in colour)
     console.print(table)
+    console.print(
+        "tokens: answer tokens of a training's steps, those of text-only samples included, mean over seeds"
+    )
     for arm, claimed in claims.items():
         said = (
             "beats the base on every seed"

@@ -15,7 +15,7 @@ from vig.report.facts import Facts, gather
 from vig.report.glue import Viewer, words
 from vig.report.page import render, rounded
 from vig.report.views import Histogram, Page, SampleView, Word
-from vig.select import Selection
+from vig.select import Selection, tau_warnings
 from vig.selection_table import selection_files, selection_metadata
 from vig.store import open_scores, score_metadata, unfinished
 
@@ -84,7 +84,7 @@ def report(
         lowest=lowest,
         tau=tau,
         null_name=NULL_NAMES.get((metadata.get("null") or {}).get("kind"), "null image"),
-        notes=[*unfinished(scores), *viewer.notes, *_error_notes(facts)],
+        notes=[*unfinished(scores), *_tau_notes(chosen, metadata), *viewer.notes, *_error_notes(facts)],
         settings=_settings(metadata, chosen),
     )
     with explain_write_errors(out.parent):
@@ -135,20 +135,36 @@ def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str,
         counts, tau = chosen["counts"], chosen["tau"]
         remark = f"nats; level {chosen['level']}, p\u202f=\u202f{chosen['p']:g}"
         figures.append(("threshold τ", "none" if tau is None else rounded(tau), remark))
-        for what in ("samples", "tokens"):
-            part, whole = counts[f"{what}_kept"], counts[f"{what}_total"]
-            figures.append(
-                (f"{what} trained on", f"{100 * part / max(whole, 1):.1f} %", f"{part:,} of {whole:,}")
-            )
+        figures += [_trained_on(what, counts) for what in ("samples", "tokens")]
     floor = metadata.get("noise_floor", metadata.get("notes", {}).get("noise_floor"))
     if isinstance(floor, int | float):
         figures.append(("noise floor", rounded(floor, 2), "nats; same image scored twice"))
     return figures
 
 
+def _trained_on(what: str, counts: dict) -> tuple[str, str, str]:
+    """The share of all samples or tokens, text-only ones included: they are kept whole."""
+    part, whole = counts[f"{what}_kept"], counts[f"{what}_total"]
+    text_only = counts["text_only" if what == "samples" else "text_only_tokens"]
+    every = whole + text_only
+    remark = f"{part + text_only:,} of {every:,}"
+    if text_only:
+        remark += f"; {_percent(part, whole)} of the {whole:,} with an image"
+    return f"{what} trained on", _percent(part + text_only, every), remark
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):.1f} %"
+
+
 def _fitting(count: int) -> str:
     """A count in full, or in millions where it would not fit its column."""
     return f"{count:,}" if count < 10**7 else f"{count / 1e6:,.1f}\u202fM"
+
+
+def _tau_notes(chosen: dict, metadata: dict) -> list[str]:
+    """What `select` warned of."""
+    return tau_warnings(chosen["tau"], metadata) if chosen else []
 
 
 def _error_notes(facts: Facts) -> list[str]:
