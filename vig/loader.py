@@ -373,18 +373,21 @@ class Donors:
                 continue
             with _errors_of(item):
                 if last != item.record.images:
-                    last, donors = None, self._donors(item)
+                    last, donors = None, self.pictures(item.record, item.hashes, item.sizes)
                     last, hashes = item.record.images, [content_hash(donor) for donor in donors]
                 item.null, item.null_hashes = encoder.encode(item.record, donors), hashes
                 _check_same_answer(item)
 
-    def _donors(self, item: LoadedRecord) -> list[Image.Image]:
+    def pictures(
+        self, sample: Sample, hashes: Sequence[str], sizes: Sequence[tuple[int, int]]
+    ) -> list[Image.Image]:
+        """What stands in the place of each of its images, whose contents and sizes are given. Raises SampleError."""
         donors = []
-        for source, content, size in zip(item.record.images, item.hashes, item.sizes, strict=True):
+        for source, content, size in zip(sample.images, hashes, sizes, strict=True):
             donor = self._next(self._places.get(plan.image_key(source), -1), content)
             if donor is None:
                 reason = "there is no other image to take its place"
-                raise SampleError(item.record.key, item.record.id, reason, "Use null blur")
+                raise SampleError(sample.key, sample.id, reason, "Use null blur")
             donors.append(donor.resize(size, Image.Resampling.BICUBIC))
         return donors
 

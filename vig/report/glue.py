@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vig import plan
 from vig.images import open_images
 from vig.report.facts import Facts
 from vig.report.views import SampleView, Word
@@ -28,6 +30,8 @@ class Viewer:
         self.processor = processor or self._load_processor()
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.samples: dict[str, Sample | BrokenRecord] = {}
+        self.null = metadata.get("null") or {}
+        self.others: dict[str, Image.Image] = {}  # null shuffle: what stands in for the first image, by key
 
     def _load_processor(self) -> Any:
         from transformers import AutoProcessor
@@ -50,18 +54,36 @@ class Viewer:
                 "Questions and pictures are missing: the scores do not name their data. Give data."
             )
             return
+        size, limit = 1, None
+        shuffled = self.null.get("kind") == "shuffle"
+        if shuffled:  # it takes its pictures from the whole window
+            size, limit = self.metadata.get("window") or plan.WINDOW, self.metadata.get("limit")
         try:
-            for record in read_samples(self.data, image_root=self.image_root):
-                if record.key in missing:
-                    missing.discard(record.key)
-                    self.samples[record.key] = record
-                    if not missing:
-                        return
+            records = read_samples(self.data, image_root=self.image_root, limit=limit)
+            for window in plan.chunks(records, size):
+                for record in window:
+                    if record.key in missing:
+                        missing.discard(record.key)
+                        self.samples[record.key] = record
+                        if shuffled:
+                            self._find_other(record, window)
+                if not missing:
+                    return
         except (OSError, ValueError) as error:
             self.notes.append(f"Questions and pictures are missing: {error}")
             return
         if missing:
             self.notes.append(f"{len(missing)} of the samples shown are not in {self.data} any more.")
+
+    def _find_other(self, record: Sample | BrokenRecord, window: list[Sample | BrokenRecord]) -> None:
+        from vig.loader import Donors, content_hash
+
+        if isinstance(record, BrokenRecord) or not record.images:
+            return
+        with suppress(SampleError):  # the page says that it is not shown
+            images = open_images(record)
+            hashes, sizes = [content_hash(image) for image in images], [image.size for image in images]
+            self.others[record.key] = Donors(window).pictures(record, hashes, sizes)[0]
 
     def view(self, row: dict, kept: np.ndarray | None) -> SampleView:
         ids = row["token_ids"] or []
@@ -113,19 +135,25 @@ class Viewer:
         from vig.loader import content_hash
         from vig.null_image import NullSettings, PixelRange, as_image, null_pictures
 
-        encoded, span = self._encoder.encode(sample, images), PixelRange.of(self.processor)
-        pictures = self._family.pictures(encoded.pixels, [encoded.sizes])
-        first = [picture.pixels for picture in pictures if picture.image == 0]
-        shown = max(first, key=lambda picture: picture.numel())  # not its thumbnail
+        span, shown = PixelRange.of(self.processor), self._first_pixels(sample, images)
         clean = as_image(shown, span)
-        null = self.metadata.get("null") or {}
-        settings = NullSettings(null.get("kind", "blur"), **_sigma(null))
+        settings = NullSettings(self.null.get("kind", "blur"), **_sigma(self.null))
         if settings.stage == "prompt":
             return clean, None, "no image at all"
         if settings.stage == "image":
-            return clean, None, "another sample’s image"
+            other = self.others.get(sample.key)
+            if other is None:
+                return clean, None, "another sample’s image, which could not be found"
+            return clean, as_image(self._first_pixels(sample, [other, *images[1:]]), span), ""
         seed = int(content_hash(images[0]), 16)
         return clean, as_image(null_pictures(shown[None], settings, span, [seed])[0], span), ""
+
+    def _first_pixels(self, sample: Sample, images: list[Image.Image]):
+        """(C, H, W) of the first image as the processor makes it: the whole picture, not its thumbnail."""
+        encoded = self._encoder.encode(sample, images)
+        pictures = self._family.pictures(encoded.pixels, [encoded.sizes])
+        first = [picture.pixels for picture in pictures if picture.image == 0]
+        return max(first, key=lambda picture: picture.numel())
 
     @cached_property
     def _encoder(self):
