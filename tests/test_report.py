@@ -13,10 +13,10 @@ import tiny
 from PIL import Image
 from transformers import AutoProcessor
 
-from vig.report import Page, SampleView, _fitting, render, report
+from vig.report import Page, SampleView, Word, _fitting, render, report
 from vig.report.facts import Counter, gather
 from vig.report.glue import token_texts, words
-from vig.report.page import EXACT_PIXELS, legend, rounded, shade, signed, ticks
+from vig.report.page import EXACT_PIXELS, height_ticks, legend, rounded, shade, signed, ticks
 from vig.select import select
 from vig.store import ScoreBlock, ScoreRow, ScoreWriter, StoreError, read_scores, score_metadata
 
@@ -84,7 +84,7 @@ def test_tokens_are_coloured_marked_and_explained():
 def test_markup_in_the_data_is_text():
     evil = '<script>alert("x")</script><img src="http://x">'
     shown = page(view(question=evil, key=evil, tokens=[evil, " red", "&amp;", "\n"]))
-    assert "".join(shown.text).count(evil) == 3
+    assert "".join(shown.text).count(evil) == 4  # the token stands in the list of values too
     assert [text for *_, text in shown.tokens] == [evil, "red", "&amp;", "⏎"]
 
 
@@ -110,6 +110,44 @@ def test_colour_scale_and_numbers():
     assert [rounded(value) for value in (-0.06243, 2.4e-6, 1.5)] == ["−0.0624", "2.4e−6", "1.5"]
     assert (_fitting(9_999_999), _fitting(142_284_115)) == ("9,999,999", "142.3\u202fM")
     assert np.allclose(ticks(-0.3, 3.9), np.arange(0, 4)) and np.allclose(ticks(0, 0.05), np.arange(6) * 0.01)
+
+
+def test_values_can_be_read_without_pointing():
+    text = render(
+        Page("m", "", [], [("x", "", [view(tokens=["a", " red", "\n", "</s>"]), view(vig=[], nll_null=[])])])
+    )
+    two, one = re.findall(r"<details.*?</details>", text, re.DOTALL)
+    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", two)]
+    assert rows[0] == ["token", "VIG", "NLL null", "NLL image", "trained on"]
+    assert rows[2] == ["red", "+4.20", "4.400", "0.200", "yes"] and rows[3][:2] == ["⏎", "−0.70"]
+    assert len(rows) == 5 and "VIG" not in one and "<td>0.200</td><td>yes</td>" in one
+
+
+def test_negative_values_have_a_mark_beside_their_colour():
+    text = render(Page("m", "", [], [("x", "", [view()])]))
+    rule = re.search(r":is\(.t, .scale span\):is\((.*?)\) \{ text-decoration: overline dotted", text)
+    assert rule[1].split(", ") == [f".{kind}" for kind, label in reversed(legend()) if label.startswith("−")]
+    assert "dotted above" in text
+
+
+def test_bars_and_rods_have_the_colour_of_the_legend():
+    style = re.search(r"<style>(.*?)</style>", render(Page("m", "", [], [])), re.DOTALL)[1]
+    for kind, _ in legend():
+        own = "--paper" if kind == "z" else f"--{kind}"
+        assert f"rect.{kind} {{ fill: var({own}); }}" in style
+    words = [Word("up", 0.37, 9), Word("none", 0.004, 9), Word("down", -4.5, 9)]
+    text = render(Page("m", "", [], [], highest=words))
+    assert re.findall(r'<span class="rod (..)" style="width: ([\d.]+)%', text) == [
+        ("p1", "8.2"),
+        ("n5", "100.0"),
+    ]
+
+
+@pytest.mark.parametrize("most", [1, 3, 9, 40, 700, 10**6])
+def test_every_histogram_has_marks_of_its_height(most):
+    for logarithmic in (False, True):
+        marks = height_ticks(most, logarithmic)
+        assert marks and marks == sorted(set(marks)) and 0 < marks[0] <= marks[-1] <= most and len(marks) <= 6
 
 
 def test_small_pictures_keep_their_pixels_and_large_ones_shrink():
@@ -218,10 +256,31 @@ def test_the_whole_page(scored, tmp_path):
         sum("left" in classes for classes, *_ in shown.tokens)
         == sum(len(e.token_keep) for e in entries) - kept
     )
+    counts = selection.counts
+    part, whole = (counts[name] + counts["text_only_tokens"] for name in ("tokens_kept", "tokens_total"))
+    assert (
+        counts["text_only_tokens"]
+        and f"{part:,} of {whole:,}; " in text
+        and "6 of 11; 50.0 % of the 10" in text
+    )
     bare = report(scored / "scores", tmp_path / "bare.html", samples=0)
     assert not Checked(bare.read_text()).tokens and "Distribution" in bare.read_text()
     in_memory = report(scored / "scores", tmp_path / "same.html", selection=selection)
     assert in_memory.read_bytes() == path.read_bytes()
+
+
+def test_a_low_tau_is_told_as_select_tells_it(scored, tmp_path):
+    with pytest.warns(UserWarning, match="at or under 0.001"):
+        low = select(scored / "scores", 100, clip=-1e-9)
+    assert low.warnings
+    notes = re.search(
+        r'<ul class="notes">(.*?)</ul>',
+        report(scored / "scores", tmp_path / "low.html", selection=low).read_text(),
+        re.DOTALL,
+    )[1]
+    assert all(line in notes for line in low.warnings)
+    high = report(scored / "scores", tmp_path / "high.html", selection=select(scored / "scores", 50))
+    assert "tau" not in re.search(r'<ul class="notes">(.*?)</ul>', high.read_text(), re.DOTALL)[1]
 
 
 def test_missing_things_are_said(scored, tmp_path):
@@ -252,18 +311,37 @@ def test_missing_things_are_said(scored, tmp_path):
         report(tmp_path / "nothing", tmp_path / "x.html")
 
 
-def test_other_nulls_say_what_stands_there(scored, tmp_path):
-    table = next(read_scores(scored / "scores"))
-    settings = json.loads(table.schema.metadata[b"vig"]) if table.schema.metadata else {}
-    base = {"model": str(scored / "model"), "data": str(scored / "data.json"), "image_root": str(scored)}
-    for kind, words_shown in (("drop", "no image at all"), ("shuffle", "another sample’s image")):
-        rows = ScoreBlock.from_rows([ScoreRow("data.json#0", "i", "", "ok", [9], [0], [0.1], [0.4])])
-        with ScoreWriter(
-            tmp_path / kind, {**settings, **base, "null": {"kind": kind, "params": {}}}
-        ) as writer:
-            writer.write(0, rows)
-        shown = Checked(report(tmp_path / kind, tmp_path / f"{kind}.html").read_text())
-        assert words_shown in "".join(shown.text) and len(shown.images) == 1
+def null_page(scored, folder, kind: str, key: str, data) -> Checked:
+    """The page on one sample scored with another null image."""
+    base = {"model": str(scored / "model"), "data": str(data), "image_root": str(scored)}
+    rows = ScoreBlock.from_rows([ScoreRow(key, "i", "", "ok", [9], [0], [0.1], [0.4])])
+    with ScoreWriter(folder / "scores", {**base, "null": {"kind": kind, "params": {}}}) as writer:
+        writer.write(0, rows)
+    return Checked(report(folder / "scores", folder / "page.html").read_text())
+
+
+def test_null_drop_says_that_there_is_no_image(scored, tmp_path):
+    shown = null_page(scored, tmp_path, "drop", "data.json#0", scored / "data.json")
+    assert "no image at all" in "".join(shown.text) and len(shown.images) == 1
+
+
+def test_null_shuffle_shows_the_picture_that_stood_there(scored, tmp_path):
+    def of(place):
+        return np.asarray(
+            null_page(scored, tmp_path / str(place), "blur", f"data.json#{place}", data).images[0][1]
+        )
+
+    data = scored / "data.json"
+    for place, donor in ((0, 1), (4, 7), (11, 0)):  # 5 is text only, the picture of 6 is gone, 11 is the last
+        shown = null_page(scored, tmp_path / f"shuffle-{place}", "shuffle", f"data.json#{place}", data)
+        assert "another image" in "".join(shown.text)
+        assert np.array_equal(np.asarray(shown.images[1][1]), of(donor))
+    alone = tmp_path / "data.json"
+    alone.write_text(json.dumps(json.loads(data.read_text())[:1]))
+    shown = null_page(scored, tmp_path / "alone", "shuffle", "data.json#0", alone)
+    assert (
+        "another sample’s image, which could not be found" in "".join(shown.text) and len(shown.images) == 1
+    )
 
 
 def test_token_texts_add_up_to_the_answer():

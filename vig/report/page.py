@@ -37,6 +37,7 @@ def render(page: Page) -> str:
         charts=_charts(page),
         legend=legend(),
         answer=answer,
+        values=values,
         widest=max((abs(word.vig) for word in [*page.highest, *page.lowest]), default=1.0) or 1.0,
         shade=shade,
     )
@@ -104,6 +105,34 @@ def _token_look(view: SampleView, index: int) -> tuple[str, str]:
         kinds.append("kept" if view.kept[index] else "left")
         title += "; trained on" if view.kept[index] else "; not trained on"
     return " ".join(kinds), title
+
+
+def values(view: SampleView) -> Markup:
+    """The same values as a table that opens: for keyboards, touch screens and paper."""
+    if not view.tokens:
+        return Markup("")
+    columns = [[text.strip(" ").replace("\n", "⏎") for text in view.tokens]]
+    if len(view.vig):
+        columns += [map(signed, view.vig), map(_thousandths, view.nll_null)]
+    columns.append(map(_thousandths, view.nll_image))
+    if view.kept is not None:
+        columns.append("yes" if kept else "no" for kept in view.kept)
+    names = ["token", *(["VIG", "NLL null"] if len(view.vig) else []), "NLL image"]
+    names += ["trained on"] if view.kept is not None else []
+    head = Markup("").join(Markup("<th>{}</th>").format(name) for name in names)
+    rows = (
+        Markup("").join(Markup("<td>{}</td>").format(cell) for cell in row)
+        for row in zip(*columns, strict=True)
+    )
+    body = Markup("").join(Markup("<tr>{}</tr>").format(row) for row in rows)
+    return Markup(
+        '<details class="values"><summary>values of its tokens, nats</summary>'
+        '<div tabindex="0"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div></details>'
+    ).format(head, body)
+
+
+def _thousandths(value: float) -> str:
+    return f"{value:.3f}"
 
 
 def picture(image: Image.Image, alt: str) -> Markup:
@@ -208,8 +237,10 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
 
 def height_ticks(most: int, logarithmic: bool) -> list[int]:
     if logarithmic:
-        powers = [10**power for power in range(1, 12) if 10**power <= most]
-        return powers[:: max(1, math.ceil(len(powers) / 4))]
+        factors = (1, 2, 5) if most < 50 else (1,)
+        values = [10**power * factor for power in range(12) for factor in factors]
+        values = [value for value in values if (value > 1 or most < 50) and value <= most]
+        return values[:: max(1, math.ceil(len(values) / 4))]
     return [int(value) for value in ticks(0, most, 4) if value >= 1 and value == int(value)]
 
 
