@@ -87,11 +87,11 @@ def report(
 
     paths = writer.Paths.default(readme, results, plots)
     for line in writer.outdated(paths):
-        log.print(f"note: {line}", markup=False, highlight=False)
+        log.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
     if check:
         found = writer.disagreements(paths)
         for line in found:
-            log.print(line, markup=False, highlight=False)
+            log.print(line, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1 if found else 0)
     for path in writer.write(paths):
         console.print(f"wrote {path}", highlight=False)
@@ -123,7 +123,7 @@ def measure(suite: str, quick: bool, threads: int | None, out: Path | None) -> l
         console.print(f"wrote {path}", highlight=False)
     broken = audit.broken(result)
     for line in broken:
-        log.print(f"{suite}: {line}", markup=False, highlight=False, style="red")
+        log.print(f"{suite}: {line}", markup=False, highlight=False, soft_wrap=True, style="red")
     return broken
 
 
