@@ -485,13 +485,89 @@ def test_a_diverging_run_stops_with_its_step(processor):
         train(model, samples(2), None, None, processor=processor, max_steps=3, log_every=1)
 
 
+# --- where the model comes from ---
+
+
+def scored_at(chosen, model: str, revision: str):
+    chosen = Chosen(chosen)
+    chosen.metadata = {"model": model, "revision": revision}
+    return chosen
+
+
+class Chosen(dict):
+    """A selection with the settings of its scores."""
+
+
+def test_the_model_is_loaded_as_it_was_scored(processor, tmp_path, monkeypatch):
+    """Not at the hub's main branch, and with the code and attention that were asked for."""
+    base().save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    seen = []
+
+    def fake(name, **options):
+        seen.append((name, options))
+        return replace(load(tmp_path / "model"), name=name, revision=options["revision"])
+
+    monkeypatch.setattr("vig.train_model.load", fake)
+    chosen = scored_at(selection(processor, samples(2)), "us/llava", "abc123")
+    asked = {"max_steps": 1, "attn": "eager", "trust_remote_code": True, "device": "cpu"}
+    train("us/llava", samples(2), chosen, tmp_path / "out", **asked)
+    train("us/llava", samples(2), chosen, None, max_steps=1, revision="abc123")
+    train("us/other", samples(2), chosen, None, max_steps=1)
+    train("us/llava", samples(2), None, None, max_steps=1, revision="v2")
+    assert [options["revision"] for _, options in seen] == ["abc123", "abc123", None, "v2"]
+    assert seen[0][1]["attn"] == "eager" and seen[0][1]["trust_remote_code"]
+    assert str(seen[0][1]["device"]) == "cpu" and not seen[1][1]["trust_remote_code"]
+    assert json.loads((tmp_path / "out" / "train.json").read_text())["revision"] == "abc123"
+    with pytest.raises(
+        TrainError,
+        match=r"revision = 'v2', but the selection was scored with us/llava at 'abc123'\. Leave it out",
+    ):
+        train("us/llava", samples(2), chosen, None, revision="v2")
+    assert len(seen) == 4  # refused before it is loaded
+
+
+def test_the_device_is_chosen_or_refused(processor):
+    for device, error, message in (
+        ("gpu", TrainError, r"device = 'gpu': .*Use cuda, cuda:1, cpu"),
+        ("cuda:99", ModelError, "device = 'cuda:99', but torch .* finds"),
+    ):
+        with pytest.raises(error, match=message):
+            train("nowhere", samples(2), None, None, device=device)
+
+
+def two_with_a_device(rank: int, folder, processor):
+    with pytest.raises(TrainError, match=r"device = 'cpu', but each of the 2 processes has .*Leave it out"):
+        train(base(), samples(2), None, None, processor=processor, device="cpu")
+    torch.save(True, folder.with_suffix(f".{rank}"))
+
+
+def test_a_device_for_two_processes_is_refused(processor, tmp_path):
+    assert run_on_two(two_with_a_device, tmp_path / "out", processor) == [True, True]
+
+
 # --- two processes ---
 
 
 TWO_STEPS = {"lr": 1e-3, "max_steps": 2, "log_every": 1}
 
 
-def run_rank(rank: int, port: int, folder, items, chosen, processor):
+def run_on_two(work, folder: Path, *arguments) -> list:
+    """What work(rank, folder, *arguments) saved into folder.<rank>, in two processes of one group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(rank, port, work, folder, *arguments)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    return [torch.load(folder.with_suffix(f".{rank}")) for rank in range(2)]
+
+
+def run_rank(rank: int, port: int, work, *arguments):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -501,6 +577,11 @@ def run_rank(rank: int, port: int, folder, items, chosen, processor):
     }
     PartialState._reset_state()
     torch.set_num_threads(1)
+    work(rank, *arguments)
+    torch.distributed.destroy_process_group()
+
+
+def two_steps(rank: int, folder, items, chosen, processor):
     norms = []
     out = train(
         base(), items, chosen, folder, processor=processor, batch_size=2, accumulate=2,
@@ -510,7 +591,6 @@ def run_rank(rank: int, port: int, folder, items, chosen, processor):
         (out.losses, norms, out.tokens, out.samples, weights(out.model), out.errors),
         folder.with_suffix(f".{rank}"),
     )
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("unreadable", [[], [4, 6], [0, 2, 4, 6]])
@@ -527,19 +607,8 @@ def test_two_processes_take_the_steps_of_one(processor, tmp_path, unreadable):
         base(), items, chosen, None, processor=processor, batch_size=8,
         on_progress=lambda progress: norms.append(progress.grad_norm), **TWO_STEPS,
     )  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder, fork = tmp_path / "out", multiprocessing.get_context("fork")
-    ranks = [
-        fork.Process(target=run_rank, args=(r, port, folder, items, chosen, processor)) for r in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    results = [torch.load(folder.with_suffix(f".{rank}")) for rank in range(2)]
+    folder = tmp_path / "out"
+    results = run_on_two(two_steps, folder, items, chosen, processor)
     assert results[0][1] == pytest.approx(norms, rel=1e-4)
     for losses, _, tokens, seen, _, errors in results:
         assert sorted(errors) == sorted(one.errors) and len(errors) == lost

@@ -265,6 +265,7 @@ def train(
             help="Of the forward: bfloat16 (autocast over float32 weights), float32, or auto by the device."
         ),
     ] = "auto",
+    device: Device = None,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode and tokenise ahead.")] = 0,
     end_of_turn: Annotated[
@@ -273,11 +274,28 @@ def train(
     max_length: MaxLength = None,
     seed: Annotated[int, typer.Option()] = 0,
     limit: Limit = None,
+    save_every: Annotated[
+        int,
+        typer.Option(min=0, help="Steps between two checkpoints; run again to resume. 0: only the end."),
+    ] = 0,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")
+        bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder, resume none.")
     ] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Revision of a model on the hub. Default: the one that the selection was scored at."
+        ),
+    ] = None,
+    attn: Annotated[str | None, typer.Option(help="Attention implementation, such as sdpa.")] = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Train on the selected tokens of the selected samples, with the fused masked loss."""
+    """Train on the selected tokens of the selected samples, with the fused masked loss.
+
+    `torchrun --nproc-per-node 8 -m vig train ...` trains on eight GPUs.
+    """
+    from accelerate import PartialState
+
     from vig.train import train as run
 
     terminal.quiet_libraries()
@@ -288,9 +306,11 @@ def train(
             accumulate=accumulate, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay,
             max_grad_norm=max_grad_norm, z_loss=z_loss, freeze=tuple(freeze) if freeze else None, lora_rank=lora_rank,
             dtype=dtype, end_of_turn=end_of_turn, max_length=max_length, seed=seed,
-            gradient_checkpointing=gradient_checkpointing, workers=workers,
+            gradient_checkpointing=gradient_checkpointing, workers=workers, save_every=save_every, device=device,
+            revision=revision, attn=attn, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-    terminal.show_training(out, result)
+    if PartialState().is_main_process:
+        terminal.show_training(out, result)
     if result.interrupted:
         raise typer.Exit(STOPPED)
     if result.errors:

@@ -125,6 +125,8 @@ def show_training(console: Console, result: TrainResult) -> None:
         f"trained {result.steps:,} steps on {result.samples:,} samples, {result.tokens:,} kept tokens in "
         f"{duration(result.seconds)}{' (interrupted)' if result.interrupted else ''}"
     )
+    if result.resumed:
+        console.print(f"{result.resumed:,} steps were done before")
     if result.losses:
         console.print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} nats a kept token")
     console.print(f"{result.kept:,} samples kept, {result.dropped:,} not selected")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -23,20 +22,15 @@ from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vig.families import LoadedModel, load
-from vig.loss import selective_loss, unwrap
+from vig.loss import selective_loss, unwrap, verify_head
 from vig.samples import SampleError, read_samples
 from vig.select import Selection
 from vig.train_batches import ReadableCollator, plan_batches
+from vig.train_checkpoint import Checkpoints, RunState, made_with
 from vig.train_folder import check_space, prepare_folder, save
+from vig.train_model import choose_device, computes_in, context, load_model, prepare
 from vig.train_settings import TrainError, TrainProgress, TrainResult, TrainSettings
 from vig.trainer import Record, Selected, SelectiveCollator, keep_samples, open_selection
-
-# The vision tower, as the families name it; Qwen's merger is the projector and trains.
-VISION_TOWER = (
-    r"(^|\.)(vision_tower|vision_model|vision_encoder)\.",
-    r"(^|\.)visual\.(?!merger|deepstack_merger)",
-)
 
 
 def train(
@@ -49,6 +43,10 @@ def train(
     image_root: str | Path | None = None,
     limit: int | None = None,
     overwrite: bool = False,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    attn: str | None = None,
+    trust_remote_code: bool = False,
     on_progress: Callable[[TrainProgress], None] | None = None,
     **settings: Any,
 ) -> TrainResult:
@@ -60,26 +58,38 @@ def train(
     selection: a folder of ``vig select``, what `vig.select.select` returned, a mapping key -> (keep, token_ids,
         token_keep), or None for all tokens.
     out: folder of the checkpoint, None to save nothing. One that holds a checkpoint is refused unless `overwrite`.
+    device: the GPU where there is one unless given; not for several processes, which have one each.
+    revision, attn, trust_remote_code: for a model given by name, as `vig.families.load` takes them. The revision is the
+        one that the selection was scored at unless given; another one of the same model is refused.
     settings: the fields of `TrainSettings`.
 
     Samples that cannot be encoded (no image, image tokens beyond max_length) are left out: no loss, no count, their
     errors in the result. Ctrl-C ends the run after the current step and saves what there is; a second one stops at
     once. The folder is complete when it holds train.json. Same inputs, settings, machine and thread count give the
     same weights.
+    With ``save_every`` a run that was killed goes on from its last checkpoint when it is called again in the same way,
+    and ends with the weights and losses of an uninterrupted one; Ctrl-C saves such a checkpoint too. Settings that
+    shape the steps must be the same; ``overwrite`` starts anew.
     Under ``accelerate launch`` or torchrun it runs on several devices, with the same loss.
-    Raises TrainError, StoreError (the folder cannot be written), SampleError (by key, for samples that do not fit the
-    selection) and HeadError.
+    Raises TrainError, StoreError (the folder cannot be written), SettingsDiffer (it holds a checkpoint of another run),
+    SampleError (by key, for samples that do not fit the selection), ModelError and HeadError.
     """
     settings = TrainSettings(**settings)
+    out = None if out is None else Path(out)
+    if out is None and settings.save_every:
+        raise TrainError(f"save_every = {settings.save_every}, but there is no folder to save in. Give out")
     processes = _processes()
-    name, model, processor = _model(model, processor, settings, processes.device)
-    out = None if out is None else prepare_folder(out, overwrite, processes.is_main_process)
-    torch.manual_seed(settings.seed)
-    model = _trainable(model, settings)
-    if out is not None and processes.is_main_process:
-        check_space(model, out)
-
+    device = choose_device(device, processes)
     table = open_selection(selection)
+    metadata = getattr(table, "metadata", {})
+    options = {"revision": revision, "attn": attn, "trust_remote_code": trust_remote_code}
+    loaded = load_model(model, processor, settings, device, metadata, options)
+    checkpoints = Checkpoints(out, overwrite, processes, device)
+    if out is not None:
+        prepare_folder(out, overwrite or checkpoints.found is not None, processes.is_main_process)
+    torch.manual_seed(settings.seed)
+    model, processor = prepare(loaded.model, settings), loaded.processor
+
     records = data
     if isinstance(data, str | Path):
         records = read_samples(data, image_root=image_root, limit=limit)
@@ -93,20 +103,35 @@ def train(
         processor,
         table,
         end_of_turn=settings.end_of_turn,
-        max_length=settings.max_length or _context(model),
+        max_length=settings.max_length or context(model),
         image_root=image_root,
         counts=True,
     )
+    made_of = {
+        "model": loaded.name,
+        "revision": loaded.revision,
+        "data": str(data) if isinstance(data, str | Path) else None,
+        "selection": metadata or None,
+    }
+    if settings.save_every or checkpoints.found:
+        precision = computes_in(settings, device)
+        checkpoints.bind(made_with(made_of, settings, kept.samples, precision, processes.num_processes))
+    if out is not None and processes.is_main_process:
+        if overwrite:
+            checkpoints.clear()
+        check_space(model, out, settings.save_every, checkpoints.found is not None)
     plan = plan_batches(len(kept.samples), settings, processes.num_processes, processes.process_index)
     loader = DataLoader(
         kept.samples,
-        batch_sampler=plan,
+        batch_sampler=plan[checkpoints.step * settings.accumulate :],
         collate_fn=ReadableCollator(collator),
         num_workers=settings.workers,
         worker_init_fn=_leave_ctrl_c_to_the_parent,
     )
 
-    progress, losses, left_out, interrupted = _run(processes, model, loader, settings, on_progress)
+    resumed, steps = checkpoints.step, len(plan) // settings.accumulate
+    state, interrupted = _run(processes, device, model, loader, steps, settings, checkpoints, on_progress)
+    progress, left_out = state.progress, state.left_out
     if left_out and not progress.tokens and not interrupted:
         raise TrainError(
             f"nothing to train on: {len(left_out)} samples were unusable. The first: {left_out[0]}"
@@ -115,8 +140,9 @@ def train(
         model=model.eval(),
         out=out,
         steps=progress.step,
+        resumed=resumed,
         interrupted=interrupted,
-        losses=losses,
+        losses=state.losses,
         samples=progress.samples,
         tokens=progress.tokens,
         truncated=progress.truncated,
@@ -124,29 +150,29 @@ def train(
         dropped=kept.dropped,
         broken=kept.broken,
         left_out=len(left_out),
-        errors=[str(error) for error in (*kept.errors, *left_out)],
+        errors=[*map(str, kept.errors), *left_out],
         seconds=progress.seconds,
     )
     if out is not None and processes.is_main_process:
-        made_of = {"model": name, "data": str(data) if isinstance(data, str | Path) else None}
-        save(result, processor, made_of | {"selection": getattr(table, "metadata", None)}, settings)
+        save(result, processor, made_of, settings)
+        if not interrupted:
+            checkpoints.clear()
     processes.wait_for_everyone()
     return result
 
 
 def _run(
     processes: PartialState,
+    device: torch.device,
     model: nn.Module,
     loader: DataLoader,
+    steps: int,
     settings: TrainSettings,
+    checkpoints: Checkpoints,
     on_progress: Callable[[TrainProgress], None] | None,
-) -> tuple[TrainProgress, list[float], list[SampleError], bool]:
-    """The loop: one optimiser step a turn.
-
-    Returns where it ended, the loss of each step, why samples were left out (an error each), and if it was stopped.
-    """
-    steps = len(loader) // settings.accumulate
-    model, world = _on_device(model, processes), processes.num_processes
+) -> tuple[RunState, bool]:
+    """The loop: one optimiser step a turn. Returns where it ended, and if it was stopped."""
+    model, world = _on_device(model, processes, device), processes.num_processes
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(_groups(model, settings), lr=settings.lr, betas=settings.betas)
     schedule = transformers.get_scheduler(
@@ -155,32 +181,36 @@ def _run(
         num_warmup_steps=round(settings.warmup * steps),
         num_training_steps=steps,
     )
-    progress, losses, stopped = TrainProgress(steps), [], False
-    left_out: dict[str, SampleError] = {}
-    arriving = iter(loader)
+    state = RunState(unwrap(model), optimizer, schedule, TrainProgress(steps))
+    progress, losses, stopped, proven = state.progress, [], False, False
+    arriving = iter(loader)  # draws a number, so the random state comes after it
+    checkpoints.restore(state)
+    unusable = dict.fromkeys(state.left_out)  # their errors, each once
     model.train()
     with _stop_on_ctrl_c() as stop:
-        for step in range(steps):
+        for step in range(progress.step, steps):
             micro_batches = list(islice(arriving, settings.accumulate))
             for misfit in (batch for batch in micro_batches if isinstance(batch, SampleError)):
                 raise misfit
             kept = [batch.pop("num_kept") for batch in micro_batches]
             truncated = sum(batch.pop("num_truncated") for batch in micro_batches)
-            unusable = [error for batch in micro_batches for error in batch.pop("left_out")]
-            left_out |= {str(error): error for error in unusable}
+            errors = [str(error) for batch in micro_batches for error in batch.pop("left_out")]
             tokens, truncated, missing, stopped = _over_all(
-                processes, [sum(kept), truncated, len(unusable), stop.is_set()]
+                processes, [sum(kept), truncated, len(errors), stop.is_set()]
             )
             if stopped:
                 break
+            unusable |= dict.fromkeys(errors)
             if not tokens:  # on every process; without gradients AdamW leaves the weights alone
                 micro_batches, kept = [], []
-            loss = torch.zeros((), device=processes.device)
+            loss = torch.zeros((), device=device)
             for number, (batch, num_kept) in enumerate(zip(micro_batches, kept, strict=True), 1):
                 last = number == settings.accumulate  # DDP exchanges gradients once a step
-                batch = send_to_device(batch, processes.device)
+                batch = send_to_device(batch, device)
+                if not proven:
+                    proven = _prove_head(model, batch, settings, device)
                 with nullcontext() if last or world == 1 else model.no_sync():
-                    with _autocast(settings, processes.device):
+                    with _autocast(settings, device):
                         part = selective_loss(
                             model, batch, num_items=tokens, num_kept=num_kept, z_loss=settings.z_loss
                         )
@@ -198,11 +228,16 @@ def _run(
             progress.left_out += missing
             progress.tokens += tokens
             progress.truncated += truncated
-            if progress.step % settings.log_every == 0 or progress.step == steps:
+            saves = settings.save_every and progress.step % settings.save_every == 0 and progress.step < steps
+            if saves or progress.step % settings.log_every == 0 or progress.step == steps:
                 _report(processes, progress, loss, norm, on_progress)
-    losses = reduce(torch.stack(losses), "sum").tolist() if losses else []
-    everywhere = gather_object(list(left_out.values()))  # the same sample may come to several processes
-    return progress, losses, list({str(error): error for error in everywhere}.values()), bool(stopped)
+            if saves:
+                _gather(state, losses, unusable)
+                checkpoints.save(state)
+    _gather(state, losses, unusable)
+    if stopped and settings.save_every:
+        checkpoints.save(state)
+    return state, bool(stopped)
 
 
 # --- before the loop ---
@@ -222,63 +257,13 @@ def _processes() -> PartialState:
     return processes
 
 
-def _on_device(model: nn.Module, processes: PartialState) -> nn.Module:
+def _on_device(model: nn.Module, processes: PartialState, device: torch.device) -> nn.Module:
     """Text-only samples leave the projector unused, so DDP must look for parameters without a gradient."""
-    model = model.to(processes.device)
+    model = model.to(device)
     if processes.num_processes == 1:
         return model
-    devices = [processes.device] if processes.device.type == "cuda" else None
+    devices = [device] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
-
-
-def _model(
-    model: Any, processor: Any, settings: TrainSettings, device: torch.device
-) -> tuple[str, nn.Module, Any]:
-    """Its name, the model with float32 weights (16-bit ones stay only where LoRA freezes them), its processor."""
-    if isinstance(model, str | Path):
-        frozen = settings.lora_rank and _computes_in(settings, device) == torch.bfloat16
-        model = load(model, dtype="bfloat16" if frozen else "float32", device=device)
-    if isinstance(model, LoadedModel):
-        return model.name, model.model, processor or model.processor
-    if processor is None:
-        raise TrainError("a loaded model was given without its processor. Give processor=")
-    return model.config.name_or_path or type(model).__name__, model, processor
-
-
-def _trainable(model: nn.Module, settings: TrainSettings) -> nn.Module:
-    """Freezes what `settings` say, or puts LoRA adapters around the frozen model."""
-    if settings.lora_rank:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise TrainError('LoRA needs peft: pip install "vig-kernels[trl]"') from error
-        alpha = settings.lora_alpha or 2 * settings.lora_rank
-        model = get_peft_model(
-            model, LoraConfig(r=settings.lora_rank, lora_alpha=alpha, target_modules=settings.lora_targets)
-        )
-    for pattern in VISION_TOWER if settings.freeze is None else settings.freeze:
-        found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
-        if not found and settings.freeze is not None:
-            names = ", ".join(list(dict(model.named_parameters()))[:3])
-            raise TrainError(f"freeze = {pattern!r} matches no parameter. They are called {names}, ...")
-        for parameter in found:
-            parameter.requires_grad_(False)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trained:
-        raise TrainError("every parameter is frozen: nothing to train")
-    for name, parameter in trained:
-        if parameter.dtype != torch.float32:
-            raise TrainError(
-                f"{name} is {parameter.dtype}: AdamW's small steps would be rounded away. Load the model with "
-                "dtype float32; the forward still runs in bfloat16"
-            )
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def _context(model: nn.Module) -> int | None:
-    return getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
@@ -292,17 +277,30 @@ def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
 # --- in the loop ---
 
 
-def _computes_in(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    if settings.dtype == "auto":
-        able = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if able else torch.float32
-    return getattr(torch, settings.dtype)
+def _gather(state: RunState, losses: list[Tensor], unusable: dict[str, None]) -> None:
+    """Moves the losses since the last time, and the errors, into the state, from all processes."""
+    if losses:
+        state.losses += reduce(torch.stack(losses), "sum").tolist()
+        losses.clear()
+    everywhere = gather_object(list(unusable))  # the same sample may come to several processes
+    state.left_out = list(dict.fromkeys(everywhere))
 
 
 def _autocast(settings: TrainSettings, device: torch.device) -> torch.autocast:
     return torch.autocast(
-        device.type, torch.bfloat16, enabled=_computes_in(settings, device) == torch.bfloat16
+        device.type, torch.bfloat16, enabled=computes_in(settings, device) == torch.bfloat16
     )
+
+
+def _prove_head(
+    model: nn.Module, batch: dict[str, Tensor], settings: TrainSettings, device: torch.device
+) -> bool:
+    """What the first loss would do, but drawing no number: a resumed run proves it too, at a later step."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type), _autocast(settings, device):
+        verify_head(model, inputs)
+    return True
 
 
 def _over_all(processes: PartialState, counts: list[int]) -> list[int]:

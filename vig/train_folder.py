@@ -21,32 +21,36 @@ RECORD = "train.json"
 OF_A_CHECKPOINT = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors*")
 
 
-def prepare_folder(out: str | Path, overwrite: bool, is_main: bool) -> Path:
-    """Makes the folder and proves, before hours of work, that it can be written."""
-    out = Path(out)
-    if not overwrite and any(
-        (out / name).exists() for name in (RECORD, "config.json", "adapter_config.json")
-    ):
+def prepare_folder(out: Path, replace: bool, is_main: bool) -> None:
+    """Makes the folder and proves, before hours of work, that it can be written. replace: it may hold a model."""
+    if not replace and any((out / name).exists() for name in (RECORD, "config.json", "adapter_config.json")):
         raise TrainError(f"{out} holds a checkpoint already. Choose another folder, or overwrite it")
     if not is_main:
-        return out
+        return
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".partial"
-        probe.mkdir(exist_ok=True)
+        shutil.rmtree(probe, ignore_errors=True)  # of a run that was killed while it saved
+        probe.mkdir()
         probe.rmdir()
-    return out
 
 
-def check_space(model: nn.Module, out: Path) -> None:
-    """Before hours of work, not after them. A checkpoint that is there stays until the new one is written."""
+def check_space(model: nn.Module, out: Path, save_every: int = 0, resumed: bool = False) -> None:
+    """Before hours of work, not after them. A checkpoint that is there stays until the next one is written."""
     adapters = hasattr(model, "peft_config")
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not adapters)
+    what = "checkpoint takes"
+    if save_every:
+        under_way = 3 * sum(
+            p.numel() * p.element_size() for p in model.parameters() if p.requires_grad
+        )  # AdamW's
+        size = max(size, under_way) + (0 if resumed else under_way)
+        what = "checkpoints of save_every and the trained model take"
     free = shutil.disk_usage(out).free
     if free < size:
         raise TrainError(
-            f"{out}: the checkpoint takes {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free. Free some "
-            "space, or choose another folder"
+            f"{out}: the {what} {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free. Free some space, or "
+            "choose another folder"
         )
 
 
@@ -68,8 +72,8 @@ def save(result: TrainResult, processor: Any, made_of: dict[str, Any], settings:
         partial.rmdir()
     except (OSError, SafetensorError) as error:
         raise StoreError(
-            f"{out}: the trained weights were not saved ({error}). Free some space or choose another folder, and "
-            "train again"
+            f"{out}: the trained weights were not saved ({error}). Free some space and run the same command again: "
+            "it goes on from the last checkpoint of save_every, or trains again"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -24,6 +24,7 @@ LEAST = {
     "batch_size": 1,
     "accumulate": 1,
     "log_every": 1,
+    "save_every": 0,
     "lr": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
@@ -70,6 +71,7 @@ class TrainSettings:
     workers: int = 0  # processes that decode and tokenise ahead of the model
     seed: int = 0
     log_every: int = 10  # steps between two calls of on_progress, which read the loss back from the device
+    save_every: int = 0  # steps between two checkpoints, from which the same call goes on; 0: none
 
     def __post_init__(self):
         for name, least in LEAST.items():
@@ -126,6 +128,7 @@ class TrainResult:
     model: nn.Module = field(repr=False)
     out: Path | None
     steps: int
+    resumed: int  # of them, done by earlier runs
     interrupted: bool
     losses: list[float] = field(repr=False)  # one a step: mean over its kept tokens, nats; 0 without any
     samples: int  # trained on, repetitions included
@@ -136,4 +139,4 @@ class TrainResult:
     broken: int  # records that never became samples
     left_out: int  # kept samples that could not be used: no image, too long, ...
     errors: list[str] = field(repr=False)  # of broken records and samples left out: key, id, reason and cure
-    seconds: float
+    seconds: float  # of earlier runs too
