@@ -270,10 +270,17 @@ def test_a_damaged_checkpoint_and_a_missing_folder_are_explained(processor, tmp_
     with pytest.raises(Killed):
         train(base(), encoded(processor), None, tmp_path, on_progress=killed_at(3), **run)
     (tmp_path / "train-checkpoint-2" / "state.pt").write_bytes(b"half")
+    for name in (
+        ".train-checkpoint.partial",
+        ".train-checkpoint.gone",
+    ):  # of a run that was killed while it saved
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.pt").write_bytes(b"half")
     with pytest.raises(
         TrainError, match=r"train-checkpoint-2 cannot be read \(.*Delete it, or start anew with"
     ):
         train(base(), encoded(processor), None, tmp_path, **run)
+    assert checkpoints(tmp_path) == ["train-checkpoint-2"]
 
 
 # --- on the command line ---
