@@ -70,14 +70,13 @@ def load_model(
 
 def _revision(name: str, asked: str | None, scored: Mapping[str, Any]) -> str | None:
     """What was asked for, or else what this very model was scored at; folders have no revisions."""
-    if scored.get("model") != name or Path(name).is_dir():
-        return asked
-    if asked and asked != scored["revision"]:
+    recorded = scored.get("revision") if scored.get("model") == name and not Path(name).is_dir() else None
+    if asked and recorded and asked != recorded:
         raise TrainError(
-            f"revision = {asked!r}, but the selection was scored with {name} at {scored['revision']!r}. Leave it out "
-            "to train that one, or score again at this one"
+            f"revision = {asked!r}, but the selection was scored with {name} at {recorded!r}. Leave it out to train "
+            "that one, or score again at this one"
         )
-    return scored["revision"]
+    return asked or recorded
 
 
 def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
