@@ -13,10 +13,13 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
+import vig
 from vig.cli import app, main
 from vig.null_image import NULLS
 from vig.samples import SampleError
-from vig.store import read_scores, read_selection
+from vig.store import SettingsDiffer, read_scores, read_selection, selection_metadata
+from vig_kernels import BackendUnavailable
+from vig_kernels.__main__ import main as kernels
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,6 +59,7 @@ def test_score_select_train_report(road, tmp_path):
     assert "1 of 12 samples could not be scored" in said
     said = call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
     assert "scored 0 samples" in said and "12 were done before" in said
+    assert "scoring: 12 of 12" in said and "()" not in said
     assert "1 samples of earlier runs could not be scored; --retry failed" in said
 
     said = call("select", tmp_path / "scores", "--p", "50", "-o", tmp_path / "selection")
@@ -151,11 +155,80 @@ def test_wrong_usage_exits_with_2(road, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "command, options",
+    [
+        ("score", {"null": "fog", "sigma": "0", "dtype": "fp8", "backend": "cuda", "end-of-turn": "never"}),
+        ("inspect", {"null": "fog", "sigma": "-1", "dtype": "fp8", "end-of-turn": "never"}),
+        ("select", {"p": "0", "level": "foo", "clip": "-1", "tau-floor": "nan"}),
+    ],
+)
+def test_wrong_values_exit_with_2_before_anything_is_loaded(tmp_path, command, options):
+    given = {"select": ("nowhere",)}.get(command, ("no model", "no data"))
+    for name, value in options.items():
+        said = call(command, *given, "-o", tmp_path / "out", f"--{name}", value, code=2)
+        assert "Invalid value" in said and value in said and "loading" not in said
+
+
+def test_a_backend_that_is_not_here_is_said_before_the_model_is_read(road, tmp_path, monkeypatch):
+    monkeypatch.setattr("vig.score.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("vig_kernels.dispatch.why_not", lambda *_: "not today")
+    with pytest.raises(BackendUnavailable, match="cpu: not today"):
+        call("score", road / "model", road / "data.json", "-o", tmp_path / "s", "--backend", "cpu")
+
+
+def test_select_from_unfinished_scores_ends_with_3_and_says_why(road, tmp_path):
+    job = ("score", road / "model", road / "data.json", "-o", tmp_path / "scores", "--window", "4", "--shard")
+    choice = ("select", tmp_path / "scores", "-o", tmp_path / "selection")
+    call(*job, "0/2", code=3)
+    result = CliRunner().invoke(app, [str(word) for word in choice])
+    assert result.exit_code == 3 and "have not begun" not in result.stdout
+    assert "the scores are not complete" in result.stderr
+    assert "of 2 jobs these have not begun: 1" in result.stderr
+    assert len(read_selection(tmp_path / "selection")) == 8
+    call(*job, "1/2")
+    assert "not complete" not in call(*choice)  # the same settings: replaced
+    assert len(read_selection(tmp_path / "selection")) == 12
+
+
+def test_another_selection_is_replaced_only_when_asked_to(road, tmp_path):
+    call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
+    choice = ("select", tmp_path / "scores", "-o", tmp_path / "selection", "--p")
+    call(*choice, "30")
+    call(*choice, "30")
+    with pytest.raises(SettingsDiffer, match=r"p: the folder has 30.0, this run has 40.0\nGive --overwrite"):
+        call(*choice, "40")
+    assert selection_metadata(tmp_path / "selection")["selection"]["p"] == 30
+    call(*choice, "40", "--overwrite")
+    assert selection_metadata(tmp_path / "selection")["selection"]["p"] == 40
+
+
+@pytest.mark.parametrize(
+    "words, code, shown",
+    [
+        (["--version"], 0, vig.__version__),
+        (["--help"], 0, "usage: "),
+        (["--bogus"], 2, "--bogus"),
+        ([], 0, "linear_vig"),
+    ],
+)
+def test_programs_say_their_version_and_refuse_what_they_do_not_know(monkeypatch, capsys, words, code, shown):
+    monkeypatch.setattr(sys, "argv", ["vig_kernels", *words])
+    try:
+        kernels()
+    except SystemExit as stop:
+        assert stop.code == code
+    said = "".join(capsys.readouterr())
+    assert shown in said and ("linear_vig" in said) == (words == [])
+    if words == ["--version"]:
+        assert vig.__version__ in call("--version")
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
         (("score", "model", "nowhere.json", "-o", "s"), "no such data: nowhere.json"),
         (("score", "nowhere", "data.json", "-o", "s"), "cannot load nowhere"),
-        (("score", "model", "data.json", "-o", "s", "--null", "fog"), "null = 'fog', expected one of blur"),
+        (("score", "model", "data.json", "-o", "s", "--device", "abacus"), "device = 'abacus'"),
         (("select", "nowhere", "-o", "s"), "nowhere does not exist"),
         (("inspect", "model", "data.json", "--index", "99"), "has no record number 99"),
     ],

@@ -237,7 +237,7 @@ def test_an_interrupted_write_leaves_the_old_selection(scores, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        select(scores, 30, out=tmp_path, progress=stop)
+        select(scores, 30, out=tmp_path, overwrite=True, progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["selection-00000.parquet"]
     assert (tmp_path / "selection-00000.parquet").read_bytes() == before
 

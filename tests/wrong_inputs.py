@@ -21,8 +21,8 @@ import tiny
 HEAD = """# Wrong inputs, and what each gives
 
 Every row was tried: `tests/test_wrong_inputs.py` runs it and compares. Exit codes: 0 done, 1 failed, 2 wrong usage,
-3 done but some samples could not be scored. A sample that cannot be scored is a row of the scores whose status
-says why; the others are scored. (`DIR` stands for the folder of the data.)
+3 done but some samples could not be scored or are not scored yet. A sample that cannot be scored is a row of the
+scores whose status says why; the others are scored. (`DIR` stands for the folder of the data.)
 
 | | input | command | exit | what it says |
 |--:|---|---|--:|---|
@@ -84,6 +84,11 @@ def scored_in_parts(folder: Path) -> None:
     run(SCORE + " --shard 0/2", folder)
 
 
+def selected(folder: Path) -> None:
+    scored(folder)
+    run("select {dir}/scores -o {dir}/selection --p 30", folder)
+
+
 def damaged_manifest(folder: Path) -> None:
     scored(folder)
     (folder / "scores" / "_manifest.json").write_text("{")
@@ -128,6 +133,7 @@ CASES = (
     Case("an image root that is not there", SCORE + " --image-root {dir}/nowhere"),
     Case("a model that is not there", SCORE.replace("/model", "/nothing")),
     Case("a null image that is not known", SCORE + " --null fog"),
+    Case("a backend that is not known", SCORE + " --backend cuda"),
     Case("a dtype that is not known", SCORE + " --dtype fp8"),
     Case("a part that is not there", SCORE + " --shard 4/4"),
     Case("scores made with other settings in the output folder", SCORE + " --sigma 0.2", scored),
@@ -136,6 +142,17 @@ CASES = (
     Case("a damaged manifest", SCORE, damaged_manifest),
     Case("a damaged shard", "select {dir}/scores -o {dir}/selection", damaged_shard),
     Case("a p outside (0, 100]", "select {dir}/scores -o {dir}/selection --p 0", scored),
+    Case("a level that is not known", "select {dir}/scores -o {dir}/selection --level foo", scored),
+    Case(
+        "scores of some jobs of an array alone",
+        "select {dir}/scores -o {dir}/selection --tau-floor 1",
+        scored_in_parts,
+    ),
+    Case(
+        "a selection made with other settings in the output folder",
+        "select {dir}/scores -o {dir}/selection --p 40",
+        selected,
+    ),
     Case("scores that are not there", "select {dir}/nowhere -o {dir}/selection"),
 )
 
@@ -172,7 +189,7 @@ def essence(said: str) -> str:
     """Without the lines that every run prints."""
     lines = [line.strip(" │╭╮╰╯─") for line in said.splitlines()]
     about = [line for line in lines if re.match(r"vig: |Invalid value|\S+#\d+ \(id ", line)]
-    if about and about[0].startswith("vig: "):
+    if about and about[0].startswith(("vig: ", "Invalid value")):
         about = lines[lines.index(about[0]) :]
     return " ".join(" ".join(about or lines).split())
 

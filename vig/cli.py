@@ -1,6 +1,7 @@
 """The commands: vig inspect | score | select | train | report | demo. No logic lives here.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not be used, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not be used or are not scored yet,
+130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+import vig
 from vig import terminal
 
 if TYPE_CHECKING:
@@ -58,6 +60,21 @@ RemoteCode = Annotated[
 Backend = Annotated[str, typer.Option(help="Kernels: auto, triton, cpu, torch or reference.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"vig-kernels {vig.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def inspect(
     model: Model,
@@ -80,12 +97,13 @@ def inspect(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Show what the model sees of one sample: prompt, answer mask, image, null image, VIG of each token."""
-    from vig.inspect import find_sample, side_by_side, window_of
+    from vig.inspect import find_sample, sheet, window_of
     from vig.inspect import inspect as look
-    from vig.score import Scorer
+    from vig.score import Scorer, check_settings
 
     if picture.is_dir() or not picture.absolute().parent.is_dir():
         raise typer.BadParameter(f"{picture} is not the name of a file in a folder that is there")
+    _usage(check_settings, null, sigma, dtype, "auto", end_of_turn)
     sample = find_sample(data, index=index, key=key, question=question, answer=answer, image_root=image_root)
     with terminal.waiting(err, f"loading {model}"):
         scorer = Scorer(
@@ -96,7 +114,7 @@ def inspect(
     seen = look(scorer, sample, others)
     terminal.show_inspection(out, seen, scorer.null)
     if seen.images:
-        side_by_side(seen.images, seen.nulls).save(picture, "PNG")
+        sheet(seen.images, seen.nulls).save(picture, "PNG")
         out.print(f"image and null image as the model sees them: {picture}")
 
 
@@ -144,13 +162,14 @@ def score(
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
     from vig import plan
     from vig.engine import dry_run_dataset, score_dataset
-    from vig.score import Scorer
+    from vig.score import Scorer, check_settings
 
     if retry not in (None, "failed"):
         raise typer.BadParameter(f"got {retry!r}, expected failed", param_hint="--retry")
     if engine not in ("plain", "ray"):
         raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
     part = None if shard is None else _usage(plan.parse_shard, shard)
+    _usage(check_settings, null, sigma, dtype, backend, end_of_turn)
     terminal.quiet_libraries()
     options = {
         "null": null,
@@ -214,23 +233,36 @@ def select(
     ] = None,
     tau_floor: Annotated[float | None, typer.Option(help="Lowest tau, in nats.")] = None,
     seed: Annotated[int, typer.Option(help="For level random.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a selection made with other settings.")
+    ] = False,
 ) -> None:
-    """Choose samples and tokens from scores; no model is needed."""
+    """Choose samples and tokens from scores; no model is needed. Exit code 3: the scores are not complete."""
     import warnings
 
+    from vig.select import check_choice
     from vig.select import select as choose
 
     if clip is not None and not 0 < clip < 1:
         raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
+    lowest = None if clip is None else math.log(clip)
+    _usage(check_choice, p, level, lowest, tau_floor)
     with warnings.catch_warnings(), terminal.share(err, "selecting") as on_share:
         warnings.simplefilter("ignore")  # the summary below shows them
         chosen = choose(
             scores[0] if len(scores) == 1 else scores, p, level=level, out=folder, tau_floor=tau_floor,
-            clip=None if clip is None else math.log(clip), seed=seed, progress=on_share,
+            clip=lowest, seed=seed, overwrite=overwrite, progress=on_share,
         )  # fmt: skip
     for line in chosen.summary():
-        out.print(line)
-    out.print(f"selection: {folder}")
+        if not line.startswith("warning: "):
+            out.print(line, markup=False)
+    out.print(f"selection: {folder}", markup=False)
+    if chosen.unfinished:
+        err.print("vig: the scores are not complete, and neither is this selection")
+    for line in chosen.warnings:
+        err.print(f"warning: {line}", markup=False)
+    if chosen.unfinished:
+        raise typer.Exit(SOME_FAILED)
 
 
 @app.command()
@@ -361,9 +393,10 @@ def demo(
     run(folder, console=out)
 
 
-def _usage(parse, text: str) -> Any:
+def _usage(check, *values: Any) -> Any:
+    """What `check` makes of an option's values; what it refuses is wrong usage, which ends with exit code 2."""
     try:
-        return parse(text)
+        return check(*values)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -136,9 +136,8 @@ def load(
     Raises ModelError.
     """
     name = str(name)
-    if dtype not in (*DTYPES, "auto"):
-        raise ModelError(f"dtype = {dtype!r}, expected auto, {', '.join(DTYPES)}")
-    _check_device(device)
+    check_dtype(dtype)
+    check_device(device)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)
@@ -154,7 +153,18 @@ def load(
     return as_loaded(model, processor, name=name, revision=revision, device=device)
 
 
-def _check_device(device: str | torch.device | None) -> None:
+def check_dtype(dtype: str) -> None:
+    """Raises ModelError for a dtype that no checkpoint can be loaded in."""
+    if dtype not in (*DTYPES, "auto"):
+        raise ModelError(f"dtype = {dtype!r}, expected auto, {', '.join(DTYPES)}")
+
+
+def device_for(device: str | torch.device | None) -> torch.device:
+    """The device that a checkpoint is loaded to: the one given, else the GPU where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def check_device(device: str | torch.device | None) -> None:
     """Raises ModelError where torch has no such device here."""
     if device is None:
         return
@@ -209,9 +219,9 @@ def as_loaded(
 ) -> LoadedModel:
     """Wraps a model and processor that are already in memory. Raises ModelError for an unknown family."""
     family = family_of(model.config, processor)
-    _check_device(device)
+    check_device(device)
     if device is None:
-        device = "cuda" if torch.cuda.is_available() and model.device.type == "cpu" else model.device
+        device = device_for(None) if model.device.type == "cpu" else model.device
     name = name or model.config.name_or_path or type(model).__name__
     revision = revision or getattr(model.config, "_commit_hash", None)
     return LoadedModel(model.to(device).eval(), processor, family, name, revision)

@@ -134,22 +134,22 @@ def pictures(scorer: Scorer, sample: Sample) -> tuple[list[Image.Image], list[Im
     return clean, [as_image(picture.pixels, passes.pixel_range) for picture in blind]
 
 
-def side_by_side(images: list[Image.Image], nulls: list[Image.Image], *, side: int = 336) -> Image.Image:
-    """One picture for the eye: images above their nulls, small ones enlarged with nearest neighbour."""
+def sheet(images: list[Image.Image], nulls: list[Image.Image], *, side: int = 336) -> Image.Image:
+    """One picture for the eye: the images in a row, their nulls below, small ones enlarged with nearest neighbour."""
     rows = [row for row in (images, nulls) if row]
     cells = [[_enlarged(image, side) for image in row] for row in rows]
     gap = 8
     width = max(sum(cell.width + gap for cell in row) for row in cells) - gap
     height = sum(max(cell.height for cell in row) + gap for row in cells) - gap
-    sheet = Image.new("RGB", (width, height), "white")
+    picture = Image.new("RGB", (width, height), "white")
     top = 0
     for row in cells:
         left = 0
         for cell in row:
-            sheet.paste(cell, (left, top))
+            picture.paste(cell, (left, top))
             left += cell.width + gap
         top += max(cell.height for cell in row) + gap
-    return sheet
+    return picture
 
 
 def _enlarged(image: Image.Image, side: int) -> Image.Image:

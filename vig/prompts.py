@@ -79,6 +79,12 @@ class Encoded:
         return max(self.answer_index[-1] + 1, self.image_end)
 
 
+def check_end_of_turn(end_of_turn: str) -> None:
+    """Raises ValueError for what is none of END_OF_TURN."""
+    if end_of_turn not in END_OF_TURN:
+        raise ValueError(f"end_of_turn = {end_of_turn!r}, expected one of {', '.join(END_OF_TURN)}")
+
+
 class Encoder:
     """Renders, tokenises and marks samples with a transformers processor (or a tokenizer, for text alone).
 
@@ -96,8 +102,7 @@ class Encoder:
         max_length: int | None = None,
         truncate: bool = False,
     ):
-        if end_of_turn not in END_OF_TURN:
-            raise ValueError(f"end_of_turn = {end_of_turn!r}, expected one of {', '.join(END_OF_TURN)}")
+        check_end_of_turn(end_of_turn)
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         if not self.tokenizer.is_fast:

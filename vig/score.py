@@ -12,17 +12,26 @@ import numpy as np
 import torch
 
 from vig import plan
-from vig.families import LoadedModel, ModelError, as_loaded, context_length, load
+from vig.families import (
+    LoadedModel,
+    ModelError,
+    as_loaded,
+    check_device,
+    check_dtype,
+    context_length,
+    device_for,
+    load,
+)
 from vig.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
 from vig.forward import TokenNLL, TwoPasses
 from vig.loader import LoadedRecord, ahead, load_records, new_pixel_bytes, workers_beside
 from vig.null_image import BLUR_SIGMA, NullSettings
 from vig.prefix import shared_by
-from vig.prompts import Encoder
+from vig.prompts import Encoder, check_end_of_turn
 from vig.proofs import Proofs, is_out_of_memory
 from vig.samples import BrokenRecord, Sample
 from vig.score_rows import ScoreRow
-from vig_kernels.dispatch import resolve
+from vig_kernels.dispatch import named, resolve
 
 NOISE_SAMPLES = 16
 KEPT_ERRORS = 1000  # messages that are held in memory; all stand in the scores
@@ -89,10 +98,13 @@ class Scorer:
         share: bool = True,
         trust_remote_code: bool = False,
     ):
+        check_settings(null, sigma, dtype, backend, end_of_turn)
         self.null = NullSettings(null, sigma)
         if batch_tokens < 1 or (batch_size is not None and batch_size < 1):
             raise ValueError(f"batch_tokens = {batch_tokens}, batch_size = {batch_size}, expected at least 1")
         if isinstance(model, str | Path):
+            check_device(device)
+            resolve("linear_vig", backend, device_for(device))  # before a checkpoint is read
             self.loaded = load(
                 model, dtype=dtype, device=device, revision=revision, attn=attn, trust_remote_code=trust_remote_code
             )  # fmt: skip
@@ -302,6 +314,14 @@ class Scorer:
             "batch_size": self.batch_size,
             "share": self.share,
         }
+
+
+def check_settings(null: str, sigma: float, dtype: str, backend: str, end_of_turn: str) -> None:
+    """Raises ValueError for a value that means nothing on any machine and to any model, before one is loaded."""
+    NullSettings(null, sigma)
+    check_dtype(dtype)
+    named(backend)
+    check_end_of_turn(end_of_turn)
 
 
 # --- rows ---

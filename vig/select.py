@@ -24,7 +24,14 @@ import pyarrow.compute as pc
 
 from vig.files import StoreError
 from vig.score_rows import METADATA_KEY, list_array, segment_means
-from vig.selection_table import SELECTION_SCHEMA, SelectionTable, hash_keys, mix64, write_selection
+from vig.selection_table import (
+    SELECTION_SCHEMA,
+    SelectionTable,
+    hash_keys,
+    mix64,
+    refuse_other_selection,
+    write_selection,
+)
 from vig.store import count_rows, open_scores, read_scores, score_metadata, unfinished
 
 LEVELS = ("both", "sample", "token", "random")
@@ -47,6 +54,7 @@ class Selection:
     counts: dict[str, int]
     metadata: dict = field(repr=False)  # of the scores, with "selection" added
     warnings: list[str]
+    unfinished: list[str]  # of the warnings, those about scores that are not there yet
     rule: Rule = field(repr=False)
     out: Path | None = None
 
@@ -198,6 +206,7 @@ def select(
     tau_floor: float | None = None,
     seed: int = 0,
     out: str | Path | None = None,
+    overwrite: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Selection:
     """Choose about p per cent of the samples that have an image, and the tokens in them.
@@ -210,19 +219,27 @@ def select(
         "random": as many samples and tokens as "both" keeps, drawn by a hash of key and seed.
     clip: lowest log-probability in nats (below 0; math.log(0.01), say) that either pass counts with.
     tau_floor: lowest tau in nats.
-    out: folder to write the selection to, in Parquet. progress: called with the share done, 0 to 1.
+    out: folder to write the selection to, in Parquet. A selection there that was made with the same settings is
+        replaced; one of others raises SettingsDiffer, unless overwrite is set.
+    progress: called with the share done, 0 to 1.
 
-    Raises ValueError for settings that make no sense, StoreError for scores that cannot be read.
+    Raises ValueError for settings that make no sense, StoreError for scores that cannot be read. Scores that are
+    not complete are warned of, and listed in ``unfinished`` of the result.
     """
-    _check(p, level, clip, tau_floor)
+    check_choice(p, level, clip, tau_floor)
     scores = open_scores(scores)
+    folder, about = Path(out) if out is not None else None, score_metadata(scores)
+    choice = {"p": p, "level": level, "clip": clip, "tau_floor": tau_floor, "seed": seed}
+    if folder is not None and not overwrite:
+        refuse_other_selection(folder, {**about, "selection": choice})
     report = _Progress(progress, count_rows(scores), passes=3 if level == "random" else 2)
     facts = _first_pass(scores, clip, report)
     _refuse_duplicates(scores, facts.hashes)
-    notes = list(unfinished(scores))
+    missing = unfinished(scores)
+    notes = list(missing)
     tau_p = float(np.percentile(facts.vig, 100 - p)) if len(facts.vig) else None
     tau = tau_p if tau_p is None or tau_floor is None else max(tau_p, float(tau_floor))
-    notes += tau_warnings(tau, score_metadata(scores))
+    notes += tau_warnings(tau, about)
     rule = Rule("both" if level == "random" else level, math.inf if tau is None else tau, clip, seed)
     if level == "random" and tau is not None:
         rule = _random_rule(rule, facts, _count(scores, rule, report), notes)
@@ -235,17 +252,9 @@ def select(
         "text_only_tokens": facts.text_only_tokens,
         "errors": facts.errors,
     }
-    chosen = {
-        "p": p,
-        "level": level,
-        "tau": tau,
-        "tau_p": tau_p,
-        "clip": clip,
-        "tau_floor": tau_floor,
-        "seed": seed,
-    }
-    metadata = {**score_metadata(scores), "selection": {**chosen, "counts": counts}}
-    kept, folder = _Kept(), Path(out) if out is not None else None
+    chosen = {**choice, "tau": tau, "tau_p": tau_p}
+    metadata = {**about, "selection": {**chosen, "counts": counts}}
+    kept = _Kept()
 
     def final_metadata() -> dict:
         counts.update(samples_kept=kept.samples, tokens_kept=kept.tokens)
@@ -261,11 +270,13 @@ def select(
     for line in notes:
         warnings.warn(line, stacklevel=2)
     return Selection(
-        scores, **chosen, counts=counts, metadata=metadata, warnings=notes, rule=rule, out=folder
-    )
+        scores, **chosen, counts=counts, metadata=metadata, warnings=notes, unfinished=missing, rule=rule,
+        out=folder,
+    )  # fmt: skip
 
 
-def _check(p: float, level: str, clip: float | None, tau_floor: float | None) -> None:
+def check_choice(p: float, level: str, clip: float | None, tau_floor: float | None) -> None:
+    """Raises ValueError for settings that make no sense, whatever the scores."""
     if not 0 < p <= 100:
         raise ValueError(f"p is the percentage of samples to keep, above 0 and up to 100; got {p!r}")
     if level not in LEVELS:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vig.files import StoreError, explain_write_errors, sync_folder
+from vig.score_folder import SettingsDiffer, settings_differences
 from vig.score_rows import METADATA_KEY
 
 SELECTION_SCHEMA = pa.schema(
@@ -31,6 +32,7 @@ SELECTION_SCHEMA = pa.schema(
     ]
 )
 FILE_TOKENS = 1 << 30  # answer tokens a file: offsets of Arrow lists are int32
+FOUND_OUT = ("selection.tau", "selection.tau_p", "shard")  # by the run itself; the first job there may be any
 IN_MEMORY_BYTES = 1 << 28  # larger selections are read through a memory-mapped copy
 
 
@@ -140,7 +142,11 @@ def selection_files(path: str | Path) -> list[Path]:
 
 def selection_metadata(path: str | Path) -> dict:
     """Settings of the scores and, under "selection", p, level, tau, ..., counts."""
-    document = (pq.read_metadata(selection_files(path)[0]).metadata or {}).get(METADATA_KEY)
+    file = selection_files(path)[0]
+    try:
+        document = (pq.read_metadata(file).metadata or {}).get(METADATA_KEY)
+    except pa.ArrowException as error:
+        raise StoreError(f"{file} cannot be read ({error}). Delete it and run `vig select` again.") from error
     if document is None:
         raise StoreError(f"{path} was not written by `vig select`: it has no 'vig' metadata")
     return json.loads(document)
@@ -189,6 +195,28 @@ def _mapped_copy(path: Path, files: list[Path]) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     return copy
+
+
+def refuse_other_selection(folder: Path, metadata: dict) -> None:
+    """Raises SettingsDiffer where the folder holds a selection that was made with other settings.
+
+    metadata: of the scores, and under "selection" what was asked for.
+    """
+    if not any(folder.glob("selection-*.parquet")):
+        return
+    asked = json.loads(json.dumps(metadata, default=str))
+    differences = [
+        row
+        for row in settings_differences(selection_metadata(folder), asked)
+        if row[0] not in FOUND_OUT and not row[0].startswith(("selection.counts.", "notes."))
+    ]
+    if differences:
+        raise SettingsDiffer(
+            f"{folder} holds a selection made with other settings",
+            ("the folder has", "this run has"),
+            differences,
+            "Give --overwrite (overwrite=True) to replace it, or another output folder.",
+        )
 
 
 def write_selection(folder: Path, batches: Iterable[pa.RecordBatch], metadata: Callable[[], dict]) -> None:

@@ -91,10 +91,11 @@ def _log_lines(console: Console, verb: str) -> Callable[[Progress], None]:
         if state.done == told or (time.monotonic() - last < LOG_EVERY and not finished):
             return
         last, told = time.monotonic(), state.done
-        left = f", {time_left(state)} left" if not finished else ""
-        failed = f", {state.failed:,} failed" if state.failed else ""
+        left = f"{time_left(state)} left" if not finished else ""
+        failed = f"{state.failed:,} failed" if state.failed else ""
+        about = ", ".join(filter(None, (rate(state), left, failed)))
         total = "?" if state.total is None else f"{state.total:,}"
-        console.print(f"{verb}: {state.done:,} of {total} ({rate(state)}{left}{failed})", markup=False)
+        console.print(f"{verb}: {state.done:,} of {total}{f' ({about})' if about else ''}", markup=False)
 
     return show
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import torch
 
+import vig_kernels
 from vig_kernels import dispatch, native
 
 
@@ -24,6 +26,11 @@ def compiled_part() -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m vig_kernels", description=__doc__.partition(": ")[2].capitalize()
+    )
+    parser.add_argument("--version", action="version", version=f"vig-kernels {vig_kernels.__version__}")
+    parser.parse_args()
     print(f"torch {torch.__version__}; devices: {', '.join(device.type for device in dispatch.devices())}")
     print("\n".join(compiled_part()))
     if os.environ.get("VIG_BACKEND"):

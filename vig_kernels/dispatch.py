@@ -59,15 +59,21 @@ def module(op: str, backend: str) -> ModuleType:
     return found
 
 
-@torch.compiler.assume_constant_result
-def resolve(op: str, backend: str, device: torch.device) -> str:
-    """The name of the backend to run `op` with on `device`; BackendUnavailable when there is none."""
+def named(backend: str) -> tuple[str, str]:
+    """The name that counts, VIG_BACKEND for "auto" where it is set, and who gave it. ValueError for none of them."""
     source = f"backend={backend!r}"
     if backend == "auto" and os.environ.get("VIG_BACKEND"):
         backend = os.environ["VIG_BACKEND"]
         source = f"VIG_BACKEND={backend}"
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"{source} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    return backend, source
+
+
+@torch.compiler.assume_constant_result
+def resolve(op: str, backend: str, device: torch.device) -> str:
+    """The name of the backend to run `op` with on `device`; BackendUnavailable when there is none."""
+    backend, source = named(backend)
     names = BACKENDS if backend == "auto" else (backend,)
     reasons = []
     for name in names:
