@@ -153,6 +153,7 @@ CASES = (
         "select {dir}/scores -o {dir}/selection --p 40",
         selected,
     ),
+    Case("a learning rate below 0", "train {dir}/model {dir}/data.json -o {dir}/out --lr -1"),
     Case("scores that are not there", "select {dir}/nowhere -o {dir}/selection"),
 )
 

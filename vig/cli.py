@@ -407,7 +407,7 @@ def _exit_for(done: Progress) -> None:
 
 
 def main() -> None:
-    """Runs the command line; what a user can mend is one line on stderr and exit code 1."""
+    """Runs the command line; what a user can mend is one line on stderr and exit code 1, or the error's own."""
     if sys.platform == "win32":
         err.print("vig: Windows is not supported. Use Linux, or WSL")
         sys.exit(1)
@@ -422,4 +422,4 @@ def main() -> None:
             raise
         err.print(f"[bold red]vig: {type(error).__name__}:[/] ", end="")
         err.print(str(error), markup=False)
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_code", 1))

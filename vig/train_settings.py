@@ -39,6 +39,12 @@ class TrainError(ValueError):
     """Training cannot start, or went wrong; says what, and what helps."""
 
 
+class WrongSetting(TrainError):
+    """A value that makes no sense, whatever the model and the data."""
+
+    exit_code = 2  # of the command line: wrong usage
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """Everything that shapes a run, with the defaults of ``vig train``.
@@ -77,15 +83,15 @@ class TrainSettings:
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:  # a NaN is neither
-                raise TrainError(f"{name} = {value}, expected at least {least}")
+                raise WrongSetting(f"{name} = {value}, expected at least {least}")
         if not 0 < self.epochs < math.inf:
-            raise TrainError(f"epochs = {self.epochs}, expected more than 0")
+            raise WrongSetting(f"epochs = {self.epochs}, expected more than 0")
         if not 0 <= self.warmup <= 1:
-            raise TrainError(f"warmup = {self.warmup}, expected a share of the steps, 0 to 1")
+            raise WrongSetting(f"warmup = {self.warmup}, expected a share of the steps, 0 to 1")
         if self.schedule not in SCHEDULES:
-            raise TrainError(f"schedule = {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
+            raise WrongSetting(f"schedule = {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise TrainError(f"dtype = {self.dtype!r}, expected auto, float32 or bfloat16")
+            raise WrongSetting(f"dtype = {self.dtype!r}, expected auto, float32 or bfloat16")
 
 
 @dataclass
