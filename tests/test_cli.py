@@ -190,6 +190,18 @@ def test_select_from_unfinished_scores_ends_with_3_and_says_why(road, tmp_path):
     assert len(read_selection(tmp_path / "selection")) == 12
 
 
+def test_select_exports_the_kept_records(road, tmp_path):
+    call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
+    choice = ("select", tmp_path / "scores", "-o", tmp_path / "selection", "--p", "50", "--export")
+    assert f"6 records: {tmp_path / 'kept.json'}" in call(*choice, tmp_path / "kept.json")
+    records = {record["id"]: record for record in json.loads((road / "data.json").read_text())}
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    selected = read_selection(tmp_path / "selection")
+    assert [record["id"] for record in kept] == [key.split("#")[1] for key in selected if selected[key].keep]
+    assert all(record == records[record["id"]] for record in kept)
+    assert "not the name of a .json or .jsonl" in call(*choice, tmp_path / "kept.csv", code=2)
+
+
 def test_another_selection_is_replaced_only_when_asked_to(road, tmp_path):
     call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
     choice = ("select", tmp_path / "scores", "-o", tmp_path / "selection", "--p")

@@ -233,6 +233,15 @@ def select(
     ] = None,
     tau_floor: Annotated[float | None, typer.Option(help="Lowest tau, in nats.")] = None,
     seed: Annotated[int, typer.Option(help="For level random.")] = 0,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the kept records as they are in the data, to this .json or .jsonl file."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --export: the data, if it is not where it was scored.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a selection made with other settings.")
     ] = False,
@@ -240,6 +249,7 @@ def select(
     """Choose samples and tokens from scores; no model is needed. Exit code 3: the scores are not complete."""
     import warnings
 
+    from vig.export import check_export, export_records
     from vig.select import check_choice
     from vig.select import select as choose
 
@@ -247,6 +257,8 @@ def select(
         raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
     lowest = None if clip is None else math.log(clip)
     _usage(check_choice, p, level, lowest, tau_floor)
+    if export is not None:
+        _usage(check_export, export)
     with warnings.catch_warnings(), terminal.share(err, "selecting") as on_share:
         warnings.simplefilter("ignore")  # the summary below shows them
         chosen = choose(
@@ -257,6 +269,8 @@ def select(
         if not line.startswith("warning: "):
             out.print(line, markup=False)
     out.print(f"selection: {folder}", markup=False)
+    if export is not None:
+        out.print(f"{export_records(chosen, export, data=data):,} records: {export}", markup=False)
     if chosen.unfinished:
         err.print("vig: the scores are not complete, and neither is this selection")
     for line in chosen.warnings:

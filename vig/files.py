@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 class StoreError(RuntimeError):
@@ -46,13 +47,14 @@ def check_writable(folder: Path) -> None:
     (folder / ".writable").unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, content) -> None:
-    """Write ``content`` (bytes-like) so that ``path`` holds all of it or what it held before."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes its name when all of it is written; until then `path` holds what it held before."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     with explain_write_errors(path.parent):
         try:
             with open(temporary, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -60,6 +62,12 @@ def write_atomically(path: Path, content) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def write_atomically(path: Path, content) -> None:
+    """Write ``content`` (bytes-like) so that ``path`` holds all of it or what it held before."""
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def sync_folder(folder: Path) -> None:
