@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from vig.export import export_records
+from vig import export_records
 from vig.files import StoreError
 from vig.fingerprints import data_fingerprint
 from vig.samples import read_samples

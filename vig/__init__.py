@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vig.engine import score_dataset
+    from vig.export import export_records
     from vig.inspect import inspect
     from vig.report import report
     from vig.samples import Sample, read_samples
@@ -30,6 +31,7 @@ _HOMES = {
     "Scorer": "vig.score",
     "SelectiveCollator": "vig.trainer",
     "SelectiveTrainer": "vig.trainer",
+    "export_records": "vig.export",
     "inspect": "vig.inspect",
     "keep_samples": "vig.trainer",
     "read_samples": "vig.samples",
@@ -46,6 +48,7 @@ __all__ = [
     "Scorer",
     "SelectiveCollator",
     "SelectiveTrainer",
+    "export_records",
     "inspect",
     "keep_samples",
     "read_samples",
