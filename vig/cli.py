@@ -429,7 +429,7 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code == STOPPED:  # what typer makes of Ctrl-C
-            err.print("vig: stopped. What is finished is kept, and `vig score` goes on from there")
+            err.print("vig: stopped. What is finished is kept, and the same command goes on from there")
         raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if terminal.wants_traceback():
