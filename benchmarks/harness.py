@@ -113,8 +113,8 @@ def measure(
 
     A row holds name, ours, baseline, note, status ("ok", "wrong", "cannot run" or "failed") and either the reason
     or max_error, p20_ms, p50_ms, p80_ms, samples, and `ratio` to the baselines' summed medians (None without one);
-    peak_mib too where `extra_mib` is given. There are at most `rounds` rounds, and as few as FEW_ROUNDS where more
-    would take longer than `seconds`.
+    peak_mib too where `extra_mib` is given. There are `rounds` rounds; where they would take longer than `seconds`,
+    only baselines and our own rows are in all of them, and the others in as few as FEW_ROUNDS.
     """
     rows: dict[str, dict] = {}
     entrants: list[Entrant] = []
@@ -135,8 +135,10 @@ def measure(
         _warm(entrant, timer)
     live = [entrant for entrant in entrants if not entrant.samples_ms]
     round_s = sum(entrant.calls * entrant.warm_ms for entrant in live) * 1e-3
-    rounds = min(rounds, max(FEW_ROUNDS, int(min(rounds, seconds / max(round_s, 1e-9)))))
-    probed = _rounds(live, rounds, timer, probe, settle_s, say)
+    common = min(rounds, max(FEW_ROUNDS, int(min(rounds, seconds / max(round_s, 1e-9)))))
+    probed = _rounds(live, range(common), timer, probe, settle_s, say)
+    judged = [entrant for entrant in live if entrant.contender.ours or entrant.contender.baseline]
+    probed += _rounds(judged, range(common, rounds), timer, probe, settle_s, say)
     for entrant in entrants:
         rows[entrant.contender.name].update(_summary(entrant))
         if extra_mib is not None:
@@ -179,11 +181,11 @@ def _warm(entrant: Entrant, timer) -> None:
         entrant.calls = max(1, math.ceil(SAMPLE_MS / max(entrant.warm_ms, 1e-3)))
 
 
-def _rounds(entrants, rounds, timer, probe, settle_s, say) -> list[float]:
+def _rounds(entrants, rounds: range, timer, probe, settle_s, say) -> list[float]:
     baseline_ms = sum(e.warm_ms for e in entrants if e.contender.baseline) or math.inf
     probed = []
-    for index in range(rounds):
-        say(f"round {index + 1} of {rounds}")
+    for index in rounds:
+        say(f"round {index + 1} of {rounds.stop}")
         if probe is not None:
             probed.append(probe())
         for place in range(len(entrants)):

@@ -105,6 +105,16 @@ def test_short_calls_are_repeated_and_slow_ones_spared():
     assert seen.count("short") == 3 + 5 * (1 + math.ceil(harness.SAMPLE_MS / 2.0))
 
 
+def test_where_time_is_short_peers_have_few_rounds_and_what_is_judged_all():
+    contender, timer, seen = scripted({name: [100.0] * 20 for name in ("gemm", "ours", "peer")})
+    field = [contender("gemm", baseline=True), contender("ours", ours=True), contender("peer")]
+    rows = harness.measure(field, None, passes, rounds=6, seconds=0.01, timer=timer, settle_s=0)["rows"]
+    assert [row["samples"] for row in rows] == [6, 6, harness.FEW_ROUNDS]
+    assert seen[-6:] == ["ours", "gemm", "gemm", "ours", "ours", "gemm"]
+    rows = harness.measure(field, None, passes, rounds=6, seconds=99.0, timer=timer, settle_s=0)["rows"]
+    assert [row["samples"] for row in rows] == [6, 6, 6]
+
+
 def test_refuses_what_is_wrong_and_lists_what_cannot_run():
     def broken(inputs):
         raise RuntimeError("no such kernel\nand a long story")
