@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from PIL import Image
 from typer.testing import CliRunner
 
 import vig
@@ -126,6 +127,8 @@ def test_inspect_shows_the_scores_of_every_null(road, tmp_path, null):
     said = call(*arguments, "--null", null)  # record 3 has no image file: the donor is that of record 4
     shown = float(re.search(r"sample VIG (\S+) nats", said)[1])
     assert shown == pytest.approx(row["vig"], abs=2e-4) and abs(shown) > 1e-3
+    width, height = Image.open(tmp_path / "p.png").size  # of one image, and its null below
+    assert (height > width) == (null != "drop")
 
 
 def test_shuffle_of_a_lone_photograph_says_what_helps(road, tmp_path):

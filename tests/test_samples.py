@@ -317,6 +317,16 @@ def test_the_most_pixels_are_those_of_the_whole_image():
         open_images(sample, max_pixels=1199)
 
 
+def test_the_cure_of_too_large_a_file_names_the_limit_that_it_met():
+    header = b"IHDR" + struct.pack(">IIBBBBB", 15000, 12000, 8, 2, 0, 0, 0)  # 180 million pixels
+    png = b"\x89PNG\r\n\x1a\n"
+    for chunk in (header, b"IDAT"):
+        png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    sample = sample_from_record(record(image={"bytes": png}), key="k")
+    with pytest.raises(SampleError, match=r"limit of 178956970 pixels.*Shrink it below 178,956,970 pixels"):
+        open_images(sample)
+
+
 def test_images_as_bytes_and_with_transparency():
     file = io.BytesIO()
     tiny.picture(3).convert("RGBA").save(file, "PNG")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 ImageSource = Path | bytes | Image.Image
 
+MAX_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: Pillow opens nothing larger
+
 # What Pillow's plugins were seen to raise at damaged files, and may.
 UNDECODABLE = (OSError, ValueError, RuntimeError, EOFError, SyntaxError, TypeError, LookupError, ArithmeticError,
                AttributeError, struct.error, zlib.error)  # fmt: skip
@@ -38,7 +40,7 @@ def writable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def open_images(sample: Sample, *, max_pixels: int = 1 << 28) -> list[Image.Image]:
+def open_images(sample: Sample, *, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
     """Decodes the images of a sample to 8-bit RGB, in order; 16 bits are scaled by 1/257 and rounded.
 
     Raises SampleError for a missing file, a file that is not an image, a truncated one, one of 32-bit or float
@@ -48,7 +50,7 @@ def open_images(sample: Sample, *, max_pixels: int = 1 << 28) -> list[Image.Imag
     return [open_image(source, sample.key, sample.id, max_pixels=max_pixels) for source in sample.images]
 
 
-def open_image(source: ImageSource, key: str, id: str, *, max_pixels: int = 1 << 28) -> Image.Image:
+def open_image(source: ImageSource, key: str, id: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         if isinstance(source, Image.Image):

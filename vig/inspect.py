@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from vig import plan
 from vig.null_image import as_image
+from vig.prompts import Encoded
 from vig.samples import (
     CAPTION_QUESTION,
     IMAGE_MARK,
@@ -103,7 +105,7 @@ def inspect(
         (tokenizer.decode([id]), place in answer_index, id == scorer.encoder.image_token_id)
         for place, id in enumerate(encoded.input_ids)
     ]
-    images, nulls = pictures(scorer, sample)
+    images, nulls = pictures(scorer, sample, window)
     return Inspection(
         sample,
         list(_folded(pieces)),
@@ -115,9 +117,11 @@ def inspect(
     )
 
 
-def pictures(scorer: Scorer, sample: Sample) -> tuple[list[Image.Image], list[Image.Image]]:
-    """The sample's images and their nulls as the model sees them. No nulls for "drop" and "shuffle"."""
-    from vig.loader import load_record
+def pictures(
+    scorer: Scorer, sample: Sample, window: Sequence[Sample | BrokenRecord] | None = None
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """The sample's images and their nulls as the model sees them; no nulls for "drop". window: as for `inspect`."""
+    from vig.loader import Donors, load_record
 
     loaded = load_record(sample, scorer.encoder, "pixels")
     if loaded.error is not None:
@@ -125,13 +129,27 @@ def pictures(scorer: Scorer, sample: Sample) -> tuple[list[Image.Image], list[Im
     if not loaded.is_multimodal:
         return [], []
     passes, family = scorer.passes, scorer.loaded.family
-    pixels = {name: value.to(scorer.loaded.model.device) for name, value in loaded.encoded.pixels.items()}
-    sizes = [loaded.encoded.sizes]
-    clean = [as_image(picture.pixels, passes.pixel_range) for picture in family.pictures(pixels, sizes)]
-    if scorer.null.stage != "pixels":
-        return clean, []
-    blind = family.pictures(passes.null_pixels(pixels, sizes, loaded.hashes), sizes)
-    return clean, [as_image(picture.pixels, passes.pixel_range) for picture in blind]
+    device = scorer.loaded.model.device
+
+    def on_device(encoded: Encoded) -> dict[str, Tensor]:
+        return {name: value.to(device) for name, value in encoded.pixels.items()}
+
+    def shown(pixels: dict[str, Tensor], encoded: Encoded) -> list[Image.Image]:
+        found = family.pictures(pixels, [encoded.sizes])
+        return [as_image(picture.pixels, passes.pixel_range) for picture in found]
+
+    pixels = on_device(loaded.encoded)
+    images = shown(pixels, loaded.encoded)
+    if scorer.null.stage == "pixels":
+        return images, shown(
+            passes.null_pixels(pixels, [loaded.encoded.sizes], loaded.hashes), loaded.encoded
+        )
+    if scorer.null.stage != "image":
+        return images, []
+    Donors(window or [sample]).give([loaded], scorer.encoder)
+    if loaded.error is not None:
+        raise loaded.error
+    return images, shown(on_device(loaded.null), loaded.null)
 
 
 def sheet(images: list[Image.Image], nulls: list[Image.Image], *, side: int = 336) -> Image.Image:
