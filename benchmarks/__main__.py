@@ -48,7 +48,7 @@ _command("blur", "Gaussian blur on the CPU, against OpenCV and others.")
 _command("memory", "Peak extra memory, each call in a fresh process.")
 _command(
     "throughput",
-    "Scoring from image files to token values, against a careful plain loop: about 10 minutes.",
+    "Scoring from image files to token values, against a plain loop over full logits: about 15 minutes.",
 )
 _command(
     "scale", "One million samples: write scores, select, start. About 3 minutes and 3 GB of temporary files."

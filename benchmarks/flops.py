@@ -56,8 +56,7 @@ class Flops:
         total = 0.0
         for batch in chunks(encoded, BATCH):
             length = max(len(item.input_ids) for item in batch)
-            total += len(batch) * (length * self.token + length**2 * self.pair + self.image)
-            total += sum(len(item.answer_index) for item in batch) * self.head
+            total += len(batch) * (length * (self.token + self.head) + length**2 * self.pair + self.image)
         return 2 * total
 
     def least(self, encoded: Sequence[Encoded], hashes: Sequence[list[str]], image_token_id: int) -> float:

@@ -1,12 +1,12 @@
-"""Suite `throughput`: scoring from image files to token values, against a careful plain loop.
+"""Suite `throughput`: scoring from image files to token values, against a plain loop over full logits.
 
-The plain loop: batches of 8 in reading order, padded, two forward calls, logits and log_softmax of answer rows only
-(transformers' `logits_to_keep`). Both read the same files, use the same encoder and the same blur, in one process,
-part by part in turn; a part's ratio is plain / ours in seconds of the clock (and, beside it, in processor seconds,
-which other work on the machine stretches less). The figure is the median part's. Beside each stands the bound: the
-FLOP of the plain loop over the FLOP that cannot be avoided (each image and prefix once a pass, no padding, causal
-attention by halves, the head and the last layer's feed-forward on answer rows only). A ratio over the bound is
-possible: log_softmax counts no FLOP.
+The plain loop: batches of 8 in reading order, padded, two forward calls, logits and log_softmax at every position,
+image tokens included (transformers' `logits_to_keep` would spare most of them: docs/throughput.md). Both read the
+same files, use the same encoder and the same blur, in one process, part by part in turn; a part's ratio is
+plain / ours in seconds of the clock (and, beside it, in processor seconds, which other work on the machine stretches
+less). The figure is the median part's. Beside each stands the bound: the FLOP of the plain loop over the FLOP that
+cannot be avoided (each image and prefix once a pass, no padding, causal attention by halves, the head and the last
+layer's feed-forward on answer rows only). A ratio over the bound is possible: log_softmax counts no FLOP.
 The models are random and have the form of real ones; values are compared before anything is timed.
 """
 
@@ -34,14 +34,12 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.flops import BATCH, Flops
-from benchmarks.peers import IGNORE
 from vig import forward, packed, prefix, score
 from vig.plan import chunks
 from vig.samples import Sample
 from vig.score import Scorer
 
 BATCH_TOKENS = 4096
-OF_BOUND = 0.75  # of the bound, at least, in processor time: a busy machine stretches the clock by more
 OUTSIDE = 0.08  # of the time outside the model's own layers, at most
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
@@ -52,19 +50,22 @@ TEMPLATE = (
 
 
 class Case(NamedTuple):
-    """A model, and how many questions each image has."""
+    """A model, and how many questions each image has. at_least: the promised ratio, or part of the bound."""
 
     name: str
     label: str
     questions: int
     samples: int
     parts: int
+    at_least: float
+    of_bound: bool = False
+    memory: float | None = None  # of the plain loop's peak, at most
 
 
 CASES = (
-    Case("llava", "LLaVA's form, each image once", 1, 120, 3),
-    Case("llava", "LLaVA's form, six questions an image", 6, 180, 3),
-    Case("smolvlm", "SmolVLM-256M's form, six questions an image", 6, 36, 3),
+    Case("llava", "LLaVA's form, each image once", 1, 300, 5, 1.5, memory=0.6),
+    Case("llava", "LLaVA's form, six questions an image", 6, 300, 5, 4.0, memory=0.6),
+    Case("smolvlm", "SmolVLM-256M's form, six questions an image", 6, 36, 3, 0.9, of_bound=True),
 )
 
 
@@ -177,24 +178,21 @@ def make_samples(folder: Path, n_samples: int, questions: int) -> list[Sample]:
 
 @torch.inference_mode()
 def plain_loop(scorer: Scorer, samples: Sequence[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What one writes without a library for it, with care: (nll_image, nll_null) of each sample's answer tokens."""
+    """What one writes without a library for it: (nll_image, nll_null) of each sample's answer tokens."""
     results = []
     for batch in chunks(samples, BATCH):
         encoded = [scorer.encoder.encode(sample) for sample in batch]
         inputs = scorer.encoder.collate(encoded)
         labels = inputs.pop("labels")
-        target = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        answers = target != IGNORE
-        counts = answers.sum(1).tolist()
         sizes = [item.sizes for item in encoded]
         both = []
         for given in (inputs, scorer.passes.null_pixels(inputs, sizes, ["0"] * len(batch))):
-            logits = scorer.loaded.model(**given, use_cache=False, logits_to_keep=answers).logits
-            logp = torch.log_softmax(logits.flatten(end_dim=-2).float(), dim=-1)
-            both.append(-logp.gather(1, target[answers][:, None])[:, 0])
+            logits = scorer.loaded.model(**given, use_cache=False).logits
+            logp = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+            both.append(-logp.gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0])
             del logits, logp
-        split = [values.split(counts) for values in both]
-        results += [(image.numpy(), null.numpy()) for image, null in zip(*split, strict=True)]
+        for row, label in enumerate(labels[:, 1:] != -100):
+            results.append(tuple(values[row, label].numpy() for values in both))
     return results
 
 
@@ -246,7 +244,8 @@ def measured(case: Case, threads: int, say: Callable[[str], None]) -> dict:
         "ratios": ratios,
         "ratio_of_processor_time": statistics.median(of_processor),
         "bound": bound,
-        "promised": OF_BOUND * bound,
+        "promised": case.at_least * (bound if case.of_bound else 1.0),
+        "memory": case.memory,
         "max_error": error,
         "peak_mib": {name: total for name, (total, _) in peaks.items()},
         "beyond_loaded_mib": {name: extra for name, (_, extra) in peaks.items()},
@@ -364,10 +363,10 @@ def cells(case: dict) -> dict[str, str]:
         "model, questions an image": case["label"],
         "samples": str(case["samples"]),
         "ours, samples/s": f"{values['ours']:.2f}",
-        "plain / ours": f"{case['ratio']:.2f}",
+        "plain / ours": f"{case['ratio']:.2f} (at least {case['promised']:.2f})",
         "bound by FLOP": f"{case['bound']:.2f}",
-        "in processor time": f"{case['ratio_of_processor_time']:.2f} (at least {case['promised']:.2f})",
-        "peak memory": f"{memory:.2f} x",
+        "in processor time": f"{case['ratio_of_processor_time']:.2f}",
+        "peak memory": f"{memory:.2f} x" + (f" (at most {case['memory']})" if case["memory"] else ""),
         "outside the model's layers": f"{100 * outside(case['profile']):.1f} % (at most {100 * OUTSIDE:.0f} %)",
     }
 
@@ -377,7 +376,7 @@ def in_words(cases: Sequence[dict]) -> str:
     parts = [
         f"{case['label']}: {case['ratio']:.1f} times (bound by FLOP: {case['bound']:.1f})" for case in cases
     ]
-    return "Against a careful plain loop, " + "; ".join(parts)
+    return "Against a plain loop over full logits, " + "; ".join(parts)
 
 
 def tables(cases: Sequence[dict]) -> list[list[list[str]]]:
@@ -396,21 +395,20 @@ def tables(cases: Sequence[dict]) -> list[list[list[str]]]:
 def broken_bounds(cases: Sequence[dict]) -> list[str]:
     """What is asked of a full run and does not hold."""
     full = {case.label: case.samples for case in CASES}
-    broken = []
-    for case in cases:
-        if case["samples"] < full.get(case["label"], 0):
-            continue
-        ratio, promised = case["ratio_of_processor_time"], case["promised"]
-        if not ratio >= promised:
-            broken.append(
-                f"{case['label']}: plain / ours in processor time = {ratio:.2f}, at least {promised:.2f}"
-            )
-        if not outside(case["profile"]) <= OUTSIDE:
-            share = f"{100 * outside(case['profile']):.1f} %"
-            broken.append(
-                f"{case['label']}: {share} outside the model's layers, at most {100 * OUTSIDE:.0f} %"
-            )
-    return broken
+    return [
+        f"{case['label']}: {name} = {value:.2f}, {sign} {asked:.2f} was asked for"
+        for case in cases
+        if case["samples"] >= full.get(case["label"], 0)
+        for name, value, sign, asked in _asked(case)
+        if not (value >= asked if sign == "at least" else value <= asked)
+    ]
+
+
+def _asked(case: dict) -> Iterator[tuple[str, float, str, float]]:
+    yield "plain / ours", case["ratio"], "at least", case["promised"]
+    yield "the share outside the model's layers", outside(case["profile"]), "at most", OUTSIDE
+    if case["memory"]:
+        yield "peak memory", case["peak_mib"]["ours"] / case["peak_mib"]["plain"], "at most", case["memory"]
 
 
 # --- memory ---
