@@ -15,7 +15,7 @@ CLOSE = 5e-4  # relative: stored values have five significant digits
 
 def broken(result: dict) -> list[str]:
     """Own contenders that were wrong or failed, and bounds that are not kept. A ratio of two timings is no bound,
-    but for the throughput suite's, which is half an hour's or more of work."""
+    but for the throughput suite's, which is many minutes of work."""
     suite = importlib.import_module(f"benchmarks.{result['suite']}")
     bounds = getattr(suite, "broken_bounds", lambda cases: [])
     return [*_not_right(result["cases"]), *bounds(result["cases"])]

@@ -44,10 +44,15 @@ def draw(result: dict, folder: Path) -> Path | None:
     single = any(row.get("samples") == 1 for case in result["cases"] for row in results.timed(case))
     figure.suptitle(heading(result) + ("\n* one call, without a warm-up" if single else ""), fontsize=11)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{results.path_of(result, Path()).stem}.png"
+    path = path_of(result, folder)
     figure.savefig(path, dpi=110, metadata={"Software": None, DIGEST: results.digest(result)})
     pyplot.close(figure)
     return path
+
+
+def path_of(result: dict, folder: Path) -> Path:
+    """Where the plot of a result lies."""
+    return folder / f"{results.path_of(result, Path()).stem}.png"
 
 
 def digest_of(path: Path) -> str | None:

@@ -48,9 +48,6 @@ class Paths:
         suites = ON_OWN_PAGE if block == SCORING else (block,)
         return [result for suite in suites for result in results.read_full(suite, self.results)]
 
-    def picture(self, result: dict) -> Path:
-        return self.plots / f"{results.path_of(result, Path()).stem}.png"
-
 
 def write(paths: Paths) -> list[Path]:
     """Rewrites the pages' blocks and the plots; returns the files that were written."""
@@ -116,9 +113,9 @@ def _of_results(suite: str, paths: Paths) -> Iterator[str]:
     for result in paths.stored(suite):
         for line in (*audit.broken(result), *audit.not_following(result)):
             yield f"{suite}: {line}"
-        picture = paths.picture(result)
         if suite in WITHOUT_PLOT:
             continue
+        picture = plots.path_of(result, paths.plots)
         if not picture.exists():
             yield f"{suite}: {picture} is missing: run `python -m benchmarks report`"
         elif plots.digest_of(picture) != results.digest(result):
@@ -168,7 +165,10 @@ def _machine_block(suite: str, result: dict, paths: Paths) -> str:
     lines += [*_notes(result["cases"]), *_comparisons(result["cases"]), *_absent(result["cases"])]
     if suite not in WITHOUT_PLOT:
         alternative = plots.heading(result).replace("\n", "; ")
-        lines += [f"![{alternative}]({_relative(paths.picture(result), paths.readme.parent)})", ""]
+        lines += [
+            f"![{alternative}]({_relative(plots.path_of(result, paths.plots), paths.readme.parent)})",
+            "",
+        ]
     return "\n".join(lines)
 
 

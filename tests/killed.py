@@ -44,7 +44,7 @@ def child(model, data: Path, out: Path, aim: int | None = None) -> None:
 
 
 def die_at_call(number: int) -> None:
-    """The process kills itself at the numbered call of os.fsync or os.replace: before it, or right after it."""
+    """The process kills itself at the numbered call of fsync, replace or rename: before it, or right after it."""
     calls = 0
 
     def deadly(call):
@@ -59,7 +59,7 @@ def die_at_call(number: int) -> None:
 
         return called
 
-    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+    os.fsync, os.replace, os.rename = deadly(os.fsync), deadly(os.replace), deadly(os.rename)
 
 
 def fork(*arguments) -> int:

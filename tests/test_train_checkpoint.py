@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed import die_at_call
 from test_cli import call
 from test_train import base, encoded, run_on_two, weights, without_pictures
 from test_trainer import samples, selection
@@ -103,30 +104,10 @@ def test_a_killed_run_goes_on_with_the_same_bits(processor, tmp_path, make, opti
             assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def kill_at_call(number: int):
-    """This process kills itself at the numbered call of fsync or rename: before it, or right after it."""
-    calls = 0
-
-    def deadly(call):
-        def called(*args):
-            nonlocal calls
-            calls += 1
-            if calls == number and number % 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            done = call(*args)
-            if calls == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return done
-
-        return called
-
-    os.fsync, os.replace, os.rename = deadly(os.fsync), deadly(os.replace), deadly(os.rename)
-
-
 def deadly_train(aim: int, out: Path, items, processor):
     torch.set_num_threads(1)
     if aim:
-        kill_at_call(aim)
+        die_at_call(aim)
     train(base(), items, None, out, processor=processor, **STEPS)
 
 

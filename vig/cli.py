@@ -265,9 +265,8 @@ def select(
             scores[0] if len(scores) == 1 else scores, p, level=level, out=folder, tau_floor=tau_floor,
             clip=lowest, seed=seed, overwrite=overwrite, progress=on_share,
         )  # fmt: skip
-    for line in chosen.summary():
-        if not line.startswith("warning: "):
-            out.print(line, markup=False)
+    for line in chosen.figures():
+        out.print(line, markup=False)
     out.print(f"selection: {folder}", markup=False)
     if export is not None:
         out.print(f"{export_records(chosen, export, data=data):,} records: {export}", markup=False)

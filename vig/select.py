@@ -69,12 +69,16 @@ class Selection:
         return SelectionTable(table.replace_schema_metadata({METADATA_KEY: json.dumps(self.metadata)}))
 
     def summary(self) -> list[str]:
-        """Lines for a terminal."""
+        """Lines for a terminal: the figures, then the warnings."""
+        return self.figures() + [f"warning: {line}" for line in self.warnings]
+
+    def figures(self) -> list[str]:
+        """Lines for a terminal: tau, and how much is kept."""
         n, text = self.counts, self.counts["text_only_tokens"]
         tau = "none" if self.tau is None else f"{self.tau:.6g} nats"
         if self.tau is not None and self.tau != self.tau_p:
             tau += f" (the floor; the percentile is {self.tau_p:.6g})"
-        lines = [
+        return [
             f"level {self.level}, p = {self.p:g}: tau = {tau}",
             f"samples kept  {_share(n['samples_kept'], n['samples_total'])} with an image",
             f"tokens kept   {_share(n['tokens_kept'], n['tokens_total'])} of these samples' answers",
@@ -82,7 +86,6 @@ class Selection:
             f"trained on    {_share(n['tokens_kept'] + text, n['tokens_total'] + text)} of all answer tokens",
             f"not scored    {n['errors']:,} samples, none kept",
         ]
-        return lines + [f"warning: {line}" for line in self.warnings]
 
 
 def _share(part: int, whole: int) -> str:

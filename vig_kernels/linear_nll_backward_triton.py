@@ -255,7 +255,7 @@ def backward(
     options = (bias, logit_scale, logit_softcap, ignore_index)
     gathered = 2 * hidden.element_size() * (num_kept or 0) * hidden.shape[1]  # hidden and its gradient
     if num_kept is not None and num_kept < target.shape[0] and gathered <= GATHERED_BYTES:
-        return gathered_sweep(upstream, hidden, weight, target, *options, needs, num_kept, gathered)
+        return gathered_sweep(upstream, hidden, weight, target, options, needs, num_kept, gathered)
     long = hidden.dtype != torch.float32 and 4 * hidden.numel() > HIDDEN_BYTES
     if long and needs[0] and (needs[1] or needs[2]):
         grad_hidden, _, _ = gradient_sweep(upstream, hidden, weight, target, *options, (True, False, False))
@@ -264,20 +264,9 @@ def backward(
     return gradient_sweep(upstream, hidden, weight, target, *options, needs)
 
 
-def gathered_sweep(
-    upstream,
-    hidden,
-    weight,
-    target,
-    bias,
-    logit_scale,
-    logit_softcap,
-    ignore_index,
-    needs,
-    num_kept,
-    gathered,
-):
+def gathered_sweep(upstream, hidden, weight, target, options, needs, num_kept, gathered):
     """`gradient_sweep` of the rows that are not ignored. More of them than `num_kept` give NaN, as in the loss."""
+    bias, *_, ignore_index = options
     order, count = keep_order(target, ignore_index)
     picked = order[:num_kept]
     poison = torch.where(count > num_kept, torch.nan, 1.0)
@@ -292,17 +281,7 @@ def gathered_sweep(
     target = target[picked]
     rows = silence(hidden[picked], target, ignore_index)
     grad_hidden, grad_weight, grad_bias = gradient_sweep(
-        upstream,
-        rows,
-        weight,
-        target,
-        bias,
-        logit_scale,
-        logit_softcap,
-        ignore_index,
-        needs,
-        gathered,
-        silent=True,
+        upstream, rows, weight, target, *options, needs, gathered, silent=True
     )
     if grad_hidden is not None:
         grad_hidden = torch.zeros_like(hidden).index_copy_(0, picked, grad_hidden)
