@@ -11,6 +11,9 @@ namespace {
 constexpr int64_t kPanelWords = 4096;  // words of D packed at a time: 512 KiB of an AVX-512 panel, half of an L2
 constexpr int64_t kSmallGroups = 208;  // 48 large groups of 4, and 16
 constexpr int64_t kPackedWords = 96 << 10;  // of several shallow panels together: 384 KiB
+constexpr int64_t kHalfWords = 24 << 10;    // the same where the next ones are packed beside them
+constexpr int64_t kFewTiles = 5;            // multiplied faster than the weight comes from memory: nothing to gain
+constexpr int64_t kManyTiles = 170;         // packing is under half a percent of the products
 
 // Hands out the weight rows of the next panels, a share with every tile, for the tile to ask the cache for.
 class Ahead {
@@ -34,6 +37,35 @@ class Ahead {
  private:
   const char *at_ = nullptr, *end_ = nullptr;
   int64_t share_ = 0;
+};
+
+// Packs the panels after those that are multiplied, a share with every tile.
+class Beside {
+ public:
+  Beside() = default;
+
+  Beside(const Head& head, int64_t begin, int64_t end, uint32_t* to, int64_t tiles, bool first)
+      : packing_{head.weight + begin * head.kernels.panel * head.weight_stride, to, head.weight_stride, head.words(),
+                 head.words() / kLineWords, kLinesAhead * kLineBytes},
+        left_((end - begin) * head.kernels.panel * packing_.lines), share_((left_ + tiles - 1) / tiles) {
+    if (!first) return;  // the panels before have asked for the first lines
+    for (int64_t i = 0; i < head.kernels.panel * kLinesAhead; ++i) {
+      const char* row = packing_.from + i / kLinesAhead * packing_.stride;
+      __builtin_prefetch(row + i % kLinesAhead * kLineBytes, 0, 2);
+    }
+  }
+
+  // What a tile copies, and how many lines of it.
+  std::pair<Packing*, int64_t> take() {
+    const int64_t lines = std::min(left_, share_);
+    left_ -= lines;
+    return {lines > 0 ? &packing_ : nullptr, lines};
+  }
+
+ private:
+  static constexpr int64_t kLineBytes = 4 * kLineWords;
+  Packing packing_{};
+  int64_t left_ = 0, share_ = 0;
 };
 
 }  // namespace
@@ -76,16 +108,24 @@ RowChunk::RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_
 }
 
 PanelSweep::PanelSweep(const Head& head, int64_t max_rows, bool stats)
-    : head_(head), stats_(stats), together_(panels_together(head)),
-      packed_(make_buffer(std::min(head.words(), kPanelWords) * head.kernels.panel * together_)),
+    : head_(head), stats_(stats), beside_(packs_beside(head, max_rows)), together_(panels_together(head, beside_)),
+      packed_(make_buffer(std::min(head.words(), kPanelWords) * head.kernels.panel * together_ * (beside_ ? 2 : 1))),
       product_(make_buffer((head.words() > kPanelWords ? round_up(max_rows, head.kernels.tile) : head.kernels.tile) *
                            head.kernels.panel)),
       lanes_(make_buffer(padded_rows(head, max_rows) * lane_floats(head.kernels.lanes, stats))),
       bias_(make_buffer(head.kernels.panel * together_)), rows_(head.kernels.panel) {}
 
-int64_t PanelSweep::panels_together(const Head& head) {
+bool PanelSweep::packs_beside(const Head& head, int64_t rows) {
+  const int64_t tiles = rows / head.kernels.tile;
+  const bool words_as_they_stand = head.dtype == Dtype::kFloat32 || head.pairs();
+  return head.kernels.packs_beside && words_as_they_stand && head.words() >= kLineWords &&
+         head.words() <= kPanelWords && tiles > kFewTiles && tiles <= kManyTiles;
+}
+
+int64_t PanelSweep::panels_together(const Head& head, bool beside) {
   if (head.words() > kPanelWords) return 1;  // packed block by block of D
-  return std::clamp<int64_t>(kPackedWords / (std::max<int64_t>(head.words(), 1) * head.kernels.panel), 1, 16);
+  const int64_t panel_words = std::max<int64_t>(head.words(), 1) * head.kernels.panel;
+  return std::clamp<int64_t>((beside ? kHalfWords : kPackedWords) / panel_words, 1, 16);
 }
 
 int64_t PanelSweep::bytes_per_row(const Head& head, bool stats) {
@@ -106,39 +146,59 @@ void PanelSweep::fold_panels(const RowChunk& chunk, int64_t begin, int64_t end, 
     if (head_.words() > kPanelWords) {
       fold_deep_panel(chunk, panel, after, picked, keep);
     } else {
-      fold_shallow_panels(chunk, panel, last, after, picked, keep);
+      fold_shallow_panels(chunk, panel, last, end, after, picked, keep);
     }
     fresh_ = false;
   }
 }
 
-void PanelSweep::pack(int64_t panel, int64_t place, int64_t begin, int64_t end) {
+void PanelSweep::pack(int64_t panel, uint32_t* to, int64_t begin, int64_t end) {
+  const Kernels& k = head_.kernels;
+  for (int i = 0; i < k.panel; ++i) {
+    rows_[i] = head_.weight + std::min(panel * k.panel + i, head_.vocab - 1) * head_.weight_stride;
+  }
+  k.pack({to, rows_.data(), k.panel, head_.dtype, head_.pairs(), begin, end, head_.depth});
+}
+
+void PanelSweep::set_bias(int64_t panel, int64_t place) {
   const Kernels& k = head_.kernels;
   for (int i = 0; i < k.panel; ++i) {
     const int64_t row = std::min(panel * k.panel + i, head_.vocab - 1);
-    rows_[i] = head_.weight + row * head_.weight_stride;
     bias_[place * k.panel + i] = head_.bias == nullptr ? 0.0f : head_.bias[row] * head_.scale;
   }
-  k.pack({packed_words() + place * (end - begin) * k.panel, rows_.data(), k.panel, head_.dtype, head_.pairs(), begin,
-          end, head_.depth});
 }
 
 // The packed panels and one tile of rows stay in cache together, so that rows come from afar once for all of them.
-void PanelSweep::fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked,
-                                     KeptLogits keep) {
+void PanelSweep::fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t group_end, int64_t next,
+                                     float* picked, KeptLogits keep) {
   const Kernels& k = head_.kernels;
-  const int64_t words = head_.words();
-  for (int64_t panel = begin; panel < end; ++panel) pack(panel, panel - begin, 0, words);
-  Ahead ahead(head_, next, end - begin, (end - begin) * ((chunk.rows + k.tile - 1) / k.tile));
+  const int64_t words = head_.words(), panel_words = words * k.panel;
+  const int64_t tiles = (end - begin) * ((chunk.rows + k.tile - 1) / k.tile);
+  const int64_t coming = std::min(end + together_, group_end);
+  const bool swap = beside_ && coming > end && coming * k.panel <= head_.vocab;  // the last rows are left to pack()
+  for (int64_t panel = begin; panel < end; ++panel) {
+    if (!packed_beside_) pack(panel, packed(half_) + (panel - begin) * panel_words, 0, words);
+    set_bias(panel, panel - begin);
+  }
+  Beside beside = swap ? Beside(head_, end, coming, packed(1 - half_), tiles, !packed_beside_) : Beside();
+  Ahead ahead(head_, swap ? head_.panels() : next, end - begin, tiles);
   for (int64_t row = 0; row < chunk.rows; row += k.tile) {
     const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk.rows - row));
     const uint32_t* a = reinterpret_cast<const uint32_t*>(chunk.packed.get()) + row * words;
     for (int64_t panel = begin; panel < end; ++panel) {
-      const uint32_t* b = packed_words() + (panel - begin) * words * k.panel;
+      const uint32_t* b = packed(half_) + (panel - begin) * panel_words;
       const auto [from, to] = ahead.take();
-      k.multiply({a, b, product_.get(), k.panel, words, 1, 0, rows, false, from, to}, head_.pairs());
+      const auto [packing, lines] = beside.take();
+      k.multiply({a, b, product_.get(), k.panel, words, 1, 0, rows, false, from, to, packing, lines}, head_.pairs());
       fold_tile(chunk, panel, panel - begin, row, rows, product_.get(), picked, keep);
     }
+  }
+  packed_beside_ = swap;
+  if (!swap) return;
+  half_ = 1 - half_;
+  const int64_t whole = words / kLineWords * kLineWords;
+  for (int64_t panel = end; panel < coming && whole < words; ++panel) {
+    pack(panel, packed(half_) + (panel - end) * panel_words + whole * k.panel, whole, words);
   }
 }
 
@@ -149,14 +209,15 @@ void PanelSweep::fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t n
   Ahead ahead(head_, next, 1, blocks * ((chunk.rows + k.tile - 1) / k.tile));
   for (int64_t begin = 0; begin < words; begin += kPanelWords) {
     const int64_t end = std::min(words, begin + kPanelWords);
-    pack(panel, 0, begin, end);
+    pack(panel, packed(0), begin, end);
+    set_bias(panel, 0);
     for (int64_t row = 0; row < chunk.rows; row += k.tile) {
       const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk.rows - row));
       const int unit = k.tile / 3, padded = (rows + unit - 1) / unit * unit;
       const uint32_t* a = reinterpret_cast<const uint32_t*>(chunk.packed.get()) + row * words + begin * padded;
       float* product = product_.get() + row * k.panel;
       const auto [from, to] = ahead.take();
-      k.multiply({a, packed_words(), product, k.panel, end - begin, 1, 0, rows, begin > 0, from, to}, head_.pairs());
+      k.multiply({a, packed(0), product, k.panel, end - begin, 1, 0, rows, begin > 0, from, to}, head_.pairs());
       if (end == words) fold_tile(chunk, panel, 0, row, rows, product, picked, keep);
     }
   }

@@ -71,19 +71,25 @@ class PanelSweep {
   static int64_t bytes_per_row(const Head& head, bool stats);
 
  private:
-  static int64_t panels_together(const Head& head);
-  uint32_t* packed_words() { return reinterpret_cast<uint32_t*>(packed_.get()); }
-  void pack(int64_t panel, int64_t place, int64_t begin, int64_t end);
-  void fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked,
-                           KeptLogits keep);
+  static bool packs_beside(const Head& head, int64_t rows);
+  static int64_t panels_together(const Head& head, bool beside);
+  uint32_t* packed(int64_t half) {
+    return reinterpret_cast<uint32_t*>(packed_.get()) + half * together_ * head_.words() * head_.kernels.panel;
+  }
+  void pack(int64_t panel, uint32_t* to, int64_t begin, int64_t end);
+  void set_bias(int64_t panel, int64_t place);
+  void fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t group_end, int64_t next,
+                           float* picked, KeptLogits keep);
   void fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t next, float* picked, KeptLogits keep);
   void fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, int64_t row, int rows, const float* product,
                  float* picked, KeptLogits keep);
 
   const Head& head_;
-  const bool stats_;
+  const bool stats_, beside_;  // beside: the panels after these are packed beside their products, in the other half
   const int64_t together_;
   bool fresh_ = true;
+  int64_t half_ = 0;
+  bool packed_beside_ = false;  // the panels that are next stand packed in this half
   Buffer packed_, product_, lanes_, bias_;
   std::vector<const char*> rows_;
 };

@@ -10,6 +10,8 @@ namespace vig {
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kUInt8 = 3 };
 
 constexpr int kBlock = 256;         // steps of one running sum; block sums are added up in float32
+constexpr int kLineWords = 16;      // of 64 bytes
+constexpr int kLinesAhead = 4;      // of each row, between asking the cache for a line and copying it
 constexpr float kLowest = -3.40282347e38f;  // the reference of nothing: finite, so that -inf minus it is not NaN
 
 // Matrix operands are stored as 32-bit words: one float32, or (pairs) two bfloat16 that one instruction multiplies.
@@ -25,6 +27,17 @@ struct PackArgs {
   int64_t depth;             // D
 };
 
+// Whole lines of weight rows on their way into packed panels, [word][panel], beside the products of other panels: word
+// by word, through integer registers, which those leave alone.
+struct Packing {
+  const char* from;          // the next line: kLineWords words of one row
+  uint32_t* to;              // where its first word goes
+  int64_t stride;            // bytes from row to row
+  int64_t words, lines;      // of a row; words past the last whole line are left out
+  int64_t soon;              // bytes from `from` to the line that the cache is asked for
+  int64_t line = 0, row = 0;
+};
+
 // c[i][j] (+)= sum over segments s and words k of a[s * a_segment + i * a_row + k * a_word] * b[(s * words + k)][j].
 struct MultiplyArgs {
   const uint32_t* a;
@@ -36,6 +49,8 @@ struct MultiplyArgs {
   bool accumulate;
   const char* ahead = nullptr;      // memory that will be wanted soon: asked for line by line, up to ahead_end
   const char* ahead_end = nullptr;
+  Packing* packing = nullptr;       // lines of it are copied on the way, as many as `lines` says
+  int64_t lines = 0;
 };
 
 // One tile of products turned into logits and folded into the rows' running values.
@@ -109,6 +124,7 @@ struct Kernels {
   int tile;         // rows of the largest register tile; smaller tiles are 1/3 and 2/3 of it
   int blur_rows;    // outputs of one blur step
   bool pairs;       // has the bfloat16 dot product
+  bool packs_beside;  // `multiply` heeds MultiplyArgs::packing
   void (*pack)(const PackArgs&);
   // Rows kept in order, [panel columns][row][panel] (pairs: two rows a word); begin and end are columns.
   void (*pack_rows)(const PackArgs&);

@@ -206,9 +206,11 @@ void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream&
     const int64_t last = std::min(first + block, head.panels());
     for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
       const RowChunk chunk(head, kept, begin, std::min(chunk_rows, kept.size() - begin), threads);
-      parallel_for(last - first, threads, [&](int64_t i, int worker) {
+      const int64_t together = std::clamp<int64_t>((last - first) / (8 * threads), 1, 8);  // panels of a task
+      parallel_for((last - first + together - 1) / together, threads, [&](int64_t i, int worker) {
+        const int64_t panel = first + i * together;
         sweeps[worker]->start(chunk.rows);
-        sweeps[worker]->fold_panels(chunk, first + i, first + i + 1, head.panels(), picked.get(),
+        sweeps[worker]->fold_panels(chunk, panel, std::min(panel + together, last), head.panels(), picked.get(),
                                     {logits.get(), first});
       });
       ChunkGradients gradients(exact, kept, begin, chunk, needs, threads);

@@ -5,6 +5,7 @@ constexpr int kPanel = 2 * Vec::W;             // columns of a tile
 constexpr int kUnit = Vec::kRegisters == 32 ? 4 : 2;  // rows of the smallest tile; the others have 2 and 3 units
 constexpr int kTile = 3 * kUnit;
 
+constexpr bool kPacksBeside = kUnit == 4 && !Vec::kTakesLanes;  // where a word of the product leaves slots for copying
 constexpr int kAhead = 24;                     // words that the tile asks the cache for ahead of their use
 
 enum class Layout { kPacked, kColumns, kRows };  // where a[i][k] stands: see Kernels
@@ -25,8 +26,34 @@ inline void add_by_lane(const float* a, typename V::F left, typename V::F right,
   for (int i = 0; i < Rows; i += V::W) V::template add_lanes<Pairs>(sum + i, V::load(a + i), left, right);
 }
 
+// Line by line over the rows, so that what they fill together is in cache together.
+inline void copy_line(Packing& p) {
+  __builtin_prefetch(p.from + p.soon, 0, 2);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLineWords; ++i) {
+    uint32_t word;
+    __builtin_memcpy(&word, p.from + 4 * i, 4);
+    __asm__ volatile("" : "+r"(word));  // not by vectors: the products have all of them
+    p.to[i * kPanel] = word;
+  }
+  p.from += p.stride;
+  p.to += 1;
+  if (++p.row < kPanel) return;
+  constexpr int64_t kBytes = 4 * kLineWords;
+  const int64_t next_panel = kPanel * p.stride - p.lines * kBytes;
+  p.row = 0;
+  p.from += kBytes - kPanel * p.stride;
+  p.to += (kLineWords - 1) * kPanel;
+  if (++p.line == p.lines) {
+    p.line = 0;
+    p.from += next_panel;
+    p.to += (p.words - p.lines * kLineWords) * kPanel;
+  }
+  p.soon = kLinesAhead * kBytes + (p.line + kLinesAhead < p.lines ? 0 : next_panel);
+}
+
 // The strides of `a` are constants of the instance, so that they become displacements.
-template <int Rows, Layout L, bool Pairs>
+template <int Rows, Layout L, bool Pairs, bool Packs>
 void multiply_tile(const MultiplyArgs& m) {
   constexpr int kRow = L == Layout::kRows ? (Pairs ? kPanel / 2 : kPanel) : 1;
   constexpr int kWord = L == Layout::kPacked ? Rows : L == Layout::kColumns ? kPanel : 1;
@@ -41,33 +68,39 @@ void multiply_tile(const MultiplyArgs& m) {
     }
   }
   const char* ahead = m.ahead;
+  [[maybe_unused]] Packing packing = Packs ? *m.packing : Packing{};
+  [[maybe_unused]] int64_t lines = m.lines;
+  [[maybe_unused]] const int64_t lines_together = Packs ? lines / ((m.words + 7) / 8) + 1 : 0;
   int64_t in_block = 0;
   bool add = m.accumulate;
   for (int64_t s = 0; s < m.segments; ++s) {
     const float* a = reinterpret_cast<const float*>(m.a) + s * m.a_segment;
     for (int64_t done = 0; done < m.words;) {
       const int64_t steps = m.words - done < kBlock ? m.words - done : kBlock;
-      for (int64_t k = 0; k < steps; ++k) {
-        if ((k & 7) == 0) {
-          __builtin_prefetch(ahead, 0, 2);
-          ahead += ahead < m.ahead_end ? 64 : 0;
+      for (int64_t k = 0; k < steps;) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead < m.ahead_end ? 64 : 0;
+        if constexpr (Packs) {
+          for (int64_t n = 0; n < lines_together && lines > 0; ++n, --lines) copy_line(packing);
         }
-        const Vec::F left = Vec::load(b), right = Vec::load(b + Vec::W);
-        __builtin_prefetch(b + kAhead * kPanel);
-        __builtin_prefetch(b + kAhead * kPanel + Vec::W);
-        if constexpr (L != Layout::kRows) __builtin_prefetch(a + kAhead * kWord);
-        if constexpr (Vec::kTakesLanes && kRow == 1) {
-          add_by_lane<Rows, Pairs>(a, left, right, sum);
-        } else {
+        for (const int64_t stop = k + 8 < steps ? k + 8 : steps; k < stop; ++k) {
+          const Vec::F left = Vec::load(b), right = Vec::load(b + Vec::W);
+          __builtin_prefetch(b + kAhead * kPanel);
+          __builtin_prefetch(b + kAhead * kPanel + Vec::W);
+          if constexpr (L != Layout::kRows) __builtin_prefetch(a + kAhead * kWord);
+          if constexpr (Vec::kTakesLanes && kRow == 1) {
+            add_by_lane<Rows, Pairs>(a, left, right, sum);
+          } else {
 #pragma GCC unroll 12
-          for (int i = 0; i < Rows; ++i) {
-            const Vec::F value = Vec::set1(a[i * kRow]);
-            sum[i][0] = step<Pairs>(sum[i][0], value, left);
-            sum[i][1] = step<Pairs>(sum[i][1], value, right);
+            for (int i = 0; i < Rows; ++i) {
+              const Vec::F value = Vec::set1(a[i * kRow]);
+              sum[i][0] = step<Pairs>(sum[i][0], value, left);
+              sum[i][1] = step<Pairs>(sum[i][1], value, right);
+            }
           }
+          a += kWord;
+          b += kPanel;
         }
-        a += kWord;
-        b += kPanel;
       }
       done += steps;
       in_block += steps;
@@ -83,17 +116,26 @@ void multiply_tile(const MultiplyArgs& m) {
       add = true;
     }
   }
+  if constexpr (Packs) *m.packing = packing;
+}
+
+template <Layout L, bool Pairs, bool Packs>
+void multiply_rows_of(const MultiplyArgs& m) {
+  if (m.rows > 2 * kUnit) {
+    multiply_tile<3 * kUnit, L, Pairs, Packs>(m);
+  } else if (m.rows > kUnit) {
+    multiply_tile<2 * kUnit, L, Pairs, Packs>(m);
+  } else {
+    multiply_tile<kUnit, L, Pairs, Packs>(m);
+  }
 }
 
 template <Layout L, bool Pairs>
 void multiply_any(const MultiplyArgs& m) {
-  if (m.rows > 2 * kUnit) {
-    multiply_tile<3 * kUnit, L, Pairs>(m);
-  } else if (m.rows > kUnit) {
-    multiply_tile<2 * kUnit, L, Pairs>(m);
-  } else {
-    multiply_tile<kUnit, L, Pairs>(m);
+  if constexpr (kPacksBeside && L == Layout::kPacked) {
+    if (m.packing != nullptr) return multiply_rows_of<L, Pairs, true>(m);
   }
+  multiply_rows_of<L, Pairs, false>(m);
 }
 
 template <Layout L>

@@ -7,6 +7,7 @@ constexpr Kernels make_table(const char* name) {
           kTile,
           kBlurRows,
           Vec::kHasPairs,
+          kPacksBeside,
           pack,
           pack_rows,
           multiply<Layout::kPacked>,

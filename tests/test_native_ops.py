@@ -155,6 +155,35 @@ def test_more_rows_than_a_chunk(dtype, monkeypatch):
     assert ((nll - exact).abs() <= bound(deep, wide, None, 0.01)).all()
 
 
+@pytest.mark.parametrize("depth", [16, 137, 4100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_panels_packed_beside_products_have_the_bits_of_others(isa, dtype, depth):
+    """Few rows and many are packed for in two ways; weight rows with gaps, D of broken lines, a broken last panel."""
+    random = torch.Generator().manual_seed(depth)
+    vocab = 9001 if depth < 4096 else 300
+    hidden = torch.randn(85, depth, generator=random).to(dtype)
+    weight = (torch.randn(vocab, depth + 3, generator=random) * depth**-0.5).to(dtype)[:, :depth]
+    target = torch.randint(0, vocab, (85,), generator=random)
+    bias = torch.randn(vocab, generator=random).to(dtype)
+    rest = (bias, 0.5, None, -100)
+    stats = ("lse", "entropy", "argmax")
+    nll, found = linear_nll_cpu.forward(hidden, weight, target, *rest, stats)
+    few, few_found = linear_nll_cpu.forward(hidden[40:50], weight, target[40:50], *rest, stats)
+    assert torch.equal(nll[40:50], few)
+    assert all(torch.equal(found[name][40:50], few_found[name]) for name in stats)
+    exact = reference.linear_nll(hidden, weight, target, bias=bias, logit_scale=0.5)
+    assert ((nll - exact).abs() <= bound(hidden, weight, bias, 0.5)).all()
+    ones, zeros = torch.ones(85), torch.zeros(85)
+    upstream = (ones, None, zeros, found["lse"], found["entropy"])
+    grads = linear_nll_cpu.backward(*upstream, hidden, weight, target, *rest, (True, False, False))
+    few_grads = linear_nll_cpu.backward(
+        *(None if value is None else value[40:50] for value in upstream),
+        *(hidden[40:50], weight, target[40:50], *rest, (True, False, False)),
+    )
+    close = torch.testing.assert_close
+    close(grads[0][40:50].float(), few_grads[0].float(), rtol=1e-2, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups_of_more_panels_than_are_packed_together(isa, dtype):
     random = torch.Generator().manual_seed(9)

@@ -126,6 +126,20 @@ void check_problem(const vig::Kernels& kernels, const Problem& p) {
                            {stored_hidden.data(), stored_weight.data(), bias.data()}, 2);
 }
 
+// Rows enough for panels to be packed beside products, groups of several panels, the last of them not whole.
+void check_many_rows(const vig::Kernels& kernels, const Problem& p) {
+  const Inputs in(p);
+  const int64_t row_bytes = p.depth * vig::size_of(p.dtype), few = 10;
+  const vig::Head head = {kernels, p.dtype, p.depth, p.vocab, in.weight.data(), row_bytes, nullptr, p.scale, p.cap};
+  std::vector<float> nll(p.rows), alone(few);
+  vig::KeptRows kept, first;
+  kept.add(in.hidden.data(), row_bytes, in.target.data(), p.rows, -100);
+  first.add(in.hidden.data(), row_bytes, in.target.data(), few, -100);
+  vig::linear_nll(head, kept, {nll.data(), nullptr, nullptr, nullptr, nullptr}, 2);
+  vig::linear_nll(head, first, {alone.data(), nullptr, nullptr, nullptr, nullptr}, 1);
+  for (int64_t n : first.slot) CHECK(nll[n] == alone[n], "%s: other rows change bits of row %ld", kernels.name, long(n));
+}
+
 }  // namespace
 
 void test_heads() {
@@ -135,6 +149,7 @@ void test_heads() {
       check_problem(*kernels, {1, 1, 1, dtype, 1.0f, 0.0f, false});
       check_problem(*kernels, {7, 33, 65, dtype, 0.7f, 0.0f, true});
       check_problem(*kernels, {75, 40, 131, dtype, 1.3f, 5.0f, true});
+      check_many_rows(*kernels, {120, 803, 6715, dtype, 0.1f, 0.0f, false});
       check_problem(*kernels, {50, 530, 97, dtype, 0.1f, 0.0f, false});
       check_problem(*kernels, {3, 4200, 35, dtype, 0.05f, 0.0f, false});
     }
