@@ -87,8 +87,9 @@ def test_blur_compiles_whole():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing(use_reentrant, backend):
-    inputs = leaves()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_activation_checkpointing(dtype, use_reentrant, backend):
+    inputs = leaves(dtype)
     expected = torch.autograd.grad(objective(*inputs, backend), inputs)
     checkpoint(objective, *inputs, backend, use_reentrant=use_reentrant).backward()
     for leaf, truth in zip(inputs, expected, strict=True):

@@ -273,9 +273,11 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 12
-    sums = _again(ctx) if ctx.grads is None else ctx.grads
+    # asked for once at most: a checkpoint that does not re-enter gives what was saved a single time
+    saved = ctx.saved_tensors if ctx.grads is None or torch.is_grad_enabled() else ()
+    sums = _again(ctx, saved) if ctx.grads is None else ctx.grads
     grad_hidden, grad_weight, grad_bias = (
-        None if dtype is None else _scaled(ctx, grad, grad_loss, dtype)
+        None if dtype is None else _scaled(grad, grad_loss, dtype, saved)
         for grad, dtype in zip(sums, ctx.dtypes, strict=True)
     )
     if _given_away(sums):
@@ -296,21 +298,24 @@ def _given_away(sums) -> bool:
     return not torch.is_grad_enabled() and not _traced(sums)
 
 
-def _scaled(ctx, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in `dtype`: in place where it may be, else through an op that refuses a second derivative."""
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, saved) -> Tensor:
+    """grad * factor in `dtype`: in place where it may be, else through an op that refuses a second derivative.
+
+    saved: the inputs that the gradient depends on; under create_graph they make it part of the graph.
+    """
     if _traced([grad]):  # the compiler reuses memory itself, and refuses a second derivative itself
         return (grad * factor).to(dtype)
     if dtype == grad.dtype and _given_away([grad]):
         return grad if grad.device.type == "cpu" and float(factor) == 1.0 else grad.mul_(factor)
-    differentiated = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
+    differentiated = [x for x in saved if x is not None and x.requires_grad]
     return _scale_op(grad, factor, dtype, differentiated[0] if torch.is_grad_enabled() else None)
 
 
-def _again(ctx) -> list[Tensor]:
+def _again(ctx, saved) -> list[Tensor]:
     """The sums once more, bit for bit: the first backward has given them away."""
     options = (*ctx.options, ctx.num_kept, ctx.needs, ctx.backend)
     with torch.no_grad():
-        return _forward_op(*ctx.saved_tensors, *options)[1:]
+        return _forward_op(*saved, *options)[1:]
 
 
 @torch.library.custom_op(
