@@ -180,7 +180,7 @@ def test_the_two_passes_must_fit():
     ("variable", "value", "told"),
     [
         ("VIG_BACKEND", "torch", 'linear_nll            torch      cpu     available, taken by "auto"'),
-        ("VIG_BACKEND", "bogus", "VIG_BACKEND=bogus"),
+        ("VIG_BACKEND", "bogus", "VIG_BACKEND=bogus is not one of"),
         ("VIG_FORCE_ISA", "bogus", "VIG_FORCE_ISA=bogus"),
     ],
 )

@@ -60,7 +60,7 @@ def objective(hidden, weight, bias, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_compiles_whole_forward_and_backward(dtype, backend):
     torch._dynamo.reset()
     inputs = leaves(dtype)

@@ -25,6 +25,17 @@ def compiled_part() -> list[str]:
     return lines + ([f"  {native.machine_note()}"] if native.machine_note() else [])
 
 
+def environment() -> list[str]:
+    """What VIG_BACKEND does to backend="auto", if it is set."""
+    if not os.environ.get("VIG_BACKEND"):
+        return []
+    try:
+        dispatch.named("auto")
+    except ValueError as error:
+        return [f'{error}: every call with backend="auto" raises']
+    return [f'VIG_BACKEND={os.environ["VIG_BACKEND"]} stands for "auto"']
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m vig_kernels", description=__doc__.partition(": ")[2].capitalize()
@@ -32,9 +43,7 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=f"vig-kernels {vig_kernels.__version__}")
     parser.parse_args()
     print(f"torch {torch.__version__}; devices: {', '.join(device.type for device in dispatch.devices())}")
-    print("\n".join(compiled_part()))
-    if os.environ.get("VIG_BACKEND"):
-        print(f'VIG_BACKEND={os.environ["VIG_BACKEND"]} stands for "auto"')
+    print("\n".join(compiled_part() + environment()))
     rows = [("op", "backend", "device", "state"), *_states()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
