@@ -45,6 +45,17 @@ def test_equal_passes_give_exactly_zero(dtype, backend, device):
 
 
 @every
+def test_equal_passes_give_zero_for_an_impossible_token_too(backend, device):
+    hidden, weight = torch.randn(3, 8, device=device), torch.randn(11, 8, device=device)
+    bias = torch.zeros(11, device=device)
+    bias[4] = float("-inf")
+    target = torch.tensor([4, 0, -100], device=device)
+    for name in (backend, "reference"):
+        found = linear_vig(hidden, hidden.clone(), weight, target, bias=bias, backend=name)
+        assert found.nll_image[0] == float("inf") and found.vig.tolist() == [0.0, 0.0, 0.0]
+
+
+@every
 def test_shape_and_no_gradient(backend, device):
     hidden = torch.randn(2, 3, 8, device=device, requires_grad=True)
     weight = torch.randn(11, 8, device=device, requires_grad=True)

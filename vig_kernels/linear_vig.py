@@ -50,6 +50,7 @@ def linear_vig(
     else:
         check.forward_mode(image, null, weight, bias)
         vig, nll_image, nll_null = _op(image, null, weight, target, bias, scale, softcap, ignore_index, name)
+    vig = vig.masked_fill(nll_image == nll_null, 0.0)  # also where both are infinite
     shape = hidden_image.shape[:-1]
     return TokenVIG(vig.reshape(shape), nll_image.reshape(shape), nll_null.reshape(shape))
 
