@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -17,11 +18,12 @@ from typer.testing import CliRunner
 import vig
 from vig.cli import app, main
 from vig.null_image import NULLS
-from vig.samples import SampleError
+from vig.samples import DataError, SampleError
 from vig.store import SettingsDiffer, read_scores, read_selection, selection_metadata
 from vig_kernels import BackendUnavailable
 from vig_kernels.__main__ import main as kernels
 
+TRAIN = importlib.import_module("vig.train")  # the module: `vig.train` is the function
 ROOT = Path(__file__).parent.parent
 
 
@@ -64,7 +66,7 @@ def test_score_select_train_report(road, tmp_path):
     assert "1 samples of earlier runs could not be scored; --retry failed" in said
 
     said = call("select", tmp_path / "scores", "--p", "50", "-o", tmp_path / "selection")
-    assert "tau = " in said and "samples kept 5 of 10" in said
+    assert "tau = " in said and "samples kept 5 of 10" in said and re.search(r"noise floor \S+ nats", said)
     kept = read_selection(tmp_path / "selection")
     assert kept["data.json#5"][0] and not kept["data.json#3"][0]
 
@@ -160,9 +162,22 @@ def test_wrong_usage_exits_with_2(road, tmp_path):
 @pytest.mark.parametrize(
     "command, options",
     [
-        ("score", {"null": "fog", "sigma": "0", "dtype": "fp8", "backend": "cuda", "end-of-turn": "never"}),
-        ("inspect", {"null": "fog", "sigma": "-1", "dtype": "fp8", "end-of-turn": "never"}),
-        ("select", {"p": "0", "level": "foo", "clip": "-1", "tau-floor": "nan"}),
+        (
+            "score",
+            {
+                "null": "fog",
+                "sigma": "0",
+                "dtype": "fp8",
+                "backend": "cuda",
+                "end-of-turn": "never",
+                "device": "abacus",
+            },
+        ),
+        (
+            "inspect",
+            {"null": "fog", "sigma": "-1", "dtype": "fp8", "end-of-turn": "never", "device": "abacus"},
+        ),
+        ("select", {"p": "0", "level": "foo", "clip": "-1", "tau-floor": "nan", "seed": str(2**63)}),
     ],
 )
 def test_wrong_values_exit_with_2_before_anything_is_loaded(tmp_path, command, options):
@@ -170,6 +185,35 @@ def test_wrong_values_exit_with_2_before_anything_is_loaded(tmp_path, command, o
     for name, value in options.items():
         said = call(command, *given, "-o", tmp_path / "out", f"--{name}", value, code=2)
         assert "Invalid value" in said and value in said and "loading" not in said
+
+
+@pytest.mark.parametrize(
+    "option, value", [("end-of-turn", "never"), ("freeze", "["), ("seed", "-1"), ("device", "abacus")]
+)
+def test_wrong_values_of_training_exit_with_2(road, option, value, monkeypatch, capsys):
+    monkeypatch.setattr(TRAIN, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.chdir(road)
+    monkeypatch.setattr(
+        sys, "argv", ["vig", "train", "model", "data.json", "-o", "out", f"--{option}", value]
+    )
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and value in said and said.startswith("vig: WrongSetting: ")
+
+
+@pytest.mark.parametrize("command", ["score", "train"])
+def test_data_that_is_not_there_is_said_before_the_model_is_read(road, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("vig.score.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(TRAIN, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(DataError, match="no such data"):
+        call(command, road / "model", road / "nowhere.json", "-o", tmp_path / "out")
+
+
+def test_names_of_folders_are_printed_as_they_are(road, tmp_path):
+    folder = tmp_path / "[run 1]"
+    assert f"scores: {folder}" in call("score", road / "model", road / "data.json", "-o", folder, code=3)
+    assert f"report: {folder}.html" in call("report", folder, "-o", f"{folder}.html")
 
 
 def test_a_backend_that_is_not_here_is_said_before_the_model_is_read(road, tmp_path, monkeypatch):
@@ -243,7 +287,7 @@ def test_programs_say_their_version_and_refuse_what_they_do_not_know(monkeypatch
     [
         (("score", "model", "nowhere.json", "-o", "s"), "no such data: nowhere.json"),
         (("score", "nowhere", "data.json", "-o", "s"), "cannot load nowhere"),
-        (("score", "model", "data.json", "-o", "s", "--device", "abacus"), "device = 'abacus'"),
+        (("score", "model", "data.json", "-o", "s", "--device", "cuda:99"), "device = 'cuda:99'"),
         (("select", "nowhere", "-o", "s"), "nowhere does not exist"),
         (("inspect", "model", "data.json", "--index", "99"), "has no record number 99"),
     ],

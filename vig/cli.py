@@ -103,7 +103,7 @@ def inspect(
 
     if picture.is_dir() or not picture.absolute().parent.is_dir():
         raise typer.BadParameter(f"{picture} is not the name of a file in a folder that is there")
-    _usage(check_settings, null, sigma, dtype, "auto", end_of_turn)
+    _usage(check_settings, null, sigma, dtype, "auto", end_of_turn, device)
     sample = find_sample(data, index=index, key=key, question=question, answer=answer, image_root=image_root)
     with terminal.waiting(err, f"loading {model}"):
         scorer = Scorer(
@@ -115,7 +115,7 @@ def inspect(
     terminal.show_inspection(out, seen, scorer.null)
     if seen.images:
         sheet(seen.images, seen.nulls).save(picture, "PNG")
-        out.print(f"image and null image as the model sees them: {picture}")
+        out.print(f"image and null image as the model sees them: {picture}", markup=False)
 
 
 @app.command()
@@ -162,6 +162,7 @@ def score(
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
     from vig import plan
     from vig.engine import dry_run_dataset, score_dataset
+    from vig.samples import read_samples
     from vig.score import Scorer, check_settings
 
     if retry not in (None, "failed"):
@@ -169,7 +170,8 @@ def score(
     if engine not in ("plain", "ray"):
         raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
     part = None if shard is None else _usage(plan.parse_shard, shard)
-    _usage(check_settings, null, sigma, dtype, backend, end_of_turn)
+    _usage(check_settings, null, sigma, dtype, backend, end_of_turn, device)
+    read_samples(data, image_root=image_root)  # raises for data that is not there, before a model is loaded
     terminal.quiet_libraries()
     options = {
         "null": null,
@@ -256,7 +258,7 @@ def select(
     if clip is not None and not 0 < clip < 1:
         raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
     lowest = None if clip is None else math.log(clip)
-    _usage(check_choice, p, level, lowest, tau_floor)
+    _usage(check_choice, p, level, lowest, tau_floor, seed)
     if export is not None:
         _usage(check_export, export)
     with warnings.catch_warnings(), terminal.share(err, "selecting") as on_share:
@@ -390,7 +392,7 @@ def report(
         image_root=image_root,
         samples=samples,
     )
-    out.print(f"report: {page}")
+    out.print(f"report: {page}", markup=False)
 
 
 @app.command()

@@ -164,17 +164,29 @@ def device_for(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def device_named(device: str | torch.device) -> torch.device:
+    """Raises ModelError for what names no device on any machine."""
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise _no_device(device, error) from error
+
+
+def _no_device(device: str | torch.device, error: Exception) -> ModelError:
+    reason = str(error).partition("\n")[0].rstrip(". ")
+    return ModelError(f"device = {str(device)!r}: {reason}. Use cuda, cuda:1, cpu, ...")
+
+
 def check_device(device: str | torch.device | None) -> None:
     """Raises ModelError where torch has no such device here."""
     if device is None:
         return
+    device = device_named(device)
     try:
-        device = torch.device(device)
         here = torch.get_device_module(device)
         found = here.device_count() if here.is_available() else 0
     except (RuntimeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0].rstrip(". ")
-        raise ModelError(f"device = {str(device)!r}: {reason}. Use cuda, cuda:1, cpu, ...") from error
+        raise _no_device(device, error) from error
     if (device.index or 0) >= found:
         raise ModelError(
             f"device = {str(device)!r}, but torch {torch.__version__} finds {found} {device.type} devices here. Use "

@@ -20,6 +20,7 @@ from vig.families import (
     check_dtype,
     context_length,
     device_for,
+    device_named,
     load,
 )
 from vig.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
@@ -316,8 +317,17 @@ class Scorer:
         }
 
 
-def check_settings(null: str, sigma: float, dtype: str, backend: str, end_of_turn: str) -> None:
+def check_settings(
+    null: str,
+    sigma: float,
+    dtype: str,
+    backend: str,
+    end_of_turn: str,
+    device: str | torch.device | None = None,
+) -> None:
     """Raises ValueError for a value that means nothing on any machine and to any model, before one is loaded."""
+    if device is not None:
+        device_named(device)
     NullSettings(null, sigma)
     check_dtype(dtype)
     named(backend)

@@ -74,7 +74,7 @@ class Selection:
 
     def figures(self) -> list[str]:
         """Lines for a terminal: tau, and how much is kept."""
-        n, text = self.counts, self.counts["text_only_tokens"]
+        n, text, floor = self.counts, self.counts["text_only_tokens"], noise_floor(self.metadata)
         tau = "none" if self.tau is None else f"{self.tau:.6g} nats"
         if self.tau is not None and self.tau != self.tau_p:
             tau += f" (the floor; the percentile is {self.tau_p:.6g})"
@@ -85,7 +85,7 @@ class Selection:
             f"text-only     {n['text_only']:,} samples, {n['text_only_tokens']:,} tokens, all kept",
             f"trained on    {_share(n['tokens_kept'] + text, n['tokens_total'] + text)} of all answer tokens",
             f"not scored    {n['errors']:,} samples, none kept",
-        ]
+        ] + ([] if floor is None else [f"noise floor   {floor:.3g} nats: the same image scored twice"])
 
 
 def _share(part: int, whole: int) -> str:
@@ -229,7 +229,7 @@ def select(
     Raises ValueError for settings that make no sense, StoreError for scores that cannot be read. Scores that are
     not complete are warned of, and listed in ``unfinished`` of the result.
     """
-    check_choice(p, level, clip, tau_floor)
+    check_choice(p, level, clip, tau_floor, seed)
     scores = open_scores(scores)
     folder, about = Path(out) if out is not None else None, score_metadata(scores)
     choice = {"p": p, "level": level, "clip": clip, "tau_floor": tau_floor, "seed": seed}
@@ -278,7 +278,7 @@ def select(
     )  # fmt: skip
 
 
-def check_choice(p: float, level: str, clip: float | None, tau_floor: float | None) -> None:
+def check_choice(p: float, level: str, clip: float | None, tau_floor: float | None, seed: int = 0) -> None:
     """Raises ValueError for settings that make no sense, whatever the scores."""
     if not 0 < p <= 100:
         raise ValueError(f"p is the percentage of samples to keep, above 0 and up to 100; got {p!r}")
@@ -288,6 +288,8 @@ def check_choice(p: float, level: str, clip: float | None, tau_floor: float | No
         raise ValueError(f"clip is a log-probability in nats, below 0 (log 0.01 = -4.605); got {clip!r}")
     if tau_floor is not None and not math.isfinite(tau_floor):
         raise ValueError(f"tau_floor is a finite number of nats; got {tau_floor!r}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is an integer of 64 bits; got {seed!r}")
 
 
 class _Progress:
@@ -338,16 +340,21 @@ def _refuse_duplicates(scores, hashes: np.ndarray) -> None:
             seen.add(key)
 
 
+def noise_floor(metadata: dict) -> float | None:
+    """|VIG_t| in nats that arithmetic alone makes, as the scoring run measured it; None where it could not."""
+    return metadata.get("noise_floor", metadata.get("notes", {}).get("noise_floor"))
+
+
 def tau_warnings(tau: float | None, metadata: dict) -> list[str]:
     """What a reader of the selection should know of its tau. metadata: of the scores."""
     if tau is None:
         return ["no scored sample has an image: there is no tau, and only text-only samples are kept"]
-    floor = metadata.get("noise_floor", metadata.get("notes", {}).get("noise_floor"))
+    floor = noise_floor(metadata)
     if tau <= LOW_TAU:
         return [
             f"tau = {tau:.3g} is at or under {LOW_TAU:g} nats: nearly every token passes; a tau_floor helps"
         ]
-    if isinstance(floor, int | float) and tau <= floor:
+    if floor is not None and tau <= floor:
         return [f"tau = {tau:.3g} is at or under the scores' noise floor, {floor:.3g} nats"]
     return []
 

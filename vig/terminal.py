@@ -137,13 +137,13 @@ def show_training(console: Console, result: TrainResult) -> None:
         console.print(line, style="red", markup=False)
     if len(result.errors) > SHOWN_ERRORS:
         more = len(result.errors) - SHOWN_ERRORS
-        console.print(f"... and {more:,} more: `errors` in {result.out}/train.json")
+        console.print(f"... and {more:,} more: `errors` in {result.out}/train.json", markup=False)
     if result.broken:
         console.print(f"{result.broken:,} records could not be read")
     if result.left_out:
         console.print(f"{result.left_out:,} samples were left out of training")
     if result.out is not None:
-        console.print(f"checkpoint: {result.out}")
+        console.print(f"checkpoint: {result.out}", markup=False)
 
 
 def rate(state: Progress) -> str:
@@ -181,7 +181,7 @@ def show_scores(console: Console, folder: Path, state: Progress) -> None:
     if state.splits:
         console.print(f"{state.splits:,} batches did not fit into memory and were halved")
     show_errors(console, state)
-    console.print(f"scores: {folder}")
+    console.print(f"scores: {folder}", markup=False)
 
 
 def show_errors(console: Console, state: Progress) -> None:

@@ -82,6 +82,9 @@ def train(
     device = choose_device(device, processes)
     table = open_selection(selection)
     metadata = getattr(table, "metadata", {})
+    records = data
+    if isinstance(data, str | Path):
+        records = read_samples(data, image_root=image_root, limit=limit)
     options = {"revision": revision, "attn": attn, "trust_remote_code": trust_remote_code}
     loaded = load_model(model, processor, settings, device, metadata, options)
     checkpoints = Checkpoints(out, overwrite, processes, device)
@@ -90,9 +93,6 @@ def train(
     torch.manual_seed(settings.seed)
     model, processor = prepare(loaded.model, settings), loaded.processor
 
-    records = data
-    if isinstance(data, str | Path):
-        records = read_samples(data, image_root=image_root, limit=limit)
     kept = keep_samples(islice(records, limit), table)
     if not kept.samples:
         raise TrainError(

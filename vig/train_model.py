@@ -14,7 +14,7 @@ from torch import nn
 from vig.families import LoadedModel, load
 from vig.fingerprints import weights_fingerprint
 from vig.loss import unwrap
-from vig.train_settings import TrainError, TrainSettings
+from vig.train_settings import TrainError, TrainSettings, WrongSetting
 
 # The vision tower, as the families name it; Qwen's merger is the projector and trains.
 VISION_TOWER = (
@@ -35,7 +35,7 @@ def choose_device(device: str | torch.device | None, processes: PartialState) ->
         return torch.device(device)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0].rstrip(". ")
-        raise TrainError(f"device = {device!r}: {reason}. Use cuda, cuda:1, cpu, ...") from error
+        raise WrongSetting(f"device = {device!r}: {reason}. Use cuda, cuda:1, cpu, ...") from error
 
 
 class ModelToTrain(NamedTuple):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
+
+from vig.prompts import END_OF_TURN
 
 SCHEDULES = (  # those of transformers.SchedulerType that need no settings of their own
     "cosine",
@@ -92,6 +95,17 @@ class TrainSettings:
             raise WrongSetting(f"schedule = {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise WrongSetting(f"dtype = {self.dtype!r}, expected auto, float32 or bfloat16")
+        if self.end_of_turn not in (None, *END_OF_TURN):
+            raise WrongSetting(
+                f"end_of_turn = {self.end_of_turn!r}, expected one of {', '.join(END_OF_TURN)}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise WrongSetting(f"seed = {self.seed}, expected 0 to 2^63 - 1")
+        for pattern in (*(self.freeze or ()), self.lora_targets):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise WrongSetting(f"{pattern!r} is not a pattern: {error}") from None
 
 
 @dataclass

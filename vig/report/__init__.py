@@ -15,7 +15,7 @@ from vig.report.facts import Facts, gather
 from vig.report.glue import Viewer, words
 from vig.report.page import render, rounded
 from vig.report.views import Histogram, Page, SampleView, Word
-from vig.select import Selection, tau_warnings
+from vig.select import Selection, noise_floor, tau_warnings
 from vig.selection_table import selection_files, selection_metadata
 from vig.store import open_scores, score_metadata, unfinished
 
@@ -136,8 +136,8 @@ def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str,
         remark = f"nats; level {chosen['level']}, p\u202f=\u202f{chosen['p']:g}"
         figures.append(("threshold τ", "none" if tau is None else rounded(tau), remark))
         figures += [_trained_on(what, counts) for what in ("samples", "tokens")]
-    floor = metadata.get("noise_floor", metadata.get("notes", {}).get("noise_floor"))
-    if isinstance(floor, int | float):
+    floor = noise_floor(metadata)
+    if floor is not None:
         figures.append(("noise floor", rounded(floor, 2), "nats; same image scored twice"))
     return figures
 
