@@ -308,3 +308,28 @@ def test_the_first_batch_waits_for_one_window_alone(tmp_path, data, monkeypatch)
         one, data, tmp_path / "scores", window=8, on_progress=lambda _: at_first.append(len(consumed))
     )
     assert at_first[0] == 8 and at_first[-1] == N_SAMPLES
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"window": 0}, {"shard": (3, 2)}, {"shard": (-1, 2)}, {"shard": (0, 0)}, {"limit": -1}],
+    ids=str,
+)
+def test_a_part_that_makes_no_sense_is_refused_and_not_called_complete(data, tmp_path, part):
+    ((name, _),) = part.items()
+    with pytest.raises(ValueError, match=f"{name} = .*expected"):
+        score_dataset(scorer(), data, tmp_path / "scores", **part)
+    with pytest.raises(ValueError, match=f"{name} = .*expected"):
+        dry_run_dataset(scorer(), data, **part)
+    assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize("option, value", [("max_length", 0), ("max_length", -5), ("workers", -1)])
+def test_a_scorer_refuses_numbers_that_make_no_sense(option, value):
+    with pytest.raises(ValueError, match=f"{option} = {value}, expected at least"):
+        scorer(**{option: value})
+
+
+def test_no_fewer_than_no_records_are_read(data):
+    with pytest.raises(ValueError, match="limit = -1, expected at least 0 records"):
+        read_samples(data, limit=-1)

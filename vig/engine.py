@@ -39,9 +39,10 @@ def score_dataset(
 
     shard: (i, n), only windows whose number is i modulo n, into the folder ``shard-i-of-n`` within `out`: n jobs
     may run at the same time, and `out` is complete when all have ended. retry_failed: score the error rows of
-    finished windows again. Raises DataError, ModelError and StoreError (other settings, no permission, disk
-    full).
+    finished windows again. Raises ValueError for a window, shard or limit that makes no sense, DataError, ModelError
+    and StoreError (other settings, no permission, disk full).
     """
+    plan.check_part(window, shard, limit)
     read_samples(data, image_root=image_root)  # raises for data that cannot be read
     folder = output_folder(out, shard)
     check_writable(folder)
@@ -212,6 +213,7 @@ def dry_run_dataset(
 
     shard: (i, n), only the records of that job's windows, what is scored already included.
     """
+    plan.check_part(window, shard, limit)
     estimate = Estimate(Progress())
     records = read_samples(
         data,

@@ -75,6 +75,7 @@ def score_dataset_on_ray(
     Raises ImportError (no Ray), DataError, ModelError and StoreError like the plain engine.
     """
     ray = _ray()
+    plan.check_part(window, shard, limit)
     folder = output_folder(Path(out).resolve(), shard)
     check_writable(folder)
     read_samples(data, image_root=image_root)  # raises for data that cannot be read

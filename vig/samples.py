@@ -80,8 +80,10 @@ def read_samples(
     limit: read at most this many records.
     wanted: of a record's number, counted from 0 over all files, whether it is needed; asked when it is reached.
         None stands in the place of the others, which cost as little as the format allows (`vig.readers`).
-    Raises DataError where the file is missing or of an unknown format.
+    Raises DataError where the file is missing or of an unknown format, ValueError for a negative limit.
     """
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit = {limit}, expected at least 0 records")
     path, reader = _reader_of(path)
     root = Path(image_root) if image_root is not None else (path if path.is_dir() else path.parent)
     if not root.is_dir():

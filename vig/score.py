@@ -103,6 +103,10 @@ class Scorer:
         self.null = NullSettings(null, sigma)
         if batch_tokens < 1 or (batch_size is not None and batch_size < 1):
             raise ValueError(f"batch_tokens = {batch_tokens}, batch_size = {batch_size}, expected at least 1")
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"max_length = {max_length}, expected at least 2 tokens")
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers = {workers}, expected at least 0 processes")
         if isinstance(model, str | Path):
             check_device(device)
             resolve("linear_vig", backend, device_for(device))  # before a checkpoint is read
