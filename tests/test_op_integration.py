@@ -169,3 +169,24 @@ def test_compiled_steps_take_other_counts_without_end(memory):
         found, exact = (f(hidden, weight, target, 100 + kept, kept) for f in (compiled, step))
         torch.testing.assert_close(found, exact)
         torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (found, exact)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_through_vmap(backend):
+    """Inside vmap a tensor does not say that it requires grad."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 7, 16, generator=draw), torch.randn(50, 16, generator=draw)
+
+    def one(hidden, weight, token_weight):
+        loss = linear_cross_entropy(hidden, weight, TARGET, z_loss=0.1, backend=backend)
+        weighted = linear_cross_entropy(hidden, weight, TARGET, token_weight=token_weight, backend=backend)
+        nll, sinks = linear_nll(hidden, weight, TARGET, stats=("entropy",), backend=backend)
+        return loss + weighted + (nll * sinks["entropy"]).sum()
+
+    inputs = [x.requires_grad_() for x in (hidden, weight, torch.rand(3, 7, generator=draw))]
+    batched = torch.vmap(one, in_dims=(0, None, 0))(*inputs)
+    each = torch.stack([one(hidden, weight, row) for hidden, row in zip(inputs[0], inputs[2], strict=True)])
+    torch.testing.assert_close(batched, each)
+    upstream = torch.tensor([1.0, -2.0, 0.5])
+    for mine, truth in zip(*(torch.autograd.grad(x, inputs, upstream) for x in (batched, each)), strict=True):
+        torch.testing.assert_close(mine, truth)

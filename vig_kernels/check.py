@@ -99,6 +99,16 @@ def forward_mode(*tensors: Tensor | None, cure: str = FORWARD_MODE_CURE) -> None
         )
 
 
+def wants_grad(value: Tensor | None) -> bool:
+    """Whether autograd may ask for its gradient. Inside torch.vmap the tensor beneath says so, not its wrapper."""
+    if value is None:
+        return False
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_batchedtensor(value):
+            value = torch._C._functorch.get_unwrapped(value)
+    return value.requires_grad
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the dtype that F.linear would use under the autocast in force."""
     kind = tensors[0].device.type

@@ -78,7 +78,7 @@ def linear_cross_entropy(
     fast = memory == "fast" and reduction != "none" and _fast(flat, row_weight, name)
     if not fast:
         name = dispatch.resolve("linear_nll", backend, flat.weight.device)
-    if row_weight is not None and not row_weight.requires_grad:
+    if row_weight is not None and not check.wants_grad(row_weight):
         flat = flat._replace(target=flat.target.masked_fill(row_weight == 0, ignore_index))
         num_kept = None if flat.target.device.type == "cpu" else num_kept  # elsewhere it may be too high
     valid = flat.target != ignore_index
@@ -155,17 +155,17 @@ def _reciprocal(divisor: float | Tensor, device: torch.device) -> float | Tensor
 
 
 def _needs(flat: check.Flat) -> tuple[bool, bool, bool]:
-    return tuple(t is not None and t.requires_grad for t in (flat.hiddens[0], flat.weight, flat.bias))
+    return tuple(map(check.wants_grad, (flat.hiddens[0], flat.weight, flat.bias)))
 
 
 def _fast(flat: check.Flat, row_weight: Tensor | None, backend: str) -> bool:
     """Whether to form the gradients in the forward: some are wanted, and their float32 sums are affordable."""
     if not torch.is_grad_enabled() or not any(_needs(flat)):
         return False
-    if row_weight is not None and row_weight.requires_grad:
+    if check.wants_grad(row_weight):
         return False
     hidden = flat.hiddens[0]
-    if not hidden.requires_grad or _grad_dtypes(backend, hidden.dtype)[0] == hidden.dtype:
+    if not check.wants_grad(hidden) or _grad_dtypes(backend, hidden.dtype)[0] == hidden.dtype:
         return True
     return 4 * hidden.numel() <= (
         CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else HIDDEN_BUFFER_BYTES

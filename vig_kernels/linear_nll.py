@@ -25,7 +25,8 @@ def linear_nll(
     """nll = log sum_v exp(z_v) - z_target, in nats, with z = softcap(logit_scale * (hidden weight^T + bias)).
 
     Args:
-        hidden: (..., D) float32, bfloat16 or float16; any strides.
+        hidden: (..., D) float32, bfloat16 or float16; any strides. Rows that do not lie at one distance, such as those
+            of hidden[:, :-1], are copied: to shift by one, shift the target and end its rows with `ignore_index`.
         weight: (V, D), same dtype: `nn.Linear.weight` of the LM head. Rows may lie any distance apart; elements of a
             row must be neighbours, or every call copies the weight (a transposed one).
         target: (...) int64 or int32. Rows with `ignore_index` return 0.0 and get no gradient.
@@ -84,7 +85,7 @@ def nll_values(
         nll, sinks = reference.linear_nll(hidden, weight, target, **options, stats=("lse", *stats))
         return {"nll": nll.float()} | {k: v if k == "argmax" else v.float() for k, v in sinks.items()}
     check.forward_mode(hidden, weight, bias)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    grad = torch.is_grad_enabled() and any(map(check.wants_grad, (hidden, weight, bias)))
     nll, lse, entropy, argmax, _ = nll_forward_op(
         hidden,
         weight,
