@@ -23,6 +23,7 @@ from vig.prompts import Encoder, PromptError, without_images
 from vig.samples import Sample, answers, caption_turns, read_samples, sample_from_record
 from vig.score import Scorer
 from vig.score_folder import settings_differences
+from vig.select import select
 from vig.store import StoreError, read_scores, score_metadata, unfinished
 
 N_SAMPLES = 200
@@ -299,6 +300,14 @@ def test_samples_made_by_hand_wrongly_are_error_rows(messages, reason):
     first, second = scorer().score([good, wrong])
     assert first.status == "text_only"
     assert second.key == "k#1" and second.status.startswith(f"error: {reason}")
+
+
+def test_names_that_are_numbers_are_their_text(tmp_path):
+    rows = scorer().score(
+        [Sample("k#0", 7, (), (ASKED, TOLD), "hand"), Sample("k#1", 8, (), (ASKED,), "hand")]
+    )
+    assert [row.id for row in rows] == ["7", "8"] and rows[1].status.startswith("error: no answer turn")
+    assert select(rows, p=50, out=tmp_path / "selection").table()["k#0"].keep
 
 
 class Fussy:

@@ -28,7 +28,7 @@ class SampleError(ValueError):
     """A sample that cannot be used: says which (`key`, `id`), why (`reason`) and what helps (`cure`)."""
 
     def __init__(self, key: str, id: str, reason: str, cure: str):
-        self.key, self.id, self.reason, self.cure = map(writable, (key, id, reason, cure))
+        self.key, self.id, self.reason, self.cure = (writable(str(part)) for part in (key, id, reason, cure))
         super().__init__(f"{self.key} (id {self.id!r}): {self.reason}. {self.cure}")
 
     def __reduce__(self):

@@ -347,7 +347,8 @@ def longest_pass(item: LoadedRecord) -> int:
 
 
 def _row(item: LoadedRecord, status: str, **columns: Any) -> ScoreRow:
-    return ScoreRow(item.record.key, item.record.id, item.record.source, status, **columns)
+    record = item.record  # a sample made by hand may have numbers for names
+    return ScoreRow(str(record.key), str(record.id), str(record.source), status, **columns)
 
 
 def error_row(item: LoadedRecord) -> ScoreRow | None:
