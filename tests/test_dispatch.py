@@ -101,6 +101,13 @@ def test_reference_runs_like_any_backend():
     torch.testing.assert_close(found.nll_image, nll.detach())
 
 
+def test_backends_shows_itself_as_a_table():
+    lines = str(backends()).splitlines()
+    assert lines[0].split() == ["op", "backend", "device", "state"] and len(lines) == 1 + len(backends())
+    row = next(line for line in lines if line.split()[:3] == ["linear_nll", "torch", "cpu"])
+    assert row.startswith("linear_nll            torch      cpu     available")
+
+
 class DTensor(torch.Tensor):
     """Stands for torch.distributed.tensor.DTensor, which needs a process group."""
 

@@ -44,24 +44,7 @@ def main() -> None:
     parser.parse_args()
     print(f"torch {torch.__version__}; devices: {', '.join(device.type for device in dispatch.devices())}")
     print("\n".join(compiled_part() + environment()))
-    rows = [("op", "backend", "device", "state"), *_states()]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for row in rows:
-        print("  ".join([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[3]]))
-
-
-def _states():
-    for (op, backend, device), reason in dispatch.backends().items():
-        state = f"no: {reason}" if reason else "available"
-        yield op, backend, device, state + (', taken by "auto"' if _chosen(op, device) == backend else "")
-
-
-def _chosen(op: str, device: str) -> str | None:
-    """What "auto" takes, under VIG_BACKEND if it is set."""
-    try:
-        return dispatch.resolve(op, "auto", torch.device(device))
-    except (ValueError, dispatch.BackendUnavailable):
-        return None
+    print(dispatch.backends())
 
 
 if __name__ == "__main__":

@@ -92,11 +92,36 @@ def devices() -> list[torch.device]:
     return found
 
 
-def backends() -> dict[tuple[str, str, str], str | None]:
-    """{(op, backend, device type): None when it can run, else the reason}, best backend first."""
-    return {
-        (op, name, device.type): reason_of(device)
-        for op in OPS
-        for name, reason_of, _ in table(op)
-        for device in devices()
-    }
+class Availability(dict[tuple[str, str, str], str | None]):
+    """{(op, backend, device type): None when it can run, else the reason}, best backend first; shown as a table."""
+
+    def __repr__(self) -> str:
+        rows = [("op", "backend", "device", "state"), *map(self._row, self)]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] for row in rows)
+        return "\n".join("  ".join([*cells, row[3]]) for cells, row in zip(padded, rows, strict=True))
+
+    def _row(self, key: tuple[str, str, str]) -> tuple[str, str, str, str]:
+        op, backend, device = key
+        state = "available" if self[key] is None else f"no: {self[key]}"
+        return *key, state + (', taken by "auto"' if _taken(op, device) == backend else "")
+
+
+def _taken(op: str, device: str) -> str | None:
+    """What "auto" takes, under VIG_BACKEND if it is set."""
+    try:
+        return resolve(op, "auto", torch.device(device))
+    except (ValueError, BackendUnavailable):
+        return None
+
+
+def backends() -> Availability:
+    """Which op runs on which backend and device here, and why not where it does not."""
+    return Availability(
+        {
+            (op, name, device.type): reason_of(device)
+            for op in OPS
+            for name, reason_of, _ in table(op)
+            for device in devices()
+        }
+    )
