@@ -18,7 +18,15 @@ from vig.report.facts import Counter, gather
 from vig.report.glue import token_texts, words
 from vig.report.page import EXACT_PIXELS, height_ticks, legend, rounded, shade, signed, ticks
 from vig.select import select
-from vig.store import ScoreBlock, ScoreRow, ScoreWriter, StoreError, read_scores, score_metadata
+from vig.store import (
+    ScoreBlock,
+    ScoreRow,
+    ScoreWriter,
+    SettingsDiffer,
+    StoreError,
+    read_scores,
+    score_metadata,
+)
 
 VOID = {"meta", "img", "path", "rect"}
 
@@ -235,6 +243,29 @@ def test_picks_are_the_extremes_and_none_comes_twice(scored):
     assert gather(scored / "scores", 6).groups == facts.groups
     assert len([row for rows in gather(scored / "scores", 99).groups.values() for row in rows]) == 11
     assert (facts.multimodal, facts.text_only, facts.n_errors) == (10, 1, 1)
+
+
+def test_a_selection_made_from_other_scores_is_refused(scored, tmp_path):
+    rows = [row for batch in read_scores(scored / "scores") for row in batch.to_pylist()]
+    columns = ("id", "source", "status", "token_ids", "positions", "token_nll_image", "token_nll_null")
+
+    def other(name, key, **changed):
+        made = [
+            ScoreRow(key(row["key"]), *(row[c] if row[c] is not None else () for c in columns))
+            for row in rows
+        ]
+        with ScoreWriter(tmp_path / name, score_metadata(scored / "scores") | changed) as writer:
+            writer.write(0, made)
+        return select(tmp_path / name, 50, out=tmp_path / f"{name}-selection").out
+
+    page = tmp_path / "page.html"
+    black = other("black", str, null={"kind": "black", "params": {}})
+    with pytest.raises(SettingsDiffer, match=r"null.kind: the scores have 'blur', the selection 'black'"):
+        report(scored / "scores", page, selection=black)
+    strangers = other("strangers", lambda key: f"other-{key}")
+    with pytest.raises(StoreError, match=r"the selection knows none of the samples, data.json#"):
+        report(scored / "scores", page, selection=strangers)
+    assert not page.exists()
 
 
 def test_the_whole_page(scored, tmp_path):

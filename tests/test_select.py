@@ -9,7 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from vig.select import select, token_draws
-from vig.store import ScoreBlock, ScoreWriter, StoreError, read_scores, read_selection, selection_metadata
+from vig.store import (
+    ScoreBlock,
+    ScoreRow,
+    ScoreWriter,
+    StoreError,
+    read_scores,
+    read_selection,
+    selection_metadata,
+    write_shard,
+)
 
 SETTINGS = {"model": "m", "null": {"kind": "blur", "params": {}}}
 
@@ -274,3 +283,10 @@ def test_a_shard_that_went_missing_is_said(tmp_path):
         (tmp_path / f"scores-{window:05d}.parquet").unlink()
     (line,) = [line for line in select(tmp_path, p=50).warnings if "missing" in line]
     assert "scores-00001.parquet" in line and "and 2 more" in line and "vig score" in line
+
+
+def test_a_folder_of_scores_takes_no_selection(tmp_path):
+    write_shard(tmp_path, 0, [ScoreRow("a#0", "0", "a", "ok", [1], [0], [1.0], [2.0])], {})
+    with pytest.raises(StoreError, match=r"holds scores. Give the selection a folder of its own"):
+        select(tmp_path, 50, out=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["scores-00000.parquet"]

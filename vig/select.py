@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vig.files import StoreError
+from vig.score_folder import shards_in
 from vig.score_rows import METADATA_KEY, list_array, segment_means
 from vig.selection_table import (
     SELECTION_SCHEMA,
@@ -233,6 +234,8 @@ def select(
     scores = open_scores(scores)
     folder, about = Path(out) if out is not None else None, score_metadata(scores)
     choice = {"p": p, "level": level, "clip": clip, "tau_floor": tau_floor, "seed": seed}
+    if folder is not None and shards_in(folder):
+        raise StoreError(f"{folder} holds scores. Give the selection a folder of its own")
     if folder is not None and not overwrite:
         refuse_other_selection(folder, {**about, "selection": choice})
     report = _Progress(progress, count_rows(scores), passes=3 if level == "random" else 2)

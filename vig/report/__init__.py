@@ -15,6 +15,7 @@ from vig.report.facts import Facts, gather
 from vig.report.glue import Viewer, words
 from vig.report.page import render, rounded
 from vig.report.views import Histogram, Page, SampleView, Word
+from vig.score_folder import ABOUT_THE_DATA, SettingsDiffer, settings_differences
 from vig.select import Selection, noise_floor, tau_warnings
 from vig.selection_table import selection_files, selection_metadata
 from vig.store import open_scores, score_metadata, unfinished
@@ -55,7 +56,8 @@ def report(
     scores name; what cannot be read is left out, and the page says so. samples: how many to show, a third each
     of the highest VIG, the lowest, and at random (the same ones for the same seed).
 
-    Raises StoreError where the scores cannot be read or ``out`` cannot be written.
+    Raises StoreError where the scores cannot be read, the selection was made from others, or ``out`` cannot be
+    written.
     """
     out = Path(out)
     if out.is_dir():
@@ -66,7 +68,7 @@ def report(
     viewer = Viewer(metadata, processor=processor, data=data or metadata.get("data"), image_root=image_root)
     keys = {row["key"] for rows in facts.groups.values() for row in rows}
     viewer.find(keys)
-    chosen, kept = _selection(selection, keys)
+    chosen, kept = _selection(selection, keys, metadata)
     groups = [
         (*REMARKS[name], [viewer.view(row, kept.get(row["key"])) for row in rows])
         for name, rows in facts.groups.items()
@@ -94,9 +96,11 @@ def report(
 
 
 def _selection(
-    selection: str | Path | Selection | None, keys: set[str]
+    selection: str | Path | Selection | None, keys: set[str], scored: dict
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """Its settings, and the token masks of the samples that are shown, read in a stream."""
+    """Its settings, and the token masks of the samples that are shown, read in a stream.
+
+    Raises StoreError for a selection that was made from scores of other settings or other samples."""
     if selection is None:
         return {}, {}
     if isinstance(selection, Selection):
@@ -106,12 +110,32 @@ def _selection(
         columns = ["key", "token_keep"]
         files = (pq.ParquetFile(file) for file in selection_files(selection))
         batches = (batch for file in files for batch in file.iter_batches(8192, columns=columns))
+    _refuse_selection_of_others(scored, metadata)
     wanted = pa.array(sorted(keys), pa.string())
     kept = {}
     for batch in batches:
         for row in batch.filter(pc.is_in(batch["key"], wanted)).to_pylist():
             kept[row["key"]] = np.array(row["token_keep"] or [], bool)
+    if keys and not kept:
+        raise StoreError(
+            f"the selection knows none of the samples, {min(keys)} for one. Give the one made from these scores"
+        )
     return metadata["selection"], kept
+
+
+def _refuse_selection_of_others(scored: dict, chosen: dict) -> None:
+    """Of what both name; a selection may be of several data sets, and names the first."""
+    both = scored.keys() & chosen.keys() - ABOUT_THE_DATA - {"notes", "selection"}
+    differences = settings_differences(
+        *({name: settings[name] for name in both} for settings in (scored, chosen))
+    )
+    if differences:
+        raise SettingsDiffer(
+            "the selection was made from scores with other settings",
+            ("the scores have", "the selection"),
+            sorted(differences),
+            "Give the selection that was made from these scores.",
+        )
 
 
 def _subtitle(metadata: dict) -> str:
