@@ -6,8 +6,9 @@ import errno
 import fcntl
 import os
 import socket
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,35 +80,77 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+LOCK = ".lock"
+# What file systems say that have no locks, as some of a network.
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
 _locked: dict[Path, int] = {}  # folder -> pid; record locks do not bind within a process, nor pass to a fork
 
 
+def lock_folder(folder: Path) -> FolderLock:
+    """Makes the folder and locks it. Raises FolderInUse, and StoreError where it cannot be written."""
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return FolderLock(folder)
+
+
 class FolderLock:
-    """One writing process a folder: a POSIX record lock, which dies with its process, also on SIGKILL,
-    and is not inherited by worker processes."""
+    """One writing process a folder: a POSIX record lock on its file ``.lock``.
+
+    The lock dies with its process, also on SIGKILL, and is not inherited by worker processes. The file goes when the
+    lock is released, so a file that nobody holds tells of a process that died: `after_death`. On a file system
+    without locks it warns, and the folder is not `held`. Raises FolderInUse, which names the holder.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
         if _locked.get(self.folder) == os.getpid():
             raise FolderInUse(f"{folder} is already open for writing in this process")
-        self.file = open(self.folder / ".lock", "a+")  # noqa: SIM115  (held until release)
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            self.file.seek(0)
-            holder = self.file.read().strip() or "another process"
-            self.file.close()
-            raise FolderInUse(
-                f"{folder} is being written by {holder}. Wait for it, or choose another folder."
-            ) from None
+        self.held = self._lock(folder)
+        self.file.seek(0)
+        self.after_death = bool(self.file.read())
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.file.flush()
         _locked[self.folder] = os.getpid()
 
+    def _lock(self, folder: Path) -> bool:
+        """Opens the file until it is locked and still has its name, which its last holder takes away."""
+        path = self.folder / LOCK
+        while True:
+            self.file = open(path, "a+")  # noqa: SIM115  (held until release)
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    warnings.warn(
+                        f"{folder}: its file system has no locks ({error.strerror}). Start no second run that writes "
+                        "there: nothing would stop it",
+                        stacklevel=4,
+                    )
+                    return False
+                self.file.seek(0)
+                holder = self.file.read().strip() or "another process"
+                self.file.close()
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                raise FolderInUse(
+                    f"{folder} is being written by {holder}. Wait for it, or choose another folder."
+                ) from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self.file.fileno()), path.stat()):
+                    return True
+            self.file.close()
+
     def release(self) -> None:
         if _locked.get(self.folder) == os.getpid():
             del _locked[self.folder]
+            with suppress(OSError):  # before the lock, so that nobody gets hold of a file that is to go
+                (self.folder / LOCK).unlink()
         self.file.close()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()

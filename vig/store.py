@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vig import score_folder
-from vig.files import FolderInUse, FolderLock, StoreError, explain_write_errors, write_atomically
+from vig.files import FolderInUse, FolderLock, StoreError, lock_folder, write_atomically
 from vig.score_folder import (
     MANIFEST,
     OLD_MANIFEST,
@@ -146,12 +146,11 @@ class ScoreWriter:
     process), StoreError (read-only folder, disk full, damaged manifest). Finished shards outlive any of them.
     """
 
-    def __init__(self, folder: str | Path, settings: dict):
+    def __init__(self, folder: str | Path, settings: dict, lock: FolderLock | None = None):
+        """lock: the folder's, held by the caller already, who need not release it."""
         self.folder = Path(folder)
         self.settings = normal_settings(settings)
-        with explain_write_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.folder)
+        self._lock = lock or lock_folder(self.folder)
         try:
             self._open()
         except BaseException:
