@@ -6,29 +6,25 @@ import copy
 import hashlib
 import itertools
 import os
-import pickle
 import queue
-import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 from vig import plan
 from vig.images import open_image, open_images
 from vig.prompts import Encoded, Encoder, PromptError, without_images
 from vig.samples import BrokenRecord, Sample, SampleError, check_sample
+from vig.workers import made_ahead
 
 Item = TypeVar("Item")
 MOST_WORKERS = 8  # unless asked for
-DEATHS = 2  # of processes at one group
 
 
 class LoadedRecord:
@@ -106,66 +102,7 @@ def load_records(
     groups = _Groups(records, encoder, stage, records if window is None else window)
     if not workers:
         return (item for number in range(len(groups)) for item in groups[number])
-    folder = tempfile.TemporaryDirectory(prefix="vig-", ignore_cleanup_errors=True)
-    return _from_workers(groups, folder, _started(groups, folder, 0, num_workers=workers))
-
-
-class _ToFile:
-    """Writes what a process has made into a file of its own, and sends the file's name.
-
-    Tensors would go through open files in /dev/shm, of which a container has 64 MB and a shell 1,024; large messages
-    through a pipe, which hangs where a process dies in the midst of one.
-    """
-
-    def __init__(self, folder: str):
-        self.folder = folder
-
-    def __call__(self, group: list[LoadedRecord]) -> str:
-        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-            pickle.dump(group, file, protocol=pickle.HIGHEST_PROTOCOL)
-        return file.name
-
-
-def _taken(name: str) -> list[LoadedRecord]:
-    path = Path(name)
-    group = pickle.loads(path.read_bytes())
-    path.unlink()
-    return group
-
-
-def _started(groups: _Groups, folder: tempfile.TemporaryDirectory, first: int, **ahead: int) -> Iterator[str]:
-    """Starts processes at group `first`.
-
-    torch's handler of SIGCHLD is taken back, since it would raise a process's death in the midst of the model; so it is
-    raised where a group is waited for, within seconds.
-    """
-    rest = Subset(groups, range(first, len(groups)))
-    before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(DataLoader(rest, batch_size=None, collate_fn=_ToFile(folder.name), **ahead))
-    if threading.current_thread() is threading.main_thread():  # the only one that sets handlers
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-    return iterator
-
-
-def _from_workers(
-    groups: _Groups, folder: tempfile.TemporaryDirectory, started: Iterator[str]
-) -> Iterator[LoadedRecord]:
-    done, deaths = 0, 0  # groups; processes since the last group came
-    while done < len(groups):
-        try:
-            # After a death one process works on one group, so that it is known which one fells it.
-            one = {"num_workers": 1, "prefetch_factor": 1}
-            for sent in _started(groups, folder, done, **one) if deaths else started:
-                yield from _taken(sent)
-                done, deaths = done + 1, 0
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            deaths += 1
-            if deaths > DEATHS:
-                yield from groups.lost(done)
-                done, deaths = done + 1, 1
-    folder.cleanup()
+    return itertools.chain.from_iterable(made_ahead(groups, workers, groups.lost))
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:
