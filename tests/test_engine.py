@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,9 +16,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from torch.utils.data import dataloader
 
-from vig import engine, fingerprints, samples
+from vig import engine, fingerprints, loader, samples
 from vig.engine import RecordCount, dry_run_dataset, first_records, part_of, run_settings, score_dataset
+from vig.files import FolderInUse, lock_folder
 from vig.fingerprints import data_fingerprint
 from vig.samples import read_samples
 from vig.score import NOISE_SAMPLES, Scorer
@@ -80,6 +85,54 @@ def test_killed_at_twenty_moments_it_ends_with_the_bits_of_an_uninterrupted_run(
             assert (folder / file.name).read_bytes() == file.read_bytes(), f"seed {seed}, {file.name}"
         assert len(list(folder.glob("scores-*"))) == len(whole)
         assert set((tmp_path / f"killed-{run}.plans").read_text().splitlines()) == set(plans)
+
+
+def score_with_a_deadly_picture(data, out):
+    """As a decoder that crashes: it takes down the process that opens 2.png, whichever that is."""
+    torch.set_num_threads(1)
+    original = loader.open_images
+
+    def deadly(record):
+        if record.images and record.images[0].name == "2.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(record)
+
+    loader.open_images = deadly
+    asked = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    asked.__defaults__ = (0.05,)  # seconds between two looks at the workers
+    score_dataset(scorer(), data, out, window=16)
+
+
+def test_a_picture_that_crashes_its_decoder_ends_one_run_and_costs_the_next_one_its_samples(tmp_path, data):
+    """Among the first records, too, which the noise floor is measured on."""
+    tiny.llava_model(), tiny.llava_processor()
+    codes = []
+    for _ in range(2):
+        child = multiprocessing.get_context("fork").Process(
+            target=score_with_a_deadly_picture, args=(data, tmp_path)
+        )
+        child.start()
+        child.join(60)
+        codes.append(child.exitcode)
+    assert codes == [-signal.SIGKILL, 0] and not unfinished(tmp_path)
+    rows = rows_of(tmp_path)
+    assert [row["key"] for row in rows] == keys_of(data)
+    lost = [row["key"] for row in rows if "process that decoded and tokenised it died" in row["status"]]
+    assert lost == [record.key for record in read_samples(data) if with_image(record, "2.png")]
+
+
+def with_image(record, name: str) -> bool:
+    return any(image.name == name for image in getattr(record, "images", ()))
+
+
+def test_a_second_run_is_refused_before_it_scores_anything(tmp_path, data, monkeypatch):
+    one, workers = scorer(), []
+    monkeypatch.setattr(one, "noise_floor", lambda records: workers.append(one.workers))
+    with lock_folder(tmp_path), pytest.raises(FolderInUse, match="already open for writing"):
+        score_dataset(one, data, tmp_path)
+    assert not workers and list(tmp_path.iterdir()) == []
+    score_dataset(one, data, tmp_path, limit=1)
+    assert workers == [0] and one.workers == 0
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_from_there(tmp_path, data, small_disk):

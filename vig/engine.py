@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vig import plan
-from vig.files import check_writable
+from vig.files import check_writable, lock_folder
 from vig.loader import LoadedRecord, load_records, new_pixel_bytes
 from vig.samples import BrokenRecord, Sample, read_samples
 from vig.score import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
@@ -45,11 +46,8 @@ def score_dataset(
     plan.check_part(window, shard, limit)
     read_samples(data, image_root=image_root)  # raises for data that cannot be read
     folder = output_folder(out, shard)
-    check_writable(folder)
-    settings = run_settings(
-        scorer, data, folder, image_root=image_root, limit=limit, shard=shard, window=window
-    )
-    with ScoreWriter(folder, settings) as writer, RecordCount(data, limit) as count:
+    run = {"image_root": image_root, "limit": limit, "shard": shard, "window": window}
+    with _writing(folder, scorer, data, run) as writer, RecordCount(data, limit) as count:
         progress = Progress()
 
         def tell(state: Progress) -> None:
@@ -86,6 +84,20 @@ def score_dataset(
     if on_progress is not None:
         on_progress(progress)
     return progress
+
+
+@contextmanager
+def _writing(folder: Path, scorer: Scorer, data: str | Path, run: dict[str, Any]) -> Iterator[ScoreWriter]:
+    """The folder, locked before its settings are found out, which takes a while."""
+    workers = scorer.workers
+    with lock_folder(folder) as lock:
+        check_writable(folder)
+        if lock.after_death:  # perhaps at an image that crashed its decoder: a process apart dies alone
+            scorer.workers = max(1, workers)
+        try:
+            yield ScoreWriter(folder, run_settings(scorer, data, folder, **run), lock)
+        finally:
+            scorer.workers = workers
 
 
 def run_settings(

@@ -243,7 +243,7 @@ class Scorer:
         if self._rehearsed:
             return
         window = records if window is None else window
-        few = list(load_records(records[:NOISE_SAMPLES], self.encoder, self.null.stage, window=window))
+        few = self._few(records[:NOISE_SAMPLES], window)
         self.proofs.prove(few)
         self.proofs.rehearse(few, self.batch_tokens, min(self.batch_size or len(records), len(records)))
         self._rehearsed = True
@@ -253,7 +253,7 @@ class Scorer:
 
         What arithmetic alone makes of a zero; None where there are fewer than two multimodal samples.
         """
-        loaded = list(load_records(records, self.encoder, self.null.stage))
+        loaded = self._few(records)
         block = [item for item in loaded if item.encoded is not None and item.is_multimodal][:NOISE_SAMPLES]
         if len(block) < 2:
             self.proofs.prove(loaded)
@@ -273,6 +273,14 @@ class Scorer:
             for first, second in zip(left.token_nll_image, right.token_nll_image, strict=True)
         ]
         return float(max(differences, default=0.0))
+
+    def _few(
+        self,
+        records: Sequence[Sample | BrokenRecord],
+        window: Sequence[Sample | BrokenRecord] | None = None,
+    ) -> list[LoadedRecord]:
+        """Loaded in a process apart where processes are wanted: an image that crashes its decoder costs no run."""
+        return list(load_records(records, self.encoder, self.null.stage, min(1, self.workers), window))
 
     def measure_rate(self, block: Sequence[LoadedRecord]) -> tuple[int, float]:
         """(samples, tokens a second) of one batch like those to come, after one to warm up."""
