@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,16 @@ from test_cli import call
 from test_train import base, encoded, run_on_two, weights, without_pictures
 from test_trainer import samples, selection
 from tiny import llava_processor
+from torch.utils.data import dataloader
+from torch.utils.data._utils import worker
 from transformers import LlavaForConditionalGeneration
 
+from vig.families import ModelError
+from vig.files import FolderInUse, lock_folder
 from vig.score_folder import SettingsDiffer
 from vig.train import train
 from vig.train_settings import TrainError
+from vig.trainer import SelectiveCollator
 
 STEPS = {"lr": 1e-2, "max_steps": 6, "batch_size": 2, "accumulate": 2, "log_every": 1, "save_every": 2}
 
@@ -106,6 +112,9 @@ def test_a_killed_run_goes_on_with_the_same_bits(processor, tmp_path, make, opti
 
 def deadly_train(aim: int, out: Path, items, processor):
     torch.set_num_threads(1)
+    worker.MP_STATUS_CHECK_INTERVAL = (
+        0.05  # s in which processes see that their parent is gone, and the join ends
+    )
     if aim:
         die_at_call(aim)
     train(base(), items, None, out, processor=processor, **STEPS)
@@ -262,6 +271,89 @@ def test_a_damaged_checkpoint_and_a_missing_folder_are_explained(processor, tmp_
     ):
         train(base(), encoded(processor), None, tmp_path, **run)
     assert checkpoints(tmp_path) == ["train-checkpoint-2"]
+
+
+# --- one run at a time, and after a death ---
+
+
+def refused(out: Path, said: Path):
+    with pytest.raises(FolderInUse) as raised:
+        train("nowhere", "nowhere.json", None, out, overwrite=True)
+    said.write_text(str(raised.value))
+
+
+def test_a_second_run_is_refused_with_the_holder_and_touches_nothing(processor, tmp_path):
+    out, said = tmp_path / "out", tmp_path / "said"
+    seen = []
+
+    def meet_another(progress):
+        if progress.step == 3:
+            (out / ".train-checkpoint.partial").mkdir()  # as if it were saving
+            other = multiprocessing.get_context("fork").Process(target=refused, args=(out, said))
+            other.start()
+            other.join(60)
+            seen.extend(checkpoints(out))
+
+    result = train(
+        base(), encoded(processor), None, out, processor=processor, on_progress=meet_another, **STEPS
+    )
+    assert seen == [".train-checkpoint.partial", "train-checkpoint-2"]
+    assert result.steps == 6 and not (out / ".lock").exists()
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert said.read_text() == f"{out} is being written by {holder}. Wait for it, or choose another folder."
+
+
+def refused_in_both(rank: int, folder: Path, items, processor):
+    with pytest.raises(FolderInUse, match="is being written by process"):
+        train(base(), items, None, folder, processor=processor, **STEPS)
+    torch.save(True, folder.with_suffix(f".{rank}"))
+
+
+def test_all_processes_of_a_run_are_refused_and_none_by_another(processor, tmp_path):
+    with lock_folder(tmp_path / "out"):
+        assert run_on_two(refused_in_both, tmp_path / "out", encoded(processor), processor) == [True, True]
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(processor, tmp_path):
+    with pytest.raises(ModelError):
+        train(tmp_path / "no model", samples(2), None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def train_with_a_deadly_sample(out: Path, items, processor, options):
+    torch.set_num_threads(1)
+    asked = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    asked.__defaults__ = (0.05,)  # seconds between two looks at the workers
+    original = SelectiveCollator.encode
+
+    def deadly(self, record):
+        if record.id == items[5].id:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, record)
+
+    SelectiveCollator.encode = deadly
+    train(base(), items, None, out, processor=processor, **STEPS | options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_crashes_its_decoder_is_left_out(processor, tmp_path, workers):
+    """At once where processes decode, and by the next run where the run's own process does."""
+    items, out = samples(8), tmp_path / "out"
+    whole = train(
+        base(), without_pictures(items, [5]), None, None, processor=processor, **STEPS | {"save_every": 0}
+    )
+    codes = []
+    while not codes or (codes[-1] and len(codes) < 3):
+        given = (out, items, processor, {"workers": workers})
+        child = multiprocessing.get_context("fork").Process(target=train_with_a_deadly_sample, args=given)
+        child.start()
+        child.join(60)
+        codes.append(child.exitcode)
+    assert codes == ([0] if workers else [-signal.SIGKILL, 0])
+    record = json.loads((out / "train.json").read_text())
+    assert record["losses"] == whole.losses and record["left_out"] == 1
+    assert len(record["errors"]) == 1 and f"{items[5].key} (id" in record["errors"][0]
+    assert "the process that decoded and tokenised it died. Replace its images" in record["errors"][0]
 
 
 # --- on the command line ---

@@ -79,10 +79,13 @@ class _Groups(Dataset):
         found = [LoadedRecord(self.records[place], place) for place in self.groups[number]]
         for item in found:
             if item.error is None:
-                reason = "the process that decoded and tokenised it died"
-                cure = "Replace its images, or give the processes more memory"
-                item.error = SampleError(item.record.key, item.record.id, reason, cure)
+                item.error = process_died(item.record.key, item.record.id)
         return found
+
+
+def process_died(key: str, id: str) -> SampleError:
+    reason = "the process that decoded and tokenised it died"
+    return SampleError(key, id, reason, "Replace its images, or give the processes more memory")
 
 
 def load_records(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
+from vig.loader import process_died
 from vig.samples import SampleError
 from vig.train_settings import TrainSettings
-from vig.trainer import Record, SelectiveCollator
+from vig.trainer import Record, SelectiveCollator, names_of
+from vig.workers import made_ahead
 
 
 def plan_batches(n: int, settings: TrainSettings, world: int = 1, rank: int = 0) -> list[list[int]]:
@@ -31,19 +35,63 @@ def plan_batches(n: int, settings: TrainSettings, world: int = 1, rank: int = 0)
     return [mine[at : at + settings.batch_size] for at in range(0, len(mine), settings.batch_size)]
 
 
-class ReadableCollator:
-    """A `SelectiveCollator` without the samples that cannot be encoded, whose errors are the batch's ``left_out``.
+class MicroBatches(Dataset):
+    """The micro-batches of a plan, without the samples that cannot be encoded, whose errors are a batch's ``left_out``.
 
-    A sample that does not fit the selection is another matter: its SampleError is returned, not raised, since torch
-    would make it anew from one string where it comes out of a worker.
+    A sample that does not fit the selection is another matter: its SampleError stands in the place of the batch, not
+    raised, since torch would make it anew from one string where it comes out of a worker.
     """
 
-    def __init__(self, collator: SelectiveCollator):
-        self.collator = collator
+    def __init__(self, samples: Sequence[Record], plan: Sequence[Sequence[int]], collator: SelectiveCollator):
+        self.samples, self.plan, self.collator = samples, plan, collator
 
-    def __call__(self, records: Sequence[Record]) -> dict[str, Any] | SampleError:
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, number: int) -> dict[str, Any] | SampleError:
+        return self._collated(self._records(number))
+
+    def made(self, workers: int) -> Iterator[dict[str, Any] | SampleError]:
+        """All of them in order, made by so many processes, or by this one."""
+        if workers:
+            return made_ahead(self, workers, self._without_the_deadly)
+        return (self[number] for number in range(len(self)))
+
+    def _records(self, number: int) -> list[Record]:
+        return [self.samples[place] for place in self.plan[number]]
+
+    def _collated(self, records: Sequence[Record]) -> dict[str, Any] | SampleError:
         try:
             batch, errors = self.collator.readable(records)
         except SampleError as error:
             return error
         return batch | {"left_out": errors}
+
+    def _without_the_deadly(self, number: int) -> dict[str, Any] | SampleError:
+        """The micro-batch whose processes died, without the samples at which they do."""
+        records = self._records(number)
+        trials = _Trials(records, self.collator)
+        errors = list(made_ahead(trials, 1, trials.deadly))
+        batch = self._collated(
+            [record for record, error in zip(records, errors, strict=True) if error is None]
+        )
+        if not isinstance(batch, SampleError):
+            batch["left_out"] += [error for error in errors if error is not None]
+        return batch
+
+
+class _Trials(Dataset):
+    """Encodes one sample at a time, to see which one its process does not survive: the error of that one, or None."""
+
+    def __init__(self, records: Sequence[Record], collator: SelectiveCollator):
+        self.records, self.collator = records, collator
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, number: int) -> None:
+        with suppress(SampleError):  # met again where the batch is made
+            self.collator.encode(self.records[number])
+
+    def deadly(self, number: int) -> SampleError:
+        return process_died(*names_of(self.records[number]))

@@ -1,24 +1,55 @@
-"""The folder of a training run: proven writable before it, and after it a whole checkpoint or the one before."""
+"""The folder of a training run: its own, proven writable first, and at the end a whole checkpoint or the one before."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata as package_metadata
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
 
-from vig.files import StoreError, explain_write_errors, write_atomically
+from vig.files import StoreError, explain_write_errors, lock_folder, write_atomically
 from vig.train_settings import TrainError, TrainResult, TrainSettings
 
 RECORD = "train.json"
 # What a checkpoint before may have left, and the loader would take together with the new files.
 OF_A_CHECKPOINT = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors*")
+
+
+@contextmanager
+def own_folder(out: Path | None, processes: PartialState) -> Iterator[bool]:
+    """Holds the folder for one run, whose main process locks it for all. Yields if the run before died in it.
+
+    A folder that was made for a run that wrote nothing goes again. Raises FolderInUse and StoreError in every process.
+    """
+    if out is None:
+        yield False
+        return
+    made, lock, refusal = not out.exists(), None, None
+    if processes.is_main_process:
+        try:
+            lock = lock_folder(out)
+        except StoreError as error:
+            refusal = error
+    try:
+        for refused in filter(None, gather_object([refusal])):
+            raise refused
+        yield any(gather_object([lock is not None and lock.after_death]))
+    finally:
+        if lock is not None:
+            lock.release()
+            if made:
+                with suppress(OSError):
+                    out.rmdir()
 
 
 def prepare_folder(out: Path, replace: bool, is_main: bool) -> None:
@@ -28,7 +59,6 @@ def prepare_folder(out: Path, replace: bool, is_main: bool) -> None:
     if not is_main:
         return
     with explain_write_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
         probe = out / ".partial"
         shutil.rmtree(probe, ignore_errors=True)  # of a run that was killed while it saved
         probe.mkdir()

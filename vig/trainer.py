@@ -82,7 +82,7 @@ def _plain(record: Record) -> dict[str, Any]:
     if isinstance(record, Encoded):
         record = record.sample
     if not isinstance(record, Sample):
-        record = sample_from_record(record, key=_names(record)[0])
+        record = sample_from_record(record, key=names_of(record)[0])
     return {
         "key": record.key,
         "id": record.id,
@@ -118,7 +118,7 @@ def keep_samples(
             errors.append(record.error)
             continue
         if selection is not None:
-            entry = _entry(selection, *_names(record))
+            entry = _entry(selection, *names_of(record))
             if not (entry.keep and np.any(entry.token_keep)):
                 dropped += 1
                 continue
@@ -126,7 +126,7 @@ def keep_samples(
     return Kept(kept, dropped, errors)
 
 
-def _names(record: Record) -> tuple[str, str]:
+def names_of(record: Record) -> tuple[str, str]:
     """Key and id of a record."""
     if isinstance(record, Encoded):
         record = record.sample
@@ -239,7 +239,7 @@ class SelectiveCollator:
         if isinstance(record, Encoded):
             return record
         if not isinstance(record, Sample):
-            key, _ = _names(record) if self.selection is not None else (str(record.get("id", "?")), "")
+            key, _ = names_of(record) if self.selection is not None else (str(record.get("id", "?")), "")
             record = sample_from_record(record, key=key, image_root=self.image_root)
         return self.encoder.encode(record)
 
