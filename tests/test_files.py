@@ -20,7 +20,7 @@ def test_a_released_lock_leaves_nothing_and_a_killed_holder_is_told_of(tmp_path)
 
     with lock_folder(tmp_path / "new") as lock:
         assert lock.held and not lock.after_death
-    assert not list((tmp_path / "new").iterdir())
+    assert not list(tmp_path.iterdir())
     child = fork.Process(target=die)
     child.start()
     child.join(20)
@@ -28,6 +28,7 @@ def test_a_released_lock_leaves_nothing_and_a_killed_holder_is_told_of(tmp_path)
     for after_death in (True, False):
         with lock_folder(tmp_path / "new") as lock:
             assert lock.held and lock.after_death == after_death
+        assert not list((tmp_path / "new").iterdir())
 
 
 def test_a_file_that_its_last_holder_takes_away_is_not_locked(tmp_path, monkeypatch):

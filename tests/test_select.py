@@ -8,12 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vig import selection_table
+from vig.files import FolderInUse, lock_folder
 from vig.select import select, token_draws
 from vig.store import (
     ScoreBlock,
     ScoreRow,
     ScoreWriter,
     StoreError,
+    count_rows,
     read_scores,
     read_selection,
     selection_metadata,
@@ -249,6 +252,30 @@ def test_an_interrupted_write_leaves_the_old_selection(scores, tmp_path):
         select(scores, 30, out=tmp_path, overwrite=True, progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["selection-00000.parquet"]
     assert (tmp_path / "selection-00000.parquet").read_bytes() == before
+
+
+def test_two_never_write_one_folder_and_what_a_killed_one_left_goes(scores, tmp_path):
+    out = tmp_path / "selection"
+    with lock_folder(out), pytest.raises(FolderInUse, match="already open for writing"):
+        select(scores, 70, out=out)
+    assert not out.exists()
+    out.mkdir()
+    (out / ".selection-00000.parquet.17.tmp").write_bytes(b"half")
+    select(scores, 70, out=out)
+    assert [path.name for path in out.iterdir()] == ["selection-00000.parquet"]
+
+
+def test_a_selection_that_was_killed_between_its_files_is_refused(scores, tmp_path, monkeypatch):
+    monkeypatch.setattr(selection_table, "FILE_TOKENS", 500)
+    select(scores, 70, out=tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) > 1 and len(read_selection(tmp_path)) == count_rows(scores)
+    files[-1].unlink()
+    with pytest.raises(StoreError, match=r"holds [0-9,]+ of [0-9,]+ rows: .*cut short. Run `vig select` again"):
+        read_selection(tmp_path)
+    assert len(read_selection(files[0])) < count_rows(scores)  # one file, asked for by name
+    select(scores, 70, out=tmp_path)
+    assert len(read_selection(tmp_path)) == count_rows(scores)
 
 
 def test_random_keeps_nothing_where_nothing_passes(scores):

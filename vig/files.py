@@ -88,10 +88,16 @@ _locked: dict[Path, int] = {}  # folder -> pid; record locks do not bind within 
 
 
 def lock_folder(folder: Path) -> FolderLock:
-    """Makes the folder and locks it. Raises FolderInUse, and StoreError where it cannot be written."""
+    """Makes the folder and locks it; one that was made and is still empty goes with the lock.
+
+    Raises FolderInUse, and StoreError where the folder cannot be written.
+    """
+    made = not folder.exists()
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        return FolderLock(folder)
+        lock = FolderLock(folder)
+    lock.made = made
+    return lock
 
 
 class FolderLock:
@@ -106,6 +112,7 @@ class FolderLock:
         self.folder = folder.resolve()
         if _locked.get(self.folder) == os.getpid():
             raise FolderInUse(f"{folder} is already open for writing in this process")
+        self.made = False  # for the lock
         self.held = self._lock(folder)
         self.file.seek(0)
         self.after_death = bool(self.file.read())
@@ -147,6 +154,8 @@ class FolderLock:
             del _locked[self.folder]
             with suppress(OSError):  # before the lock, so that nobody gets hold of a file that is to go
                 (self.folder / LOCK).unlink()
+                if self.made:
+                    self.folder.rmdir()
         self.file.close()
 
     def __enter__(self) -> FolderLock:

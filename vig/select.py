@@ -15,6 +15,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vig.files import StoreError
+from vig.files import StoreError, lock_folder
 from vig.score_folder import shards_in
 from vig.score_rows import METADATA_KEY, list_array, segment_means
 from vig.selection_table import (
@@ -227,8 +228,9 @@ def select(
         replaced; one of others raises SettingsDiffer, unless overwrite is set.
     progress: called with the share done, 0 to 1.
 
-    Raises ValueError for settings that make no sense, StoreError for scores that cannot be read. Scores that are
-    not complete are warned of, and listed in ``unfinished`` of the result.
+    Raises ValueError for settings that make no sense, StoreError for scores that cannot be read, FolderInUse where
+    another process is writing to ``out``. Scores that are not complete are warned of, and listed in ``unfinished`` of
+    the result.
     """
     check_choice(p, level, clip, tau_floor, seed)
     scores = open_scores(scores)
@@ -236,43 +238,44 @@ def select(
     choice = {"p": p, "level": level, "clip": clip, "tau_floor": tau_floor, "seed": seed}
     if folder is not None and shards_in(folder):
         raise StoreError(f"{folder} holds scores. Give the selection a folder of its own")
-    if folder is not None and not overwrite:
-        refuse_other_selection(folder, {**about, "selection": choice})
-    report = _Progress(progress, count_rows(scores), passes=3 if level == "random" else 2)
-    facts = _first_pass(scores, clip, report)
-    _refuse_duplicates(scores, facts.hashes)
-    missing = unfinished(scores)
-    notes = list(missing)
-    tau_p = float(np.percentile(facts.vig, 100 - p)) if len(facts.vig) else None
-    tau = tau_p if tau_p is None or tau_floor is None else max(tau_p, float(tau_floor))
-    notes += tau_warnings(tau, about)
-    rule = Rule("both" if level == "random" else level, math.inf if tau is None else tau, clip, seed)
-    if level == "random" and tau is not None:
-        rule = _random_rule(rule, facts, _count(scores, rule, report), notes)
-    counts = {
-        "samples_total": len(facts.vig),
-        "samples_kept": 0,
-        "tokens_total": int(facts.n_tokens.sum(dtype=np.int64)),
-        "tokens_kept": 0,
-        "text_only": facts.text_only,
-        "text_only_tokens": facts.text_only_tokens,
-        "errors": facts.errors,
-    }
-    chosen = {**choice, "tau": tau, "tau_p": tau_p}
-    metadata = {**about, "selection": {**chosen, "counts": counts}}
-    kept = _Kept()
+    with nullcontext() if folder is None else lock_folder(folder):
+        if folder is not None and not overwrite:
+            refuse_other_selection(folder, {**about, "selection": choice})
+        report = _Progress(progress, count_rows(scores), passes=3 if level == "random" else 2)
+        facts = _first_pass(scores, clip, report)
+        _refuse_duplicates(scores, facts.hashes)
+        missing = unfinished(scores)
+        notes = list(missing)
+        tau_p = float(np.percentile(facts.vig, 100 - p)) if len(facts.vig) else None
+        tau = tau_p if tau_p is None or tau_floor is None else max(tau_p, float(tau_floor))
+        notes += tau_warnings(tau, about)
+        rule = Rule("both" if level == "random" else level, math.inf if tau is None else tau, clip, seed)
+        if level == "random" and tau is not None:
+            rule = _random_rule(rule, facts, _count(scores, rule, report), notes)
+        counts = {
+            "samples_total": len(facts.vig),
+            "samples_kept": 0,
+            "tokens_total": int(facts.n_tokens.sum(dtype=np.int64)),
+            "tokens_kept": 0,
+            "text_only": facts.text_only,
+            "text_only_tokens": facts.text_only_tokens,
+            "errors": facts.errors,
+        }
+        chosen = {**choice, "tau": tau, "tau_p": tau_p}
+        metadata = {**about, "selection": {**chosen, "counts": counts}}
+        kept = _Kept()
 
-    def final_metadata() -> dict:
-        counts.update(samples_kept=kept.samples, tokens_kept=kept.tokens)
-        return metadata
+        def final_metadata() -> dict:
+            counts.update(samples_kept=kept.samples, tokens_kept=kept.tokens)
+            return metadata
 
-    batches = kept.batches(scores, rule, report)
-    if folder is not None:
-        write_selection(folder, batches, final_metadata)
-    else:
-        for _ in batches:
-            pass
-        final_metadata()
+        batches = kept.batches(scores, rule, report)
+        if folder is not None:
+            write_selection(folder, batches, final_metadata)
+        else:
+            for _ in batches:
+                pass
+            final_metadata()
     for line in notes:
         warnings.warn(line, stacklevel=2)
     return Selection(

@@ -164,7 +164,14 @@ def read_selection(path: str | Path) -> SelectionTable:
         table = pa.concat_tables([pq.read_table(file) for file in files])
     else:
         table = pa.ipc.open_file(pa.memory_map(str(_mapped_copy(path, files)))).read_all()
-    return SelectionTable(table.replace_schema_metadata({METADATA_KEY: document}), path)
+    found = SelectionTable(table.replace_schema_metadata({METADATA_KEY: document}), path)
+    counts = found.metadata.get("selection", {}).get("counts")
+    rows = counts and sum(counts[name] for name in ("samples_total", "text_only", "errors"))
+    if path.is_dir() and counts and rows != len(table):
+        raise StoreError(
+            f"{path} holds {len(table):,} of {rows:,} rows: its writing was cut short. Run `vig select` again."
+        )
+    return found
 
 
 def _decoded_bytes(file: Path) -> int:
@@ -222,11 +229,14 @@ def refuse_other_selection(folder: Path, metadata: dict) -> None:
 def write_selection(folder: Path, batches: Iterable[pa.RecordBatch], metadata: Callable[[], dict]) -> None:
     """Write batches of SELECTION_SCHEMA to ``folder``, in place of a selection that is there.
 
-    The files take their names only when all are whole. ``metadata`` is asked after the last batch, when the
-    counts are known. Raises StoreError for a read-only folder or a full disk.
+    The files take their names only when all are whole. The folder is to be locked: what killed runs left there goes
+    first. ``metadata`` is asked after the last batch, when the counts are known. Raises StoreError for a read-only
+    folder or a full disk.
     """
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".selection-*.parquet.*.tmp"):
+            leftover.unlink(missing_ok=True)
         files = _Files(folder)
         try:
             with ThreadPoolExecutor(1) as thread:  # compresses one batch while the next one is chosen

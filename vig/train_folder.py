@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata as package_metadata
 from itertools import chain
@@ -29,12 +29,12 @@ OF_A_CHECKPOINT = ("config.json", "generation_config.json", "adapter_config.json
 def own_folder(out: Path | None, processes: PartialState) -> Iterator[bool]:
     """Holds the folder for one run, whose main process locks it for all. Yields if the run before died in it.
 
-    A folder that was made for a run that wrote nothing goes again. Raises FolderInUse and StoreError in every process.
+    Raises FolderInUse and StoreError in every process.
     """
     if out is None:
         yield False
         return
-    made, lock, refusal = not out.exists(), None, None
+    lock, refusal = None, None
     if processes.is_main_process:
         try:
             lock = lock_folder(out)
@@ -47,9 +47,6 @@ def own_folder(out: Path | None, processes: PartialState) -> Iterator[bool]:
     finally:
         if lock is not None:
             lock.release()
-            if made:
-                with suppress(OSError):
-                    out.rmdir()
 
 
 def prepare_folder(out: Path, replace: bool, is_main: bool) -> None:
