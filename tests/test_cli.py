@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -375,3 +376,13 @@ def test_pages_and_pictures_need_the_name_of_a_file(road, monkeypatch):
     assert "not the name of a file" in call("inspect", "model", "data.json", "-o", "nowhere/x.png", code=2)
     call("inspect", "model", "data.json", "-o", "picture.foo")
     assert (road / "picture.foo").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_crash_of_native_code_says_where():
+    code = (
+        "import os, signal; from vig import cli\n"
+        "def decode(): os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "cli.app = decode; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGSEGV and "in decode" in done.stderr

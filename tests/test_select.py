@@ -271,7 +271,9 @@ def test_a_selection_that_was_killed_between_its_files_is_refused(scores, tmp_pa
     files = sorted(tmp_path.iterdir())
     assert len(files) > 1 and len(read_selection(tmp_path)) == count_rows(scores)
     files[-1].unlink()
-    with pytest.raises(StoreError, match=r"holds [0-9,]+ of [0-9,]+ rows: .*cut short. Run `vig select` again"):
+    with pytest.raises(
+        StoreError, match=r"holds [0-9,]+ of [0-9,]+ rows: .*cut short. Run `vig select` again"
+    ):
         read_selection(tmp_path)
     assert len(read_selection(files[0])) < count_rows(scores)  # one file, asked for by name
     select(scores, 70, out=tmp_path)

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not b
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import sys
 from pathlib import Path
@@ -142,7 +143,8 @@ def score(
         int | None,
         typer.Option(
             min=0,
-            help="Processes that decode and tokenise ahead. Default: up to 8 beside a GPU, none beside a CPU.",
+            help="Processes that decode and tokenise ahead, and may die of an image. Default: up to 8 beside a GPU, "
+            "none beside a CPU.",
         ),
     ] = None,
     backend: Backend = "auto",
@@ -314,7 +316,9 @@ def train(
     ] = "auto",
     device: Device = None,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode and tokenise ahead.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that decode and tokenise ahead, and may die of an image.")
+    ] = 0,
     end_of_turn: Annotated[
         str | None, typer.Option(help="template, add or drop. Default: as the selection was scored.")
     ] = None,
@@ -426,6 +430,8 @@ def main() -> None:
     if sys.platform == "win32":
         err.print("vig: Windows is not supported. Use Linux, or WSL")
         sys.exit(1)
+    if sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # says where native code crashed
     try:
         app()
     except SystemExit as end:

@@ -72,8 +72,8 @@ class Scorer:
     batch_tokens: rows x longest row of a batch; batch_size: at most so many rows.
     end_of_turn: which end-of-turn tokens count as answer (`vig.prompts.Encoder`).
     max_length: longer samples are error rows; the model's context unless given.
-    workers: processes that decode and tokenise ahead of the model; None: as many as keep it fed
-        (`vig.loader.workers_beside`).
+    workers: processes that decode and tokenise ahead of the model, and may die of a sample, which is an error row
+        then; None: as many as keep it fed (`vig.loader.workers_beside`).
     share: samples with the same images and prompt prefix share its computation, where the model's attention allows
         it and it proves itself on the first of them (`vig.prefix`).
     Raises ModelError for a model that cannot be loaded or does not do what scoring needs.
