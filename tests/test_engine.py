@@ -23,7 +23,7 @@ from vig import engine, fingerprints, loader, samples
 from vig.engine import RecordCount, dry_run_dataset, first_records, part_of, run_settings, score_dataset
 from vig.files import FolderInUse, lock_folder
 from vig.fingerprints import data_fingerprint
-from vig.samples import read_samples
+from vig.samples import DataError, read_samples
 from vig.score import NOISE_SAMPLES, Scorer
 from vig.score_folder import output_folder
 from vig.store import ScoreWriter, SettingsDiffer, StoreError, read_scores, unfinished, write_shard
@@ -125,6 +125,15 @@ def with_image(record, name: str) -> bool:
     return any(image.name == name for image in getattr(record, "images", ()))
 
 
+@pytest.mark.parametrize("content", ["", "[]", " \n"])
+def test_data_without_a_record_are_refused(tmp_path, content):
+    (tmp_path / "d.json").write_text(content)
+    for run in (lambda one, data: score_dataset(one, data, tmp_path / "scores"), dry_run_dataset):
+        with pytest.raises(DataError, match=r"d\.json holds no records"):
+            run(scorer(), tmp_path / "d.json")
+    assert not (tmp_path / "scores").exists()
+
+
 def test_a_second_run_is_refused_before_it_scores_anything(tmp_path, data, monkeypatch):
     one, workers = scorer(), []
     monkeypatch.setattr(one, "noise_floor", lambda records: workers.append(one.workers))
@@ -179,7 +188,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_scored():
     one.score_window = one.noise_floor = None  # not called
     with tempfile.TemporaryDirectory() as closed:
         data = Path(closed, "data.json")
-        data.write_text("[]")
+        data.write_text("[{}]")
         os.chmod(closed, 0o555)
         if user == 0:
             os.seteuid(65534)  # root may write anywhere
@@ -351,7 +360,7 @@ def test_the_first_batch_waits_for_one_window_alone(tmp_path, data, monkeypatch)
 
     def counting(*args, **options):
         for record in read_samples(*args, **options):
-            consumed.append(record.key)
+            consumed.append(record)
             yield record
 
     one = scorer()

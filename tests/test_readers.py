@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
+from vig import readers
 from vig.images import open_images
 from vig.samples import BrokenRecord, DataError, Sample, answers, count_records, read_samples
 from vig.score import Scorer
@@ -407,3 +408,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path, write):
     finally:
         tracemalloc.stop()
     assert python < 30e6 and peak < 30e6
+
+
+@pytest.mark.parametrize("space", ["", " " * (1 << 20)])
+def test_what_follows_an_array_is_told(tmp_path, space):
+    """Files that were joined end to end: the second array would be lost."""
+    (tmp_path / "d.json").write_text(f'[{{"a": 1}}]{space}\n[{{"a": 2}}]')
+    first, broken = readers.read_rows(tmp_path / "d.json")
+    assert first.record == {"a": 1} and broken.number == 1
+    assert broken.problem == """the JSON array ends after 1 records, but more follows ('[{"a": 2}]' ...)"""
+    (tmp_path / "d.json").write_text(f'[{{"a": 1}}]{space}\n')
+    assert [row.problem for row in readers.read_rows(tmp_path / "d.json")] == [None]

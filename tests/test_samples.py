@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import sys
 import zlib
@@ -11,15 +12,16 @@ import zlib
 import numpy as np
 import pytest
 import tiny
-from PIL import Image, features
+from PIL import ExifTags, Image, ImageOps, features
 
-from vig.images import open_images
+from vig.images import open_image, open_images
 from vig.samples import (
     BrokenRecord,
     DataError,
     Sample,
     SampleError,
     answers,
+    count_records,
     read_samples,
     sample_from_record,
 )
@@ -151,6 +153,56 @@ def test_links_that_leave_the_image_root_are_refused_and_those_within_followed(t
     for name in ("again.png", "inner/a.png", "./inner/../inner/a.png", str(root / "inner" / "a.png")):
         sample = sample_from_record(record(image=name), key="k", image_root=root)
         assert sample.images == ((root / "inner" / "a.png").resolve(),)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_cameras_pictures_stand_upright(tmp_path, orientation):
+    """As `datasets` and transformers show them, whose trainers may train on what is scored here."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    tiny.picture(3, (40, 24)).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as opened:
+        upright = ImageOps.exif_transpose(opened).convert("RGB")
+        for source in (tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), opened):
+            image = open_image(source, "k", "i")
+            assert image.size == upright.size and image.tobytes() == upright.tobytes()
+
+
+def test_damaged_exif_data_leave_the_picture_as_it_is(tmp_path):
+    plain = tiny.picture(3, (40, 24))
+    plain.save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", quality=95)
+    plain.save(tmp_path / "b.jpg", quality=95)
+    one, other = (open_image(tmp_path / name, "k", "i").tobytes() for name in ("a.jpg", "b.jpg"))
+    assert one == other
+
+
+def test_a_pipe_is_not_waited_for_and_pictures_written_as_text_make_short_messages(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path):
+        with pytest.raises(SampleError, match=r"is not a file\. Replace or remove it"):
+            open_image(path, "k", "i")
+    text = "A" * 100_000
+    with pytest.raises(SampleError, match=r"AAA... \(100,\d+ characters\) is an address") as raised:
+        sample_from_record(record(image=f"data:image/png;base64,{text}"), key="k", image_root=tmp_path)
+    assert len(str(raised.value)) < 300
+    sample = sample_from_record(record(image=text), key="k", image_root=tmp_path)
+    with pytest.raises(SampleError, match=r"characters\) cannot be decoded \(File name too long\)") as raised:
+        open_image(sample.images[0], "k", "i")
+    assert len(str(raised.value)) < 300
+
+
+def test_files_of_the_system_among_photographs_are_none(tmp_path):
+    tiny.save_picture(tmp_path / "a.png", 1)
+    (tmp_path / "a.txt").write_text("a ball")
+    (tmp_path / "._a.png").write_bytes(b"of macOS")
+    (only,) = read_samples(tmp_path)
+    assert only.id == "a.png" and count_records(tmp_path) == 1
+
+
+def test_a_folder_of_folders_names_one_to_give(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match=rf"{tmp_path / 'train'} is not searched: give it"):
+        list(read_samples(tmp_path))
 
 
 def test_blank_lines_are_no_records_and_take_no_number(tmp_path):

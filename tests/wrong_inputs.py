@@ -76,6 +76,10 @@ def half(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:90])
 
 
+def twice(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes() * 2)
+
+
 def scored(folder: Path) -> None:
     run(SCORE, folder)
 
@@ -108,7 +112,14 @@ CASES = (
     Case("a data file that is not there", SCORE.replace("data.json", "nowhere.json")),
     Case("data of an unknown format", SCORE.replace("data.json", "data.csv"), file("data.csv", b"a,b")),
     Case("an empty folder as data", SCORE.replace("data.json", "empty"), lambda f: (f / "empty").mkdir()),
+    Case(
+        "a folder whose data lie in a folder within",
+        SCORE.replace("data.json", "data"),
+        lambda f: (f / "data" / "train").mkdir(parents=True),
+    ),
+    Case("data without a record", SCORE, file("data.json", b"")),
     Case("a JSON array that breaks off", SCORE, half("data.json")),
+    Case("two JSON arrays, one behind the other", SCORE, twice("data.json")),
     Case("a line that is not JSON", SCORE.replace(".json ", ".jsonl "), broken_line),
     Case(
         "a Parquet file that is none", SCORE.replace(".json", ".parquet"), file("data.parquet", b"PAR1 torn")

@@ -15,7 +15,7 @@ from typing import Any
 from vig import plan
 from vig.files import check_writable, lock_folder
 from vig.loader import LoadedRecord, load_records, new_pixel_bytes
-from vig.samples import BrokenRecord, Sample, read_samples
+from vig.samples import BrokenRecord, DataError, Sample, read_samples
 from vig.score import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
 from vig.score_folder import output_folder, read_manifest, siblings
 from vig.store import ScoreWriter
@@ -44,7 +44,7 @@ def score_dataset(
     and StoreError (other settings, no permission, disk full).
     """
     plan.check_part(window, shard, limit)
-    read_samples(data, image_root=image_root)  # raises for data that cannot be read
+    check_data(data, image_root)
     folder = output_folder(out, shard)
     run = {"image_root": image_root, "limit": limit, "shard": shard, "window": window}
     with _writing(folder, scorer, data, run) as writer, RecordCount(data, limit) as count:
@@ -84,6 +84,13 @@ def score_dataset(
     if on_progress is not None:
         on_progress(progress)
     return progress
+
+
+def check_data(data: str | Path, image_root: str | Path | None) -> None:
+    """Raises DataError for data that cannot be read, or holds nothing."""
+    first = read_samples(data, image_root=image_root, limit=1, wanted=lambda record: False)
+    if not list(first):
+        raise DataError(f"{data} holds no records")
 
 
 @contextmanager
@@ -226,6 +233,7 @@ def dry_run_dataset(
     shard: (i, n), only the records of that job's windows, what is scored already included.
     """
     plan.check_part(window, shard, limit)
+    check_data(data, image_root)
     estimate = Estimate(Progress())
     records = read_samples(
         data,

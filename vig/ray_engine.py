@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vig import plan
-from vig.engine import RecordCount, part_of, record_splits, run_settings
+from vig.engine import RecordCount, check_data, part_of, record_splits, run_settings
 from vig.files import StoreError, check_writable
 from vig.samples import BrokenRecord, Sample, read_samples
 from vig.score import KEPT_ERRORS, Progress, Scorer
@@ -78,7 +78,7 @@ def score_dataset_on_ray(
     plan.check_part(window, shard, limit)
     folder = output_folder(Path(out).resolve(), shard)
     check_writable(folder)
-    read_samples(data, image_root=image_root)  # raises for data that cannot be read
+    check_data(data, image_root)
     root = None if image_root is None else str(Path(image_root).resolve())
     here = str(Path(model).resolve()) if Path(model).is_dir() else model
     job = Job(here, options or {}, str(Path(data).resolve()), root, limit, window, str(folder), stuck_after)

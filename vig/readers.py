@@ -148,6 +148,12 @@ def array_rows(file, chunk: int = 1 << 20) -> Iterator[Row]:
             opened = opened or buffer[at] == "["
             at += 1
         if at < len(buffer) and buffer[at] == "]":
+            behind = next(filter(None, map(str.strip, _rest(buffer[at + 1 :], file))), "")
+            if behind:
+                problem = (
+                    f"the JSON array ends after {number} records, but more follows ({behind[:20]!r} ...)"
+                )
+                yield Row(number, None, problem, "Join all of it into one array")
             return
         try:
             item, end, problem = _decoded(buffer, at)
@@ -171,6 +177,12 @@ def array_rows(file, chunk: int = 1 << 20) -> Iterator[Row]:
             return
         yield Row(number, item) if problem is None else Row(number, None, problem, SHORTEN)
         number, at, chunk = number + 1, end, 1 << 20
+
+
+def _rest(buffer: str, file, chunk: int = 1 << 20) -> Iterator[str]:
+    while buffer:
+        yield buffer
+        buffer = file.read(chunk)
 
 
 # --- tables and archives ---

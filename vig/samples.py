@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from vig import readers
-from vig.images import ImageSource, SampleError, writable
+from vig.images import ImageSource, SampleError, shortened, writable
 
 ROLES = {
     "human": "user",
@@ -203,8 +203,9 @@ def _image_source(value: Any, root: str | None, key: str, id: str) -> ImageSourc
     _check_characters("image path", str(value), key, id)
     if "\0" in str(value):
         raise SampleError(key, id, f"the image path {str(value)!r} holds a zero byte", "Remove it")
-    if "://" in str(value):
-        raise SampleError(key, id, f"the image {value} is an address", "Download it and give its path")
+    if "://" in str(value) or str(value).startswith("data:"):
+        reason = f"the image {shortened(value)} is an address"
+        raise SampleError(key, id, reason, "Store it as a file and give its path")
     if root is None:
         return Path(value)
     path = _real_path(os.path.join(root, value))
@@ -313,7 +314,10 @@ def _read_folder(path: Path, root: Path, wanted: readers.Wanted) -> Iterator[Sam
     photographs = _photographs(path)
     if not photographs:
         known = ", ".join((*PHOTOGRAPHS, *readers.KINDS))
-        raise DataError(f"no photographs and no data files in {path}: expected {known}")
+        inner = next(
+            (f". {file} is not searched: give it" for file in sorted(path.iterdir()) if file.is_dir()), ""
+        )
+        raise DataError(f"no photographs and no data files in {path}: expected {known}{inner}")
     source = writable(path.name)
     for number, photograph in enumerate(photographs):
         if not wanted(number):
@@ -347,7 +351,11 @@ def _caption(file: Path, key: str, id: str) -> str:
 
 
 def _photographs(path: Path) -> list[Path]:
-    return sorted(file for file in path.iterdir() if file.suffix.lower() in PHOTOGRAPHS)
+    return sorted(
+        file
+        for file in path.iterdir()
+        if file.suffix.lower() in PHOTOGRAPHS and not file.name.startswith(".")  # macOS writes ._photo.jpg
+    )
 
 
 def caption_turns(caption: str) -> list[dict[str, str]]:
