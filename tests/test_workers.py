@@ -1,5 +1,6 @@
 """Processes that work ahead: what they leave behind, and what becomes of their exceptions."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -7,18 +8,30 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, dataloader
 
+from vig.files import StoreError
+from vig.samples import SampleError
 from vig.workers import SPOOL, Spool, made_ahead
 
 
+class Unlike(RuntimeError):
+    """An exception that pickle cannot make anew."""
+
+    def __init__(self, *words):
+        super().__init__(words[2], lambda: None)
+
+
 class Squares(Dataset):
+    def __init__(self, refusal):
+        self.refusal = refusal
+
     def __len__(self):
         return 5
 
     def __getitem__(self, number):
         if number == 3:
-            raise RuntimeError("three is refused")
+            raise self.refusal("k", "i", "three is refused", "Give four")
         return number * number
 
 
@@ -66,10 +79,53 @@ def test_a_folder_that_is_swept_before_it_is_locked_is_made_anew(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_process_raises_is_raised_and_is_no_death(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("refusal", "raised", "message"),
+    [
+        (SampleError, SampleError, r"^k \(id 'i'\): three is refused\. Give four$"),
+        (Unlike, RuntimeError, "three is refused"),
+    ],
+)
+def test_what_a_process_raises_is_raised_and_is_no_death(tmp_path, monkeypatch, refusal, raised, message):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    items = made_ahead(Squares(), 1, lost=lambda number: pytest.fail(f"{number} was given up"))
+    items = made_ahead(Squares(refusal), 1, lost=pytest.fail)
     assert [next(items) for _ in range(3)] == [0, 1, 4]
-    with pytest.raises(RuntimeError, match="three is refused"):
+    with pytest.raises(raised, match=message):
         next(items)
     assert not list(tmp_path.iterdir())
+
+
+class Deadly(Dataset):
+    """Items are their process; the sixth kills it at any time, the eighth when it is made first."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, number):
+        if number == 5 or (number == 7 and not self.mark.exists()):
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid()
+
+
+def test_processes_are_as_many_again_behind_the_items_at_which_they_died(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    asked = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(asked, "__defaults__", (0.05,))  # seconds between two looks at the workers
+    found = list(made_ahead(Deadly(tmp_path / "mark"), 2, lambda number: f"lost {number}"))
+    assert [item for item in found if isinstance(item, str)] == ["lost 5"] and found[5] == "lost 5"
+    assert len(found) == 40 and len(set(found[6:9])) == 1 and len(set(found[15:])) == 2
+
+
+def test_a_full_folder_is_told_with_the_cure(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def full(*given, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    with pytest.raises(StoreError, match=rf"{tmp_path}/{SPOOL}\w+: .*No space left on device.*set TMPDIR"):
+        list(made_ahead(Squares(SampleError), 1, lost=pytest.fail))

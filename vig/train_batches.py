@@ -38,8 +38,7 @@ def plan_batches(n: int, settings: TrainSettings, world: int = 1, rank: int = 0)
 class MicroBatches(Dataset):
     """The micro-batches of a plan, without the samples that cannot be encoded, whose errors are a batch's ``left_out``.
 
-    A sample that does not fit the selection is another matter: its SampleError stands in the place of the batch, not
-    raised, since torch would make it anew from one string where it comes out of a worker.
+    A sample that does not fit the selection is another matter: its SampleError is raised.
     """
 
     def __init__(self, samples: Sequence[Record], plan: Sequence[Sequence[int]], collator: SelectiveCollator):
@@ -48,10 +47,10 @@ class MicroBatches(Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, number: int) -> dict[str, Any] | SampleError:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         return self._collated(self._records(number))
 
-    def made(self, workers: int) -> Iterator[dict[str, Any] | SampleError]:
+    def made(self, workers: int) -> Iterator[dict[str, Any]]:
         """All of them in order, made by so many processes, or by this one."""
         if workers:
             return made_ahead(self, workers, self._without_the_deadly)
@@ -60,14 +59,11 @@ class MicroBatches(Dataset):
     def _records(self, number: int) -> list[Record]:
         return [self.samples[place] for place in self.plan[number]]
 
-    def _collated(self, records: Sequence[Record]) -> dict[str, Any] | SampleError:
-        try:
-            batch, errors = self.collator.readable(records)
-        except SampleError as error:
-            return error
+    def _collated(self, records: Sequence[Record]) -> dict[str, Any]:
+        batch, errors = self.collator.readable(records)
         return batch | {"left_out": errors}
 
-    def _without_the_deadly(self, number: int) -> dict[str, Any] | SampleError:
+    def _without_the_deadly(self, number: int) -> dict[str, Any]:
         """The micro-batch whose processes died, without the samples at which they do."""
         records = self._records(number)
         trials = _Trials(records, self.collator)
@@ -75,8 +71,7 @@ class MicroBatches(Dataset):
         batch = self._collated(
             [record for record, error in zip(records, errors, strict=True) if error is None]
         )
-        if not isinstance(batch, SampleError):
-            batch["left_out"] += [error for error in errors if error is not None]
+        batch["left_out"] += [error for error in errors if error is not None]
         return batch
 
 

@@ -17,7 +17,6 @@ from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
 
 from vig.loss import selective_loss, unwrap, verify_head
-from vig.samples import SampleError
 from vig.train_checkpoint import Checkpoints, RunState
 from vig.train_model import computes_in
 from vig.train_settings import TrainError, TrainProgress, TrainSettings
@@ -27,7 +26,7 @@ def run(
     processes: PartialState,
     device: torch.device,
     model: nn.Module,
-    batches: Iterator[dict[str, Any] | SampleError],  # the micro-batches still to come
+    batches: Iterator[dict[str, Any]],  # the micro-batches still to come
     steps: int,
     settings: TrainSettings,
     checkpoints: Checkpoints,
@@ -43,8 +42,6 @@ def run(
     with _stop_on_ctrl_c() as stop:
         for step in range(progress.step, steps):
             micro_batches = list(islice(batches, settings.accumulate))
-            for misfit in (batch for batch in micro_batches if isinstance(batch, SampleError)):
-                raise misfit
             kept = [batch.pop("num_kept") for batch in micro_batches]
             truncated = sum(batch.pop("num_truncated") for batch in micro_batches)
             errors = [str(error) for batch in micro_batches for error in batch.pop("left_out")]

@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from vig.files import LOCK, FolderInUse, FolderLock
+from vig.files import LOCK, FolderInUse, FolderLock, StoreError
 
 Item = TypeVar("Item")
+AHEAD = 2  # items of one process
 DEATHS = 2  # of processes at one item
 DIED = "DataLoader worker (pid"  # torch of a death; of an exception "Caught ... in DataLoader worker process"
 SPOOL = "vig-spool-"
@@ -33,47 +34,58 @@ def made_ahead(items: Dataset[Item], workers: int, lost: Callable[[int], Item]) 
     lost: what stands in the place of an item whose processes died, by its number.
     """
     spool = Spool()
-    return _made(items, lost, spool, _started(items, spool, 0, num_workers=workers))
+    started = _started(items, spool, range(len(items)), num_workers=workers)
+    return _made(items, workers, lost, spool, started)
 
 
 def _made(
-    items: Dataset[Item], lost: Callable[[int], Item], spool: Spool, started: Iterator[str]
+    items: Dataset[Item],
+    workers: int,
+    lost: Callable[[int], Item],
+    spool: Spool,
+    started: Iterator[str | Exception],
 ) -> Iterator[Item]:
-    done, deaths = 0, 0  # items; processes since the last item came
+    done, deaths, suspect = (
+        0,
+        0,
+        0,
+    )  # items; processes since the last item came; where the suspected items end
     try:
         while done < len(items):
             try:
-                # After a death one process works on one item, so that it is known which one fells it.
-                one = {"num_workers": 1, "prefetch_factor": 1}
-                for sent in _started(items, spool, done, **one) if deaths else started:
+                for sent in started:
                     yield _taken(sent)
                     done, deaths = done + 1, 0
             except RuntimeError as error:
                 if DIED not in str(error):
                     raise
-                deaths += 1
+                deaths, suspect = deaths + 1, max(suspect, done + AHEAD * workers + 1)
                 if deaths > DEATHS:
                     yield lost(done)
-                    done, deaths = done + 1, 1
+                    done, deaths = done + 1, 0
+            started = iter(())  # ends the processes that are left
+            if done < suspect:  # one process works on one item, so that it is known which one fells it
+                some = range(done, min(suspect, len(items)))
+                started = _started(items, spool, some, num_workers=1, prefetch_factor=1)
+            elif done < len(items):
+                started = _started(items, spool, range(done, len(items)), num_workers=workers)
     finally:
         spool.clear()
 
 
-def _started(items: Dataset[Any], spool: Spool, first: int, **ahead: int) -> Iterator[str]:
-    """Starts processes at item `first`.
+def _started(items: Dataset[Any], spool: Spool, some: range, **ahead: int) -> Iterator[str | Exception]:
+    """Starts processes on some of the items.
 
     torch's handler of SIGCHLD is taken back, since it would raise a process's death in the midst of the model; so it is
     raised where an item is waited for, within seconds. Ctrl-C is left to the parent.
     """
-    rest = Subset(items, range(first, len(items)))
     before = signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(
-        rest,
+        Subset(_ToFile(items, spool.path), some),
         batch_size=None,
-        collate_fn=_ToFile(spool.path),
         worker_init_fn=_ignore_ctrl_c,
         generator=torch.Generator(),  # so that none of the run's random numbers is drawn
-        **ahead,
+        **{"prefetch_factor": AHEAD} | ahead,
     )
     iterator = iter(loader)
     if threading.current_thread() is threading.main_thread():  # the only one that sets handlers
@@ -85,24 +97,49 @@ def _ignore_ctrl_c(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _ToFile:
-    """Writes what a process has made into a file of its own, and sends the file's name.
+class _ToFile(Dataset):
+    """Writes each item into a file of its own, and sends the file's name; or what was raised, as it is.
 
     Tensors would go through open files in /dev/shm, of which a container has 64 MB and a shell 1,024; large messages
-    through a pipe, which hangs where a process dies in the midst of one.
+    through a pipe, which hangs where a process dies in the midst of one. torch would make an exception anew from the
+    text of its traceback.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, items: Dataset[Any], folder: Path):
+        self.items, self.folder = items, folder
 
-    def __call__(self, item: Any) -> str:
-        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-            pickle.dump(item, file, protocol=pickle.HIGHEST_PROTOCOL)
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> str | Exception:
+        try:
+            item = self.items[number]
+        except Exception as error:
+            if _can_be_sent(error):
+                return error
+            raise
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+                pickle.dump(item, file, protocol=pickle.HIGHEST_PROTOCOL)
+        except OSError as error:
+            cure = "Free some space there, set TMPDIR to a larger folder, or leave out --workers"
+            return StoreError(
+                f"{self.folder}: what the processes make cannot be written ({error.strerror}). {cure}"
+            )
         return file.name
 
 
-def _taken(name: str) -> Any:
-    path = Path(name)
+def _can_be_sent(error: Exception) -> bool:
+    try:
+        return str(pickle.loads(pickle.dumps(error))) == str(error)
+    except Exception:  # whatever its class does there
+        return False
+
+
+def _taken(sent: str | Exception) -> Any:
+    if isinstance(sent, Exception):
+        raise sent
+    path = Path(sent)
     item = pickle.loads(path.read_bytes())
     path.unlink()
     return item
