@@ -386,3 +386,11 @@ def test_a_crash_of_native_code_says_where():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGSEGV and "in decode" in done.stderr
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_run():
+    code = "from vig import cli; cli.app = lambda: cli.out.print('\\u65e5 \\udcff'); cli.main()"
+    for encoding, said in (("ascii", b"\\u65e5 \\udcff"), ("utf-8", b"\xe6\x97\xa5 \\udcff")):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60)
+        assert (done.returncode, done.stdout.strip()) == (0, said), done.stderr

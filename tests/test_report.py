@@ -342,6 +342,13 @@ def test_missing_things_are_said(scored, tmp_path):
         report(tmp_path / "nothing", tmp_path / "x.html")
 
 
+def test_data_whose_name_is_not_utf8_are_shown(tmp_path):
+    rows = ScoreBlock.from_rows([ScoreRow("k#1", "i", "", "ok", [5], [0], [0.1], [0.3])])
+    with ScoreWriter(tmp_path / "scores", {"model": "nowhere", "data": "/data/caf\udce9.json"}) as writer:
+        writer.write(0, rows)
+    assert r"caf\udce9.json" in report(tmp_path / "scores", tmp_path / "page.html").read_text()
+
+
 def null_page(scored, folder, kind: str, key: str, data) -> Checked:
     """The page on one sample scored with another null image."""
     base = {"model": str(scored / "model"), "data": str(data), "image_root": str(scored)}

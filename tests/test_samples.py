@@ -185,6 +185,7 @@ def test_a_pipe_is_not_waited_for_and_pictures_written_as_text_make_short_messag
     with pytest.raises(SampleError, match=r"AAA... \(100,\d+ characters\) is an address") as raised:
         sample_from_record(record(image=f"data:image/png;base64,{text}"), key="k", image_root=tmp_path)
     assert len(str(raised.value)) < 300
+    assert len(str(SampleError("k", text, "no turns", "Write some"))) < 300
     sample = sample_from_record(record(image=text), key="k", image_root=tmp_path)
     with pytest.raises(SampleError, match=r"characters\) cannot be decoded \(File name too long\)") as raised:
         open_image(sample.images[0], "k", "i")

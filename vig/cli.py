@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not b
 from __future__ import annotations
 
 import faulthandler
+import io
 import math
 import sys
 from pathlib import Path
@@ -430,6 +431,10 @@ def main() -> None:
     if sys.platform == "win32":
         err.print("vig: Windows is not supported. Use Linux, or WSL")
         sys.exit(1)
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # as stderr does: a name that a terminal cannot show ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     if sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)  # says where native code crashed
     try:

@@ -42,7 +42,7 @@ class SampleError(ValueError):
 
     def __init__(self, key: str, id: str, reason: str, cure: str):
         self.key, self.id, self.reason, self.cure = (writable(str(part)) for part in (key, id, reason, cure))
-        super().__init__(f"{self.key} (id {self.id!r}): {self.reason}. {self.cure}")
+        super().__init__(f"{self.key} (id {shortened(self.id)!r}): {self.reason}. {self.cure}")
 
     def __reduce__(self):
         return SampleError, (self.key, self.id, self.reason, self.cure)

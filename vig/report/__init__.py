@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vig.files import StoreError, explain_write_errors, write_atomically
+from vig.images import writable
 from vig.report.facts import Facts, gather
 from vig.report.glue import Viewer, words
 from vig.report.page import render, rounded
@@ -91,7 +92,7 @@ def report(
     )
     with explain_write_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, render(page).encode("utf-8"))
+    write_atomically(out, writable(render(page)).encode())
     return out
 
 
