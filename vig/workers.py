@@ -45,11 +45,8 @@ def _made(
     spool: Spool,
     started: Iterator[str | Exception],
 ) -> Iterator[Item]:
-    done, deaths, suspect = (
-        0,
-        0,
-        0,
-    )  # items; processes since the last item came; where the suspected items end
+    done, deaths = 0, 0  # items; processes since the last item came
+    suspect = 0  # where the items end that may have felled a process
     try:
         while done < len(items):
             try:
@@ -63,13 +60,14 @@ def _made(
                 if deaths > DEATHS:
                     yield lost(done)
                     done, deaths = done + 1, 0
-            started = iter(())  # ends the processes that are left
+            started = iter(())  # ends the processes that are left, which no other name holds
             if done < suspect:  # one process works on one item, so that it is known which one fells it
                 some = range(done, min(suspect, len(items)))
                 started = _started(items, spool, some, num_workers=1, prefetch_factor=1)
             elif done < len(items):
                 started = _started(items, spool, range(done, len(items)), num_workers=workers)
     finally:
+        started = iter(())  # before their folder goes
         spool.clear()
 
 
