@@ -9,6 +9,7 @@ from cases import CASES, DTYPES, Case, assert_gradients, bound, eager_logits, ma
 from vig_kernels import (
     gaussian_blur,
     linear_cross_entropy,
+    linear_cross_entropy_torch,
     linear_nll,
     linear_nll_torch,
     linear_vig,
@@ -321,6 +322,51 @@ def test_certain_rows_have_no_gradient_however_few(backend, device):
         hidden = (weight[target].float() * 2).bfloat16().requires_grad_()
         linear_nll(hidden, weight, target, backend=backend).sum().backward()
         assert not hidden.grad.any(), rows
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_ignored_rows_where_counting_them_would_stall(softcap, monkeypatch):
+    """On a GPU that is not told `num_kept` the torch backend takes all rows along: they may hold anything."""
+    for module in (linear_nll_torch, linear_cross_entropy_torch):
+        monkeypatch.setattr(module, "compact", lambda target, ignore_index, num_kept=None: None)
+    inputs = make(Case("dead", N=9, D=16, V=50, bias=True), torch.float32)
+    hidden, weight, target, bias = inputs.hidden, inputs.weight, inputs.target, inputs.options["bias"]
+    live = target != -100
+    bias += 100.0 if softcap is None else 0.0  # e^100 is infinite
+    hidden[~live], bias[0] = float("nan"), -float("inf")
+    target[live] = target[live].clamp_min(1)
+    upstream = torch.rand(3, 9, generator=torch.Generator().manual_seed(2))
+    options, stats, needs = (bias, 1.3, softcap, -100), ("lse", "entropy"), (True, True, True)
+
+    leaves = [x.double().requires_grad_() for x in (hidden[live], weight[1:], bias[1:])]  # word 0 is masked
+    exact_options = {"bias": leaves[2], "logit_scale": 1.3, "logit_softcap": softcap}
+    if softcap is not None:  # a cap makes -inf a word like others
+        leaves = [x.double().requires_grad_() for x in (hidden[live], weight, bias.clamp_min(-1e30))]
+        exact_options["bias"] = leaves[2]
+    first = 50 - len(leaves[1])
+    exact, sinks = reference.linear_nll(*leaves[:2], target[live] - first, stats=stats, **exact_options)
+
+    def compare(found, loss):
+        rows, *rest = torch.autograd.grad(loss, leaves, retain_graph=True)
+        for mine, truth in zip(found, (rows, *rest), strict=True):
+            mine = mine[live] if mine is found[0] else mine[first:]
+            torch.testing.assert_close(mine, truth.float(), rtol=1e-4, atol=1e-5)
+        assert not found[0][~live].any() and not found[1][:first].any()
+
+    nll, saved = linear_nll_torch.forward(hidden, weight, target, *options[:3], -100, stats)
+    for mine, truth in zip((nll, *saved.values()), (exact, *sinks.values()), strict=True):
+        torch.testing.assert_close(mine[live], truth.float(), rtol=1e-5, atol=3e-5)
+        assert not mine[~live].any()
+    found = linear_nll_torch.backward(*upstream, *saved.values(), hidden, weight, target, *options, needs)
+    compare(
+        found, sum((x * up[live]).sum() for x, up in zip((exact, *sinks.values()), upstream, strict=True))
+    )
+    loss, *found = linear_cross_entropy_torch.forward_backward(
+        hidden, weight, target, bias, upstream[0], *options[1:], 0.01, None, needs
+    )
+    wanted = (upstream[0, live] * (exact + 0.01 * sinks["lse"].square())).sum()
+    torch.testing.assert_close(loss, wanted.float())
+    compare(found, wanted)
 
 
 def test_one_thread_does_not_end_anothers_exact_products():
