@@ -1,6 +1,7 @@
 """The native kernels on every instruction set of this machine: fuzzed against float64, and equal bit by bit."""
 
 import copy as copy_module
+import math
 import os
 import pickle
 import threading
@@ -387,6 +388,16 @@ def test_blur_against_float64(isa):
     run()
 
 
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)], ids=str)
+def test_16_bits_round_half_to_even(isa, dtype, step):
+    sigma = (2 * math.log(2)) ** -0.5  # taps of 1/4, 1/2, 1/4: the mean of two values that take turns
+    for width in (3, 40):
+        for low, rounded in ((0, 0), (1, 2)):
+            images = (1 + step * (low + torch.arange(width) % 2)).to(dtype).expand(2, -1)
+            found = vig_kernels.gaussian_blur(images, (0.0, sigma), truncate=1.0, backend="cpu")
+            assert torch.equal(found, torch.full_like(found, 1 + step * rounded)), (width, low)
+
+
 def test_blur_in_place_and_on_threads(isa, threads):
     images = torch.rand(3, 2, 50, 40)
     sigma = torch.full((3,), 4.0, dtype=torch.float64)
@@ -448,6 +459,12 @@ def test_offsets_beyond_two_to_the_31st():
         for x, out in ((apart, torch.empty(2, 1, 8, 8).bfloat16()), (images.bfloat16(), apart))
     ]
     assert torch.equal(*blurred)
+    picture = torch.rand(1, 1, 8, 32, generator=random)
+    rows = far_apart(picture[0, 0])[None, None]  # read where they stand
+    straight, out = (torch.empty_like(picture) for _ in range(2))
+    gaussian_blur_cpu.forward(picture, sigma[:1], sigma[:1], 3.0, "reflect", "float32", straight)
+    gaussian_blur_cpu.forward(rows, sigma[:1], sigma[:1], 3.0, "reflect", "float32", out)
+    assert torch.equal(out, straight)
 
 
 def test_a_forced_instruction_set_that_is_missing_raises(monkeypatch):

@@ -26,7 +26,8 @@ void test_store() {
   std::vector<float> values = {0.0f,     -0.0f,    0.5f, 1.5f,  2.5f,   254.5f,    255.5f,     256.0f,
                                -3.0f,    1e-8f,    6e-8f, 3e-5f, 3e9f,  1e20f,     -1e20f,     3.4e38f,
                                65504.0f, 65519.0f, 65520.0f, NAN,   1.0f + 1.0f / 256,   1.0f + 3.0f / 256,
-                               kInfinity, -kInfinity};
+                               kInfinity, -kInfinity,
+                               vig::float_of(0x7f800001), vig::float_of(0x7fffffff), vig::float_of(0xffffffff)};  // NaN
   Draw draw(5);
   for (float x : draw.values(300)) values.push_back(300 * x);
   for (const vig::Kernels* kernels : all_kernels()) {
