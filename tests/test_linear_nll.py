@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from cases import CASES, DTYPES, Case, assert_gradients, bound, eager_logits, make, runners
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vig_kernels import (
     gaussian_blur,
@@ -15,6 +16,7 @@ from vig_kernels import (
     linear_vig,
     reference,
 )
+from vig_kernels.linear_nll import with_rest
 
 STATS = ("lse", "entropy", "argmax")
 RUNNERS = runners("linear_nll")
@@ -143,6 +145,7 @@ def test_ignored_rows_may_hold_anything(backend, device):
         spoiled[::3] = filler
         nll = linear_nll(spoiled.requires_grad_(), weight, target, backend=backend)
         found.append((nll.detach(), *torch.autograd.grad(nll.sum(), (spoiled, weight))))
+        torch.testing.assert_close(spoiled[::3], torch.full((13, 24), filler, device=device), equal_nan=True)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
@@ -322,6 +325,48 @@ def test_certain_rows_have_no_gradient_however_few(backend, device):
         hidden = (weight[target].float() * 2).bfloat16().requires_grad_()
         linear_nll(hidden, weight, target, backend=backend).sum().backward()
         assert not hidden.grad.any(), rows
+
+
+def test_logits_are_summed_in_blocks():
+    """The promise: at most 256 steps at a time. The GEMM of one machine may keep it by itself, another's may not."""
+
+    seen = set()
+
+    class Steps(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.addmm_, torch.ops.aten.mm, torch.ops.aten.addmm):
+                seen.add(args[-1].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    with Steps():
+        linear_nll_torch.forward(
+            torch.randn(3, 700), torch.randn(9, 700), torch.arange(3), None, 1.0, None, -100, ()
+        )
+    assert seen == {256, 700 - 512}
+
+
+@pytest.mark.parametrize("given", ["nll", "lse", "entropy", "all"])
+def test_the_rest_of_lse_goes_into_every_upstream(given):
+    """What a backward makes of lse alone, with the upstreams of `with_rest`, is the gradient at lse + lse_rest."""
+    draw = torch.Generator().manual_seed(3)
+    z = torch.randn(5, 7, generator=draw).double()
+    rest = torch.randn(5, generator=draw).double() / 10
+    lse, entropy = z.logsumexp(1) - rest, -(z.softmax(1) * z.log_softmax(1)).sum(1)
+    hit = torch.nn.functional.one_hot(torch.arange(5), 7)
+    grads = [torch.randn(5, generator=draw).double() for _ in range(3)]
+    if given != "all":
+        grads = [
+            g if name == given else None for g, name in zip(grads, ("nll", "lse", "entropy"), strict=True)
+        ]
+
+    def gradient(grads, log_p, entropy):
+        nll, lse, spread = (torch.zeros(5, 1).double() if g is None else g[:, None] for g in grads)
+        entropy = 0.0 if entropy is None else entropy[:, None]
+        return log_p.exp() * (nll + lse - spread * (log_p + entropy)) - hit * nll
+
+    mended = with_rest(grads, entropy, rest)
+    found = gradient(mended[0], z - lse[:, None], mended[1])
+    torch.testing.assert_close(found, gradient(grads, z.log_softmax(1), entropy), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

@@ -173,6 +173,20 @@ def test_float16_blocks_hold_the_slope_of_a_large_z_loss(small_tiles):
         assert checks.norm_error(mine, truth) < 1e-3
 
 
+def test_float16_blocks_hold_a_large_upstream_of_the_entropy(small_tiles):
+    hidden, weight, target, _ = checks.problem(dtype=torch.float16, ignored=False)
+    leaves = [x.double().requires_grad_() for x in (hidden, weight)]
+    exact = reference.linear_nll(*leaves, target, stats=("entropy",))[1]["entropy"].sum() * 3000.0
+    exact = torch.autograd.grad(exact, leaves)
+    _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse", "entropy"))
+    found = KERNELS.linear_nll_backward.backward(
+        None, None, torch.full((21,), 3000.0), sinks["lse"], sinks["entropy"], hidden, weight, target, None, 1.0,
+        None, -100, (True, True, False),
+    )  # fmt: skip
+    for mine, truth in zip(found[:2], exact, strict=True):
+        assert checks.norm_error(mine, truth) < 2e-3
+
+
 class NoReadback(TorchDispatchMode):
     """Fails where an operation would make the host wait for a GPU."""
 
