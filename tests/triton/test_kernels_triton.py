@@ -380,8 +380,21 @@ def test_a_gpu_takes_the_tiles_that_fit_it(capability, target, monkeypatch):
     assert launch_triton.target_of.__wrapped__(torch.device("cuda")) == target
 
 
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)], ids=str)
+def test_a_gpu_that_is_too_old_is_named(capability, runs, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = launch_triton.why_not(torch.device("cuda"))
+    assert reason is None if runs else "this is 7.5" in reason
+
+
 def test_descriptors_take_rows_on_16_byte_borders():
     whole = torch.zeros(9, 64)
     assert launch_triton.fits_descriptor(whole)
     assert not launch_triton.fits_descriptor(whole[:, 1:49]), "the base"
     assert not launch_triton.fits_descriptor(torch.zeros(9, 50)[:, :48]), "the rows"
+    tile = replace(SMALL, descriptor=True)
+    assert tile_configs.regular(whole, tile) and not tile_configs.regular(whole[:, :50], tile)
+    apart = torch.zeros(9, 50)[:, :48]
+    assert not tile_configs.regular(apart, tile) and tile_configs.regular(apart, SMALL)
