@@ -74,6 +74,21 @@ def test_chunks_and_company_change_no_bits(small_tiles):
     checks.check_chunks_and_company(KERNELS)
 
 
+def test_ignored_rows_cost_nothing_in_any_chunk(small_tiles):
+    hidden, weight, target, _ = checks.problem(N=40, ignored=False)
+    target[20:] = -100
+    order, count = launch_triton.keep_order(target, -100)
+    module, config = KERNELS.linear_nll, tile_configs.INTERPRETER
+    for first, rows in ((0, 16), (16, 16), (32, 8)):
+        partials = module.Partials(rows, 1, 75, config, (), hidden.device)
+        partials.max.fill_(7.0)  # no logit of these
+        module.fold(
+            (hidden,), weight, target, None, order, count, first, rows, partials, None, 1.0, None, config
+        )
+        assert torch.equal((partials.max != 7.0).all(0), first + torch.arange(rows) < 20)
+        assert (partials.max[:, first + torch.arange(rows) >= 20] == 7.0).all()
+
+
 def test_equal_passes_give_equal_values(small_tiles):
     hidden, weight, target, _ = checks.problem()
     vig, image, null = KERNELS.linear_vig.forward(
