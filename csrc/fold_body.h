@@ -261,11 +261,27 @@ inline Vec::F gradient_of(const GradArgs& g, int64_t n, const float* logit, int 
   return slope;
 }
 
+// total + rest += x, with what the addition to `total` rounds off in `rest` (Knuth's TwoSum): one running sum over
+// thousands of rows, most of which cancel, is off by more than eager PyTorch's.
+inline void add_exactly(Vec::F& total, Vec::F& rest, Vec::F x) {
+  const Vec::F sum = Vec::add(total, x), added = Vec::sub(sum, total);
+  rest = Vec::add(rest, Vec::add(Vec::sub(total, Vec::sub(sum, added)), Vec::sub(x, added)));
+  total = sum;
+}
+
 void gradient(const GradArgs& g) {
   constexpr int W = Vec::W;
-  Vec::F plain[2] = {Vec::zero(), Vec::zero()};
+  constexpr int kRowsOfSum = 32;
+  Vec::F plain[2] = {Vec::zero(), Vec::zero()}, total[2] = {Vec::zero(), Vec::zero()};
+  Vec::F rest[2] = {Vec::zero(), Vec::zero()};
   uint16_t two[2][kPanel] = {};
   for (int64_t n = 0; n < g.rows; ++n) {
+    if (n % kRowsOfSum == 0) {
+      for (int half = 0; half < 2; ++half) {
+        add_exactly(total[half], rest[half], plain[half]);
+        plain[half] = Vec::zero();
+      }
+    }
     for (int half = 0; half < 2; ++half) {
       float* at = g.logits + n * kPanel + half * W;
       const Vec::F slope = gradient_of(g, n, at, half * W, plain[half]);
@@ -283,6 +299,8 @@ void gradient(const GradArgs& g) {
     }
   }
   if (g.column_sum == nullptr) return;
-  Vec::store(g.column_sum, plain[0]);
-  Vec::store(g.column_sum + W, plain[1]);
+  for (int half = 0; half < 2; ++half) {
+    add_exactly(total[half], rest[half], plain[half]);
+    Vec::store(g.column_sum + half * W, Vec::add(total[half], rest[half]));
+  }
 }
