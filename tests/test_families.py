@@ -33,7 +33,7 @@ from vig.prompts import Encoder
 from vig.samples import Sample, SampleError
 from vig.score import Scorer
 from vig.train import train
-from vig.train_batches import ReadableCollator
+from vig.train_batches import MicroBatches
 from vig.trainer import SelectiveCollator
 
 NAMES = list(FAMILIES)
@@ -219,7 +219,7 @@ def test_a_batch_of_unreadable_samples_trains_on_nothing(family):
     """Its stand-in goes through the model of every family, and every gradient is zero."""
     processor = tiny_families.processor(family)
     unreadable = replace(SAMPLES[0], images=(Path("nowhere.png"),))
-    batch = ReadableCollator(SelectiveCollator(processor, counts=True))([unreadable])
+    batch = MicroBatches([unreadable], [[0]], SelectiveCollator(processor, counts=True))[0]
     [error] = batch.pop("left_out")
     assert "no image at nowhere.png" in str(error) and batch.pop("num_truncated") == 0
     model = copy.deepcopy(tiny_families.model(family)).train()
