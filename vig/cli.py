@@ -431,10 +431,8 @@ def main() -> None:
     if sys.platform == "win32":
         err.print("vig: Windows is not supported. Use Linux, or WSL")
         sys.exit(1)
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # as stderr does: a name that a terminal cannot show ends no run
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show ends no run
     if sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)  # says where native code crashed
     try:
