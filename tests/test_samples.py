@@ -155,15 +155,16 @@ def test_links_that_leave_the_image_root_are_refused_and_those_within_followed(t
         assert sample.images == ((root / "inner" / "a.png").resolve(),)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.jpg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_cameras_pictures_stand_upright(tmp_path, orientation):
+def test_cameras_pictures_stand_upright(tmp_path, orientation, name):
     """As `datasets` and transformers show them, whose trainers may train on what is scored here."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    tiny.picture(3, (40, 24)).save(tmp_path / "a.png", exif=exif)
-    with Image.open(tmp_path / "a.png") as opened:
+    tiny.picture(3, (40, 24)).save(tmp_path / name, exif=exif)
+    with Image.open(tmp_path / name) as opened:
         upright = ImageOps.exif_transpose(opened).convert("RGB")
-        for source in (tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), opened):
+        for source in (tmp_path / name, (tmp_path / name).read_bytes(), opened):
             image = open_image(source, "k", "i")
             assert image.size == upright.size and image.tobytes() == upright.tobytes()
 

@@ -105,6 +105,7 @@ def shortened(name: Any) -> str:
 
 def _as_rgb(image: Image.Image, name: str, key: str, id: str) -> Image.Image:
     """8-bit RGB. `convert` alone cuts off what is above 255: 16 bits turn white, floats in [0, 1] black."""
+    image.load()  # Pillow turns TIFF files itself as it reads them
     turn = _turn(image)
     is_png = getattr(image, "format", None) == "PNG"  # whose 16 bits are mode I to some versions of Pillow
     if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
