@@ -164,8 +164,7 @@ def score(
 ) -> None:
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
     from vig import plan
-    from vig.engine import dry_run_dataset, score_dataset
-    from vig.samples import read_samples
+    from vig.engine import check_data, dry_run_dataset, score_dataset
     from vig.score import Scorer, check_settings
 
     if retry not in (None, "failed"):
@@ -174,7 +173,7 @@ def score(
         raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
     part = None if shard is None else _usage(plan.parse_shard, shard)
     _usage(check_settings, null, sigma, dtype, backend, end_of_turn, device)
-    read_samples(data, image_root=image_root)  # raises for data that is not there, before a model is loaded
+    check_data(data, image_root)  # before a model is loaded
     terminal.quiet_libraries()
     options = {
         "null": null,

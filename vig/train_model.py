@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from vig.families import LoadedModel, load
+from vig.families import LoadedModel, ModelError, device_named, load
 from vig.fingerprints import weights_fingerprint
 from vig.loss import unwrap
 from vig.train_settings import TrainError, TrainSettings, WrongSetting
@@ -32,10 +32,9 @@ def choose_device(device: str | torch.device | None, processes: PartialState) ->
             "Leave it out"
         )
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0].rstrip(". ")
-        raise WrongSetting(f"device = {device!r}: {reason}. Use cuda, cuda:1, cpu, ...") from error
+        return device_named(device)
+    except ModelError as error:
+        raise WrongSetting(str(error)) from error
 
 
 class ModelToTrain(NamedTuple):
