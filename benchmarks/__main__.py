@@ -97,6 +97,11 @@ def report(
         console.print(f"wrote {path}", highlight=False)
 
 
+def _tell(text: str) -> None:
+    """A line of a log."""
+    log.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def measure(suite: str, quick: bool, threads: int | None, out: Path | None) -> list[str]:
     """Run a suite, print it, store it; returns what of the library was wrong, failed or out of bounds."""
     import importlib
@@ -113,12 +118,18 @@ def measure(suite: str, quick: bool, threads: int | None, out: Path | None) -> l
     if hasattr(module, "plan") and module.why_not() is not None:
         module.plan(quick, console)
         return []
+    keep = not quick or out is not None
+    result = machine.header(suite, threads, quick) | {"cases": []}
     with log.status(suite) as status:
         say = (lambda text: status.update(f"{suite}: {text}")) if log.is_terminal else (lambda text: None)
-        result = machine.header(suite, threads, quick) | {"cases": module.run(threads, quick, say)}
+        if hasattr(module, "tasks"):
+            path = results.path_of(result, out or results.FOLDER) if keep else None
+            results.gather(result, module.tasks(quick, say), path, say if log.is_terminal else _tell)
+        else:
+            result["cases"] = module.run(threads, quick, say)
     show = terminal.show_tables if hasattr(module, "tables") else terminal.show
     show(result, console)
-    if not quick or out is not None:
+    if keep:
         path = results.write(result, out or results.FOLDER)
         console.print(f"wrote {path}", highlight=False)
     broken = audit.broken(result)

@@ -1,5 +1,8 @@
 """Suite `gpu`: the same contests on a GPU. Without one it prints its plan and measures nothing.
 
+Rented machines end in the midst of things: each case is stored as it is done, and the same command goes on with the
+rest. What matters most comes first: heads in bfloat16, pictures, then two heads in float32.
+
 Times are CUDA events around a call, after a buffer larger than the L2 cache was overwritten; memory is the peak of
 torch's allocator beyond what stood before and the outputs.
 """
@@ -7,7 +10,7 @@ torch's allocator beyond what stood before and the outputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
@@ -16,12 +19,12 @@ from benchmarks import blur, harness, peers, score, train
 from benchmarks.harness import Contender
 from benchmarks.heads import ScoreJudge, TrainJudge, make_inputs
 from benchmarks.memory import MIB, output_bytes
-from benchmarks.shapes import BFLOAT16, FLOAT32, GPU_BLUR, GPU_HEADS, GPU_QUICK, Shape
+from benchmarks.shapes import BFLOAT16, FLOAT32, GPU_BLUR, GPU_HEADS, GPU_QUICK, GPU_WIDE, Picture, Shape
 
 DEVICE = "cuda"
 FLUSH_BYTES = 256 * MIB
 ROUNDS = 25
-DTYPES = (BFLOAT16, FLOAT32)
+CASE_SECONDS = 5.0  # of timing; verification and compilation come on top
 
 
 def why_not() -> str | None:
@@ -52,7 +55,11 @@ def plan(quick: bool, console: Console) -> None:
                 markup=False,
                 highlight=False,
             )
-    console.print(f"{ROUNDS} interleaved rounds each; bfloat16 and float32; nothing is stored without a GPU.")
+    console.print(
+        f"{ROUNDS} interleaved rounds each, about {CASE_SECONDS:.0f} s a case; heads in bfloat16, "
+        f"{' and '.join(shape.name for shape in GPU_WIDE)} in float32 too; nothing is stored without a GPU.",
+        soft_wrap=True,
+    )
 
 
 def score_field() -> list[Contender]:
@@ -114,37 +121,53 @@ def extra_mib(run: Callable) -> float:
     return (torch.cuda.max_memory_allocated() - before - output_bytes(output)) / MIB
 
 
-def run(threads: int, quick: bool, say: Callable[[str], None]) -> list[dict]:
-    """The cases of the suite, measured."""
-    rounds = 7 if quick else ROUNDS
-    cases = []
-    for shape in GPU_QUICK if quick else GPU_HEADS:
-        for dtype in DTYPES[:1] if quick else DTYPES:
-            cases += [_score_case(shape, dtype, rounds, say), _train_case(shape, dtype, rounds, say)]
-            torch.cuda.empty_cache()
+def tasks(quick: bool, say: Callable[[str], None]) -> dict[str, Callable[[], dict]]:
+    """What measures each case of the suite, by its name."""
+    measure = {"rounds": 7 if quick else ROUNDS, "say": say}
+    found: dict[str, Callable[[], dict]] = {}
+
+    def add_heads(shapes: Sequence[Shape], dtype: torch.dtype) -> None:
+        for shape in shapes:
+            for suite, case in (("score", _score_case), ("train", _train_case)):
+                found[f"{suite}: {shape}, {dtype}"] = functools.partial(case, shape, dtype, **measure)
+
+    add_heads(GPU_QUICK if quick else GPU_HEADS, BFLOAT16)
     for dtype in (FLOAT32, BFLOAT16, torch.uint8):
         for picture in GPU_BLUR:
-            inputs = blur.make_inputs(picture, dtype, DEVICE)
-            result = _measure(blur_field(dtype), inputs, blur.BlurJudge(inputs), rounds, say)
-            cases.append(blur.describe(picture, dtype, "copy", result) | {"suite": "blur"})
-    return cases
+            found[f"blur: {picture}, {dtype}"] = functools.partial(_blur_case, picture, dtype, **measure)
+    add_heads(() if quick else GPU_WIDE, FLOAT32)
+    return found
 
 
 def _measure(field, inputs, judge, rounds: int, say) -> dict:
-    return harness.measure(
-        field, inputs, judge, rounds=rounds, timer=event_clock, extra_mib=extra_mib, settle_s=0.0, say=say
+    result = harness.measure(
+        field,
+        inputs,
+        judge,
+        rounds=rounds,
+        seconds=CASE_SECONDS,
+        timer=event_clock,
+        extra_mib=extra_mib,
+        settle_s=0.0,
+        say=say,
     )
+    torch.cuda.empty_cache()
+    return result
+
+
+def _blur_case(picture: Picture, dtype: torch.dtype, rounds: int, say) -> dict:
+    inputs = blur.make_inputs(picture, dtype, DEVICE)
+    result = _measure(blur_field(dtype), inputs, blur.BlurJudge(inputs), rounds, say)
+    return blur.describe(picture, dtype, "copy", result) | {"suite": "blur"}
 
 
 def _score_case(shape: Shape, dtype: torch.dtype, rounds: int, say) -> dict:
-    say(f"score, {shape}, {dtype}")
     inputs = make_inputs(shape, dtype, DEVICE)
     result = _measure(score_field(), inputs, ScoreJudge(inputs), rounds, say)
     return score.describe(shape, dtype, result, score.COMPARISONS) | {"suite": "score"}
 
 
 def _train_case(shape: Shape, dtype: torch.dtype, rounds: int, say) -> dict:
-    say(f"train, {shape}, {dtype}")
     inputs = make_inputs(shape, dtype, DEVICE)
     upstream = torch.rand(shape.N, shape.V, device=DEVICE, dtype=dtype)
     field = [*peers.bare_products(upstream), *train_field()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from benchmarks import machine, peers
@@ -25,6 +25,31 @@ def write(result: dict, folder: Path) -> Path:
     path = path_of(result, folder)
     path.write_text(json.dumps(_rounded(result), indent=1) + "\n")
     return path
+
+
+def gather(
+    result: dict, tasks: dict[str, Callable[[], dict]], path: Path | None, say: Callable[[str], None]
+) -> None:
+    """Fills `result["cases"]`, one for each task. The result so far is stored beside `path` after each; one that the
+    same code left on the same machine is gone on with, and the file is removed at the end."""
+    partial = None if path is None else path.with_name(f"partial-{path.name}")
+    if partial is not None and partial.exists():
+        before = json.loads(partial.read_text())
+        if all(before.get(key) == _rounded(result[key]) for key in result if key not in ("date", "cases")):
+            result["cases"] = before["cases"]
+    cases = {case["task"]: case for case in result["cases"]}
+    for number, (name, measure) in enumerate(tasks.items(), 1):
+        if name in cases:
+            say(f"{name}: measured before")
+            continue
+        say(f"case {number} of {len(tasks)}: {name}")
+        cases[name] = measure() | {"task": name}
+        result["cases"] = [cases[task] for task in tasks if task in cases]
+        if partial is not None:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(_rounded(result)))
+    if partial is not None:
+        partial.unlink(missing_ok=True)
 
 
 def read_full(suite: str, folder: Path = FOLDER) -> list[dict]:

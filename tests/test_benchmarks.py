@@ -6,6 +6,7 @@ import io
 import json
 import math
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,33 @@ def test_a_case_from_inputs_to_tables(tmp_path):
     assert "| eager PyTorch |" in report.block("score", report.Paths(tmp_path, tmp_path, tmp_path))
 
 
+def test_a_suite_that_was_cut_off_goes_on_with_the_rest(tmp_path):
+    """The same code on the same machine keeps what it had measured; other code measures anew."""
+    path, run, header = tmp_path / "gpu-x.json", [], machine.header("gpu", 1, False)
+
+    def task(name: str, fails: bool = False) -> Callable[[], dict]:
+        def measure() -> dict:
+            run.append(name)
+            if fails:
+                raise KeyboardInterrupt
+            return {"label": name, "value": 1 / 3}
+
+        return measure
+
+    with pytest.raises(KeyboardInterrupt):
+        results.gather(header | {"cases": []}, {"a": task("a"), "b": task("b", True)}, path, lambda _: None)
+    assert [p.name for p in tmp_path.iterdir()] == ["partial-gpu-x.json"]
+    assert results.read_full("gpu", tmp_path) == []
+    for changes, again in (({}, ["b", "c"]), ({"commit": "other"}, ["a", "b", "c"])):
+        kept = (tmp_path / "partial-gpu-x.json").read_bytes()
+        run.clear()
+        result = header | changes | {"cases": []}
+        results.gather(result, {name: task(name) for name in "abc"}, path, lambda _: None)
+        assert run == again and [case["label"] for case in result["cases"]] == ["a", "b", "c"]
+        assert not list(tmp_path.iterdir())
+        (tmp_path / "partial-gpu-x.json").write_bytes(kept)
+
+
 def test_gpu_suite_on_a_stand_in(monkeypatch, tmp_path):
     """The whole suite with the CPU in the place of the GPU: every case holds its rows and memory."""
     for name, value in {
@@ -243,7 +271,9 @@ def test_gpu_suite_on_a_stand_in(monkeypatch, tmp_path):
         original = getattr(peers, op)
         monkeypatch.setattr(peers, op, lambda name, device, original=original: original("torch", device))
     monkeypatch.setattr(blur, "ours", lambda *_, original=blur.ours: original("torch"))
-    cases = gpu.run(1, True, lambda text: None)
+    result = machine.header("gpu", 1, True) | {"cases": []}
+    results.gather(result, gpu.tasks(True, lambda text: None), None, lambda text: None)
+    cases = result["cases"]
     assert [case["suite"] for case in cases] == ["score", "train", "blur", "blur", "blur"]
     for case in cases:
         rows = {row["name"]: row for row in case["rows"]}

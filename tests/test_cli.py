@@ -337,15 +337,22 @@ def test_python_dash_m_vig_is_the_same_program(tmp_path):
     assert "nowhere does not exist" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_ctrl_c_is_one_line_and_exit_code_130(road, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_are_one_line_and_exit_code_130(road, monkeypatch, capsys, number):
+    before = signal.getsignal(signal.SIGTERM)
+
     def interrupted(*_, **__):
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
+        raise AssertionError("went on")
 
     monkeypatch.setattr("vig.engine.score_dataset", interrupted)
     monkeypatch.chdir(road)
     monkeypatch.setattr(sys, "argv", ["vig", "score", "model", "data.json", "-o", "stopped"])
-    with pytest.raises(SystemExit) as stop:
-        main()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     said = capsys.readouterr().err
     assert stop.value.code == 130 and "vig: stopped" in said and "Traceback" not in said
 

@@ -136,7 +136,7 @@ def test_a_broken_record_says_which_why_and_what_helps(tmp_path, broken, reason)
 
 
 @pytest.mark.parametrize("link", ["a.png", "folder"])
-def test_links_that_leave_the_image_root_are_refused_and_those_within_followed(tmp_path, link):
+def test_links_that_leave_the_image_root_are_refused_and_those_within_followed(tmp_path, monkeypatch, link):
     root, outside = tmp_path / "root", tmp_path / "outside"
     for folder in (root / "inner", outside):
         folder.mkdir(parents=True)
@@ -144,8 +144,11 @@ def test_links_that_leave_the_image_root_are_refused_and_those_within_followed(t
     (root / link).symlink_to(outside / "a.png" if link == "a.png" else outside)
     name = "a.png" if link == "a.png" else "folder/a.png"
     for _ in range(2):  # a folder seen before is no other
-        with pytest.raises(SampleError, match="leaves the image root"):
+        with pytest.raises(SampleError, match=r"leaves the image root .* by a link, to .*VIG_FOLLOW_LINKS=1"):
             sample_from_record(record(image=name), key="k", image_root=root)
+    monkeypatch.setenv("VIG_FOLLOW_LINKS", "1")
+    sample = sample_from_record(record(image=name), key="k", image_root=root)
+    assert sample.images == ((outside / "a.png").resolve(),)
     for name in ("inner/../../outside/a.png", str(outside / "a.png"), "../outside/a.png", "inner/../.."):
         with pytest.raises(SampleError, match="leaves the image root"):
             sample_from_record(record(image=name), key="k", image_root=root)
@@ -153,6 +156,28 @@ def test_links_that_leave_the_image_root_are_refused_and_those_within_followed(t
     for name in ("again.png", "inner/a.png", "./inner/../inner/a.png", str(root / "inner" / "a.png")):
         sample = sample_from_record(record(image=name), key="k", image_root=root)
         assert sample.images == ((root / "inner" / "a.png").resolve(),)
+
+
+@pytest.mark.parametrize("below", ["", "images"])
+def test_files_of_a_hub_cache_are_links_to_its_blobs_and_read(tmp_path, below):
+    """`huggingface_hub.snapshot_download` lays a repository out like this."""
+    repository = tmp_path / "datasets--who--what"
+    snapshot = repository / "snapshots" / "0123abcd"
+    (snapshot / "images").mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    tiny.save_picture(repository / "blobs" / "a.png", 1)
+    (repository / "blobs" / "a.png").rename(repository / "blobs" / "5e1f")
+    (snapshot / "images" / "a.png").symlink_to("../../../blobs/5e1f")
+    (snapshot / "images" / "out.png").symlink_to("../../../../outside.png")
+    (tmp_path / "outside.png").write_bytes(b"")
+    name = "a.png" if below else "images/a.png"
+    (snapshot / "data.json").write_text(json.dumps([record(image=name)]))
+    [sample] = read_samples(snapshot / "data.json", image_root=snapshot / below)
+    assert sample.images == ((repository / "blobs" / "5e1f").resolve(),)
+    assert open_images(sample)[0].size == tiny.picture(1).size
+    for name in ("images/out.png", "../../../outside.png", "../../refs"):
+        with pytest.raises(SampleError, match="leaves the image root"):
+            sample_from_record(record(image=name), key="k", image_root=snapshot)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.jpg"])

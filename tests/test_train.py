@@ -201,14 +201,15 @@ def test_checkpoint_round_trip_and_record(processor, tmp_path):
     assert not torch.equal(weights(LlavaForConditionalGeneration.from_pretrained(out)), weights(again))
 
 
-def test_ctrl_c_leaves_a_checkpoint(processor, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_a_checkpoint(processor, tmp_path, number):
     out = tmp_path / "out"
 
     def interrupt(progress):
         if progress.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     result = train(
         base(),
         encoded(processor, 4),
@@ -223,7 +224,7 @@ def test_ctrl_c_leaves_a_checkpoint(processor, tmp_path):
     assert result.interrupted and result.steps == 2 == len(result.losses)
     assert json.loads((out / "train.json").read_text())["interrupted"]
     assert torch.equal(weights(LlavaForConditionalGeneration.from_pretrained(out)), weights(result.model))
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
 
 
 def test_lora_trains_and_saves_the_adapter_alone(processor, tmp_path):

@@ -1,7 +1,7 @@
 """The commands: vig inspect | score | select | train | report | demo. No logic lives here.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not be used or are not scored yet,
-130 stopped by Ctrl-C.
+130 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import io
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,7 +34,7 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 SOME_FAILED = 3
-STOPPED = 130  # by Ctrl-C, as shells count it
+STOPPED = 130  # by Ctrl-C, as shells count it, or by a scheduler's SIGTERM
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub (downloads it).")]
 Data = Annotated[
@@ -425,11 +426,16 @@ def _exit_for(done: Progress) -> None:
         raise typer.Exit(SOME_FAILED)
 
 
+def _stopped(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Runs the command line; what a user can mend is one line on stderr and exit code 1, or the error's own."""
     if sys.platform == "win32":
         err.print("vig: Windows is not supported. Use Linux, or WSL")
         sys.exit(1)
+    signal.signal(signal.SIGTERM, _stopped)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show ends no run
     if sys.__stderr__ is not None:

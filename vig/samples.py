@@ -29,6 +29,7 @@ ROLES = {
     "system": "system",
 }
 SPEAKERS = tuple(sorted(set(ROLES.values())))
+FOLLOW_LINKS = "VIG_FOLLOW_LINKS"  # an environment variable: 1 follows links that leave the image root
 IMAGE_MARK = "<image>"
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TURNS = {"conversations", "messages"}
@@ -76,7 +77,8 @@ def read_samples(
     path: a ``.json`` array, a ``.jsonl`` file, ``.parquet``, ``.arrow`` or WebDataset ``.tar`` or ``.tar.gz``
         files (one, or a folder of them), or a folder of photographs (caption ``photo.txt`` beside ``photo.jpg``).
     image_root: folder that relative image paths start from; the data file's own folder unless given. Paths
-        that leave it are refused.
+        that leave it are refused, also by symbolic links, which VIG_FOLLOW_LINKS=1 follows. (The links of the hub's
+        cache are followed without it.)
     limit: read at most this many records.
     wanted: of a record's number, counted from 0 over all files, whether it is needed; asked when it is reached.
         None stands in the place of the others, which cost as little as the format allows (`vig.readers`).
@@ -208,15 +210,36 @@ def _image_source(value: Any, root: str | None, key: str, id: str) -> ImageSourc
         raise SampleError(key, id, reason, "Store it as a file and give its path")
     if root is None:
         return Path(value)
-    path = _real_path(os.path.join(root, value))
-    if path != root and not path.startswith(os.path.join(root, "")):
-        raise SampleError(
-            key,
-            id,
-            f"the image path {value} leaves the image root {root}",
-            "Set --image-root to a folder above it",
-        )
-    return Path(path)
+    path = os.path.join(root, value)
+    real = _real_path(path)
+    if any(_lies_in(folder, real) for folder in _folders_of(root)):
+        return Path(real)
+    reason, cure = (
+        f"the image path {value} leaves the image root {root}",
+        "Set --image-root to a folder above it",
+    )
+    if _lies_in(root, os.path.normpath(path)):
+        if os.environ.get(FOLLOW_LINKS, "") not in ("", "0"):
+            return Path(real)
+        reason += f" by a link, to {real}"
+        cure = f"If the links are yours, set {FOLLOW_LINKS}=1"
+    raise SampleError(key, id, reason, cure)
+
+
+def _lies_in(folder: str, path: str) -> bool:
+    return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+@functools.lru_cache(maxsize=64)
+def _folders_of(root: str) -> tuple[str, ...]:
+    """Where the images of a root may lie: there, and for a snapshot in the hub's cache also in its repository's
+    `blobs`, which all the files of a snapshot are links to."""
+    for folder in (root, *map(str, Path(root).parents)):
+        above, name = os.path.split(os.path.dirname(folder))
+        blobs = os.path.join(above, "blobs")
+        if name == "snapshots" and os.path.isdir(blobs):
+            return root, os.path.realpath(blobs)
+    return (root,)
 
 
 def _real_path(path: str) -> str:

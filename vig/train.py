@@ -57,12 +57,12 @@ def train(
     settings: the fields of `TrainSettings`.
 
     Samples that cannot be encoded (no image, image tokens beyond max_length) are left out: no loss, no count, their
-    errors in the result. So are those that crash a decoder, with `workers`, and without in the run after. Ctrl-C ends
-    the run after the current step and saves what there is; a second one stops at once. The folder is complete when it
-    holds train.json. Same inputs, settings, machine and thread count give the same weights.
+    errors in the result. So are those that crash a decoder, with `workers`, and without in the run after. Ctrl-C and
+    SIGTERM end the run after the current step and save what there is; a second one stops at once. The folder is
+    complete when it holds train.json. Same inputs, settings, machine and thread count give the same weights.
     With ``save_every`` a run that was killed goes on from its last checkpoint when it is called again in the same way,
-    and ends with the weights and losses of an uninterrupted one; Ctrl-C saves such a checkpoint too. Settings that
-    shape the steps must be the same; ``overwrite`` starts anew. One run at a time writes to a folder.
+    and ends with the weights and losses of an uninterrupted one; Ctrl-C and SIGTERM save such a checkpoint too.
+    Settings that shape the steps must be the same; ``overwrite`` starts anew. One run at a time writes to a folder.
     Under ``accelerate launch`` or torchrun it runs on several devices, with the same loss.
     Raises TrainError, StoreError (the folder cannot be written), FolderInUse (another run is writing there),
     SettingsDiffer (it holds a checkpoint of another run), SampleError (by key, for samples that do not fit the

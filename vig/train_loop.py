@@ -32,14 +32,14 @@ def run(
     checkpoints: Checkpoints,
     on_progress: Callable[[TrainProgress], None] | None,
 ) -> tuple[RunState, bool]:
-    """Trains to the end, or to Ctrl-C. Returns where it ended, and if it was stopped."""
+    """Trains to the end, or to Ctrl-C or SIGTERM. Returns where it ended, and if it was stopped."""
     stepper = Stepper(processes, device, model, steps, settings)
     state, progress = stepper.state, stepper.state.progress
     checkpoints.restore(state)
     losses: list[Tensor] = []  # since the last gathering
     unusable, stopped = dict.fromkeys(state.left_out), False  # their errors, each once
     stepper.model.train()
-    with _stop_on_ctrl_c() as stop:
+    with _stop_on_signals() as stop:
         for step in range(progress.step, steps):
             micro_batches = list(islice(batches, settings.accumulate))
             kept = [batch.pop("num_kept") for batch in micro_batches]
@@ -192,8 +192,8 @@ def _report(
 
 
 @contextmanager
-def _stop_on_ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts as usual."""
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM (a scheduler's warning) sets; the second one interrupts at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals reach the main thread alone
@@ -204,8 +204,9 @@ def _stop_on_ctrl_c() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    before = signal.signal(signal.SIGINT, on_signal)
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
