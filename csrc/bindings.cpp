@@ -84,8 +84,8 @@ double linear_cross_entropy(const HeadArgs& args, const RowsView& hidden, uintpt
   const auto [data, rows, stride] = hidden;
   vig::KeptRows kept;
   kept.add(pointer<char>(data), stride, pointer<int64_t>(target), rows, ignore_index);
-  std::vector<float> weights(kept.slot.size(), 1.0f);
-  for (size_t n = 0; row_weight != 0 && n < weights.size(); ++n) weights[n] = pointer<float>(row_weight)[kept.slot[n]];
+  std::vector<float> weights(kept.size(), 1.0f);
+  for (int64_t n = 0; row_weight != 0 && n < kept.size(); ++n) weights[n] = pointer<float>(row_weight)[kept.slot(n)];
   return vig::linear_cross_entropy(head, kept, weights.data(), z_loss,
                                    {pointer<char>(grad_hidden), pointer<char>(grad_weight), rounded,
                                     pointer<float>(grad_bias)},

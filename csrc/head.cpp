@@ -71,37 +71,38 @@ class Beside {
 }  // namespace
 
 void KeptRows::add(const char* data, int64_t stride, const int64_t* targets, int64_t count, int64_t ignore_index) {
+  offers_.push_back({data, stride, targets, offered_});
+  slots_.reserve(slots_.size() + count - std::count(targets, targets + count, ignore_index));
   for (int64_t n = 0; n < count; ++n) {
-    if (targets[n] == ignore_index) continue;
-    hidden.push_back(data + n * stride);
-    target.push_back(targets[n]);
-    slot.push_back(offered + n);
+    if (targets[n] != ignore_index) slots_.push_back(offered_ + n);
   }
-  offered += count;
+  offered_ += count;
 }
 
 KeptRows KeptRows::part(int64_t begin, int64_t count) const {
-  const int64_t end = std::min(begin + count, size());
   KeptRows rows;
-  rows.hidden.assign(hidden.begin() + begin, hidden.begin() + end);
-  rows.target.assign(target.begin() + begin, target.begin() + end);
-  rows.slot.assign(slot.begin() + begin, slot.begin() + end);
-  rows.offered = offered;
+  rows.offers_ = offers_;
+  rows.slots_.assign(slots_.begin() + begin, slots_.begin() + std::min(begin + count, size()));
+  rows.offered_ = offered_;
   return rows;
 }
 
 int64_t padded_rows(const Head& head, int64_t rows) { return round_up(rows, 4 * head.kernels.tile); }
 
 RowChunk::RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_t count, int threads)
-    : target(kept.target.data() + begin), rows(count), padded(padded_rows(head, count)),
+    : rows(count), padded(padded_rows(head, count)), hidden(count), target(count),
       packed(make_buffer(padded * head.words())) {
+  for (int64_t n = 0; n < count; ++n) {
+    hidden[n] = kept.hidden(begin + n);
+    target[n] = kept.target(begin + n);
+  }
   const int64_t tile = head.kernels.tile, words = head.words();
   parallel_for((count + tile - 1) / tile, threads, [&](int64_t i, int) {
-    const int64_t row = begin + i * tile;
-    const int width = static_cast<int>(std::min(tile, begin + count - row));
+    const int64_t row = i * tile;
+    const int width = static_cast<int>(std::min(tile, count - row));
     const int unit = static_cast<int>(tile / 3), padded = (width + unit - 1) / unit * unit;
     const char* rows_of_tile[64];
-    for (int r = 0; r < padded; ++r) rows_of_tile[r] = kept.hidden[row + std::min(r, width - 1)];
+    for (int r = 0; r < padded; ++r) rows_of_tile[r] = hidden[row + std::min(r, width - 1)];
     head.kernels.pack({reinterpret_cast<uint32_t*>(packed.get()) + i * tile * words, rows_of_tile, padded, head.dtype,
                        head.pairs(), 0, words, head.depth});
   });
@@ -227,7 +228,7 @@ void PanelSweep::fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, 
                            const float* product, float* picked, KeptLogits keep) {
   const Kernels& k = head_.kernels;
   const int64_t first = panel * k.panel;
-  k.fold({product, rows, static_cast<int>(std::min<int64_t>(k.panel, head_.vocab - first)), first, chunk.target + row,
+  k.fold({product, rows, static_cast<int>(std::min<int64_t>(k.panel, head_.vocab - first)), first, chunk.target.data() + row,
           picked + row, lanes_.get() + row * lane_floats(k.lanes, stats_), stats_,
           fresh_ && place == 0, head_.scale,
           bias_.get() + place * k.panel, head_.cap,

@@ -27,16 +27,32 @@ struct Head {
   int64_t panels() const { return (vocab + kernels.panel - 1) / kernels.panel; }
 };
 
-// Rows that are not ignored, in the order of the call.
-struct KeptRows {
-  std::vector<const char*> hidden;
-  std::vector<int64_t> target;
-  std::vector<int64_t> slot;  // where the row's results go: its number among all rows offered
-  int64_t offered = 0;
-
+// Rows that are not ignored, in the order of the call. A call may have millions: one number is kept of each.
+class KeptRows {
+ public:
   void add(const char* data, int64_t stride, const int64_t* targets, int64_t count, int64_t ignore_index);
-  int64_t size() const { return static_cast<int64_t>(slot.size()); }
+  int64_t size() const { return static_cast<int64_t>(slots_.size()); }
+  int64_t slot(int64_t n) const { return slots_[n]; }  // where the row's results go: its number among all rows offered
+  const char* hidden(int64_t n) const { return offer(n).data + (slots_[n] - offer(n).first) * offer(n).stride; }
+  int64_t target(int64_t n) const { return offer(n).targets[slots_[n] - offer(n).first]; }
   KeptRows part(int64_t begin, int64_t count) const;  // at most `count` of them
+
+ private:
+  struct Offer {
+    const char* data;
+    int64_t stride;
+    const int64_t* targets;
+    int64_t first;  // slot of its row 0
+  };
+  const Offer& offer(int64_t n) const {
+    size_t last = offers_.size() - 1;
+    while (slots_[n] < offers_[last].first) --last;
+    return offers_[last];
+  }
+
+  std::vector<Offer> offers_;
+  std::vector<int64_t> slots_;
+  int64_t offered_ = 0;
 };
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -45,8 +61,9 @@ int64_t padded_rows(const Head& head, int64_t rows);
 
 // Some rows of a call, packed tile by tile: tile i starts at word i * tile * words and has [word][rows of the tile].
 struct RowChunk {
-  const int64_t* target;
   int64_t rows, padded;  // padded: to whole tiles and vectors
+  std::vector<const char*> hidden;
+  std::vector<int64_t> target;
   Buffer packed;
 
   RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_t count, int threads);

@@ -55,13 +55,13 @@ class HiddenSums {
 
   void finish() {
     for (int64_t n = 0; !sums_.empty() && n < kept_.size(); ++n) {
-      head_.kernels.store_row(sum(n), out_ + kept_.slot[n] * row_bytes_, head_.depth, head_.dtype);
+      head_.kernels.store_row(sum(n), out_ + kept_.slot(n) * row_bytes_, head_.depth, head_.dtype);
     }
   }
 
  private:
   float* sum(int64_t n) {
-    return sums_.empty() ? reinterpret_cast<float*>(out_ + kept_.slot[n] * row_bytes_) : sums_.data() + n * head_.depth;
+    return sums_.empty() ? reinterpret_cast<float*>(out_ + kept_.slot(n) * row_bytes_) : sums_.data() + n * head_.depth;
   }
 
   const Head& head_;
@@ -104,7 +104,7 @@ RowSlopes slopes_of(const KeptRows& kept, int64_t begin, int64_t rows, const Ups
   const std::vector<float> zeros(rows);
   RowSlopes slopes = {zeros, zeros, zeros, zeros, std::vector<float>(up.entropy == nullptr ? 0 : rows), zeros};
   for (int64_t n = 0; n < rows; ++n) {
-    const int64_t slot = kept.slot[begin + n];
+    const int64_t slot = kept.slot(begin + n);
     const float nll = up.nll == nullptr ? 0.0f : up.nll[slot];
     slopes.lse[n] = up.saved_lse[slot];
     slopes.weight[n] = nll + (up.lse == nullptr ? 0.0f : up.lse[slot]);
@@ -156,12 +156,12 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
     const RowChunk chunk(head, kept, begin, std::min(chunk_rows, kept.size() - begin), threads);
     RowSlopes slopes;
     loss += forward_chunk(head, chunk, row_weight + begin, z_loss, sweeps, logits.get(), slopes, threads);
-    ChunkGradients gradients(head, kept, begin, chunk, needs, threads);
+    ChunkGradients gradients(head, chunk, needs, threads);
     gradients.run({0, head.panels(), grad_weight, grad_rounded, out.bias, begin > 0}, slopes, logits.get());
     if (!needs.hidden) continue;
     for (int64_t n = 0; n < chunk.rows; ++n) {
       gradients.read_hidden(n, row.get());
-      char* to = out.hidden + kept.slot[begin + n] * head.depth * size_of(stored);
+      char* to = out.hidden + kept.slot(begin + n) * head.depth * size_of(stored);
       head.kernels.store_row(row.get(), to, head.depth, stored);
     }
   }
@@ -213,7 +213,7 @@ void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream&
         sweeps[worker]->fold_panels(chunk, panel, std::min(panel + together, last), head.panels(), picked.get(),
                                     {logits.get(), first});
       });
-      ChunkGradients gradients(exact, kept, begin, chunk, needs, threads);
+      ChunkGradients gradients(exact, chunk, needs, threads);
       char* stored = needs.weight ? out.weight + first * width * depth * size_of(head.dtype) : nullptr;
       gradients.run({first, last, direct ? reinterpret_cast<float*>(stored) : sums.get(),
                      rounded ? reinterpret_cast<uint16_t*>(stored) : nullptr,

@@ -26,7 +26,7 @@ void finish_rows(const Head& head, const KeptRows& kept, int64_t begin, int64_t 
     table.combine(head, task * lanes, stats);
     for (int64_t n = task * lanes; n < std::min(rows, (task + 1) * lanes); ++n) {
       const RowTotal total = table.total(n);
-      const int64_t slot = kept.slot[begin + n];
+      const int64_t slot = kept.slot(begin + n);
       out.nll[slot] = static_cast<float>(total.nll(picked[n]));
       const double lse = total.lse();
       if (out.lse != nullptr) out.lse[slot] = static_cast<float>(lse);

@@ -13,10 +13,8 @@ constexpr int64_t kColumnsTogether = 4;  // panels of columns that are packed fr
 
 }  // namespace
 
-ChunkGradients::ChunkGradients(const Head& head, const KeptRows& kept, int64_t begin, const RowChunk& chunk,
-                               Needs needs, int threads)
-    : head_(head), kept_(kept), begin_(begin), chunk_(chunk), needs_(needs), threads_(threads), pairs_(head.pairs()),
-      residual_(chunk.rows, 0.0f) {
+ChunkGradients::ChunkGradients(const Head& head, const RowChunk& chunk, Needs needs, int threads)
+    : head_(head), chunk_(chunk), needs_(needs), threads_(threads), pairs_(head.pairs()), residual_(chunk.rows, 0.0f) {
   const int64_t columns = blocks_of_columns(), width = head.kernels.panel, words = row_words();
   if (needs.hidden) {
     const int64_t floats = columns * chunk.padded * width;
@@ -27,8 +25,8 @@ ChunkGradients::ChunkGradients(const Head& head, const KeptRows& kept, int64_t b
     hidden_ = make_buffer(columns * words * width);
     parallel_for(columns, threads, [&](int64_t column, int) {
       head.kernels.pack_rows({reinterpret_cast<uint32_t*>(hidden_.get()) + column * words * width,
-                              kept.hidden.data() + begin, static_cast<int>(chunk.rows), head.dtype, pairs_,
-                              column * width, std::min((column + 1) * width, head.depth), head.depth});
+                              chunk.hidden.data(), static_cast<int>(chunk.rows), head.dtype, pairs_, column * width,
+                              std::min((column + 1) * width, head.depth), head.depth});
     });
   }
   for (int64_t n = 0; pairs_ && needs.weight && n < chunk.rows; ++n) by_target_.emplace_back(chunk.target[n], n);
@@ -65,7 +63,7 @@ void ChunkGradients::panel_gradient(const PanelRange& range, int64_t panel, cons
   uint16_t* column_pairs = pairs_ ? reinterpret_cast<uint16_t*>(logits) : nullptr;
   float sums[64];
   const float* moment = slopes.moment.empty() ? nullptr : slopes.moment.data();
-  k.gradient({logits, chunk_.rows, columns, first, chunk_.target, slopes.lse.data(), slopes.lse_rest.data(),
+  k.gradient({logits, chunk_.rows, columns, first, chunk_.target.data(), slopes.lse.data(), slopes.lse_rest.data(),
               slopes.weight.data(), slopes.onehot.data(), moment, slopes.entropy.data(), head_.scale, head_.cap,
               row_pairs, column_pairs, pairs_ ? residual_.data() : nullptr, needs_.bias ? sums : nullptr});
   if (needs_.bias) {
@@ -102,7 +100,7 @@ void ChunkGradients::mend_tile(int64_t panel, int64_t column, float* tile) const
   auto at = std::lower_bound(by_target_.begin(), by_target_.end(), std::make_pair(first, int64_t{0}));
   for (; at != by_target_.end() && at->first < first + width; ++at) {
     const float residual = residual_[at->second];
-    const char* hidden = kept_.hidden[begin_ + at->second] + 2 * begin;
+    const char* hidden = chunk_.hidden[at->second] + 2 * begin;
     float* out = tile + (at->first - first) * width;
     for (int64_t d = 0; d < wide; ++d) out[d] += residual * from_bfloat16(hidden + 2 * d);
   }

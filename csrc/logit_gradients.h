@@ -30,8 +30,7 @@ struct PanelRange {
 // One chunk of rows: its logits, then their gradients in the same memory, and both products with them.
 class ChunkGradients {
  public:
-  ChunkGradients(const Head& head, const KeptRows& kept, int64_t begin, const RowChunk& chunk, Needs needs,
-                 int threads);
+  ChunkGradients(const Head& head, const RowChunk& chunk, Needs needs, int threads);
 
   // logits: [panel - range.begin][padded rows][panel columns]; overwritten.
   void run(const PanelRange& range, const RowSlopes& slopes, float* logits);
@@ -56,8 +55,6 @@ class ChunkGradients {
   int64_t block_rows() const { return (pairs_ ? 2 : 1) * kBlock; }
 
   const Head& head_;
-  const KeptRows& kept_;
-  const int64_t begin_;
   const RowChunk& chunk_;
   const Needs needs_;
   const int threads_;

@@ -78,7 +78,8 @@ void check_problem(const vig::Kernels& kernels, const Problem& p) {
   const double tolerance = 1e-5 + 1e-6 * p.depth + (p.dtype == vig::Dtype::kFloat16 ? 2e-3 * p.depth : 0);
   std::vector<double> grad_hidden(p.rows * p.depth), grad_weight(p.vocab * p.depth);
   double loss = 0, largest = 0;
-  for (int64_t n : kept.slot) {
+  for (int64_t i = 0; i < kept.size(); ++i) {
+    const int64_t n = kept.slot(i);
     std::vector<double> logits = logits_of(p, in, n);
     const double exact = lse_of(logits);
     CHECK(nll[n] == again[n], "%s: threads change bits of row %ld", kernels.name, long(n));
@@ -137,7 +138,10 @@ void check_many_rows(const vig::Kernels& kernels, const Problem& p) {
   first.add(in.hidden.data(), row_bytes, in.target.data(), few, -100);
   vig::linear_nll(head, kept, {nll.data(), nullptr, nullptr, nullptr, nullptr}, 2);
   vig::linear_nll(head, first, {alone.data(), nullptr, nullptr, nullptr, nullptr}, 1);
-  for (int64_t n : first.slot) CHECK(nll[n] == alone[n], "%s: other rows change bits of row %ld", kernels.name, long(n));
+  for (int64_t i = 0; i < first.size(); ++i) {
+    const int64_t n = first.slot(i);
+    CHECK(nll[n] == alone[n], "%s: other rows change bits of row %ld", kernels.name, long(n));
+  }
 }
 
 }  // namespace
