@@ -238,6 +238,19 @@ def test_select_from_unfinished_scores_ends_with_3_and_says_why(road, tmp_path):
     assert len(read_selection(tmp_path / "selection")) == 12
 
 
+def test_data_that_is_a_link_is_known_by_its_own_name(road, tmp_path):
+    """In the hub's cache every file is one, to a file whose name says nothing."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "5e1f").write_bytes((road / "data.json").read_bytes())
+    (tmp_path / "latest.json").symlink_to("blobs/5e1f")
+    scores, kept, page = (tmp_path / name for name in ("scores", "kept.json", "report.html"))
+    call("score", road / "model", tmp_path / "latest.json", "--image-root", road, "-o", scores, "--limit", 3)
+    call("select", scores, "-o", tmp_path / "selection", "--p", "100", "--export", kept)
+    assert json.loads(kept.read_text()) == json.loads((road / "data.json").read_text())[:3]
+    call("report", scores, "-o", page)
+    assert page.read_text().count("<img") >= 3 and "are missing" not in page.read_text()
+
+
 def test_select_exports_the_kept_records(road, tmp_path):
     call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
     choice = ("select", tmp_path / "scores", "-o", tmp_path / "selection", "--p", "50", "--export")

@@ -146,9 +146,22 @@ def test_links_that_leave_the_image_root_are_refused_and_those_within_followed(t
     for _ in range(2):  # a folder seen before is no other
         with pytest.raises(SampleError, match=r"leaves the image root .* by a link, to .*VIG_FOLLOW_LINKS=1"):
             sample_from_record(record(image=name), key="k", image_root=root)
+    (tmp_path / "root_by_link").symlink_to(root)
+    for value in ("1", "0", "no"):
+        monkeypatch.setenv("VIG_FOLLOW_LINKS", value)
+        for given, path in (
+            (root, name),
+            (tmp_path / "root_by_link", name),
+            (tmp_path / "root_by_link", str(tmp_path / "root_by_link" / name)),
+            (tmp_path / "root_by_link", str(root / name)),
+        ):
+            if value == "1":
+                sample = sample_from_record(record(image=path), key="k", image_root=given)
+                assert sample.images == ((outside / "a.png").resolve(),)
+                continue
+            with pytest.raises(SampleError, match="by a link, to"):
+                sample_from_record(record(image=path), key="k", image_root=given)
     monkeypatch.setenv("VIG_FOLLOW_LINKS", "1")
-    sample = sample_from_record(record(image=name), key="k", image_root=root)
-    assert sample.images == ((outside / "a.png").resolve(),)
     for name in ("inner/../../outside/a.png", str(outside / "a.png"), "../outside/a.png", "inner/../.."):
         with pytest.raises(SampleError, match="leaves the image root"):
             sample_from_record(record(image=name), key="k", image_root=root)
@@ -175,9 +188,15 @@ def test_files_of_a_hub_cache_are_links_to_its_blobs_and_read(tmp_path, below):
     [sample] = read_samples(snapshot / "data.json", image_root=snapshot / below)
     assert sample.images == ((repository / "blobs" / "5e1f").resolve(),)
     assert open_images(sample)[0].size == tiny.picture(1).size
-    for name in ("images/out.png", "../../../outside.png", "../../refs"):
+    for above, name in ((repository, "snapshots/0123abcd/"), (repository / "snapshots", "0123abcd/")):
+        sample = sample_from_record(record(image=f"{name}images/a.png"), key="k", image_root=above)
+        assert open_images(sample)[0].size == tiny.picture(1).size
+    for name in ("images/out.png", "../../../outside.png", "../../refs", "../../blobs/5e1f"):
         with pytest.raises(SampleError, match="leaves the image root"):
             sample_from_record(record(image=name), key="k", image_root=snapshot)
+    (snapshot / "other").mkdir()
+    with pytest.raises(SampleError, match="leaves the image root"):  # as it would in any other folder
+        sample_from_record(record(image="../images/a.png"), key="k", image_root=snapshot / "other")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.jpg"])

@@ -79,9 +79,9 @@ def score_dataset_on_ray(
     folder = output_folder(Path(out).resolve(), shard)
     check_writable(folder)
     check_data(data, image_root)
-    root = None if image_root is None else str(Path(image_root).resolve())
+    root = None if image_root is None else str(Path(image_root).absolute())
     here = str(Path(model).resolve()) if Path(model).is_dir() else model
-    job = Job(here, options or {}, str(Path(data).resolve()), root, limit, window, str(folder), stuck_after)
+    job = Job(here, options or {}, str(Path(data).absolute()), root, limit, window, str(folder), stuck_after)
     if gpus_per_actor is None:
         gpus_per_actor = float("GPU" in ray.cluster_resources())
     resources = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor}

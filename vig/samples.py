@@ -90,7 +90,7 @@ def read_samples(
     root = Path(image_root) if image_root is not None else (path if path.is_dir() else path.parent)
     if not root.is_dir():
         raise DataError(f"no such image root: {root}. Give the folder of the images with --image-root")
-    return islice(reader.read(path, root.resolve(), wanted or readers.every), limit)
+    return islice(reader.read(path, root.absolute(), wanted or readers.every), limit)
 
 
 def count_records(path: str | Path) -> int | None:
@@ -124,7 +124,7 @@ def sample_from_record(
         )
     id = str(key if record.get("id") is None else record["id"])
     _check_characters("id", id, key, id)
-    root = None if image_root is None else _real_folder(os.path.abspath(image_root))
+    root = None if image_root is None else str(Path(image_root).absolute())
     images = tuple(_image_source(value, root, key, id) for value in _image_values(record))
     if "conversations" in record:
         turns = [(turn, "from", "value") for turn in _turns(record["conversations"], key, id)]
@@ -211,15 +211,15 @@ def _image_source(value: Any, root: str | None, key: str, id: str) -> ImageSourc
     if root is None:
         return Path(value)
     path = os.path.join(root, value)
-    real = _real_path(path)
-    if any(_lies_in(folder, real) for folder in _folders_of(root)):
+    real, real_root = _real_path(path), _real_folder(root)
+    if _lies_in(real_root, real) or _is_blob_of_snapshot(path, real_root, real):
         return Path(real)
     reason, cure = (
         f"the image path {value} leaves the image root {root}",
         "Set --image-root to a folder above it",
     )
-    if _lies_in(root, os.path.normpath(path)):
-        if os.environ.get(FOLLOW_LINKS, "") not in ("", "0"):
+    if any(_lies_in(folder, os.path.normpath(path)) for folder in (os.path.normpath(root), real_root)):
+        if os.environ.get(FOLLOW_LINKS) == "1":
             return Path(real)
         reason += f" by a link, to {real}"
         cure = f"If the links are yours, set {FOLLOW_LINKS}=1"
@@ -230,16 +230,21 @@ def _lies_in(folder: str, path: str) -> bool:
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 
-@functools.lru_cache(maxsize=64)
-def _folders_of(root: str) -> tuple[str, ...]:
-    """Where the images of a root may lie: there, and for a snapshot in the hub's cache also in its repository's
-    `blobs`, which all the files of a snapshot are links to."""
-    for folder in (root, *map(str, Path(root).parents)):
-        above, name = os.path.split(os.path.dirname(folder))
-        blobs = os.path.join(above, "blobs")
-        if name == "snapshots" and os.path.isdir(blobs):
-            return root, os.path.realpath(blobs)
-    return (root,)
+def _is_blob_of_snapshot(path: str, root: str, real: str) -> bool:
+    """Whether `path` is a file of a snapshot in the hub's cache, below the root, and `real` what it is a link to there:
+    a blob of the same repository."""
+    folder = _real_folder(os.path.dirname(path))
+    blobs = _blobs_of_snapshot(folder)
+    return blobs is not None and _lies_in(root, folder) and _lies_in(blobs, real)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _blobs_of_snapshot(folder: str) -> str | None:
+    """`<repository>/blobs` for a folder in `<repository>/snapshots/<revision>`."""
+    for inner in (Path(folder), *Path(folder).parents):
+        if inner.parent.name == "snapshots" and (inner.parent.parent / "blobs").is_dir():
+            return os.path.realpath(inner.parent.parent / "blobs")
+    return None
 
 
 def _real_path(path: str) -> str:

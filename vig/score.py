@@ -315,9 +315,10 @@ class Scorer:
             "processor_hash": text_hash(processor_json(processor)),
             "template_hash": text_hash(self.encoder.template),
             "answers_from": self.encoder.source_of_answers,
-            "data": None if data is None else str(Path(data).resolve()),
+            # under the names they were given: what a link's own name says, its target's may not
+            "data": None if data is None else str(Path(data).absolute()),
             "data_fingerprint": None if data is None else data_fingerprint(data),
-            "image_root": None if image_root is None else str(Path(image_root).resolve()),
+            "image_root": None if image_root is None else str(Path(image_root).absolute()),
             "null": self.null.metadata(),
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "backend": resolve("linear_vig", self.backend, self.loaded.model.device),
