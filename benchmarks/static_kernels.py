@@ -24,7 +24,7 @@ TARGETS = {
 }
 POINTER = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8"}
 
-INT64 = ("target", "order", "count", "row_of")
+INT64 = ("target", "order", "count", "place", "row_of")
 FLOAT32 = (
     "partial_max", "partial_sum", "target_logit", "target_slope", "lse", "lse_rest", "nll", "gain", "row_weight",
     "grad_nll", "residual", "total", "centre_of", "factor_of",
@@ -136,7 +136,7 @@ def mend_source(kernel: str, variant: Variant, dtype: str) -> ASTSource:
     """mend_hidden_kernel ("mend hidden") or mend_weight_kernel ("mend weight"); float32 blocks have no residual."""
     function = getattr(target_residual_triton, kernel.replace(" ", "_") + "_kernel")
     data = "*" + POINTER[dtype]
-    sizes = {"BLOCK_N": target_residual_triton.BLOCK_N, "BLOCK_R": target_residual_triton.BLOCK_R}
+    sizes = {name: getattr(target_residual_triton, name) for name in ("ENTRIES", "BLOCK_N", "BLOCK_R")}
     constants = {name: size for name, size in sizes.items() if name in function.arg_names}
     constants["BLOCK_D"] = target_residual_triton.BLOCK_D
     return source(function, {"weight": data, "hidden": data}, constants, aligned=variant.even_k)

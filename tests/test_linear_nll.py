@@ -53,6 +53,17 @@ def assert_argmax(inputs, argmax, limit):
 
 
 @every
+@pytest.mark.parametrize("V", [40, 512])
+def test_argmax_of_a_row_of_nan_is_a_column(V, backend, device):
+    """Whoever gathers by it must not read out of bounds."""
+    hidden, weight = torch.randn(3, 16, device=device), torch.randn(V, 16, device=device)
+    hidden[1] = torch.nan
+    target = torch.zeros(3, dtype=torch.long, device=device)
+    nll, sinks = linear_nll(hidden, weight, target, stats=("argmax",), backend=backend)
+    assert nll[1].isnan() and sinks["argmax"][1] in range(V)
+
+
+@every
 @pytest.mark.parametrize("equal", [[17, 40, 2600], slice(17, None)], ids=["some", "all from 17 on"])
 def test_argmax_takes_the_first_of_equal_columns(equal, backend, device):
     hidden = torch.ones(3, 16, device=device)
@@ -419,7 +430,7 @@ def test_one_thread_does_not_end_anothers_exact_products():
         fp32_precision = "tf32"
 
     switch = Switch()
-    exact = linear_nll_torch.ExactProducts(switch)
+    exact = linear_nll_torch.held(switch, "fp32_precision", "ieee", "none")
     inside, leave = threading.Event(), threading.Event()
 
     def hold():
@@ -436,6 +447,9 @@ def test_one_thread_does_not_end_anothers_exact_products():
     leave.set()
     thread.join()
     assert switch.fp32_precision == "tf32"
+    switch.fp32_precision = "none"
+    with exact:
+        assert switch.fp32_precision == "none"  # harmless as it is
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,15 @@ def wants_grad(value: Tensor | None) -> bool:
     return value.requires_grad
 
 
+@torch.compiler.assume_constant_result  # torch 2.8 does not trace into it
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the dtype that F.linear would use under the autocast in force."""
     kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t is None else t.to(dtype) for t in tensors)

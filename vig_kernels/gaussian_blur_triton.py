@@ -121,10 +121,11 @@ class Addresses(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def strided_addresses(shape: tuple[int, ...], strides: tuple[int, ...], device: torch.device) -> Addresses:
-    """Addresses of an (L, C, H, W) view."""
-    ranges = [torch.arange(n, device=device) * s for n, s in zip(shape, strides, strict=True)]
+    """Addresses of an (L, C, H, W) view. Made on the CPU: a copy from there is finished when it returns, so that calls
+    on other streams find it so."""
+    ranges = [torch.arange(n, device="cpu") * s for n, s in zip(shape, strides, strict=True)]
     plane = (ranges[0][:, None] + ranges[1]).reshape(-1)
-    return Addresses(plane, ranges[2], ranges[3], strides[3] == 1)
+    return Addresses(plane.to(device), ranges[2].to(device), ranges[3].to(device), strides[3] == 1)
 
 
 def patch_addresses(

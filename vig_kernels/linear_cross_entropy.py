@@ -324,12 +324,14 @@ def _again(ctx, saved) -> list[Tensor]:
     schema="(Tensor gradient, Tensor factor, ScalarType dtype, Tensor? differentiated) -> Tensor",
 )
 def _scale_op(gradient, factor, dtype, differentiated):
-    """(gradient * factor) in float32, cast once, a few MiB at a time.
+    """(gradient * factor) in float32, cast once; on a CPU, whose cast is an operation of its own, a few MiB at a time.
 
     It has no gradient of its own. `differentiated` is an input that the gradient depends on: with it the result
     is part of the graph, and a second differentiation raises instead of leaving this part out.
     """
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    if gradient.device.type != "cpu":
+        return torch.mul(gradient, factor, out=out)  # one kernel, which casts as it writes
     step = max(1, CAST_BYTES // max(1, 4 * gradient[:1].numel()))
     for at in range(0, gradient.shape[0], step):
         out[at : at + step] = gradient[at : at + step] * factor

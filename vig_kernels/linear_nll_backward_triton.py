@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vig_kernels.linear_nll_torch import float32_products
+from vig_kernels.linear_nll_torch import FLOAT32_SUMS, float32_products
 
 from .launch_triton import (
     compute_precision,
@@ -28,7 +28,10 @@ from .tile_configs import head_config, regular
 # of the promised 256 MiB; float32 gradients are summed in place, and leave all of it to the block
 EXTRA_BYTES = 240 * 2**20
 HIDDEN_BYTES = 160 * 2**20  # float32 sums of a 16-bit hidden gradient, at most
-WEIGHT_BYTES = 48 * 2**20  # float32 sums of a vocabulary chunk's weight gradient
+WEIGHT_BYTES = (
+    48 * 2**20
+)  # float32 sums of a vocabulary chunk's weight gradient; more where little else is held
+BLOCK_BYTES = 64 * 2**20  # left for the block where they take more
 GATHERED_BYTES = (
     80 * 2**20
 )  # kept rows of hidden and their gradient, at most; the float32 sums beside them are as much
@@ -196,7 +199,8 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         with float32_products(a.dtype):  # never plain TF32, whatever the global setting
             torch.addmm(total, a, b, out=total)
     elif total.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        with FLOAT32_SUMS:
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:  # addmm(out_dtype=) is CUDA's and ROCm's alone
         torch.addmm(total, a.float(), b.float(), out=total)
 
@@ -214,9 +218,10 @@ def block_gain(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tuple[T
     return power * logit_scale, 1 / power
 
 
-def vocab_chunk(V: int, D: int) -> int:
-    """Vocabulary entries whose float32 weight gradient takes at most WEIGHT_BYTES."""
-    return min(V, max(128, WEIGHT_BYTES // (4 * D) // 128 * 128))
+def vocab_chunk(V: int, D: int, taken: int) -> int:
+    """Vocabulary entries of a chunk, by the bytes that their float32 weight gradient may take beside those `taken`."""
+    bytes = max(WEIGHT_BYTES, EXTRA_BYTES - BLOCK_BYTES - taken)
+    return min(V, max(128, bytes // (4 * D) // 128 * 128))
 
 
 def row_chunk(N: int, D: int, columns: int, dtype: torch.dtype, needs, held: int, silent: bool) -> int:
@@ -313,7 +318,8 @@ def gradient_sweep(
         bound = bound + grad_entropy.abs() * (1 + entropy)
     gain, unscale = block_gain(bound, logit_scale, hidden.dtype)
 
-    columns = vocab_chunk(V, D)
+    hidden_sums = 0 if wide or not needs[0] else min(4 * N * D, HIDDEN_BYTES)
+    columns = vocab_chunk(V, D, 64 * N + held + hidden_sums)
     rows = row_chunk(N, D, columns, hidden.dtype, needs, held, silent)
     stretch = N if wide or not needs[0] else max(1, min(N, HIDDEN_BYTES // (4 * D)))
     block = hidden.new_empty(min(rows, stretch), columns)

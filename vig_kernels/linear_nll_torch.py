@@ -9,8 +9,9 @@ and 256 MiB (gradients) for any N and V.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,28 +45,44 @@ def tile_shape(width: int) -> tuple[int, int]:
     return min(1024, fit), min(2048, fit)
 
 
-class ExactProducts:
-    """One of torch's process-wide switches, on "ieee" while any thread needs it so."""
+class Held:
+    """One of torch's process-wide switches, at `needed` while any thread needs it so; one that is harmless stays."""
 
-    def __init__(self, switch):
-        self.switch, self.lock, self.users, self.before = switch, threading.Lock(), 0, "none"
+    def __init__(self, read: Callable, write: Callable, needed, harmless: tuple):
+        self.read, self.write, self.needed, self.harmless = read, write, needed, harmless
+        self.lock, self.users, self.before = threading.Lock(), 0, needed
 
     def __enter__(self):
         with self.lock:
             if self.users == 0:
-                self.before = getattr(self.switch, "fp32_precision", "none")
-                if self.before not in ("none", "ieee"):
-                    self.switch.fp32_precision = "ieee"
+                self.before = self.read()
+                if self.before not in self.harmless:
+                    self.write(self.needed)
             self.users += 1
 
     def __exit__(self, *_):
         with self.lock:
             self.users -= 1
-            if self.users == 0 and self.before not in ("none", "ieee"):
-                self.switch.fp32_precision = self.before
+            if self.users == 0 and self.before not in self.harmless:
+                self.write(self.before)
 
 
-EXACT_CUDA, EXACT_CPU = ExactProducts(torch.backends.cuda.matmul), ExactProducts(torch.backends.mkldnn.matmul)
+def held(switch, name: str, needed, *harmless) -> Held:
+    """Of an attribute of torch.backends."""
+    read, write = functools.partial(getattr, switch, name), functools.partial(setattr, switch, name)
+    return Held(read, write, needed, (needed, *harmless))
+
+
+CUDA_PRODUCTS = torch.backends.cuda.matmul
+if hasattr(CUDA_PRODUCTS, "fp32_precision"):
+    EXACT_CUDA = held(CUDA_PRODUCTS, "fp32_precision", "ieee", "none")
+    EXACT_CPU = held(torch.backends.mkldnn.matmul, "fp32_precision", "ieee", "none")
+else:  # torch 2.8: one switch for all devices
+    precision = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+    EXACT_CUDA = EXACT_CPU = Held(*precision, "highest", ("highest",))
+FLOAT32_SUMS = held(
+    CUDA_PRODUCTS, "allow_fp16_accumulation", False
+)  # of float16 products; cuBLAS refuses otherwise
 
 
 @contextlib.contextmanager

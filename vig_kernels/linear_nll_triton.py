@@ -242,7 +242,9 @@ def combine_kernel(
     if entropy is not None:
         tl.store(entropy + row, tl.where(live, log_s - tl.sum(dot, axis=0) / s, 0.0), mask=inside)
     if argmax is not None:
-        tl.store(argmax + row, tl.where(live, tl.min(best, axis=0), -1).to(tl.int64), mask=inside)
+        found = tl.min(best, axis=0)
+        found = tl.where(found < V, found, 0)  # none is the greatest of NaN logits
+        tl.store(argmax + row, tl.where(live, found, -1).to(tl.int64), mask=inside)
 
 
 class Partials:

@@ -49,45 +49,54 @@ def mend_hidden_kernel(
 def mend_weight_kernel(
     total,  # (high - low, D) float32, added to
     hidden,  # (N, D)
-    residual,  # (entries,) float32
+    residual,  # (n,) float32, of the rows of the block
     target,  # (entries,) int64, ascending
-    row_of,  # (entries,) int64: the row of `hidden`
+    place,  # (entries,) int64: the row of the block
+    row_of,  # (n,) int64: where that row stands in `hidden`; None where it is the same row
     stride_total,
     stride_hidden,
     entries,
     low,
     high,
     D,
+    ENTRIES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """total[target - low] += residual hidden[row_of], for targets in [low, high). Grid: (entries, blocks of D).
+    """total[target] += residual hidden[row], for targets in [low, high). Grid: (tiles of ENTRIES, blocks of D).
 
-    The program of a target's first entry adds all of them, BLOCK_R at a time; the others return.
+    A program goes through its entries; at a target's first one it adds all of them, BLOCK_R at a time, also those
+    beyond its own. Most programs find no entry in the range and return.
     """
-    first = tl.program_id(0)
-    mine = tl.load(target + first)
-    before = tl.load(target + first - 1, mask=first > 0, other=-1)
-    if (mine < low) | (mine >= high) | (mine == before):
+    tile = tl.program_id(0) * ENTRIES
+    mine = tile + tl.arange(0, ENTRIES)
+    words = tl.load(target + mine, mask=mine < entries, other=-1)
+    if tl.sum(((words >= low) & (words < high)).to(tl.int32), axis=0) == 0:
         return
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    sums = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    start = first
-    while start < entries:
-        entry = start + tl.arange(0, BLOCK_R)
-        same = tl.load(target + entry, mask=entry < entries, other=-1) == mine
-        row = tl.load(row_of + entry, mask=same, other=0)
-        lost = tl.load(residual + entry, mask=same, other=0.0)
-        at = hidden + row[:, None] * stride_hidden + column[None, :]
-        h = tl.load(at, mask=same[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
-        sums += tl.sum(h * lost[:, None], axis=0)
-        more = tl.sum(same.to(tl.int32), axis=0) == BLOCK_R
-        start = tl.where(more, start + BLOCK_R, entries)
-    to = total + (mine - low) * stride_total + column
-    tl.store(to, tl.load(to, mask=column < D, other=0.0) + sums, mask=column < D)
+    for first in range(tile, tl.minimum(tile + ENTRIES, entries)):
+        word = tl.load(target + first)
+        before = tl.load(target + first - 1, mask=first > 0, other=-1)
+        start = tl.where((word >= low) & (word < high) & (word != before), first, entries)
+        if start < entries:
+            sums = tl.zeros((BLOCK_D,), dtype=tl.float32)
+            while start < entries:
+                entry = start + tl.arange(0, BLOCK_R)
+                same = tl.load(target + entry, mask=entry < entries, other=-1) == word
+                row = tl.load(place + entry, mask=same, other=0)
+                lost = tl.load(residual + row, mask=same, other=0.0)
+                if row_of is not None:
+                    row = tl.load(row_of + row, mask=same, other=0)
+                at = hidden + row[:, None] * stride_hidden + column[None, :]
+                h = tl.load(at, mask=same[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
+                sums += tl.sum(h * lost[:, None], axis=0)
+                more = tl.sum(same.to(tl.int32), axis=0) == BLOCK_R
+                start = tl.where(more, start + BLOCK_R, entries)
+            to = total + (word - low) * stride_total + column
+            tl.store(to, tl.load(to, mask=column < D, other=0.0) + sums, mask=column < D)
 
 
-BLOCK_N, BLOCK_R, BLOCK_D = 16, 8, 256
+ENTRIES, BLOCK_N, BLOCK_R, BLOCK_D = 32, 16, 8, 256
 
 
 def block_of(D: int) -> int:
@@ -120,8 +129,8 @@ class TargetResidual:
         rows: where the rows of the block stand in `hidden`; None where they are its rows.
         """
         (words, D), entries, block = total.shape, self.order.shape[0], block_of(total.shape[1])
-        row_of = self.order if rows is None else rows[self.order]
-        mend_weight_kernel[(entries, triton.cdiv(D, block))](
-            total, hidden, self.lost[self.order], self.sorted, row_of, total.stride(0), hidden.stride(0), entries,
-            first_vocab, first_vocab + words, D, BLOCK_R=BLOCK_R, BLOCK_D=block, num_warps=4, enable_fp_fusion=True,
+        mend_weight_kernel[(triton.cdiv(entries, ENTRIES), triton.cdiv(D, block))](
+            total, hidden, self.lost, self.sorted, self.order, rows, total.stride(0), hidden.stride(0), entries,
+            first_vocab, first_vocab + words, D, ENTRIES=ENTRIES, BLOCK_R=BLOCK_R, BLOCK_D=block, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip

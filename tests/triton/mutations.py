@@ -147,13 +147,13 @@ MUTATIONS = [
     ),
     *_faults(
         "mend weight", RESIDUAL,
-        ("every row adds its target's", " | (mine == before)", ""),
+        ("every row adds its target's", " & (word != before)", ""),
         ("later rows dropped", "tl.where(more, start + BLOCK_R, entries)", "entries"),
         ("sums overwritten", "tl.load(to, mask=column < D, other=0.0) + sums", "sums"),
         ("ignored rows kept", "target.masked_fill(target == ignore_index, -1)", "target"),
         ("chunk of the vocabulary forgotten", "first_vocab, first_vocab + words", "0, words"),
-        ("rows taken unsorted", "rows[self.order]", "rows"),
-        ("residuals taken unsorted", "hidden, self.lost[self.order]", "hidden, self.lost"),
+        ("rows taken unsorted", "row = tl.load(place + entry, mask=same, other=0)", "row = entry"),
+        ("residuals taken unsorted", "residual + row, mask=same", "residual + entry, mask=same"),
     ),
     *_faults(
         "mend hidden", RESIDUAL,
