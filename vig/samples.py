@@ -214,10 +214,8 @@ def _image_source(value: Any, root: str | None, key: str, id: str) -> ImageSourc
     real, real_root = _real_path(path), _real_folder(root)
     if _lies_in(real_root, real) or _is_blob_of_snapshot(path, real_root, real):
         return Path(real)
-    reason, cure = (
-        f"the image path {value} leaves the image root {root}",
-        "Set --image-root to a folder above it",
-    )
+    reason = f"the image path {value} leaves the image root {root}"
+    cure = "Set --image-root to a folder above it"
     if any(_lies_in(folder, os.path.normpath(path)) for folder in (os.path.normpath(root), real_root)):
         if os.environ.get(FOLLOW_LINKS) == "1":
             return Path(real)

@@ -28,10 +28,8 @@ from .tile_configs import head_config, regular
 # of the promised 256 MiB; float32 gradients are summed in place, and leave all of it to the block
 EXTRA_BYTES = 240 * 2**20
 HIDDEN_BYTES = 160 * 2**20  # float32 sums of a 16-bit hidden gradient, at most
-WEIGHT_BYTES = (
-    48 * 2**20
-)  # float32 sums of a vocabulary chunk's weight gradient; more where little else is held
-BLOCK_BYTES = 64 * 2**20  # left for the block where they take more
+# float32 sums of a vocabulary chunk's weight gradient, more where little else is held; what is then left for the block
+WEIGHT_BYTES, BLOCK_BYTES = 48 * 2**20, 64 * 2**20
 GATHERED_BYTES = (
     80 * 2**20
 )  # kept rows of hidden and their gradient, at most; the float32 sums beside them are as much
@@ -220,8 +218,8 @@ def block_gain(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tuple[T
 
 def vocab_chunk(V: int, D: int, taken: int) -> int:
     """Vocabulary entries of a chunk, by the bytes that their float32 weight gradient may take beside those `taken`."""
-    bytes = max(WEIGHT_BYTES, EXTRA_BYTES - BLOCK_BYTES - taken)
-    return min(V, max(128, bytes // (4 * D) // 128 * 128))
+    room = max(WEIGHT_BYTES, EXTRA_BYTES - BLOCK_BYTES - taken)
+    return min(V, max(128, room // (4 * D) // 128 * 128))
 
 
 def row_chunk(N: int, D: int, columns: int, dtype: torch.dtype, needs, held: int, silent: bool) -> int:
