@@ -352,7 +352,8 @@ def test_python_dash_m_vig_is_the_same_program(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_are_one_line_and_exit_code_130(road, monkeypatch, capsys, number):
-    before = signal.getsignal(signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def interrupted(*_, **__):
         signal.raise_signal(number)
@@ -365,7 +366,8 @@ def test_ctrl_c_and_sigterm_are_one_line_and_exit_code_130(road, monkeypatch, ca
         with pytest.raises(SystemExit) as stop:
             main()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     said = capsys.readouterr().err
     assert stop.value.code == 130 and "vig: stopped" in said and "Traceback" not in said
 
