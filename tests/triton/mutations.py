@@ -164,7 +164,7 @@ MUTATIONS = [
     *_faults(
         "mend weight", RESIDUAL,
         ("int32 offset of hidden", "row[:, None] * stride_hidden", "row[:, None].to(tl.int32) * stride_hidden"),
-        ("int32 offset of the gradient", "(mine - low) * stride_total", "(mine - low).to(tl.int32) * stride_total"),
+        ("int32 offset of the gradient", "(word - low) * stride_total", "(word - low).to(tl.int32) * stride_total"),
         isolated=True,
     ),
     *_faults(
