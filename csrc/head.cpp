@@ -228,10 +228,9 @@ void PanelSweep::fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, 
                            const float* product, float* picked, KeptLogits keep) {
   const Kernels& k = head_.kernels;
   const int64_t first = panel * k.panel;
-  k.fold({product, rows, static_cast<int>(std::min<int64_t>(k.panel, head_.vocab - first)), first, chunk.target.data() + row,
-          picked + row, lanes_.get() + row * lane_floats(k.lanes, stats_), stats_,
-          fresh_ && place == 0, head_.scale,
-          bias_.get() + place * k.panel, head_.cap,
+  k.fold({product, rows, static_cast<int>(std::min<int64_t>(k.panel, head_.vocab - first)), first,
+          chunk.target.data() + row, picked + row, lanes_.get() + row * lane_floats(k.lanes, stats_), stats_,
+          fresh_ && place == 0, head_.scale, bias_.get() + place * k.panel, head_.cap,
           keep.data == nullptr ? nullptr : keep.data + ((panel - keep.first) * chunk.padded + row) * k.panel});
 }
 
