@@ -1,7 +1,7 @@
 """Builds the native extension `vig_kernels._native` with CMake; a failure is recorded, never fatal.
 
 Without a compiler the package still installs and runs on its other backends: `vig_kernels/_build.json` then holds
-the reason and the cure, which `vig_kernels.native.why_not()` hands to the user.
+the reason and the cure, which `vig_kernels.kernels.cpu.native.why_not()` hands to the user.
 """
 
 from __future__ import annotations

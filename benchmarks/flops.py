@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from vig import prefix
-from vig.plan import chunks
-from vig.prompts import Encoded
+from vig.models.prompts import Encoded
+from vig.scoring import prefix_sharing
+from vig.scoring.batching import chunks
 
 BATCH = 8  # of the plain loop
 
@@ -64,7 +64,7 @@ class Flops:
         seen: Counter = Counter()
         total = 0.0
         for item, content in zip(encoded, hashes, strict=True):
-            key = prefix.shared_by(item, content, image_token_id)
+            key = prefix_sharing.shared_by(item, content, image_token_id)
             shared, fed = len(key[1]), item.n_fed
             if not seen[key]:
                 total += self.image + shared * (self.token - self.last) + shared**2 / 2 * self.pair

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from vig_kernels import native
+from vig_kernels.kernels.cpu import native
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("csrc", "vig_kernels", "benchmarks")

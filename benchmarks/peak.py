@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.harness import quantile
-from vig_kernels import native
+from vig_kernels.kernels.cpu import native
 
 TRIALS = 5
 

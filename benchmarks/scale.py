@@ -87,9 +87,9 @@ def write_scores(folder: Path, samples: int) -> dict:
     """Rows as the scorer makes them, then stored: samples a second of `ScoreWriter.write`, and bytes a sample.
 
     Also a second of processor time, which the load of the machine leaves alone; and what the rows themselves take to
-    make of token lists and likelihoods (`vig.score.scored_row`), before they are stored."""
-    from vig.score import scored_row
-    from vig.store import ScoreWriter
+    make of token lists and likelihoods (`vig.scoring.scorer.scored_row`), before they are stored."""
+    from vig.scoring.scorer import scored_row
+    from vig.store.scores import ScoreWriter
 
     making = seconds = processor = 0.0
     with ScoreWriter(folder, {"model": "synthetic"}) as writer:
@@ -114,10 +114,10 @@ def write_scores(folder: Path, samples: int) -> dict:
 
 def synthetic_samples(start: int, rows: int) -> list[tuple]:
     """The same scores as the model's passes leave them: (LoadedRecord, TokenNLL) a sample, for `scored_row`."""
-    from vig.forward import TokenNLL
-    from vig.loader import LoadedRecord
-    from vig.prompts import Encoded
-    from vig.samples import Sample
+    from vig.data.samples import Sample
+    from vig.models.prompts import Encoded
+    from vig.scoring.dual_pass import TokenNLL
+    from vig.scoring.loader import LoadedRecord
 
     block = synthetic_block(start, rows)
     cuts = np.cumsum(block.n_tokens)[:-1]
@@ -135,7 +135,7 @@ def synthetic_samples(start: int, rows: int) -> list[tuple]:
 
 def synthetic_block(start: int, rows: int):
     """Scores with the entropy of real ones: token ids of a 32,000 vocabulary, NLLs of a gamma distribution."""
-    from vig.score_rows import ScoreBlock
+    from vig.store.rows import ScoreBlock
 
     draw = np.random.default_rng(start)
     lengths = draw.integers(1, 2 * TOKENS, rows)
@@ -179,7 +179,7 @@ def in_process(job: str, threads: int, source: Path, out: Path) -> dict:
 
 
 def select_job(source: Path, out: Path) -> dict:
-    from vig.select import select
+    from vig.selection.select import select
 
     begun = time.perf_counter()
     select(source, 70, out=out)
@@ -191,8 +191,8 @@ class Started(Exception):
 
 
 def start_job(source: Path, out: Path) -> dict:
-    from vig.engine import score_dataset
-    from vig.score import Scorer
+    from vig.scoring.run import score_dataset
+    from vig.scoring.scorer import Scorer
 
     checkpoint = Path(__file__).parent.parent / "vig" / "demo" / "checkpoint"
     scorer = Scorer(checkpoint)
@@ -208,11 +208,11 @@ def start_job(source: Path, out: Path) -> dict:
 
 def read_job(source: Path, _: Path) -> dict:
     """Reads all windows as the engine does, without scoring them."""
-    from vig import plan
-    from vig.samples import read_samples
+    from vig.data.samples import read_samples
+    from vig.scoring import batching
 
     begun, peaks, records = time.perf_counter(), [peak_mib()], 0
-    for window in plan.chunks(read_samples(source), WINDOW):
+    for window in batching.chunks(read_samples(source), WINDOW):
         records += len(window)
         peaks.append(peak_mib())
     seconds = time.perf_counter() - begun

@@ -10,7 +10,7 @@ from benchmarks import harness, peers
 from benchmarks.harness import Contender
 from benchmarks.heads import ScoreJudge, make_inputs
 from benchmarks.shapes import MODELS, Shape, score_cases
-from vig_kernels import native
+from vig_kernels.kernels.cpu import native
 
 PEAK_SECONDS = 0.15
 PRODUCTS = {"score": 1, "train": 3}  # of N, D and V: what `of_peak` counts of a suite's call

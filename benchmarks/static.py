@@ -21,15 +21,11 @@ import triton
 
 from benchmarks import static_counts, static_floors, static_kernels
 from benchmarks.static_kernels import TARGETS, Variant
-from vig_kernels import (
-    gaussian_blur_triton,
-    linear_cross_entropy_triton,
-    linear_nll_backward_triton,
-    linear_nll_triton,
-    logit_tiles_triton,
-    target_residual_triton,
-)
-from vig_kernels.tile_configs import BLUR, HEAD, IRREGULAR, TileConfig
+from vig_kernels.kernels.triton import gaussian_blur as gaussian_blur_triton
+from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
+from vig_kernels.kernels.triton import linear_nll as linear_nll_triton
+from vig_kernels.kernels.triton import linear_nll_backward, logit_tiles, target_residual
+from vig_kernels.kernels.triton.tile_configs import BLUR, HEAD, IRREGULAR, TileConfig
 
 STORE = Path(__file__).parent / "results" / "static.json"
 
@@ -123,9 +119,7 @@ def ast_source(entry: dict):
     target, dtype, kernel = entry["target"], entry["dtype"], entry["kernel"]
     if kernel in HEAD_VARIANTS:
         function = (
-            linear_nll_backward_triton.gradient_kernel
-            if kernel == "gradient"
-            else linear_nll_triton.fold_kernel
+            linear_nll_backward.gradient_kernel if kernel == "gradient" else linear_nll_triton.fold_kernel
         )
         return static_kernels.head_source(function, variant, dtype, tile, precision(target, dtype))
     if kernel.startswith("blur"):
@@ -150,13 +144,13 @@ def compile_row(entry: dict) -> dict:
 
 
 MODULES = {
-    "fold": (logit_tiles_triton, linear_nll_triton),
-    "store": (logit_tiles_triton, linear_nll_triton),
-    "gradient": (logit_tiles_triton, linear_nll_backward_triton),
+    "fold": (logit_tiles, linear_nll_triton),
+    "store": (logit_tiles, linear_nll_triton),
+    "gradient": (logit_tiles, linear_nll_backward),
     "combine": (linear_nll_triton,),
     "finish": (linear_cross_entropy_triton,),
-    "mend hidden": (target_residual_triton,),
-    "mend weight": (target_residual_triton,),
+    "mend hidden": (target_residual,),
+    "mend weight": (target_residual,),
     "blur read": (gaussian_blur_triton,),
     "blur write": (gaussian_blur_triton,),
 }

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vig_kernels.linear_cross_entropy_triton import chunk_rows
-from vig_kernels.tile_configs import BLUR, HEAD, NARROW
+from vig_kernels.kernels.triton.linear_cross_entropy import chunk_rows
+from vig_kernels.kernels.triton.tile_configs import BLUR, HEAD, NARROW
 
 
 @dataclass(frozen=True)

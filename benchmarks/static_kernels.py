@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vig_kernels import (
-    gaussian_blur_triton,
-    linear_cross_entropy_triton,
-    linear_nll_backward_triton,
-    linear_nll_triton,
-    target_residual_triton,
-)
-from vig_kernels.tile_configs import TileConfig
+from vig_kernels.kernels.triton import gaussian_blur as gaussian_blur_triton
+from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
+from vig_kernels.kernels.triton import linear_nll as linear_nll_triton
+from vig_kernels.kernels.triton import linear_nll_backward, target_residual
+from vig_kernels.kernels.triton.tile_configs import TileConfig
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -77,7 +74,7 @@ def head_source(kernel, variant: Variant, dtype: str, config: TileConfig, precis
 
 def block_type(kernel, variant: Variant, dtype: str) -> str | None:
     """The gradient block has the operands' type; the fold leaves float16 weights for 16-bit operands."""
-    if kernel is linear_nll_backward_triton.gradient_kernel:
+    if kernel is linear_nll_backward.gradient_kernel:
         return "*" + POINTER[dtype]
     return ("*fp32" if dtype == "float32" else "*fp16") if variant.store else None
 
@@ -134,11 +131,11 @@ def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:
 
 def mend_source(kernel: str, variant: Variant, dtype: str) -> ASTSource:
     """mend_hidden_kernel ("mend hidden") or mend_weight_kernel ("mend weight"); float32 blocks have no residual."""
-    function = getattr(target_residual_triton, kernel.replace(" ", "_") + "_kernel")
+    function = getattr(target_residual, kernel.replace(" ", "_") + "_kernel")
     data = "*" + POINTER[dtype]
-    sizes = {name: getattr(target_residual_triton, name) for name in ("ENTRIES", "BLOCK_N", "BLOCK_R")}
+    sizes = {name: getattr(target_residual, name) for name in ("ENTRIES", "BLOCK_N", "BLOCK_R")}
     constants = {name: size for name, size in sizes.items() if name in function.arg_names}
-    constants["BLOCK_D"] = target_residual_triton.BLOCK_D
+    constants["BLOCK_D"] = target_residual.BLOCK_D
     return source(function, {"weight": data, "hidden": data}, constants, aligned=variant.even_k)
 
 

@@ -34,10 +34,11 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.flops import BATCH, Flops
-from vig import forward, packed, prefix, score
-from vig.plan import chunks
-from vig.samples import Sample
-from vig.score import Scorer
+from vig.data.samples import Sample
+from vig.scoring import dual_pass, packed_attention, prefix_sharing
+from vig.scoring import scorer as scoring
+from vig.scoring.batching import chunks
+from vig.scoring.scorer import Scorer
 
 BATCH_TOKENS = 4096
 OUTSIDE = 0.08  # of the time outside the model's own layers, at most
@@ -304,10 +305,10 @@ def profile(scorer: Scorer, samples: Sequence[Sample]) -> dict[str, float]:
     steps = {
         "images: the tower": [(tower, "forward") for tower in towers],
         "text: the layers": [(text, "forward") for text in texts],
-        "head: linear_vig": [(forward, "linear_vig")],
-        "decoding, processor, tokens": [(score, "load_records")],
+        "head: linear_vig": [(dual_pass, "linear_vig")],
+        "decoding, processor, tokens": [(scoring, "load_records")],
         "null images": [(scorer.passes, "null_pixels")],
-        "rows, masks, padding": [(prefix, "row_inputs"), (packed, "packed_inputs")],
+        "rows, masks, padding": [(prefix_sharing, "row_inputs"), (packed_attention, "packed_inputs")],
     }
     with ExitStack() as stack:
         for step, places in steps.items():

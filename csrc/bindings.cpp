@@ -128,7 +128,7 @@ py::dict isas() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "CPU kernels of vig_kernels; reached through vig_kernels.native only.";
+  m.doc() = "CPU kernels of vig_kernels; reached through vig_kernels.kernels.cpu.native only.";
   m.def("isas", isas, "Instruction sets, best first: name -> None, or why this machine cannot run it.");
   m.def("isa", [](const std::string& name) { return std::string(vig::select_kernels(name.c_str()).name); },
         "The instruction set that `name` selects; '' is the best one of this machine.");

@@ -21,9 +21,9 @@ from pathlib import Path
 import tiny
 import torch
 
-from vig import plan
-from vig.engine import score_dataset
-from vig.score import Scorer
+from vig.scoring import batching
+from vig.scoring.run import score_dataset
+from vig.scoring.scorer import Scorer
 
 WINDOW = 8
 
@@ -32,14 +32,14 @@ def child(model, data: Path, out: Path, aim: int | None = None) -> None:
     if aim is not None:
         die_at_call(aim)
     plans = os.open(f"{out}.plans", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    cut = plan.batches
+    cut = batching.batches
 
     def recorded(*args, **options):
         batches = cut(*args, **options)
         os.write(plans, f"{args!r} {options!r} {batches!r}\n".encode())
         return batches
 
-    plan.batches = recorded
+    batching.batches = recorded
     score_dataset(Scorer(model, tiny.llava_processor(), batch_tokens=256), data, out, window=WINDOW)
 
 

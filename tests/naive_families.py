@@ -16,9 +16,9 @@ import torch
 from scipy.ndimage import gaussian_filter
 from tiny_families import TILE
 
-from vig.prompts import Encoder
-from vig.samples import Sample, text_of
-from vig.score import Scorer
+from vig.data.samples import Sample, text_of
+from vig.models.prompts import Encoder
+from vig.scoring.scorer import Scorer
 
 
 def sample(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vig_kernels import native
+from vig_kernels.kernels.cpu import native
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 
 import vig
 from vig.cli import app, main
-from vig.null_image import NULLS
-from vig.samples import DataError, SampleError
-from vig.store import SettingsDiffer, read_scores, read_selection, selection_metadata
+from vig.data.samples import DataError, SampleError
+from vig.models.null_image import NULLS
+from vig.store.scores import SettingsDiffer, read_scores, read_selection, selection_metadata
 from vig_kernels import BackendUnavailable
 from vig_kernels.__main__ import main as kernels
 
-TRAIN = importlib.import_module("vig.train")  # the module: `vig.train` is the function
+TRAIN = importlib.import_module("vig.training.train")
 ROOT = Path(__file__).parent.parent
 
 
@@ -205,7 +205,7 @@ def test_wrong_values_of_training_exit_with_2(road, option, value, monkeypatch, 
 
 @pytest.mark.parametrize("command", ["score", "train"])
 def test_data_that_is_not_there_is_said_before_the_model_is_read(road, tmp_path, monkeypatch, command):
-    monkeypatch.setattr("vig.score.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("vig.scoring.scorer.load", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setattr(TRAIN, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(DataError, match="no such data"):
         call(command, road / "model", road / "nowhere.json", "-o", tmp_path / "out")
@@ -218,7 +218,7 @@ def test_names_of_folders_are_printed_as_they_are(road, tmp_path):
 
 
 def test_a_backend_that_is_not_here_is_said_before_the_model_is_read(road, tmp_path, monkeypatch):
-    monkeypatch.setattr("vig.score.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("vig.scoring.scorer.load", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setattr("vig_kernels.dispatch.why_not", lambda *_: "not today")
     with pytest.raises(BackendUnavailable, match="cpu: not today"):
         call("score", road / "model", road / "data.json", "-o", tmp_path / "s", "--backend", "cpu")
@@ -359,7 +359,7 @@ def test_ctrl_c_and_sigterm_are_one_line_and_exit_code_130(road, monkeypatch, ca
         signal.raise_signal(number)
         raise AssertionError("went on")
 
-    monkeypatch.setattr("vig.engine.score_dataset", interrupted)
+    monkeypatch.setattr("vig.scoring.run.score_dataset", interrupted)
     monkeypatch.chdir(road)
     monkeypatch.setattr(sys, "argv", ["vig", "score", "model", "data.json", "-o", "stopped"])
     try:
@@ -374,8 +374,9 @@ def test_ctrl_c_and_sigterm_are_one_line_and_exit_code_130(road, monkeypatch, ca
 
 @pytest.mark.parametrize("name", ["inspect", "report", "select", "train"])
 def test_a_public_name_is_the_function_whatever_was_imported_before(name):
+    home = vig._HOMES[name]
     program = (
-        f"import vig, importlib; importlib.import_module('vig.{name}'); from vig.{name} import {name} as first\n"
+        f"import vig, importlib; first = getattr(importlib.import_module('{home}'), '{name}')\n"
         f"from vig import {name}; assert {name} is first is vig.{name} and callable({name}), {name}\n"
         "from vig import *\n"
         f"assert all(callable(getattr(vig, n)) for n in vig.__all__) and {name} is first\n"

@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+from vig.data.images import open_images
+from vig.data.samples import BrokenRecord, read_samples
 from vig.demo import dataset, measures, nulls, scenes
 from vig.demo.arms import CHECKPOINT, Job
 from vig.demo.evaluate import Exam
-from vig.engine import score_dataset
-from vig.images import open_images
-from vig.null_image import NullSettings
-from vig.prompts import Encoder
-from vig.samples import BrokenRecord, read_samples
-from vig.score import Scorer
-from vig.score_rows import ScoreRow
+from vig.models.null_image import NullSettings
+from vig.models.prompts import Encoder
+from vig.scoring.run import score_dataset
+from vig.scoring.scorer import Scorer
+from vig.store.rows import ScoreRow
 
 ROOT = Path(__file__).parents[1]
 

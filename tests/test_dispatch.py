@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vig_kernels
+import vig_kernels.kernels.triton
 from vig_kernels import (
     BackendUnavailable,
     backends,
@@ -15,9 +16,9 @@ from vig_kernels import (
     linear_cross_entropy,
     linear_nll,
     linear_vig,
-    native,
     reference,
 )
+from vig_kernels.kernels.cpu import native
 
 CPU = torch.device("cpu")
 HIDDEN, WEIGHT, TARGET = torch.randn(4, 8), torch.randn(11, 8), torch.tensor([0, 10, -100, 3])
@@ -60,10 +61,10 @@ def test_environment_overrides_auto_only(monkeypatch):
 
 
 def test_a_module_that_is_missing_or_broken_has_a_reason(tmp_path, monkeypatch):
-    broken = tmp_path / "linear_nll_triton.py"
+    broken = tmp_path / "linear_nll.py"
     broken.write_text("import a_package_that_is_not_there\n")
-    monkeypatch.setattr(vig_kernels, "__path__", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "vig_kernels.linear_nll_triton", raising=False)
+    monkeypatch.setattr(vig_kernels.kernels.triton, "__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "vig_kernels.kernels.triton.linear_nll", raising=False)
     load = dispatch._load.__wrapped__
     assert "a_package_that_is_not_there" in load("linear_nll", "triton")
     assert load("linear_nll", "abacus") == "not part of this build"

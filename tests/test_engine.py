@@ -19,14 +19,24 @@ import tiny
 import torch
 from torch.utils.data import dataloader
 
-from vig import engine, fingerprints, loader, samples
-from vig.engine import RecordCount, dry_run_dataset, first_records, part_of, run_settings, score_dataset
-from vig.files import FolderInUse, lock_folder
-from vig.fingerprints import data_fingerprint
-from vig.samples import DataError, read_samples
-from vig.score import NOISE_SAMPLES, Scorer
-from vig.score_folder import output_folder
-from vig.store import ScoreWriter, SettingsDiffer, StoreError, read_scores, unfinished, write_shard
+from vig.data import samples
+from vig.data.files import FolderInUse, lock_folder
+from vig.data.samples import DataError, read_samples
+from vig.scoring import loader
+from vig.scoring import run as scoring_run
+from vig.scoring.run import RecordCount, dry_run_dataset, first_records, part_of, run_settings, score_dataset
+from vig.scoring.scorer import NOISE_SAMPLES, Scorer
+from vig.store import fingerprints
+from vig.store.fingerprints import data_fingerprint
+from vig.store.folder import output_folder
+from vig.store.scores import (
+    ScoreWriter,
+    SettingsDiffer,
+    StoreError,
+    read_scores,
+    unfinished,
+    write_shard,
+)
 
 HERE = Path(__file__).parent
 N_SAMPLES = 64
@@ -365,7 +375,7 @@ def test_the_first_batch_waits_for_one_window_alone(tmp_path, data, monkeypatch)
 
     one = scorer()
     one.noise_floor = lambda records: consumed.clear()
-    monkeypatch.setattr(engine, "read_samples", counting)
+    monkeypatch.setattr(scoring_run, "read_samples", counting)
     score_dataset(
         one, data, tmp_path / "scores", window=8, on_progress=lambda _: at_first.append(len(consumed))
     )

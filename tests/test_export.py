@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from vig import export_records
-from vig.files import StoreError
-from vig.fingerprints import data_fingerprint
-from vig.samples import read_samples
-from vig.select import select
-from vig.store import ScoreRow, ScoreWriter
-from vig.trainer import keep_samples
+from vig.data.files import StoreError
+from vig.data.samples import read_samples
+from vig.selection.select import select
+from vig.store.fingerprints import data_fingerprint
+from vig.store.scores import ScoreRow, ScoreWriter
+from vig.training.trainer import keep_samples
 
 N = 40
 

@@ -25,16 +25,16 @@ from safetensors.torch import load_file
 from tiny import llava_model
 from tiny_families import FAMILIES
 
-from vig.families import ModelError, as_loaded, family_of, load, prove
-from vig.inspect import pictures
-from vig.loss import HeadTransform, count_kept, selective_loss
-from vig.null_image import NULLS
-from vig.prompts import Encoder
-from vig.samples import Sample, SampleError
-from vig.score import Scorer
-from vig.train import train
-from vig.train_batches import MicroBatches
-from vig.trainer import SelectiveCollator
+from vig.data.samples import Sample, SampleError
+from vig.models.families import ModelError, as_loaded, family_of, load, prove
+from vig.models.null_image import NULLS
+from vig.models.prompts import Encoder
+from vig.scoring.inspect import pictures
+from vig.scoring.scorer import Scorer
+from vig.training.batches import MicroBatches
+from vig.training.loss import HeadTransform, count_kept, selective_loss
+from vig.training.train import train
+from vig.training.trainer import SelectiveCollator
 
 NAMES = list(FAMILIES)
 TOLERANCE = 2e-4  # nats

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from vig import files
-from vig.files import LOCK, FolderLock, lock_folder
+from vig.data import files
+from vig.data.files import LOCK, FolderLock, lock_folder
 
 
 def test_a_released_lock_leaves_nothing_and_a_killed_holder_is_told_of(tmp_path):

@@ -6,7 +6,9 @@ import torch
 from cases import CASES, DTYPES, Case, assert_gradients, bound, eager_logits, make, runners
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vig_kernels import linear_cross_entropy, linear_cross_entropy_torch, linear_nll_torch, reference
+from vig_kernels import linear_cross_entropy, reference
+from vig_kernels.kernels.torch import linear_cross_entropy as linear_cross_entropy_torch
+from vig_kernels.kernels.torch import linear_nll as linear_nll_torch
 
 every = pytest.mark.parametrize(("backend", "device"), runners("linear_cross_entropy"))
 PLAIN = Case("plain", N=9, D=16, V=50, bias=True)

@@ -7,16 +7,10 @@ import torch
 from cases import CASES, DTYPES, Case, assert_gradients, bound, eager_logits, make, runners
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vig_kernels import (
-    gaussian_blur,
-    linear_cross_entropy,
-    linear_cross_entropy_torch,
-    linear_nll,
-    linear_nll_torch,
-    linear_vig,
-    reference,
-)
-from vig_kernels.linear_nll import with_rest
+from vig_kernels import gaussian_blur, linear_cross_entropy, linear_nll, linear_vig, reference
+from vig_kernels.kernels.torch import linear_cross_entropy as linear_cross_entropy_torch
+from vig_kernels.kernels.torch import linear_nll as linear_nll_torch
+from vig_kernels.ops.linear_nll import with_rest
 
 STATS = ("lse", "entropy", "argmax")
 RUNNERS = runners("linear_nll")
@@ -273,7 +267,7 @@ def test_float32_products_survive_global_tf32(monkeypatch):
 @pytest.mark.parametrize("limit", [1 << 30, 4000, 100], ids=["rows outside", "columns outside", "two sweeps"])
 def test_every_order_of_sums(limit, monkeypatch):
     """16-bit gradients choose the loop order by what can be buffered; the result may not depend on it."""
-    from vig_kernels import linear_nll_torch
+    from vig_kernels.kernels.torch import linear_nll as linear_nll_torch
 
     monkeypatch.setattr(linear_nll_torch, "BUFFER_BYTES", limit)
     monkeypatch.setattr(linear_nll_torch, "tile_shape", lambda width: (7, 11))

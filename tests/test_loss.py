@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
-from vig.loss import (
+from vig.training.loss import (
     HeadError,
     HeadTransform,
     count_kept,

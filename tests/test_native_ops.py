@@ -12,14 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vig_kernels
-from vig_kernels import (
-    gaussian_blur_cpu,
-    linear_cross_entropy_cpu,
-    linear_nll_cpu,
-    linear_vig_cpu,
-    native,
-    reference,
-)
+from vig_kernels import reference
+from vig_kernels.kernels.cpu import gaussian_blur as gaussian_blur_cpu
+from vig_kernels.kernels.cpu import linear_cross_entropy as linear_cross_entropy_cpu
+from vig_kernels.kernels.cpu import linear_nll as linear_nll_cpu
+from vig_kernels.kernels.cpu import linear_vig as linear_vig_cpu
+from vig_kernels.kernels.cpu import native
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
 ISAS = [name for name, reason in native.isas().items() if reason is None]

@@ -11,9 +11,9 @@ import torch
 from naive_families import SAMPLES, scorer
 from torch.nn.functional import scaled_dot_product_attention
 
-from vig import packed, prefix
-from vig.loader import load_record
-from vig.packed import Layout, Stretch, groups, packs
+from vig.scoring import packed_attention, prefix_sharing
+from vig.scoring.loader import load_record
+from vig.scoring.packed_attention import Layout, Stretch, groups, packs
 
 # alone, three branches behind a prefix, alone, two branches behind a longer one
 FOUND = [
@@ -63,17 +63,17 @@ def flash(monkeypatch):
 def attended(kernel: str, found: list[Stretch], *tensors: torch.Tensor, scaling=None) -> torch.Tensor:
     layout = Layout([], kernel)
     layout.found = found
-    token = packed._layout.set(layout)
+    token = packed_attention._layout.set(layout)
     try:
-        return packed.attend(None, *tensors, scaling=scaling)[0]
+        return packed_attention.attend(None, *tensors, scaling=scaling)[0]
     finally:
-        packed._layout.reset(token)
+        packed_attention._layout.reset(token)
 
 
-@pytest.mark.parametrize("keys", [packed.KEYS, 50, 1])
-@pytest.mark.parametrize("kernel", packed.KERNELS)
+@pytest.mark.parametrize("keys", [packed_attention.KEYS, 50, 1])
+@pytest.mark.parametrize("kernel", packed_attention.KERNELS)
 def test_attention_of_a_dense_mask(kernel, keys, monkeypatch, flash):
-    monkeypatch.setattr(packed, "KEYS", keys)
+    monkeypatch.setattr(packed_attention, "KEYS", keys)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, LENGTH, 8) for heads in (6, 2, 2))
     expected = scaled_dot_product_attention(
@@ -83,9 +83,9 @@ def test_attention_of_a_dense_mask(kernel, keys, monkeypatch, flash):
     assert (found - expected.transpose(1, 2)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("keys", [packed.KEYS, 50, 1])
+@pytest.mark.parametrize("keys", [packed_attention.KEYS, 50, 1])
 def test_every_token_is_attended_once_and_keys_stay_within_the_bound(keys, monkeypatch):
-    monkeypatch.setattr(packed, "KEYS", keys)
+    monkeypatch.setattr(packed_attention, "KEYS", keys)
     for parts in (groups(FOUND), packs(FOUND)):
         places = torch.cat([part.places for part in parts])
         assert sorted(places.tolist()) == list(range(LENGTH))
@@ -102,7 +102,9 @@ def test_a_value_that_is_not_finite_stays_in_its_stretch():
     assert out[:, :92].isfinite().all() and out[:, 92:].isnan().all()
 
 
-@pytest.mark.parametrize("family", [name for name in prefix.FAMILIES if name not in prefix.TWO_WAY_IMAGES])
+@pytest.mark.parametrize(
+    "family", [name for name in prefix_sharing.FAMILIES if name not in prefix_sharing.TWO_WAY_IMAGES]
+)
 def test_a_packed_batch_equals_its_samples_alone(family, flash):
     """Shared rows, samples alone and several images in one sequence; both kernels."""
     one = scorer(family)
@@ -115,7 +117,7 @@ def test_a_packed_batch_equals_its_samples_alone(family, flash):
     expected = [
         alone.score([sample], hashes=[names])[0] for sample, names in zip(encoded, hashes, strict=True)
     ]
-    for kernel in packed.KERNELS:
+    for kernel in packed_attention.KERNELS:
         one.passes.kernel = kernel
         found = one.passes.score(encoded, hashes=hashes)
         for value, other in zip(found, expected, strict=True):
@@ -124,43 +126,43 @@ def test_a_packed_batch_equals_its_samples_alone(family, flash):
 
 def test_the_model_attends_by_itself_again_afterwards():
     model = tiny_families.model("llava")
-    with pytest.raises(RuntimeError, match="on purpose"), packed.attention(model, Layout([])):
-        assert model.config.text_config._attn_implementation == packed.NAME
+    with pytest.raises(RuntimeError, match="on purpose"), packed_attention.attention(model, Layout([])):
+        assert model.config.text_config._attn_implementation == packed_attention.NAME
         raise RuntimeError("on purpose")
     assert model.config.text_config._attn_implementation == "sdpa"
 
 
 def test_which_models_are_not_packed():
-    assert packed.why_not(tiny_families.model("qwen3_vl")) is None
+    assert packed_attention.why_not(tiny_families.model("qwen3_vl")) is None
     for family, words in (
         ("gemma3", "not causal over the images"),
         ("paligemma", "not causal over the images"),
     ):
-        assert words in packed.why_not(tiny_families.model(family))
+        assert words in packed_attention.why_not(tiny_families.model(family))
     config = {"text": SimpleNamespace(_attn_implementation="sdpa", sliding_window=64)}
     model = SimpleNamespace(
         config=SimpleNamespace(model_type="llava", get_text_config=lambda: config["text"])
     )
-    assert "a window of tokens" in packed.why_not(model)
+    assert "a window of tokens" in packed_attention.why_not(model)
     config["text"] = SimpleNamespace(_attn_implementation="eager", sliding_window=None)
-    assert "eager" in packed.why_not(model)
+    assert "eager" in packed_attention.why_not(model)
 
 
 def test_without_the_package_the_cure_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ImportError, match="pip install flash-attn"):
-        packed.flash_kernel()
+        packed_attention.flash_kernel()
 
 
 def test_packing_that_moves_values_is_switched_off_and_said(tmp_path, monkeypatch):
     """Every branch sees the one before it: found by the proof, on the first samples."""
-    own = packed.stretches
+    own = packed_attention.stretches
 
     def leaking(rows):
         found = own(rows)
         return [one._replace(prefix_start=one.start - one.prefix) if one.prefix else one for one in found]
 
-    monkeypatch.setattr(packed, "stretches", leaking)
+    monkeypatch.setattr(packed_attention, "stretches", leaking)
     one, chosen = scorer("llava"), [sample for sample in SAMPLES if sample.images]
     with pytest.warns(UserWarning, match=r"moves values by \S+ nats, so it is off"):
         rows = one.score(chosen)

@@ -11,12 +11,12 @@ import torch
 from scipy.ndimage import gaussian_filter
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from vig.data.samples import read_samples
 from vig.demo import dataset
 from vig.demo.arms import CHECKPOINT
-from vig.null_image import NULLS
-from vig.prompts import Encoder
-from vig.samples import read_samples
-from vig.score import Scorer
+from vig.models.null_image import NULLS
+from vig.models.prompts import Encoder
+from vig.scoring.scorer import Scorer
 
 N_SAMPLES = 200
 TOLERANCE = 2e-4  # nats, float32

@@ -23,10 +23,10 @@ from naive_families import (
 from PIL import Image
 from tiny_families import FAMILIES, TILE
 
-from vig.families import FAMILIES as FAMILY_TABLE
-from vig.families import family_of
-from vig.loader import content_hash
-from vig.null_image import NULLS, NullSettings, PixelRange
+from vig.models.families import FAMILIES as FAMILY_TABLE
+from vig.models.families import family_of
+from vig.models.null_image import NULLS, NullSettings, PixelRange
+from vig.scoring.loader import content_hash
 from vig_kernels import gaussian_blur
 
 NAMES = list(FAMILIES)

@@ -16,14 +16,15 @@ import tiny_families
 import torch
 from naive_families import SAMPLES, naive_scores
 
-from vig import engine, score
-from vig.engine import first_records, score_dataset
-from vig.families import ModelError
-from vig.forward import TwoPasses
-from vig.loader import load_record
-from vig.samples import BrokenRecord, read_samples
-from vig.score import Progress, Scorer
-from vig.store import ScoreWriter, read_scores, score_metadata
+from vig.data.samples import BrokenRecord, read_samples
+from vig.models.families import ModelError
+from vig.scoring import run
+from vig.scoring import scorer as scoring
+from vig.scoring.dual_pass import TwoPasses
+from vig.scoring.loader import load_record
+from vig.scoring.run import first_records, score_dataset
+from vig.scoring.scorer import Progress, Scorer
+from vig.store.scores import ScoreWriter, read_scores, score_metadata
 
 N_SAMPLES = 40
 
@@ -88,9 +89,9 @@ def test_the_first_records_with_images_decide(monkeypatch):
     plain = [SAMPLES[1]] * 500
     broken = BrokenRecord("k", "", "s", None)
     assert first_records([broken, *plain, SAMPLES[0], *plain, SAMPLES[2]]) == [SAMPLES[0], SAMPLES[2]]
-    assert first_records([broken, *plain]) == [broken, *plain[: 4 * score.NOISE_SAMPLES - 1]]
-    assert len(first_records([SAMPLES[0]] * 500)) == 4 * score.NOISE_SAMPLES
-    monkeypatch.setattr(engine, "LOOK_AHEAD", 100)
+    assert first_records([broken, *plain]) == [broken, *plain[: 4 * scoring.NOISE_SAMPLES - 1]]
+    assert len(first_records([SAMPLES[0]] * 500)) == 4 * scoring.NOISE_SAMPLES
+    monkeypatch.setattr(run, "LOOK_AHEAD", 100)
     assert SAMPLES[0] not in first_records([*plain, SAMPLES[0]])
 
 
@@ -253,7 +254,7 @@ def test_the_last_layer_runs_on_answer_rows_alone(family, monkeypatch):
 
 
 def test_messages_of_failures_are_bounded_and_their_count_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(score, "KEPT_ERRORS", 3)
+    monkeypatch.setattr(scoring, "KEPT_ERRORS", 3)
     (tmp_path / "data.json").write_text(json.dumps([{"id": str(number)} for number in range(50)]))
     progress = score_dataset(scorer(), tmp_path / "data.json", tmp_path / "scores", window=8)
     assert (progress.failed, len(progress.errors), progress.done) == (50, 3, 50)

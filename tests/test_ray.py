@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import tiny
 
-from vig.engine import score_dataset
-from vig.score import Scorer
-from vig.store import StoreError, read_scores, score_files, unfinished
+from vig.scoring.run import score_dataset
+from vig.scoring.scorer import Scorer
+from vig.store.scores import StoreError, read_scores, score_files, unfinished
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 
-from vig.ray_engine import TRIES, Job, ScoreWindows, score_dataset_on_ray  # noqa: E402
+from vig.scoring.run_ray import TRIES, Job, ScoreWindows, score_dataset_on_ray  # noqa: E402
 
 HERE = Path(__file__).parent
 N_SAMPLES = 48
@@ -125,7 +125,7 @@ def test_it_resumes_the_plain_engine_and_retries_what_failed(road, cluster, plai
 
 
 def test_errors_of_the_model_come_through(road, cluster, tmp_path):
-    from vig.families import ModelError
+    from vig.models.families import ModelError
 
     with pytest.raises(ModelError, match="cannot load"):
         score_dataset_on_ray(tmp_path, road / "data.json", tmp_path / "scores", cpus_per_actor=0.5)

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from vig import readers
-from vig.images import open_images
-from vig.samples import BrokenRecord, DataError, Sample, answers, count_records, read_samples
-from vig.score import Scorer
+from vig.data import readers
+from vig.data.images import open_images
+from vig.data.samples import BrokenRecord, DataError, Sample, answers, count_records, read_samples
+from vig.scoring.scorer import Scorer
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,12 @@ import tiny
 from PIL import Image
 from transformers import AutoProcessor
 
-from vig.report import Page, SampleView, Word, _fitting, render, report
-from vig.report.facts import Counter, gather
-from vig.report.glue import token_texts, words
-from vig.report.page import EXACT_PIXELS, height_ticks, legend, rounded, shade, signed, ticks
-from vig.select import select
-from vig.store import (
+from vig.reporting.facts import Counter, gather
+from vig.reporting.page import EXACT_PIXELS, height_ticks, legend, rounded, shade, signed, ticks
+from vig.reporting.report import Page, SampleView, Word, _fitting, render, report
+from vig.reporting.viewer import token_texts, words
+from vig.selection.select import select
+from vig.store.scores import (
     ScoreBlock,
     ScoreRow,
     ScoreWriter,

@@ -14,8 +14,8 @@ import pytest
 import tiny
 from PIL import ExifTags, Image, ImageOps, features
 
-from vig.images import open_image, open_images
-from vig.samples import (
+from vig.data.images import open_image, open_images
+from vig.data.samples import (
     BrokenRecord,
     DataError,
     Sample,
@@ -86,7 +86,7 @@ def test_duplicate_ids_are_allowed_and_keys_are_unique(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 def test_an_array_is_read_item_by_item(tmp_path, chunk):
-    from vig.readers import array_rows
+    from vig.data.readers import array_rows
 
     items = [{"a": [1, 2, {"b": "]},[ü😀"}]}, 12345, "x", [], None, {"n": -1.5e-3}]
     path = tmp_path / "array.json"

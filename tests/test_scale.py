@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks import scale
-from vig.score import scored_row
-from vig.select import select
-from vig.store import ScoreBlock, ScoreWriter, count_rows
+from vig.scoring.scorer import scored_row
+from vig.selection.select import select
+from vig.store.scores import ScoreBlock, ScoreWriter, count_rows
 
 SAMPLES = 3 * scale.WINDOW
 

@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from vig import plan
-from vig.engine import score_dataset
-from vig.families import ModelError, as_loaded, load
-from vig.images import open_image, open_images
-from vig.loader import content_hash, load_records
-from vig.null_image import NULLS, PixelRange
-from vig.prompts import Encoder, PromptError, without_images
-from vig.samples import Sample, answers, caption_turns, read_samples, sample_from_record
-from vig.score import Scorer
-from vig.score_folder import settings_differences
-from vig.select import select
-from vig.store import StoreError, read_scores, score_metadata, unfinished
+from vig.data.images import open_image, open_images
+from vig.data.samples import Sample, answers, caption_turns, read_samples, sample_from_record
+from vig.models.families import ModelError, as_loaded, load
+from vig.models.null_image import NULLS, PixelRange
+from vig.models.prompts import Encoder, PromptError, without_images
+from vig.scoring import batching
+from vig.scoring.loader import content_hash, load_records
+from vig.scoring.run import score_dataset
+from vig.scoring.scorer import Scorer
+from vig.selection.select import select
+from vig.store.folder import settings_differences
+from vig.store.scores import StoreError, read_scores, score_metadata, unfinished
 
 N_SAMPLES = 200
 WORDS = ("red", "a", "blue ball", "the cat sat", "no", "Two dogs, one bird.", "yes it is", "ü")
@@ -195,7 +195,7 @@ def test_shuffle_passes_over_equal_and_broken_images(tmp_path):
 def test_shuffle_depends_on_neither_blocks_nor_batches(data, monkeypatch, workers):
     samples = [sample for sample in read_samples(data) if len(sample.images) == 1][:25]
     whole = scorer(null="shuffle").score(samples)
-    monkeypatch.setattr(plan, "BLOCK", 8)  # the last block is one sample
+    monkeypatch.setattr(batching, "BLOCK", 8)  # the last block is one sample
     for options in ({}, {"share": False}, {"batch_size": 1}):
         rows = scorer(null="shuffle", workers=workers, **options).score(samples)
         assert {row.status for row in rows} == {"ok"}
@@ -499,19 +499,19 @@ def test_a_checkpoint_on_disk_scores_like_the_model_in_memory(tmp_path, data):
 
 def test_batches_keep_the_budget_and_every_item():
     lengths = [5, 90, 30, 30, 7, 200, 1, 64, 64]
-    cut = plan.batches(lengths, budget=128)
+    cut = batching.batches(lengths, budget=128)
     assert sorted(index for batch in cut for index in batch) == list(range(len(lengths)))
     for batch in cut:
         assert len(batch) == 1 or max(lengths[index] for index in batch) * len(batch) <= 128
     assert cut[0] == [5]  # the longest first, alone because it is over the budget
-    assert all(len(batch) <= 2 for batch in plan.batches(lengths, 10_000, max_rows=2))
-    assert plan.batches([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]  # full to the last token, in order
-    assert plan.batches([], 10) == []
+    assert all(len(batch) <= 2 for batch in batching.batches(lengths, 10_000, max_rows=2))
+    assert batching.batches([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]  # full to the last token, in order
+    assert batching.batches([], 10) == []
 
 
 def test_shards():
-    assert plan.parse_shard("3/8") == (3, 8)
+    assert batching.parse_shard("3/8") == (3, 8)
     for wrong in ("8/8", "x", "1", "-1/2", "1/0"):
         with pytest.raises(ValueError, match="expected i/n"):
-            plan.parse_shard(wrong)
-    assert [number for number in range(6) if plan.in_shard(number, (1, 3))] == [1, 4]
+            batching.parse_shard(wrong)
+    assert [number for number in range(6) if batching.in_shard(number, (1, 3))] == [1, 4]

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vig import selection_table
-from vig.files import FolderInUse, lock_folder
-from vig.select import select, token_draws
-from vig.store import (
+from vig.data.files import FolderInUse, lock_folder
+from vig.selection.select import select, token_draws
+from vig.store import selections
+from vig.store.scores import (
     ScoreBlock,
     ScoreRow,
     ScoreWriter,
@@ -266,7 +266,7 @@ def test_two_never_write_one_folder_and_what_a_killed_one_left_goes(scores, tmp_
 
 
 def test_a_selection_that_was_killed_between_its_files_is_refused(scores, tmp_path, monkeypatch):
-    monkeypatch.setattr(selection_table, "FILE_TOKENS", 500)
+    monkeypatch.setattr(selections, "FILE_TOKENS", 500)
     select(scores, 70, out=tmp_path)
     files = sorted(tmp_path.iterdir())
     assert len(files) > 1 and len(read_selection(tmp_path)) == count_rows(scores)

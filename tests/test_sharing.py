@@ -18,11 +18,12 @@ import tiny_families
 import torch
 from torch.utils.data import dataloader
 
-from vig import features, forward, loader, plan, prefix
-from vig.loader import load_record, load_records
-from vig.null_image import NULLS
-from vig.samples import read_samples
-from vig.score import Scorer
+from vig.data.samples import read_samples
+from vig.models import image_features
+from vig.models.null_image import NULLS
+from vig.scoring import batching, dual_pass, loader, prefix_sharing
+from vig.scoring.loader import load_record, load_records
+from vig.scoring.scorer import Scorer
 
 ANSWERS = ("a cat", "no", "two dogs and a bird", "red", "it is blue")
 
@@ -74,7 +75,7 @@ def differences(rows, others):
 # --- the same values ---
 
 
-@pytest.mark.parametrize("family", prefix.FAMILIES)
+@pytest.mark.parametrize("family", prefix_sharing.FAMILIES)
 def test_sharing_changes_no_value(data, family):
     shared, alone = scorer(family), scorer(family, share=False)
     assert max(differences(shared.score(read_samples(data)), alone.score(read_samples(data)))) < 2e-4
@@ -160,9 +161,11 @@ def test_each_image_and_prefix_is_computed_once_a_pass(tmp_path, monkeypatch):
     assert sum(tower) == 2 * 4  # clean and null of four images, each with two prefixes
     assert len(opened) == len(processed) == 4
     encoded = [one.encoder.encode(record) for record in records]
-    prefixes = {prefix.shared_by(item, item.sample.images, one.encoder.image_token_id) for item in encoded}
+    prefixes = {
+        prefix_sharing.shared_by(item, item.sample.images, one.encoder.image_token_id) for item in encoded
+    }
     least = sum(len(ids) for _, ids in prefixes)
-    least += sum(item.n_fed - prefix.prefix_length(item, 3) for item in encoded)
+    least += sum(item.n_fed - prefix_sharing.prefix_length(item, 3) for item in encoded)
     assert len(prefixes) == 8
     assert 2 * least <= sum(tokens) <= 2 * 1.15 * least  # a little padding
 
@@ -207,16 +210,16 @@ def test_workers_need_neither_open_files_nor_shared_memory(data, monkeypatch, tm
 
 
 def test_the_next_block_is_made_while_the_last_one_is_scored(data, monkeypatch):
-    monkeypatch.setattr(plan, "BLOCK", 8)
+    monkeypatch.setattr(batching, "BLOCK", 8)
     made, seen = [], []
-    blocks = plan.blocks
+    blocks = batching.blocks
 
     def noted(*given):
         for block in blocks(*given):
             made.append(len(block))
             yield block
 
-    monkeypatch.setattr(plan, "blocks", noted)
+    monkeypatch.setattr(batching, "blocks", noted)
     one, records = scorer(workers=1), list(read_samples(data))
     score_block = one._score_block
 
@@ -282,14 +285,14 @@ def test_how_many_workers_feed_a_device():
 
 
 @pytest.mark.parametrize(
-    "family", [name for name in prefix.FAMILIES if name not in features.MORE_THAN_FEATURES]
+    "family", [name for name in prefix_sharing.FAMILIES if name not in image_features.MORE_THAN_FEATURES]
 )
 def test_features_are_computed_apart_in_every_family_that_offers_it(family):
-    assert features.why_not(tiny_families.model(family)) is None
+    assert image_features.why_not(tiny_families.model(family)) is None
 
 
 def test_kept_features_are_bounded(monkeypatch):
-    kept = features.ImageFeatures(tiny.llava_model())
+    kept = image_features.ImageFeatures(tiny.llava_model())
     asked = []
 
     def pixels(places):
@@ -298,7 +301,7 @@ def test_kept_features_are_bounded(monkeypatch):
 
     one = kept.of(["a", "b", "a"], [16] * 3, pixels)["image"].pooler_output[0]
     assert asked == [[0, 1]] and one.shape == (48, 48) and torch.equal(one[:16], one[32:])
-    monkeypatch.setattr(features, "KEPT_BYTES", 2 * 16 * 48 * 4)
+    monkeypatch.setattr(image_features, "KEPT_BYTES", 2 * 16 * 48 * 4)
     again = kept.of(["c", "b"], [16] * 2, pixels)["image"].pooler_output[0]
     assert asked[1:] == [[0]] and torch.equal(again[16:], one[16:32])
     kept.of(["b", "a"], [16] * 2, pixels)
@@ -314,9 +317,11 @@ def test_sharing_that_moves_values_is_switched_off_and_said(data, monkeypatch):
 
     def all_see_all(model, branch, positions, input_ids):  # earlier branches are seen too: wrong
         order = torch.arange(branch.shape[1])
-        return prefix._added((order[:, None] >= order[None, :]).expand(len(branch), -1, -1), model.dtype)
+        return prefix_sharing._added(
+            (order[:, None] >= order[None, :]).expand(len(branch), -1, -1), model.dtype
+        )
 
-    monkeypatch.setattr(prefix, "_masks", all_see_all)
+    monkeypatch.setattr(prefix_sharing, "_masks", all_see_all)
     one = scorer("gemma3")
     with pytest.warns(UserWarning, match=r"moves values by \S+ nats, so it is off"):
         rows = one.score(read_samples(data))
@@ -325,16 +330,16 @@ def test_sharing_that_moves_values_is_switched_off_and_said(data, monkeypatch):
 
 
 def test_wrong_positions_are_found_by_the_proof(data, monkeypatch):
-    monkeypatch.setattr(prefix.Row, "positions", lambda row, whole: torch.arange(row.n_tokens))
+    monkeypatch.setattr(prefix_sharing.Row, "positions", lambda row, whole: torch.arange(row.n_tokens))
     with pytest.warns(UserWarning, match="so it is off"):
         scorer().score(read_samples(data, limit=12))
 
 
 def test_a_prefix_that_sees_what_follows_is_never_shared():
-    reason = prefix.why_not(tiny_families.model("paligemma"))
+    reason = prefix_sharing.why_not(tiny_families.model("paligemma"))
     assert "paligemma is not causal" in reason
     assert not scorer("paligemma").passes.share
-    assert prefix.why_not(tiny_families.model("llava")) is None
+    assert prefix_sharing.why_not(tiny_families.model("llava")) is None
 
 
 # --- rows and blocks ---
@@ -363,11 +368,11 @@ def test_an_answer_before_the_last_image_is_computed_alone(data):
     one = scorer()
     late = next(sample for sample in read_samples(data) if sample.id == "6")
     encoded = one.encoder.encode(late)
-    assert encoded.input_ids.count(3) > 1 and prefix.prefix_length(encoded, 3) == 0
-    alone = prefix.rows_of([encoded, encoded], [("a", "b")] * 2, 3, None, 10_000)
+    assert encoded.input_ids.count(3) > 1 and prefix_sharing.prefix_length(encoded, 3) == 0
+    alone = prefix_sharing.rows_of([encoded, encoded], [("a", "b")] * 2, 3, None, 10_000)
     assert [len(row.members) for row in alone] == [1, 1]  # though their images are the same
     behind = replace(encoded, answer_index=encoded.answer_index[-3:])
-    assert 0 < prefix.prefix_length(behind, 3) < behind.answer_index[0]
+    assert 0 < prefix_sharing.prefix_length(behind, 3) < behind.answer_index[0]
 
 
 def test_records_with_the_same_images_stand_together():
@@ -376,9 +381,9 @@ def test_records_with_the_same_images_stand_together():
             self.images = images
 
     records = [Record(b"a"), Record(b"b"), Record(), Record(b"a"), Record(b"a", b"b"), Record(), Record(b"b")]
-    assert plan.by_images(records) == [[0, 3], [1, 6], [2], [4], [5]]
-    assert plan.by_images(records[:1] * 5, most=2) == [[0, 1], [2, 3], [4]]
-    assert list(plan.blocks([10, 20, 30], lambda item: plan.BLOCK_BYTES // 2)) == [[10, 20], [30]]
+    assert batching.by_images(records) == [[0, 3], [1, 6], [2], [4], [5]]
+    assert batching.by_images(records[:1] * 5, most=2) == [[0, 1], [2, 3], [4]]
+    assert list(batching.blocks([10, 20, 30], lambda item: batching.BLOCK_BYTES // 2)) == [[10, 20], [30]]
 
 
 def test_a_batch_that_does_not_fit_is_halved_between_samples_that_share(data):
@@ -396,5 +401,5 @@ def test_a_batch_that_does_not_fit_is_halved_between_samples_that_share(data):
 
 
 def test_results_of_a_row_that_is_not_finite_are_taken_alone(data):
-    assert forward.TokenNLL(np.ones(2, np.float32), None).is_finite()
-    assert not forward.TokenNLL(np.ones(1, np.float32), np.array([np.nan], np.float32)).is_finite()
+    assert dual_pass.TokenNLL(np.ones(2, np.float32), None).is_finite()
+    assert not dual_pass.TokenNLL(np.ones(1, np.float32), np.array([np.nan], np.float32)).is_finite()

@@ -16,10 +16,10 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
-from vig import files, selection_table
-from vig.score_rows import CACHED_ROWS
-from vig.selection_table import SELECTION_SCHEMA, hash_keys, write_selection
-from vig.store import (
+from vig.data import files
+from vig.store import selections
+from vig.store.rows import CACHED_ROWS
+from vig.store.scores import (
     SCORE_SCHEMA,
     FolderInUse,
     ScoreBlock,
@@ -33,6 +33,7 @@ from vig.store import (
     unfinished,
     write_shard,
 )
+from vig.store.selections import SELECTION_SCHEMA, hash_keys, write_selection
 
 SETTINGS = {"model": "m", "null": {"kind": "blur", "params": {"sigma": 0.1}}, "dtype": "float32"}
 
@@ -267,7 +268,7 @@ def test_folders_with_the_manifest_under_its_old_name_go_on(tmp_path):
 
 def test_the_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     code = (
-        "import sys, os; from vig.store import ScoreWriter; w = ScoreWriter(sys.argv[1], {'model': 'm'});"
+        "import sys, os; from vig.store.scores import ScoreWriter; w = ScoreWriter(sys.argv[1], {'model': 'm'});"
         "child = os.fork()\n"
         "if child == 0:\n import time; os.close(1); time.sleep(20)\n"
         "else:\n print(child, flush=True); sys.stdin.read()"
@@ -388,10 +389,10 @@ def selection_batch(keys: list[str]) -> pa.RecordBatch:
     return pa.record_batch([keys, keys, keep, ids, kept], schema=SELECTION_SCHEMA)
 
 
-@pytest.mark.parametrize("limit", [selection_table.IN_MEMORY_BYTES, 0], ids=["memory", "mapped"])
+@pytest.mark.parametrize("limit", [selections.IN_MEMORY_BYTES, 0], ids=["memory", "mapped"])
 def test_selection_mapping(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(selection_table, "IN_MEMORY_BYTES", limit)
-    monkeypatch.setattr(selection_table, "FILE_TOKENS", 500)
+    monkeypatch.setattr(selections, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(selections, "FILE_TOKENS", 500)
     keys = [f"data.json#{index}" for index in range(1000)]
     batches = [selection_batch(keys[start : start + 100]) for start in range(0, 1000, 100)]
     write_selection(tmp_path, batches, lambda: {"selection": {"tau": 0.5}})
@@ -413,8 +414,8 @@ def test_selection_mapping(tmp_path, monkeypatch, limit):
 
 
 def test_equal_hashes_are_told_apart_by_key(monkeypatch):
-    monkeypatch.setattr(selection_table, "hash_keys", lambda keys: np.zeros(len(keys), np.uint64))
-    table = selection_table.SelectionTable(pa.Table.from_batches([selection_batch(list("abcdefg"))]))
+    monkeypatch.setattr(selections, "hash_keys", lambda keys: np.zeros(len(keys), np.uint64))
+    table = selections.SelectionTable(pa.Table.from_batches([selection_batch(list("abcdefg"))]))
     assert [len(table[key].token_ids) for key in "abcdefg"] == [0, 1, 2, 3, 0, 5, 6]
     assert "h" not in table
 

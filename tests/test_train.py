@@ -24,12 +24,12 @@ from test_trainer import masked_cross_entropy, samples, selection, stock_gradien
 from tiny import llava_model, llava_processor
 from transformers import LlavaForConditionalGeneration
 
-from vig.families import ModelError, load
-from vig.files import StoreError
-from vig.samples import SampleError
-from vig.train import plan_batches, train
-from vig.train_settings import SCHEDULES, TrainError, TrainSettings
-from vig.trainer import SelectiveCollator
+from vig.data.files import StoreError
+from vig.data.samples import SampleError
+from vig.models.families import ModelError, load
+from vig.training.settings import SCHEDULES, TrainError, TrainSettings
+from vig.training.train import plan_batches, train
+from vig.training.trainer import SelectiveCollator
 
 
 @pytest.fixture(scope="module")
@@ -509,7 +509,7 @@ def test_the_model_is_loaded_as_it_was_scored(processor, tmp_path, monkeypatch):
         seen.append((name, options))
         return replace(load(tmp_path / "model"), name=name, revision=options["revision"])
 
-    monkeypatch.setattr("vig.train_model.load", fake)
+    monkeypatch.setattr("vig.training.model.load", fake)
     chosen = scored_at(selection(processor, samples(2)), "us/llava", "abc123")
     asked = {"max_steps": 1, "attn": "eager", "trust_remote_code": True, "device": "cpu"}
     train("us/llava", samples(2), chosen, tmp_path / "out", **asked)

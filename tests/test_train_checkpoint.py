@@ -23,12 +23,12 @@ from torch.utils.data import dataloader
 from torch.utils.data._utils import worker
 from transformers import LlavaForConditionalGeneration
 
-from vig.families import ModelError
-from vig.files import FolderInUse, lock_folder
-from vig.score_folder import SettingsDiffer
-from vig.train import train
-from vig.train_settings import TrainError
-from vig.trainer import SelectiveCollator
+from vig.data.files import FolderInUse, lock_folder
+from vig.models.families import ModelError
+from vig.store.folder import SettingsDiffer
+from vig.training.settings import TrainError
+from vig.training.train import train
+from vig.training.trainer import SelectiveCollator
 
 STEPS = {"lr": 1e-2, "max_steps": 6, "batch_size": 2, "accumulate": 2, "log_every": 1, "save_every": 2}
 

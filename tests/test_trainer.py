@@ -26,15 +26,15 @@ from transformers import (
 )
 
 from vig import keep_samples, read_samples, read_selection, report
+from vig.data.files import StoreError
+from vig.data.samples import BrokenRecord, SampleError, sample_from_record
 from vig.demo.arms import CHECKPOINT
 from vig.demo.dataset import tuning_records, write_records
-from vig.files import StoreError
-from vig.prompts import Encoder
-from vig.samples import BrokenRecord, SampleError, sample_from_record
-from vig.score import Scorer
-from vig.select import Selection, select
-from vig.selection_table import Entry
-from vig.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer, open_selection
+from vig.models.prompts import Encoder
+from vig.scoring.scorer import Scorer
+from vig.selection.select import Selection, select
+from vig.store.selections import Entry
+from vig.training.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer, open_selection
 
 ANSWERS = (
     "red",

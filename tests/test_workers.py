@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from torch.utils.data import Dataset, dataloader
 
-from vig.files import StoreError
-from vig.samples import SampleError
-from vig.workers import SPOOL, Spool, made_ahead
+from vig.data.files import StoreError
+from vig.data.samples import SampleError
+from vig.data.workers import SPOOL, Spool, made_ahead
 
 
 class Unlike(RuntimeError):

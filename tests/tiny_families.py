@@ -12,7 +12,7 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.smolvlm import processing_smolvlm
 
-from vig import processors
+from vig.models import processors
 
 TILE = 16
 MEAN_STD = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}

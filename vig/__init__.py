@@ -14,32 +14,32 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vig.engine import score_dataset
-    from vig.export import export_records
-    from vig.inspect import inspect
-    from vig.report import report
-    from vig.samples import Sample, read_samples
-    from vig.score import Scorer
-    from vig.select import select
-    from vig.selection_table import read_selection
-    from vig.train import train
-    from vig.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer, keep_samples
+    from vig.data.samples import Sample, read_samples
+    from vig.reporting.report import report
+    from vig.scoring.inspect import inspect
+    from vig.scoring.run import score_dataset
+    from vig.scoring.scorer import Scorer
+    from vig.selection.export import export_records
+    from vig.selection.select import select
+    from vig.store.selections import read_selection
+    from vig.training.train import train
+    from vig.training.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer, keep_samples
 
 _HOMES = {
-    "FusedLossMixin": "vig.trainer",
-    "Sample": "vig.samples",
-    "Scorer": "vig.score",
-    "SelectiveCollator": "vig.trainer",
-    "SelectiveTrainer": "vig.trainer",
-    "export_records": "vig.export",
-    "inspect": "vig.inspect",
-    "keep_samples": "vig.trainer",
-    "read_samples": "vig.samples",
-    "read_selection": "vig.selection_table",
-    "report": "vig.report",
-    "score_dataset": "vig.engine",
-    "select": "vig.select",
-    "train": "vig.train",
+    "FusedLossMixin": "vig.training.trainer",
+    "Sample": "vig.data.samples",
+    "Scorer": "vig.scoring.scorer",
+    "SelectiveCollator": "vig.training.trainer",
+    "SelectiveTrainer": "vig.training.trainer",
+    "export_records": "vig.selection.export",
+    "inspect": "vig.scoring.inspect",
+    "keep_samples": "vig.training.trainer",
+    "read_samples": "vig.data.samples",
+    "read_selection": "vig.store.selections",
+    "report": "vig.reporting.report",
+    "score_dataset": "vig.scoring.run",
+    "select": "vig.selection.select",
+    "train": "vig.training.train",
 }
 
 __all__ = [

@@ -21,7 +21,7 @@ import vig
 from vig import terminal
 
 if TYPE_CHECKING:
-    from vig.score import Progress
+    from vig.scoring.scorer import Progress
 
 app = typer.Typer(
     help="Visual Information Gain: score, select, train, look. Source: arXiv 2602.17186.",
@@ -100,9 +100,9 @@ def inspect(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Show what the model sees of one sample: prompt, answer mask, image, null image, VIG of each token."""
-    from vig.inspect import find_sample, sheet, window_of
-    from vig.inspect import inspect as look
-    from vig.score import Scorer, check_settings
+    from vig.scoring.inspect import find_sample, sheet, window_of
+    from vig.scoring.inspect import inspect as look
+    from vig.scoring.scorer import Scorer, check_settings
 
     if picture.is_dir() or not picture.absolute().parent.is_dir():
         raise typer.BadParameter(f"{picture} is not the name of a file in a folder that is there")
@@ -164,15 +164,15 @@ def score(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
-    from vig import plan
-    from vig.engine import check_data, dry_run_dataset, score_dataset
-    from vig.score import Scorer, check_settings
+    from vig.scoring import batching
+    from vig.scoring.run import check_data, dry_run_dataset, score_dataset
+    from vig.scoring.scorer import Scorer, check_settings
 
     if retry not in (None, "failed"):
         raise typer.BadParameter(f"got {retry!r}, expected failed", param_hint="--retry")
     if engine not in ("plain", "ray"):
         raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
-    part = None if shard is None else _usage(plan.parse_shard, shard)
+    part = None if shard is None else _usage(batching.parse_shard, shard)
     _usage(check_settings, null, sigma, dtype, backend, end_of_turn, device)
     check_data(data, image_root)  # before a model is loaded
     terminal.quiet_libraries()
@@ -200,7 +200,7 @@ def score(
         "window": window,
     }
     if engine == "ray" and not dry_run:
-        from vig.ray_engine import score_dataset_on_ray
+        from vig.scoring.run_ray import score_dataset_on_ray
 
         with terminal.progress(err, "scoring") as on_progress:
             done = score_dataset_on_ray(
@@ -254,9 +254,9 @@ def select(
     """Choose samples and tokens from scores; no model is needed. Exit code 3: the scores are not complete."""
     import warnings
 
-    from vig.export import check_export, export_records
-    from vig.select import check_choice
-    from vig.select import select as choose
+    from vig.selection.export import check_export, export_records
+    from vig.selection.select import check_choice
+    from vig.selection.select import select as choose
 
     if clip is not None and not 0 < clip < 1:
         raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
@@ -348,7 +348,7 @@ def train(
     """
     from accelerate import PartialState
 
-    from vig.train import train as run
+    from vig.training.train import train as run
 
     terminal.quiet_libraries()
     with terminal.training(err) as on_progress:
@@ -384,7 +384,7 @@ def report(
     """Write one self-contained HTML page: image, null image, and each answer token coloured by its VIG."""
     from transformers import AutoProcessor
 
-    from vig.report import report as write
+    from vig.reporting.report import report as write
 
     terminal.quiet_libraries()
     given = None if processor is None else AutoProcessor.from_pretrained(processor)

@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from vig.engine import Estimate
-    from vig.inspect import Inspection
-    from vig.null_image import NullSettings
-    from vig.score import Progress
-    from vig.train import TrainProgress, TrainResult
+    from vig.models.null_image import NullSettings
+    from vig.scoring.inspect import Inspection
+    from vig.scoring.run import Estimate
+    from vig.scoring.scorer import Progress
+    from vig.training.train import TrainProgress, TrainResult
 
 LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
 SHOWN_ERRORS = 10

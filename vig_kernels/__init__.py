@@ -9,10 +9,10 @@ Four ops, each on several backends (`python -m vig_kernels` shows which can run 
 """
 
 from vig_kernels.dispatch import BackendUnavailable, backends
-from vig_kernels.gaussian_blur import gaussian_blur
-from vig_kernels.linear_cross_entropy import linear_cross_entropy
-from vig_kernels.linear_nll import linear_nll
-from vig_kernels.linear_vig import TokenVIG, linear_vig
+from vig_kernels.ops.gaussian_blur import gaussian_blur
+from vig_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from vig_kernels.ops.linear_nll import linear_nll
+from vig_kernels.ops.linear_vig import TokenVIG, linear_vig
 
 
 def __getattr__(name: str) -> str:

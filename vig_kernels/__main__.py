@@ -8,7 +8,8 @@ import os
 import torch
 
 import vig_kernels
-from vig_kernels import dispatch, native
+from vig_kernels import dispatch
+from vig_kernels.kernels.cpu import native
 
 
 def compiled_part() -> list[str]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -26,11 +26,11 @@ class BackendUnavailable(RuntimeError):
 
 @functools.cache
 def _load(op: str, backend: str) -> ModuleType | str:
-    """The module `vig_kernels.<op>_<backend>`, or the reason why there is none."""
+    """The module `vig_kernels.kernels.<backend>.<op>`, or the reason why there is none."""
     if backend == "reference":
         return importlib.import_module("vig_kernels.reference")
-    name = f"vig_kernels.{op}_{backend}"
-    if importlib.util.find_spec(name) is None:
+    name = f"vig_kernels.kernels.{backend}.{op}"
+    if find_spec(f"vig_kernels.kernels.{backend}") is None or find_spec(name) is None:
         return "not part of this build"
     try:
         return importlib.import_module(name)

@@ -1,6 +1,7 @@
 """What the Triton kernels must do, as functions of a package that holds them.
 
-The tests call them with `vig_kernels`, the mutation check with copies of it that have one seeded fault each.
+The tests call them with `vig_kernels.kernels.triton`, the mutation check with copies of it
+that have one seeded fault each.
 Exact values come from the float64 specification.
 """
 
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import torch
 
 from vig_kernels import reference
-from vig_kernels.linear_nll import with_rest
+from vig_kernels.ops.linear_nll import with_rest
 
 STATS = ("lse", "entropy", "argmax")
 OPTIONS = {"bias": None, "logit_scale": 1.0, "logit_softcap": None}
@@ -22,7 +23,7 @@ def load(package: str) -> SimpleNamespace:
     """The modules of a package of kernels."""
     names = ("linear_nll", "linear_nll_backward", "linear_vig", "linear_cross_entropy", "target_residual",
              "gaussian_blur")  # fmt: skip
-    found = {name: importlib.import_module(f"{package}.{name}_triton") for name in names}
+    found = {name: importlib.import_module(f"{package}.{name}") for name in names}
     return SimpleNamespace(**found, tile_configs=importlib.import_module(f"{package}.tile_configs"))
 
 

@@ -21,11 +21,11 @@ if __name__ == "__main__":
 import checks
 import torch
 
-import vig_kernels
+from vig_kernels.kernels.triton import tile_configs
 
-SOURCE = Path(vig_kernels.__file__).parent
-TILES, NLL, BACKWARD = "logit_tiles_triton", "linear_nll_triton", "linear_nll_backward_triton"
-LOSS, BLUR, RESIDUAL = "linear_cross_entropy_triton", "gaussian_blur_triton", "target_residual_triton"
+SOURCE = Path(tile_configs.__file__).parent
+TILES, NLL, BACKWARD = "logit_tiles", "linear_nll", "linear_nll_backward"
+LOSS, BLUR, RESIDUAL = "linear_cross_entropy", "gaussian_blur", "target_residual"
 
 
 @dataclass(frozen=True)
@@ -233,8 +233,7 @@ def copy_with(mutation: Mutation | None, folder: Path) -> str:
     """The name of a package in `folder` with the kernels and, in them, the fault."""
     package = folder / f"mutant_{abs(hash(mutation))}"
     package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    for path in [*SOURCE.glob("*_triton.py"), SOURCE / "tile_configs.py"]:
+    for path in SOURCE.glob("*.py"):
         text = path.read_text()
         if mutation is not None and path.stem == mutation.module:
             if mutation.old not in text:  # an error, not a catch

@@ -9,12 +9,13 @@ import triton
 from cases import CASES, Case, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vig_kernels import launch_triton, reference, tile_configs
-from vig_kernels.tile_configs import TileConfig
+from vig_kernels import reference
+from vig_kernels.kernels.triton import launch, tile_configs
+from vig_kernels.kernels.triton.tile_configs import TileConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = TileConfig(16, 32, 16, 1, 1, parts=2, group=2)
-KERNELS = checks.load("vig_kernels")
+KERNELS = checks.load("vig_kernels.kernels.triton")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -77,7 +78,7 @@ def test_chunks_and_company_change_no_bits(small_tiles):
 def test_ignored_rows_cost_nothing_in_any_chunk(small_tiles):
     hidden, weight, target, _ = checks.problem(N=40, ignored=False)
     target[20:] = -100
-    order, count = launch_triton.keep_order(target, -100)
+    order, count = launch.keep_order(target, -100)
     module, config = KERNELS.linear_nll, tile_configs.INTERPRETER
     for first, rows in ((0, 16), (16, 16), (32, 8)):
         partials = module.Partials(rows, 1, 75, config, (), hidden.device)
@@ -389,10 +390,10 @@ def test_fast_blur_takes_the_range_of_each_image():
     ids=str,
 )
 def test_a_gpu_takes_the_tiles_that_fit_it(capability, target, monkeypatch):
-    monkeypatch.setattr(launch_triton, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert launch_triton.target_of.__wrapped__(torch.device("cuda")) == target
+    assert launch.target_of.__wrapped__(torch.device("cuda")) == target
 
 
 @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)], ids=str)
@@ -400,15 +401,15 @@ def test_a_gpu_that_is_too_old_is_named(capability, runs, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reason = launch_triton.why_not(torch.device("cuda"))
+    reason = launch.why_not(torch.device("cuda"))
     assert reason is None if runs else "this is 7.5" in reason
 
 
 def test_descriptors_take_rows_on_16_byte_borders():
     whole = torch.zeros(9, 64)
-    assert launch_triton.fits_descriptor(whole)
-    assert not launch_triton.fits_descriptor(whole[:, 1:49]), "the base"
-    assert not launch_triton.fits_descriptor(torch.zeros(9, 50)[:, :48]), "the rows"
+    assert launch.fits_descriptor(whole)
+    assert not launch.fits_descriptor(whole[:, 1:49]), "the base"
+    assert not launch.fits_descriptor(torch.zeros(9, 50)[:, :48]), "the rows"
     tile = replace(SMALL, descriptor=True)
     assert tile_configs.regular(whole, tile) and not tile_configs.regular(whole[:, :50], tile)
     apart = torch.zeros(9, 50)[:, :48]

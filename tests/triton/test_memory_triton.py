@@ -13,10 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vig_kernels.linear_cross_entropy import HIDDEN_BUFFER_BYTES
-from vig_kernels.tile_configs import HEAD, NARROW
+from vig_kernels.kernels.triton.tile_configs import HEAD, NARROW
+from vig_kernels.ops.linear_cross_entropy import HIDDEN_BUFFER_BYTES
 
-KERNELS = checks.load("vig_kernels")
+KERNELS = checks.load("vig_kernels.kernels.triton")
 MIB = 2**20
 
 

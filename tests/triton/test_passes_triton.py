@@ -4,9 +4,9 @@ import checks
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vig_kernels import tile_configs
+from vig_kernels.kernels.triton import tile_configs
 
-KERNELS = checks.load("vig_kernels")
+KERNELS = checks.load("vig_kernels.kernels.triton")
 
 
 class Tiles:
@@ -94,6 +94,6 @@ def test_three_gemms_to_train_and_four_to_recompute(monkeypatch):
 
 def test_the_benchmarks_shapes_take_three():
     """At 8192 x 4096 in 16 bits the float32 hidden gradient still fits, so the gradients are formed early."""
-    from vig_kernels.linear_cross_entropy import HIDDEN_BUFFER_BYTES
+    from vig_kernels.ops.linear_cross_entropy import HIDDEN_BUFFER_BYTES
 
     assert HIDDEN_BUFFER_BYTES >= 4 * 8192 * 4096

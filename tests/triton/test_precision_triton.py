@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vig_kernels import gaussian_blur_triton, launch_triton
+from vig_kernels.kernels.triton import gaussian_blur as gaussian_blur_triton
+from vig_kernels.kernels.triton import launch
 
 STEP = 32  # BLOCK_K of the float32 tiles
 
@@ -53,10 +54,10 @@ def errors(terms, D: int, spread: float) -> np.ndarray:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "xpu"])
 def test_float32_is_never_plain_tf32(target, monkeypatch):
-    monkeypatch.setattr(launch_triton, "target_of", lambda device: target)
+    monkeypatch.setattr(launch, "target_of", lambda device: target)
     expected = "tf32x3" if target.startswith("sm_") else "ieee"
-    assert launch_triton.compute_precision(torch.ones(1)) == expected
-    assert launch_triton.compute_precision(torch.ones(1).bfloat16()) == "ieee"
+    assert launch.compute_precision(torch.ones(1)) == expected
+    assert launch.compute_precision(torch.ones(1).bfloat16()) == "ieee"
 
 
 @pytest.mark.parametrize("D", [576, 2048, 4096])

@@ -42,10 +42,10 @@ def run_jobs(folder: Path, jobs: list[Job]) -> Iterator[dict]:
     """Train and examine each job's model; yields arm, seed, the exam's figures, tokens and seconds of each."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+    from vig.data.samples import read_samples
     from vig.demo.evaluate import Exam
-    from vig.prompts import Encoder
-    from vig.samples import read_samples
-    from vig.train import train
+    from vig.models.prompts import Encoder
+    from vig.training.train import train
 
     processor = AutoProcessor.from_pretrained(CHECKPOINT)
     encoder = Encoder(processor)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 
+from vig.data.samples import BrokenRecord, read_samples
 from vig.demo.scenes import COLOUR_WORDS
-from vig.prompts import Encoder
-from vig.samples import BrokenRecord, read_samples
+from vig.models.prompts import Encoder
 
 
 class Figures(NamedTuple):

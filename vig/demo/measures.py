@@ -13,7 +13,7 @@ import numpy as np
 
 from vig.demo.scenes import COLOUR_WORDS, FUNCTION_WORDS, OBJECT_WORDS
 from vig.metrics import auroc
-from vig.store import read_scores
+from vig.store.scores import read_scores
 
 CLASSES = {"colour": COLOUR_WORDS, "object": OBJECT_WORDS, "function": FUNCTION_WORDS}
 

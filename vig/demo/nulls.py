@@ -20,8 +20,8 @@ from vig.demo.arms import CHECKPOINT
 from vig.demo.dataset import DATA_SEED, SAMPLES, Record, tuning_records, write_records
 from vig.demo.measures import CLASSES, chance_above, words_of
 from vig.demo.scenes import CANONICAL, COLOUR_WORDS, OBJECT_WORDS
-from vig.null_image import BLUR_SIGMA, NullSettings
-from vig.score_rows import ScoreRow
+from vig.models.null_image import BLUR_SIGMA, NullSettings
+from vig.store.rows import ScoreRow
 
 NULLS = (
     *(NullSettings("blur", sigma) for sigma in (0.02, 0.05, BLUR_SIGMA, 0.2, 0.4)),
@@ -41,8 +41,8 @@ class NullFigures(NamedTuple):
 
 def measure(null: NullSettings, data: Path) -> NullFigures:
     """Score the data with the shipped checkpoint under one null image."""
-    from vig.samples import read_samples
-    from vig.score import Scorer
+    from vig.data.samples import read_samples
+    from vig.scoring.scorer import Scorer
 
     scorer = Scorer(str(CHECKPOINT), dtype="float32", null=null.kind, sigma=null.sigma)
     words = words_of(scorer.loaded.processor.tokenizer)

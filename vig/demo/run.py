@@ -32,7 +32,7 @@ from vig.demo.dataset import (
     write_records,
 )
 from vig.demo.measures import vig_by, word_vig, words_of
-from vig.train_folder import RECORD
+from vig.training.folder import RECORD
 
 NAMES = {"base": "base, untuned", "all": "all tokens", "random": "random, same count", "vig": "VIG, p = 70"}
 

@@ -1,0 +1,1 @@
+"""From files to samples: formats, images, workers, and files that are whole or absent."""

@@ -1,0 +1,1 @@
+"""Model families, prompts and answer masks, pixels and null images, the LM head."""

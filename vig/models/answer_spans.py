@@ -1,0 +1,117 @@
+"""Where the answers are: in a chat template, in the text rendered with it, and among its tokens."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from typing import Any
+
+from vig.models.image_tokens import PREFIX_TEMPLATE, has_bidirectional_prefix
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Span = tuple[int, int]
+
+
+class PromptError(ValueError):
+    """The processor as a whole cannot be used: no chat template, or no character offsets."""
+
+
+# --- templates ---
+
+
+def answer_template(processor: Any) -> tuple[str, str]:
+    """The chat template to render with, and where the answers come from in it."""
+    template = getattr(processor, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is None and has_bidirectional_prefix(processor):
+        template = PREFIX_TEMPLATE
+    if template is None:
+        raise PromptError(
+            f"{type(processor).__name__} has no chat template. Set processor.chat_template, "
+            "best with {% generation %} marks around the answers"
+        )
+    if GENERATION_MARK.search(template):
+        return template, "generation marks"
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError:
+        return template, "sentinels"
+    try:
+        training = get_training_chat_template(processor)
+    except (
+        Exception
+    ):  # TRL probes templates by rendering tool calls, which a template may refuse in its own way
+        training = None
+    return (training, "TRL's training template") if training else (template, "sentinels")
+
+
+def turn_ends(tokenizer: Any, image_token: str | None) -> re.Pattern[str]:
+    ends = {str(token) for token in tokenizer.all_special_tokens}
+    ends |= {
+        token
+        for token in tokenizer.get_added_vocab()
+        if re.fullmatch(r"<\|?(im_end|end[\w|]*|eot\w*)\|?>", token)
+    }
+    ends -= {image_token, tokenizer.unk_token, tokenizer.bos_token}
+    return re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or r"(?!)")
+
+
+def end_turns(
+    text: str, spans: list[Span], end_of_turn: str, turn_ends: re.Pattern[str], eos: str | None
+) -> tuple[str, list[Span]]:
+    """Moves the end of each answer's span as `end_of_turn` says; "add" may write an end-of-sequence token."""
+    if end_of_turn == "template":
+        return text, spans
+    moved, shift = [], 0
+    for start, end in spans:
+        start, end = start + shift, end + shift
+        body = _text_end(text, start, end, turn_ends)
+        if end_of_turn == "drop":
+            moved.append((start, body))
+            continue
+        following = re.compile(rf"\s*(?:{turn_ends.pattern})").match(text, body)
+        if following:
+            moved.append((start, following.end()))
+            continue
+        if eos is None:
+            raise PromptError(
+                "end_of_turn = 'add', but the tokenizer has no end-of-sequence token. Use 'template'"
+            )
+        text = text[:body] + eos + text[body:]
+        shift += len(eos)
+        moved.append((start, body + len(eos)))
+    return text, moved
+
+
+def _text_end(text: str, start: int, end: int, turn_ends: re.Pattern[str]) -> int:
+    """Where the answer's own text ends, without white space and end-of-turn tokens behind it."""
+    tail = re.compile(rf"(?:\s|{turn_ends.pattern})*\Z").search(text[start:end])
+    return start + (tail.start() if tail else end - start)
+
+
+# --- offsets ---
+
+
+def expanded_spans(spans: list[Span], replacements: list[list[dict]] | None) -> list[Span]:
+    """Moves spans of the rendered text past the image placeholders that were expanded before them."""
+    if replacements is None or len(replacements) == 0 or len(replacements[0]) == 0:  # a tensor, where empty
+        return spans
+    ends = [item["span"][1] for item in replacements[0]]
+    gained = [0] + [item["new_span"][1] - item["span"][1] for item in replacements[0]]
+    return [tuple(char + gained[bisect.bisect_right(ends, char)] for char in span) for span in spans]
+
+
+def overlapping(offsets: list[list[int]], span: Span) -> list[int]:
+    """Indices of the tokens that overlap a span. Added special tokens have no width and never do."""
+    start, end = span
+    return [index for index, (low, high) in enumerate(offsets) if low < end and high > start]
+
+
+def straddles(text: str, span: Span, expanded: Span, first: list[int], last: list[int]) -> int:
+    """How many of an answer's two edge tokens hold characters, other than white space, from outside it."""
+    before = max(expanded[0] - first[0], 0)
+    after = max(last[1] - expanded[1], 0)
+    outside = (text[span[0] - before : span[0]], text[span[1] : span[1] + after])
+    return sum(bool(characters.strip()) for characters in outside)

@@ -1,0 +1,273 @@
+"""Scoring a dataset on disk, window by window: resumes where it stopped, loses nothing, repeats nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vig.data.files import check_writable, lock_folder
+from vig.data.samples import BrokenRecord, DataError, Sample, read_samples
+from vig.scoring import batching
+from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes
+from vig.scoring.scorer import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
+from vig.store.folder import output_folder, read_manifest, siblings
+from vig.store.scores import ScoreWriter
+
+MEASURED = {"noise_floor", "sharing"}  # settings that a run finds out, and a resumed one takes over
+LOOK_AHEAD = 1 << 17  # records that are searched for the first ones with images
+
+
+def score_dataset(
+    scorer: Scorer,
+    data: str | Path,
+    out: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+    shard: tuple[int, int] | None = None,
+    retry_failed: bool = False,
+    window: int = batching.WINDOW,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Progress:
+    """Scores `data` into the folder `out`; the same call resumes where an earlier one stopped.
+
+    shard: (i, n), only windows whose number is i modulo n, into the folder ``shard-i-of-n`` within `out`: n jobs
+    may run at the same time, and `out` is complete when all have ended. retry_failed: score the error rows of
+    finished windows again. Raises ValueError for a window, shard or limit that makes no sense, DataError, ModelError
+    and StoreError (other settings, no permission, disk full).
+    """
+    batching.check_part(window, shard, limit)
+    check_data(data, image_root)
+    folder = output_folder(out, shard)
+    run = {"image_root": image_root, "limit": limit, "shard": shard, "window": window}
+    with _writing(folder, scorer, data, run) as writer, RecordCount(data, limit) as count:
+        progress = Progress()
+
+        def tell(state: Progress) -> None:
+            state.total = part_of(count.known(), window, shard)
+            if on_progress is not None:
+                on_progress(state)
+
+        failed = writer.failed() if retry_failed else {}
+
+        def wanted(record: int) -> bool:
+            number = record // window
+            return batching.in_shard(number, shard) and (number not in writer.finished or number in failed)
+
+        records = read_samples(data, image_root=image_root, limit=limit, wanted=wanted)
+        for number, chunk in enumerate(batching.chunks(records, window)):
+            if not batching.in_shard(number, shard):
+                continue
+            again = set(failed.get(number, ()))
+            if number not in writer.finished:
+                scorer.rehearse(chunk)
+                writer.write(number, scorer.score_window(chunk, progress, tell))
+                record_splits(writer, number, progress)
+                continue
+            progress.done += len(chunk) - len(again)
+            progress.resumed += len(chunk) - len(again)
+            if again:
+                chosen = [record for record in chunk if record.key in again]
+                scorer.rehearse(chosen, chunk)
+                writer.replace(number, scorer.score_window(chosen, progress, tell, chunk))
+                record_splits(writer, number, progress)
+        writer.mark_complete()
+        progress.failed_before = writer.counts()["errors"] - progress.failed
+    progress.total = progress.done
+    if on_progress is not None:
+        on_progress(progress)
+    return progress
+
+
+def check_data(data: str | Path, image_root: str | Path | None) -> None:
+    """Raises DataError for data that cannot be read, or holds nothing."""
+    first = read_samples(data, image_root=image_root, limit=1, wanted=lambda record: False)
+    if not list(first):
+        raise DataError(f"{data} holds no records")
+
+
+@contextmanager
+def _writing(folder: Path, scorer: Scorer, data: str | Path, run: dict[str, Any]) -> Iterator[ScoreWriter]:
+    """The folder, locked before its settings are found out, which takes a while."""
+    workers = scorer.workers
+    with lock_folder(folder) as lock:
+        check_writable(folder)
+        if lock.after_death:  # perhaps at an image that crashed its decoder: a process apart dies alone
+            scorer.workers = max(1, workers)
+        try:
+            yield ScoreWriter(folder, run_settings(scorer, data, folder, **run), lock)
+        finally:
+            scorer.workers = workers
+
+
+def run_settings(
+    scorer: Scorer,
+    data: str | Path,
+    folder: Path,
+    *,
+    image_root: str | Path | None,
+    limit: int | None,
+    shard: tuple[int, int] | None,
+    window: int,
+) -> dict[str, Any]:
+    """What the scores of a run are made with.
+
+    The noise floor, and whether samples share computation, are found out on the first records, unless `folder` or
+    another job of its array knows them: then this run does as that one did.
+    """
+    settings = scorer.settings(data, image_root) | {
+        "window": window,
+        "limit": limit,
+        "shard": None if shard is None else f"{shard[0]}/{shard[1]}",
+    }
+    for place in (folder, *siblings(folder)):
+        manifest = read_manifest(place)
+        known = {} if manifest is None or not manifest["shards"] else manifest["settings"]
+        if known.keys() >= MEASURED:
+            scorer.proofs.follow(known["sharing"])
+            return settings | {name: known[name] for name in MEASURED}
+    floor = scorer.noise_floor(first_records(read_samples(data, image_root=image_root, limit=limit)))
+    return settings | {"noise_floor": floor, "sharing": scorer.proofs.sharing}
+
+
+def first_records(records: Iterable[Sample | BrokenRecord]) -> list[Sample | BrokenRecord]:
+    """The first records with images, which decide for the whole run; others where the data begins without images."""
+    most, with_images, others = 4 * NOISE_SAMPLES, [], []
+    for record in islice(records, LOOK_AHEAD):
+        if getattr(record, "images", ()):
+            with_images.append(record)
+        elif len(others) < most:
+            others.append(record)
+        if len(with_images) == most:
+            break
+    return with_images or others
+
+
+def record_splits(writer: ScoreWriter, window: int, progress: Progress) -> None:
+    """Notes in the manifest how many batches of a window did not fit into memory and were halved."""
+    noted = dict(writer.notes.get("splits", {}))
+    here = progress.splits - progress.splits_noted
+    if here:
+        writer.note("splits", noted | {str(window): noted.get(str(window), 0) + here})
+        progress.splits_noted = progress.splits
+
+
+class RecordCount:
+    """Counts the records of a dataset in another process, so that scoring need not wait for it.
+
+    ``known()`` is the number as soon as it is there, else None; it stays None where counting would mean to
+    read all the images as well.
+    """
+
+    def __init__(self, data: str | Path, limit: int | None = None):
+        self.limit = limit
+        self._asked, self._known = False, None
+        code = "import sys; from vig.data.samples import count_records; print(count_records(sys.argv[1]))"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, str(data)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> RecordCount:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def known(self) -> int | None:
+        if not self._asked and self._process.poll() is not None:
+            self._asked = True
+            text = self._process.stdout.read().strip()
+            if text.isdigit():
+                self._known = min(int(text), self.limit or int(text))
+        return self._known
+
+    def wait(self) -> int | None:
+        """The number of records, however long it takes; None where it cannot be told."""
+        self._process.wait()
+        return self.known()
+
+
+def part_of(total: int | None, window: int, shard: tuple[int, int] | None) -> int | None:
+    """How many of `total` records lie in the windows of job i of n."""
+    if total is None or shard is None:
+        return total
+    index, count = shard
+    windows, rest = divmod(total, window)
+    mine = len(range(index, windows, count)) * window
+    return mine + (rest if batching.in_shard(windows, shard) else 0)
+
+
+@dataclass
+class Estimate:
+    """What a dry run found: counts, and how fast this machine went through the first samples."""
+
+    progress: Progress
+    multimodal: int = 0
+    model_tokens: int = 0  # that the model will read, both passes
+    measured: int = 0  # samples that the rate was measured on
+    tokens_per_second: float | None = None
+
+
+def dry_run_dataset(
+    scorer: Scorer,
+    data: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+    shard: tuple[int, int] | None = None,
+    window: int = batching.WINDOW,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Estimate:
+    """Opens, decodes and tokenises every record, scores only a few to take the time, stores nothing.
+
+    shard: (i, n), only the records of that job's windows, what is scored already included.
+    """
+    batching.check_part(window, shard, limit)
+    check_data(data, image_root)
+    estimate = Estimate(Progress())
+    records = read_samples(
+        data,
+        image_root=image_root,
+        limit=limit,
+        wanted=lambda record: batching.in_shard(record // window, shard),
+    )
+    windows = (
+        chunk
+        for number, chunk in enumerate(batching.chunks(records, window))
+        if batching.in_shard(number, shard)
+    )
+    with RecordCount(data, limit) as count:
+        for block in _blocks(windows, scorer):
+            rows = [error_row(item) for item in block]
+            tally(estimate.progress, [row for row in rows if row is not None], None)
+            good = [item for item in block if item.encoded is not None]
+            for item in good:
+                estimate.multimodal += item.is_multimodal
+                estimate.model_tokens += longest_pass(item) * (2 if item.is_multimodal else 1)
+                estimate.progress.tokens += len(item.encoded.answer_index)
+            estimate.progress.text_only += sum(not item.is_multimodal for item in good)
+            estimate.progress.done += len(good)
+            if estimate.tokens_per_second is None and good:
+                estimate.measured, estimate.tokens_per_second = scorer.measure_rate(good)
+            if on_progress is not None:
+                estimate.progress.total = part_of(count.known(), window, shard)
+                on_progress(estimate.progress)
+    return estimate
+
+
+def _blocks(
+    windows: Iterable[Sequence[Sample | BrokenRecord]], scorer: Scorer
+) -> Iterator[list[LoadedRecord]]:
+    for window in windows:
+        loading = load_records(window, scorer.encoder, scorer.null.stage, scorer.workers)
+        yield from batching.blocks(loading, new_pixel_bytes())

@@ -1,0 +1,182 @@
+"""What a model proves on the first samples before its values count, and what is switched off where it does not.
+
+1. Its head, its causality, its pictures (`vig.models.families.prove`): else it is refused.
+2. Its last layer on answer rows alone gives these rows: else that layer is computed whole.
+3. Several samples in one sequence, and samples that share a prefix, keep their values: else each is computed alone.
+4. A batch of the largest size fits into memory: else the run stops at once, and says what fits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from vig.data.samples import SampleError
+from vig.models.families import LoadedModel, ModelError, prove
+from vig.scoring.dual_pass import TwoPasses
+from vig.scoring.loader import LoadedRecord
+from vig.scoring.prefix_sharing import Row, prefix_length, shared_by
+
+# How far sharing may move values, in nats: the largest in float32, the mean in 16 bit.
+SHARING_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
+# How far rows of the last layer may move, as a part of their norm: other sums, no more.
+ROWS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
+ALONE, TEXT, IMAGES = (
+    "alone",
+    "text",
+    "images",
+)  # what has been decided about sharing, and on what it was proven
+
+
+class Proofs:
+    """The proofs of one loaded model, each done once: on the first sample, and on the first one with images.
+
+    sharing: "alone" where every sample is computed by itself, else the hardest samples that sharing was proven on
+        ("text", "images"); None before the first.
+    """
+
+    def __init__(self, loaded: LoadedModel, passes: TwoPasses, image_token_id: int | None):
+        self.loaded, self.passes, self.image_token_id = loaded, passes, image_token_id
+        self.needs_pictures = passes.null.stage == "pixels"
+        self.sharing: str | None = None if passes.share else ALONE
+        self._proven = 0  # 1: on text, 2: on images too
+
+    def prove(self, block: Sequence[LoadedRecord]) -> None:
+        """Raises ModelError with the values. Samples whose pictures are cut in a way of their own become errors."""
+        items = [item for item in block if item.encoded is not None]
+        if not items:
+            return
+        good = self._laid_out([item for item in items if item.is_multimodal])
+        chosen = [*good, *(item for item in items if not item.is_multimodal)]
+        if not chosen:
+            return
+        first = chosen[0]
+        if self._proven < 1 + first.is_multimodal:
+            inputs = self.passes.inputs([first.encoded])
+            inputs.pop("labels")
+            sizes = [first.encoded.sizes] if self.needs_pictures else [[]]
+            self.passes.transform = prove(self.loaded, inputs, sizes, [first.encoded.answer_index[-1]])
+            self._prove_last_layer(first)
+            self._proven = 1 + first.is_multimodal
+        self._prove_sharing(good or chosen)
+
+    def _laid_out(self, items: Sequence[LoadedRecord]) -> list[LoadedRecord]:
+        """Those whose pictures lie where the processor's settings say; the others become errors.
+
+        Raises ModelError where it is none of the first samples: then it is the wrong processor. Where the null is not
+        made of pictures, it does not matter how they lie.
+        """
+        if not self.needs_pictures:
+            return list(items)
+        good, broken = [], []
+        for item in items:
+            try:
+                self.loaded.family.check(item.encoded.pixels, [item.encoded.sizes])
+                good.append(item)
+            except ModelError as error:
+                broken.append((item, error))
+        if broken and not good and self._proven < 2:
+            raise broken[0][1]
+        for item, error in broken:
+            item.encoded = None
+            cure = "Give the image another shape, or score with null drop or shuffle"
+            item.error = SampleError(item.record.key, item.record.id, str(error).rstrip("."), cure)
+        return good
+
+    def _prove_last_layer(self, item: LoadedRecord) -> None:
+        moved = self.passes.last_layer_error(item.encoded)
+        if not moved <= ROWS_TOLERANCE[self.loaded.model.dtype]:
+            self.passes.last_layer_whole()
+            warnings.warn(
+                f"{self.loaded.name}: the last layer on answer rows alone moves them by {moved:.3g} of their norm, so "
+                "it is computed on all rows",
+                stacklevel=2,
+            )
+
+    # --- sharing ---
+
+    def follow(self, sharing: str | None) -> None:
+        """Takes over what an earlier run of the same scores decided, so that all its rows are made in one way."""
+        if sharing is not None and self.passes.share:
+            self.sharing = sharing
+            self.passes.share = sharing != ALONE
+
+    def _prove_sharing(self, items: Sequence[LoadedRecord]) -> None:
+        """Compares samples in one sequence with the same ones alone; switches that off where it moves them."""
+        together: dict[tuple, list[LoadedRecord]] = {}
+        for item in items:
+            if prefix_length(item.encoded, self.image_token_id):
+                key = shared_by(item.encoded, item.hashes, self.image_token_id)
+                together.setdefault(key, []).append(item)
+        kind = IMAGES if together else TEXT
+        if not self.passes.share or self.sharing in (kind, IMAGES):
+            return
+        if together:
+            (_, ids), alike = max(together.items(), key=lambda entry: len(entry[1]))
+            members = [item.encoded for item in (alike * 2 if len(alike) == 1 else alike)[:3]]
+            rows = [Row(tuple(members), len(ids)), Row((members[-1],))]
+        else:
+            kinds = [item.encoded for item in items if item.is_multimodal == items[0].is_multimodal]
+            rows = [Row((kinds[0],)), Row((kinds[-1],))]
+        moved = self.passes.sharing_error(rows)
+        self.sharing = kind
+        if not moved <= SHARING_TOLERANCE[self.loaded.model.dtype]:
+            self.sharing, self.passes.share = ALONE, False
+            warnings.warn(
+                f"{self.loaded.name}: sharing the computation of images and prompts moves values by {moved:.3g} nats, "
+                "so it is off: every sample is computed alone",
+                stacklevel=2,
+            )
+
+    # --- memory ---
+
+    @torch.inference_mode()
+    def rehearse(self, items: Sequence[LoadedRecord], budget: int, most: int | None) -> None:
+        """Scores one batch of the largest size there can be, made of copies of one sample; keeps nothing of it.
+
+        items: samples to choose from; the one with the most pixels a token is taken. budget: tokens of a batch;
+        most: rows of one. Raises ModelError with what fits, if that does not.
+        """
+        items = [item for item in items if item.encoded is not None]
+        if not items:
+            return
+        hardest = max(items, key=_pixels_a_token)
+        tokens = hardest.encoded.n_fed
+        copies = max(1, min(budget // tokens, most or budget))
+        for n in (copies, *(copies >> shift for shift in range(1, copies.bit_length()))):
+            try:
+                self._score_copies(hardest, n)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                continue
+            finally:
+                self.passes.features.clear()
+            if n < copies:
+                raise ModelError(
+                    f"{self.loaded.name}: a batch of {copies * tokens:,} tokens does not fit into the memory of "
+                    f"{self.loaded.model.device}, one of {n * tokens:,} does. Give --batch-tokens {n * tokens}"
+                )
+            return
+        raise ModelError(
+            f"{self.loaded.name}: a sample of {tokens:,} tokens does not fit into the memory of "
+            f"{self.loaded.model.device} beside the model. Use a larger device or --dtype bfloat16"
+        )
+
+    def _score_copies(self, item: LoadedRecord, n: int) -> None:
+        """Each copy with images of its own, as far as anyone can tell."""
+        images = len(item.hashes)
+        names = [[f"{copy * images + image:016x}" for image in range(images)] for copy in range(n)]
+        nulls = None if item.null is None else [item.null] * n
+        self.passes.score([item.encoded] * n, nulls, names)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a GPU, or of the processor's own memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _pixels_a_token(item: LoadedRecord) -> float:
+    return sum(value.nbytes for value in item.encoded.pixels.values()) / item.encoded.n_fed

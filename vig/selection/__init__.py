@@ -1,0 +1,1 @@
+"""Which samples and which answer tokens to train on."""

@@ -1,0 +1,1 @@
+"""Scores and selections on disk."""

@@ -1,0 +1,66 @@
+"""Fingerprints: what scores were made with, short enough to be stored beside them and compared on resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from vig.data.readers import data_files
+from vig.data.samples import PHOTOGRAPHS
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def processor_json(processor: Any) -> str:
+    settings = json.loads(processor.to_json_string()) if hasattr(processor, "to_json_string") else {}
+    for name in ("chat_template", "processor_class", "transformers_version", "_name_or_path", "name_or_path"):
+        settings.pop(name, None)
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+WHOLE = 1 << 30  # bytes; of larger data files a part is read
+
+
+def weights_fingerprint(name: str) -> str | None:
+    """For a local checkpoint: of its config and of 64 MiB of every weight file, spread evenly; None elsewhere."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        _read_parts(digest, file)
+    return digest.hexdigest()[:16]
+
+
+def data_fingerprint(path: str | Path) -> str:
+    """Of a data file's content; of the names and sizes of a folder's data files; of the names of its photographs,
+    since these and their captions may be repaired between two runs.
+
+    Of a file above 1 GiB: of its size and 64 MiB, spread evenly, so that scoring may begin."""
+    path = Path(path)
+    if path.is_dir():
+        names = [(file.name, file.stat().st_size) for file in data_files(path)] or sorted(
+            file.name for file in path.iterdir() if file.suffix.lower() in PHOTOGRAPHS
+        )
+        return text_hash(json.dumps(names))
+    digest = hashlib.sha256()
+    if path.stat().st_size > WHOLE:
+        _read_parts(digest, path)
+        return digest.hexdigest()[:16]
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _read_parts(digest, file: Path, parts: int = 64) -> None:
+    size = file.stat().st_size
+    digest.update(f"{file.name} {size}".encode())
+    with file.open("rb") as stream:
+        for part in range(parts):
+            stream.seek(size * part // parts)
+            digest.update(stream.read(1 << 20))

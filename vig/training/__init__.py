@@ -1,0 +1,1 @@
+"""Selective training: the masked loss, the collator, the trainers and the lean loop."""

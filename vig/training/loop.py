@@ -1,0 +1,212 @@
+"""The loop of `vig.train`: one optimiser step a turn, the same loss for any split of a step over processes."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce, send_to_device
+from torch import Tensor, nn
+
+from vig.training.checkpoint import Checkpoints, RunState
+from vig.training.loss import selective_loss, unwrap, verify_head
+from vig.training.model import computes_in
+from vig.training.settings import TrainError, TrainProgress, TrainSettings
+
+
+def run(
+    processes: PartialState,
+    device: torch.device,
+    model: nn.Module,
+    batches: Iterator[dict[str, Any]],  # the micro-batches still to come
+    steps: int,
+    settings: TrainSettings,
+    checkpoints: Checkpoints,
+    on_progress: Callable[[TrainProgress], None] | None,
+) -> tuple[RunState, bool]:
+    """Trains to the end, or to Ctrl-C or SIGTERM. Returns where it ended, and if it was stopped."""
+    stepper = Stepper(processes, device, model, steps, settings)
+    state, progress = stepper.state, stepper.state.progress
+    checkpoints.restore(state)
+    losses: list[Tensor] = []  # since the last gathering
+    unusable, stopped = dict.fromkeys(state.left_out), False  # their errors, each once
+    stepper.model.train()
+    with _stop_on_signals() as stop:
+        for step in range(progress.step, steps):
+            micro_batches = list(islice(batches, settings.accumulate))
+            kept = [batch.pop("num_kept") for batch in micro_batches]
+            truncated = sum(batch.pop("num_truncated") for batch in micro_batches)
+            errors = [str(error) for batch in micro_batches for error in batch.pop("left_out")]
+            tokens, truncated, missing, stopped = _over_all(
+                processes, [sum(kept), truncated, len(errors), stop.is_set()]
+            )
+            if stopped:
+                break
+            unusable |= dict.fromkeys(errors)
+            loss, norm = stepper.step(micro_batches, kept, tokens)
+            losses.append(loss)
+            progress.step = step + 1
+            progress.samples += settings.batch_size * settings.accumulate * processes.num_processes - missing
+            progress.left_out += missing
+            progress.tokens += tokens
+            progress.truncated += truncated
+            saves = settings.save_every and progress.step % settings.save_every == 0 and progress.step < steps
+            if saves or progress.step % settings.log_every == 0 or progress.step == steps:
+                _report(processes, progress, loss, norm, on_progress)
+            if saves:
+                _gather(state, losses, unusable)
+                checkpoints.save(state)
+    _gather(state, losses, unusable)
+    if stopped and settings.save_every:
+        checkpoints.save(state)
+    return state, bool(stopped)
+
+
+class Stepper:
+    """The model on its device, AdamW and its schedule: what a step changes, in `state`."""
+
+    def __init__(
+        self,
+        processes: PartialState,
+        device: torch.device,
+        model: nn.Module,
+        steps: int,
+        settings: TrainSettings,
+    ):
+        self.device, self.settings, self.world = device, settings, processes.num_processes
+        self.model = _on_device(model, processes, device)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(_groups(model, settings), lr=settings.lr, betas=settings.betas)
+        schedule = transformers.get_scheduler(
+            settings.schedule,
+            optimizer,
+            num_warmup_steps=round(settings.warmup * steps),
+            num_training_steps=steps,
+        )
+        self.state = RunState(unwrap(self.model), optimizer, schedule, TrainProgress(steps))
+        self._proven = False
+
+    def step(
+        self,
+        micro_batches: Sequence[dict[str, Any]],
+        kept: Sequence[int],  # tokens of each
+        tokens: int,  # of all processes
+    ) -> tuple[Tensor, Tensor]:
+        """One step of AdamW; its loss on this process, and the norm of its gradient."""
+        loss = self._backward(micro_batches, kept, tokens)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
+        self.state.progress.lr = self.state.schedule.get_last_lr()[0]
+        self.state.optimizer.step()
+        self.state.schedule.step()
+        self.state.optimizer.zero_grad()
+        return loss, norm
+
+    def _backward(self, micro_batches: Sequence[dict[str, Any]], kept: Sequence[int], tokens: int) -> Tensor:
+        loss = torch.zeros((), device=self.device)
+        if not tokens:  # on every process; without gradients AdamW leaves the weights alone
+            return loss
+        for number, (batch, num_kept) in enumerate(zip(micro_batches, kept, strict=True), 1):
+            last = number == self.settings.accumulate  # DDP exchanges gradients once a step
+            batch = send_to_device(batch, self.device)
+            if not self._proven:
+                self._prove_head(batch)
+            with nullcontext() if last or self.world == 1 else self.model.no_sync():
+                with self._autocast():
+                    part = selective_loss(
+                        self.model, batch, num_items=tokens, num_kept=num_kept, z_loss=self.settings.z_loss
+                    )
+                # DDP averages the gradients over the processes; tokens counts those of all of them
+                (part * self.world).backward()
+            loss += part.detach()
+        return loss
+
+    def _prove_head(self, batch: dict[str, Tensor]) -> None:
+        """What the first loss would do, but drawing no number: a resumed run proves it too, at a later step."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(devices, device_type=self.device.type), self._autocast():
+            verify_head(self.model, inputs)
+        self._proven = True
+
+    def _autocast(self) -> torch.autocast:
+        enabled = computes_in(self.settings, self.device) == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+def _on_device(model: nn.Module, processes: PartialState, device: torch.device) -> nn.Module:
+    """Text-only samples leave the projector unused, so DDP must look for parameters without a gradient."""
+    model = model.to(device)
+    if processes.num_processes == 1:
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+
+
+def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _gather(state: RunState, losses: list[Tensor], unusable: dict[str, None]) -> None:
+    """Moves the losses since the last time, and the errors, into the state, from all processes."""
+    if losses:
+        state.losses += reduce(torch.stack(losses), "sum").tolist()
+        losses.clear()
+    everywhere = gather_object(list(unusable))  # the same sample may come to several processes
+    state.left_out = list(dict.fromkeys(everywhere))
+
+
+def _over_all(processes: PartialState, counts: list[int]) -> list[int]:
+    """The sums of counts over all processes."""
+    if processes.num_processes == 1:
+        return counts
+    return reduce(torch.tensor(counts, device=processes.device), "sum").tolist()
+
+
+def _report(
+    processes: PartialState,
+    progress: TrainProgress,
+    loss: Tensor,
+    norm: Tensor,
+    on_progress: Callable[[TrainProgress], None] | None,
+) -> None:
+    progress.loss, progress.grad_norm = reduce(loss, "sum").item(), norm.item()
+    if not (math.isfinite(progress.loss) and math.isfinite(progress.grad_norm)):
+        raise TrainError(
+            f"step {progress.step}: the loss is {progress.loss}, the gradient norm {progress.grad_norm}. "
+            "Lower lr or lengthen warmup"
+        )
+    if on_progress is not None and processes.is_main_process:
+        on_progress(progress)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM (a scheduler's warning) sets; the second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals reach the main thread alone
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

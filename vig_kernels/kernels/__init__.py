@@ -1,0 +1,1 @@
+"""The backends: one package each, one module an op."""

@@ -1,0 +1,1 @@
+"""C++ kernels for CPUs, through the compiled module `vig_kernels._native`."""

@@ -1,0 +1,1 @@
+"""Chunked PyTorch: any device, no compiler."""

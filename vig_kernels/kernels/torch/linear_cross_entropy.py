@@ -1,0 +1,104 @@
+"""linear_cross_entropy in chunked PyTorch: loss and gradients in one pass over the rows, three products in all.
+
+Rows come in chunks whose float32 logits fill at most 96 MiB; they are turned into the logits' gradient in place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vig_kernels.kernels.torch.linear_nll import (
+    Head,
+    chunks,
+    compact,
+    finite_or_zero,
+    float32_products,
+    gather_rows,
+    logits_tile,
+    tile_shape,
+    why_not,
+)
+
+__all__ = ["forward_backward", "why_not"]
+
+LOGITS_BYTES = 96 << 20
+
+
+def forward_backward(
+    hidden,
+    weight,
+    target,
+    bias,
+    row_weight,
+    logit_scale,
+    logit_softcap,
+    ignore_index,
+    z_loss,
+    num_kept,
+    needs,
+):
+    """loss_sum = sum_n w_n (nll_n + z_loss lse_n^2) and its float32 gradients (None where not needed)."""
+    head = Head(weight, bias, logit_scale, logit_softcap)
+    size, width = hidden.shape
+    kept = compact(target, ignore_index, num_kept)
+    live = target if kept is None else target[kept]
+    dead = (live == ignore_index) | (live < 0) | (live >= weight.shape[0])
+    if row_weight is None:
+        live_weight = torch.ones(live.shape[0], dtype=torch.float32, device=live.device)
+    else:
+        live_weight = row_weight if kept is None else row_weight[kept]
+    live_weight = live_weight.masked_fill(dead, 0.0)
+
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    sums = [
+        torch.zeros(shape, dtype=torch.float32, device=hidden.device) if need else None
+        for need, shape in zip(needs, ((size, width), weight.shape, weight.shape[:1]), strict=True)
+    ]
+    step = max(1, min(tile_shape(width)[0], LOGITS_BYTES // (4 * weight.shape[0])))
+    with float32_products(weight.dtype):
+        for part in chunks(live.shape[0], step):
+            h = gather_rows(hidden, kept, part).masked_fill_(dead[part].unsqueeze(1), 0.0)
+            rows = slice(part.start, part.stop) if kept is None else kept[part]
+            loss += _chunk(head, h, live[part], dead[part], live_weight[part], z_loss, sums, rows)
+    return (loss, *sums)
+
+
+def _chunk(head: Head, h: Tensor, target, dead, row_weight, z_loss, sums, rows) -> Tensor:
+    """Loss of one chunk of rows; its gradients are added to `sums`."""
+    vocabulary, width = head.weight.shape
+    columns = list(chunks(vocabulary, tile_shape(width)[1]))
+    z = h.new_empty(h.shape[0], vocabulary)
+    for part in columns:
+        logits_tile(h, head.weight[part].float(), part, head, out=z[:, part])
+    at = target.masked_fill(dead, 0).unsqueeze(1)
+    target_logit = z.gather(1, at).squeeze(1)
+    top = z.amax(1)
+    base = finite_or_zero(top)
+    total = z.sub_(base.unsqueeze(1)).exp_().sum(1)
+    log_total = total.log()
+    lse = base + log_total
+    loss = row_weight * ((base - target_logit) + log_total + z_loss * lse.square())
+
+    grad_hidden, grad_weight, grad_bias = sums
+    if any(grad is not None for grad in sums):
+        if head.softcap is not None:
+            for part in columns:  # d softcap / d x = 1 - (z / cap)^2, with z = base + log of what stands here
+                cell = z[:, part]
+                cell.mul_((1.0 - ((cell.log() + base.unsqueeze(1)) / head.softcap).square_()).clamp_(min=0.0))
+        z.mul_((row_weight * (1.0 + 2.0 * z_loss * lse) / total).unsqueeze(1))
+        slope = 1.0 if head.softcap is None else 1.0 - (target_logit / head.softcap).square()
+        z.scatter_add_(1, at, -(row_weight * slope).unsqueeze(1))
+        if head.scale != 1.0:
+            z.mul_(head.scale)
+    chunk_hidden = torch.zeros_like(h) if grad_hidden is not None else None
+    for part in columns:
+        if chunk_hidden is not None:
+            chunk_hidden.addmm_(z[:, part], head.weight[part].float())
+        if grad_weight is not None:
+            grad_weight[part].addmm_(z[:, part].T, h)
+        if grad_bias is not None:
+            grad_bias[part] += z[:, part].sum(0)
+    if chunk_hidden is not None:
+        grad_hidden[rows] = chunk_hidden
+    return torch.where(dead | (row_weight == 0), 0.0, loss).sum()

@@ -1,0 +1,420 @@
+"""The recomputing backward of linear_nll: right for any upstream gradient, four GEMMs with the forward's.
+
+`gradient_kernel` makes each logit tile once more and turns it into d loss / d y in a block that fits the memory
+promise; the vendor's GEMM takes the block to the gradients of hidden and weight, summed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vig_kernels.kernels.torch.linear_nll import FLOAT32_SUMS, float32_products
+
+from .launch import (
+    compute_precision,
+    dense,
+    device_guard,
+    keep_order,
+    operand,
+    silence,
+)
+from .logit_tiles import dot_tile, halves, logits, narrow, slopes, tile_position
+from .target_residual import TargetResidual
+from .tile_configs import head_config, regular
+
+# of the promised 256 MiB; float32 gradients are summed in place, and leave all of it to the block
+EXTRA_BYTES = 240 * 2**20
+HIDDEN_BYTES = 160 * 2**20  # float32 sums of a 16-bit hidden gradient, at most
+# float32 sums of a vocabulary chunk's weight gradient, more where little else is held; what is then left for the block
+WEIGHT_BYTES, BLOCK_BYTES = 48 * 2**20, 64 * 2**20
+GATHERED_BYTES = (
+    80 * 2**20
+)  # kept rows of hidden and their gradient, at most; the float32 sums beside them are as much
+
+
+@triton.jit
+def gradient_part(
+    dot,  # (BLOCK_N, PART)
+    bias,
+    part,  # index of the part in the chunk of the vocabulary
+    wanted,  # (BLOCK_N,) int64, target of each row, or -1
+    lse,  # (BLOCK_N,) float32, like the next four
+    up,  # d loss / d nll + d loss / d lse
+    up_nll,
+    up_entropy,
+    entropy,
+    live,  # (BLOCK_N,): a row that is not ignored
+    inside,  # (BLOCK_N,): a row of the chunk
+    place,  # (BLOCK_N,): row of `block`
+    row_tile,
+    gain,
+    block,
+    partial_bias,
+    residual_at,  # (BLOCK_N,) pointers or None
+    stride_block,
+    first_vocab,
+    columns,
+    V,
+    logit_scale,
+    logit_softcap,
+    ENTROPY: tl.constexpr,
+    PART: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Write d loss / d y of one part of a tile."""
+    column = part * PART + tl.arange(0, PART)
+    z = logits(dot, bias, first_vocab + column, V, logit_scale, logit_softcap, SOFTCAP)
+    log_p = z - lse[:, None]
+    p = tl.exp(log_p)
+    g = p * up[:, None]
+    if ENTROPY:
+        g -= tl.where(p > 0, p * (log_p + entropy[:, None]), 0.0) * up_entropy[:, None]
+    position = tl.where((wanted >= 0) & (wanted < V), wanted - first_vocab, -1)
+    g -= tl.where(column[None, :] == position[:, None], up_nll[:, None], 0.0)
+    if SOFTCAP:
+        g *= slopes(dot, bias, first_vocab + column, V, logit_scale, logit_softcap)
+    g = tl.where(live[:, None] & (column < columns)[None, :], g, 0.0)
+    if partial_bias is not None:
+        tl.store(
+            partial_bias + row_tile.to(tl.int64) * columns + column, tl.sum(g, axis=0), mask=column < columns
+        )
+    g *= tl.load(gain)
+    stored = narrow(g, block.dtype.element_ty)
+    at = block + place[:, None] * stride_block + column[None, :]
+    tl.store(at, stored, mask=inside[:, None] & (column < columns)[None, :])
+    if residual_at is not None:
+        lost = tl.where(column[None, :] == position[:, None], g - stored.to(tl.float32), 0.0)
+        here = (position >= part * PART) & (position < part * PART + PART) & (position < columns)
+        tl.store(residual_at, tl.sum(lost, axis=1), mask=live & here)
+
+
+@triton.jit(
+    do_not_specialize=["first_row", "rows", "row_tiles", "first_vocab", "columns", "vocab_tiles", "V"]
+)
+def gradient_kernel(
+    hidden,  # (N, D)
+    weight,  # (V, D), pointer or descriptor
+    bias,
+    target,  # (N,) int64
+    order,
+    count,
+    lse,  # (N,) float32
+    entropy,  # (N,) float32 or None
+    grad_nll,  # (N,) float32 or None
+    grad_lse,  # (N,) float32 or None
+    grad_entropy,  # (N,) float32 or None
+    gain,  # () float32: the block is stored multiplied by it
+    block,  # (rows of the chunk, columns of the chunk): d loss / d y, at the rows' original places
+    partial_bias,  # (row_tiles, columns of the chunk) float32 or None: sums over the tile's rows
+    residual,  # (N,) float32 or None: what `block` loses at the target (target_residual.py)
+    stride_hidden,
+    stride_weight,
+    stride_block,
+    first_row,
+    rows,
+    row_tiles,
+    first_vocab,  # first vocabulary entry of the chunk
+    columns,
+    vocab_tiles,
+    V,
+    D,
+    logit_scale,
+    logit_softcap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,  # 1, or 2: the tile is folded in halves, which needs fewer registers
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """d loss / d y of one recomputed tile, y the logits before the cap. Ignored rows are written as zeros.
+
+    With p = exp(z - lse): d nll/dz = p - [v = target], d lse/dz = p, d entropy/dz = -p (z - lse + entropy),
+    dz/dy = 1 - (z / logit_softcap)^2.
+    """
+    row_tile, vocab_tile = tile_position(tl.program_id(0), row_tiles, vocab_tiles, GROUP)
+    local = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    kept = tl.load(count)
+    inside = local < rows
+    live = inside & (local < kept)
+    place = tl.load(order + local, mask=inside, other=0)  # row within the chunk
+    row = first_row + place
+    column = vocab_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    at = block + place[:, None] * stride_block + column[None, :]
+    writable = inside[:, None] & (column < columns)[None, :]
+    if row_tile * BLOCK_N >= kept:
+        tl.store(at, tl.zeros((BLOCK_N, BLOCK_V), dtype=block.dtype.element_ty), mask=writable)
+        if partial_bias is not None:
+            empty = partial_bias + row_tile.to(tl.int64) * columns + column
+            tl.store(empty, tl.zeros((BLOCK_V,), dtype=tl.float32), mask=column < columns)
+        return
+    dot = dot_tile(
+        hidden, row * stride_hidden, weight, stride_weight, first_vocab + vocab_tile * BLOCK_V, V, D,
+        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, PRECISION,
+    )  # fmt: skip
+    up = tl.zeros((BLOCK_N,), dtype=tl.float32)  # upstream of the softmax term
+    up_nll = up
+    up_entropy = up
+    h = up
+    if grad_nll is not None:
+        up_nll = tl.load(grad_nll + row, mask=live, other=0.0)
+        up += up_nll
+    if grad_lse is not None:
+        up += tl.load(grad_lse + row, mask=live, other=0.0)
+    if grad_entropy is not None:
+        up_entropy = tl.load(grad_entropy + row, mask=live, other=0.0)
+        h = tl.load(entropy + row, mask=live, other=0.0)
+    wanted = tl.load(target + row, mask=live, other=-1)
+    row_lse = tl.load(lse + row, mask=live, other=0.0)
+    residual_at = residual
+    if residual is not None:
+        residual_at = residual + row
+    if PARTS == 1:
+        gradient_part(
+            dot, bias, vocab_tile, wanted, row_lse, up, up_nll, up_entropy, h, live, inside, place, row_tile, gain,
+            block, partial_bias, residual_at, stride_block, first_vocab, columns, V, logit_scale, logit_softcap,
+            grad_entropy is not None, BLOCK_V, SOFTCAP,
+        )  # fmt: skip
+    else:
+        left, right = halves(dot, BLOCK_N, BLOCK_V)
+        for half in tl.static_range(2):
+            gradient_part(
+                left if half == 0 else right, bias, vocab_tile * 2 + half, wanted, row_lse, up, up_nll, up_entropy, h,
+                live, inside, place, row_tile, gain, block, partial_bias, residual_at, stride_block, first_vocab,
+                columns, V, logit_scale, logit_softcap, grad_entropy is not None, BLOCK_V // 2, SOFTCAP,
+            )  # fmt: skip
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in float32, by the vendor's GEMM: total (M, K) float32, a (M, L), b (L, K)."""
+    if a.dtype == torch.float32:
+        with float32_products(a.dtype):  # never plain TF32, whatever the global setting
+            torch.addmm(total, a, b, out=total)
+    elif total.device.type == "cuda":
+        with FLOAT32_SUMS:
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:  # addmm(out_dtype=) is CUDA's and ROCm's alone
+        torch.addmm(total, a.float(), b.float(), out=total)
+
+
+def block_gain(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(gain, unscale): what a block of d loss / d y is stored multiplied by, and what its products are to be.
+
+    gain holds logit_scale, the factor between y and hidden @ weight.T. For float16 also a power of two that moves
+    entries of at most `bound` to 2^10 and leaves the range below to small probabilities; unscale takes it back.
+    """
+    if dtype != torch.float16:
+        return torch.full((), logit_scale, dtype=torch.float32, device=bound.device), None
+    _, exponent = torch.frexp(bound.max() * abs(logit_scale))
+    power = torch.exp2((10 - exponent).clamp(-100, 100).float())
+    return power * logit_scale, 1 / power
+
+
+def vocab_chunk(V: int, D: int, taken: int) -> int:
+    """Vocabulary entries of a chunk, by the bytes that their float32 weight gradient may take beside those `taken`."""
+    room = max(WEIGHT_BYTES, EXTRA_BYTES - BLOCK_BYTES - taken)
+    return min(V, max(128, room // (4 * D) // 128 * 128))
+
+
+def row_chunk(N: int, D: int, columns: int, dtype: torch.dtype, needs, held: int, silent: bool) -> int:
+    """Rows of a block of d loss / d y of so many columns: EXTRA_BYTES less the float32 sums and what is held."""
+    free = EXTRA_BYTES - 64 * N - held
+    if dtype != torch.float32:
+        free -= min(4 * N * D, HIDDEN_BYTES) * needs[0] + 4 * columns * D * needs[1]
+    copied = 0 if silent or not needs[1] else D
+    return max(1, min(N, free // ((columns + copied) * dtype.itemsize)))
+
+
+def backward(
+    grad_nll: Tensor | None,  # (N,) float32, like the next four
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    lse: Tensor,  # from the forward
+    entropy: Tensor | None,
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+    needs: tuple[bool, bool, bool],
+    num_kept: int | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias in the inputs' dtypes; None, and no work, for what is not needed.
+
+    Where the float32 sums of both a long hidden gradient and the weight gradient would break the memory promise,
+    each has a sweep of its own (five GEMMs instead of four). Ignored rows are multiplied as zeros, unless `num_kept`
+    tells how many rows are not ignored and these are few enough to be gathered.
+    """
+    upstream = dense(grad_nll, grad_lse, grad_entropy, lse, entropy)
+    target, bias = dense(target, bias)
+    options = (bias, logit_scale, logit_softcap, ignore_index)
+    gathered = 2 * hidden.element_size() * (num_kept or 0) * hidden.shape[1]  # hidden and its gradient
+    if num_kept is not None and num_kept < target.shape[0] and gathered <= GATHERED_BYTES:
+        return gathered_sweep(upstream, hidden, weight, target, options, needs, num_kept, gathered)
+    long = hidden.dtype != torch.float32 and 4 * hidden.numel() > HIDDEN_BYTES
+    if long and needs[0] and (needs[1] or needs[2]):
+        grad_hidden, _, _ = gradient_sweep(upstream, hidden, weight, target, *options, (True, False, False))
+        rest = gradient_sweep(upstream, hidden, weight, target, *options, (False, *needs[1:]))
+        return grad_hidden, *rest[1:]
+    return gradient_sweep(upstream, hidden, weight, target, *options, needs)
+
+
+def gathered_sweep(upstream, hidden, weight, target, options, needs, num_kept, gathered):
+    """`gradient_sweep` of the rows that are not ignored. More of them than `num_kept` give NaN, as in the loss."""
+    bias, *_, ignore_index = options
+    order, count = keep_order(target, ignore_index)
+    picked = order[:num_kept]
+    poison = torch.where(count > num_kept, torch.nan, 1.0)
+    grads, saved = upstream[:3], upstream[3:]
+    upstream = [None if x is None else x[picked] * poison for x in grads]
+    upstream += [None if x is None else x[picked] for x in saved]
+    if not num_kept:
+        zeros = (hidden, weight, bias)
+        return tuple(
+            torch.zeros_like(x).mul_(poison) if need else None for x, need in zip(zeros, needs, strict=True)
+        )
+    target = target[picked]
+    rows = silence(hidden[picked], target, ignore_index)
+    grad_hidden, grad_weight, grad_bias = gradient_sweep(
+        upstream, rows, weight, target, *options, needs, gathered, silent=True
+    )
+    if grad_hidden is not None:
+        grad_hidden = torch.zeros_like(hidden).index_copy_(0, picked, grad_hidden)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def gradient_sweep(
+    upstream,
+    hidden,
+    weight,
+    target,
+    bias,
+    logit_scale,
+    logit_softcap,
+    ignore_index,
+    needs,
+    held=0,
+    silent=False,
+):
+    """One sweep over (vocabulary chunk x row chunk) blocks; what is summed is float32 and cast once.
+
+    held: bytes of the memory promise that are taken already. silent: ignored rows of hidden are zeros; else the
+    product with a chunk's rows takes a copy of them in which they are.
+    """
+    (N, D), V, wide = hidden.shape, weight.shape[0], hidden.dtype == torch.float32
+    grad_nll, grad_lse, grad_entropy, lse, entropy = upstream
+    bound = sum((g.abs() for g in (grad_nll, grad_lse) if g is not None), torch.zeros_like(lse))
+    if grad_entropy is not None:
+        bound = bound + grad_entropy.abs() * (1 + entropy)
+    gain, unscale = block_gain(bound, logit_scale, hidden.dtype)
+
+    hidden_sums = 0 if wide or not needs[0] else min(4 * N * D, HIDDEN_BYTES)
+    columns = vocab_chunk(V, D, 64 * N + held + hidden_sums)
+    rows = row_chunk(N, D, columns, hidden.dtype, needs, held, silent)
+    stretch = N if wide or not needs[0] else max(1, min(N, HIDDEN_BYTES // (4 * D)))
+    block = hidden.new_empty(min(rows, stretch), columns)
+    residual = None if wide or not any(needs[:2]) else TargetResidual(target, ignore_index)
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    grad_bias = torch.zeros(V, dtype=torch.float32, device=weight.device) if needs[2] else None
+    with device_guard(hidden.device):
+        for first in range(0, N, stretch):
+            span = range(first, min(first + stretch, N), block.shape[0])
+            chunks = [slice(r, min(r + block.shape[0], first + stretch, N)) for r in span]
+            orders = [keep_order(target[chunk], ignore_index) for chunk in chunks]
+            hidden_sum = sums(grad_hidden, slice(first, min(first + stretch, N)))
+            for v in range(0, V, columns):
+                vocab = slice(v, min(v + columns, V))
+                weight_sum = sums(grad_weight, vocab)
+                for chunk, order in zip(chunks, orders, strict=True):
+                    g = block[: chunk.stop - chunk.start, : vocab.stop - v]
+                    bias_sums = gradient_block(
+                        g, upstream, hidden, weight, target, bias, order, chunk, vocab, gain,
+                        logit_scale, logit_softcap, needs[2], residual,
+                    )  # fmt: skip
+                    if needs[0]:
+                        accumulate(hidden_sum[chunk.start - first : chunk.stop - first], g, weight[vocab])
+                    if needs[1]:
+                        rows_of_chunk = hidden[chunk]
+                        if not silent:
+                            rows_of_chunk = silence(rows_of_chunk.clone(), target[chunk], ignore_index)
+                        accumulate(weight_sum, g.T, rows_of_chunk)
+                        del rows_of_chunk
+                    if needs[2]:
+                        grad_bias[vocab] += bias_sums
+                if needs[1]:
+                    if residual is not None:
+                        residual.mend_weight(weight_sum, hidden, first_vocab=v)
+                    settle(grad_weight[vocab], weight_sum, unscale)
+                    weight_sum = None  # freed before its successor is made
+            if needs[0]:
+                if residual is not None:
+                    residual.mend_hidden(hidden_sum, weight, first)
+                settle(grad_hidden[first : first + stretch], hidden_sum, unscale)
+                hidden_sum = None
+    return grad_hidden, grad_weight, grad_bias.mul_(logit_scale).to(bias.dtype) if needs[2] else None
+
+
+def sums(gradient: Tensor | None, part: slice) -> Tensor | None:
+    """Zeroed float32 sums of a part of a gradient: the part itself where it is float32."""
+    if gradient is None:
+        return None
+    part = gradient[part]
+    return part.zero_() if part.dtype == torch.float32 else torch.zeros_like(part, dtype=torch.float32)
+
+
+def settle(gradient: Tensor, total: Tensor, unscale: Tensor | None) -> None:
+    """Write float32 sums to their place in the gradient, cast once."""
+    if unscale is not None:
+        total.mul_(unscale)
+    if gradient.dtype != torch.float32:  # float32 sums are the gradient itself
+        gradient.copy_(total)
+
+
+def gradient_block(
+    block,
+    upstream,
+    hidden,
+    weight,
+    target,
+    bias,
+    order,
+    chunk,
+    vocab,
+    gain,
+    logit_scale,
+    logit_softcap,
+    bias_sums,
+    residual,
+):
+    """Fill `block` with gain * d loss / d y of rows `chunk` and vocabulary `vocab`; return its column sums / gain."""
+    grad_nll, grad_lse, grad_entropy, lse, entropy = upstream
+    (V, D), (rows, columns) = weight.shape, block.shape
+
+    def run(config):
+        descriptor = config.descriptor and regular(weight, config)
+        row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(columns, config.block_v)
+        partial = (
+            torch.empty(row_tiles, columns, dtype=torch.float32, device=block.device) if bias_sums else None
+        )
+        gradient_kernel[(row_tiles * vocab_tiles,)](
+            hidden, operand(weight, config) if descriptor else weight, bias, target, *order,
+            lse, entropy if grad_entropy is not None else None, grad_nll, grad_lse, grad_entropy, gain, block, partial,
+            None if residual is None else residual.lost, hidden.stride(0), weight.stride(0), block.stride(0),
+            chunk.start, rows, row_tiles, vocab.start, columns, vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
+            BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
+            GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
+            SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight),
+            **config.launch_options,
+        )  # fmt: skip
+        return partial.sum(0) if bias_sums else None
+
+    return run(head_config("gradient", weight, logit_softcap is not None, run))

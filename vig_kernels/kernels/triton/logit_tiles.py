@@ -1,0 +1,133 @@
+"""The tile that every kernel of the language-model head is built on.
+
+A program owns BLOCK_N rows x BLOCK_V vocabulary entries and never writes them as logits:
+
+    y = logit_scale * (hidden @ weight.T + bias)       float32 accumulation
+    z = logit_softcap * tanh(y / logit_softcap)        or y, when there is no cap
+
+`dot_tile` makes the product and `logits` makes z of it, for the forward (linear_nll.py) and the gradients
+(linear_nll_backward.py) alike. The drawings are in docs/kernels.md.
+
+Rows are visited in the order of `order` (N,), a permutation with the `count` kept rows first, so that ignored
+rows end in whole tiles that return at once. All offsets that grow with N, V or D are int64.
+"""
+
+import triton
+import triton.language as tl
+
+# The interpreter differs from a GPU in two ways that the kernels make up for: it multiplies the bits of bfloat16 as
+# integers, and it cuts float32 to bfloat16 where a GPU rounds to nearest even.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x, float32, rounded to nearest even in DTYPE."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to 2e-7: a series near 0, where 1 - exp(-2x) would cancel, and the exponential form elsewhere."""
+    x2 = x * x
+    series = x * (1.0 + x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0 + x2 * (62.0 / 2835.0)))))
+    decay = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - decay) / (1.0 + decay)
+    far = tl.where(x < 0, -magnitude, magnitude)
+    return tl.where(tl.abs(x) < 0.25, series, far)
+
+
+@triton.jit
+def tile_position(
+    pid,
+    row_tiles,
+    vocab_tiles,
+    GROUP: tl.constexpr,
+):
+    """Tile of program `pid`: GROUP row tiles sweep the vocabulary together, the row tile running fastest.
+
+    The hidden rows of a group stay in L2 while each weight tile is fetched from memory once a group.
+    """
+    span = GROUP * vocab_tiles
+    first = (pid // span) * GROUP
+    width = tl.minimum(row_tiles - first, GROUP)
+    within = pid % span
+    return first + within % width, within // width
+
+
+@triton.jit
+def dot_tile(
+    hidden,  # pointer, rows of D
+    row_offset,  # (BLOCK_N,) int64, element offset of each row
+    weight,  # pointer to (V, D), or a tensor descriptor of it
+    stride_weight,
+    first_column,  # vocabulary index of the tile's column 0
+    V,
+    D,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """hidden @ weight.T of the tile, (BLOCK_N, BLOCK_V) float32; what stands in columns >= V is undefined."""
+    k = tl.arange(0, BLOCK_K)
+    hidden_ptr = hidden + row_offset[:, None] + k[None, :]
+    if not DESCRIPTOR:
+        # the last row stands in for those beyond V: read in bounds, masked by `logits`
+        row = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
+        weight_ptr = weight + row[None, :] * stride_weight + k[:, None]
+    accumulator = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        if EVEN_K:
+            h = tl.load(hidden_ptr)
+        else:
+            h = tl.load(hidden_ptr, mask=k[None, :] < D - start, other=0.0)
+        if DESCRIPTOR:
+            w = weight.load([first_column, start]).T
+        elif EVEN_K:
+            w = tl.load(weight_ptr)
+        else:
+            w = tl.load(weight_ptr, mask=k[:, None] < D - start, other=0.0)
+        if INTERPRETED:
+            h = h.to(tl.float32)
+            w = w.to(tl.float32)
+        accumulator = tl.dot(h, w, accumulator, input_precision=PRECISION)
+        hidden_ptr += BLOCK_K
+        if not DESCRIPTOR:
+            weight_ptr += BLOCK_K
+    return accumulator
+
+
+@triton.jit
+def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of x (ROWS, COLUMNS); a renaming of registers, or two loads of tensor memory."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def raw_logits(dot, bias, column, V, logit_scale):
+    """y of a (part of a) tile."""
+    if bias is not None:
+        dot += tl.load(bias + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
+    return dot * logit_scale
+
+
+@triton.jit
+def logits(dot, bias, column, V, logit_scale, logit_softcap, SOFTCAP: tl.constexpr):
+    """z of a (part of a) tile; -inf in columns at or beyond V."""
+    z = raw_logits(dot, bias, column, V, logit_scale)
+    if SOFTCAP:
+        z = logit_softcap * tanh(z / logit_softcap)
+    return tl.where(column[None, :] < V, z, -float("inf"))
+
+
+@triton.jit
+def slopes(dot, bias, column, V, logit_scale, logit_softcap):
+    """dz/dy = 1 - tanh(y / cap)^2, formed as 4 e / (1 + e)^2 with e = exp(-2 |y / cap|): no cancellation near 1."""
+    decay = tl.exp(-2.0 * tl.abs(raw_logits(dot, bias, column, V, logit_scale) / logit_softcap))
+    return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))

@@ -1,0 +1,193 @@
+"""Tiles by kernel, target, kind of number and shape class. A readable table; nothing is tuned at import.
+
+Every row compiles without spills in its main loop on its target (`python -m benchmarks static` proves it). The
+choice depends on (target, dtype, D, V), never on N, so that a value's bits do not depend on its company.
+VIG_AUTOTUNE=1 times the candidates at the first call of each such key, prints what it found and keeps the fastest
+for the life of the process. The rows were chosen from static counts: no GPU has timed them yet.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from .launch import fits_descriptor, target_of
+
+NARROW = 1024  # at D up to this the epilogue weighs as much as the main loop: smaller tiles, two to a multiprocessor
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One tile: BLOCK_N rows x BLOCK_V columns, BLOCK_K of the contraction at a time."""
+
+    block_n: int
+    block_v: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    parts: int = 1  # 2: the epilogue takes the tile in halves
+    descriptor: bool = False  # load the weight through a tensor descriptor (TMA)
+    group: int = 16  # row tiles that sweep the vocabulary together
+
+    @property
+    def launch_options(self) -> dict:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+    def __str__(self):
+        path = "tma" if self.descriptor else "ptr"
+        tile = f"{self.block_n}x{self.block_v}x{self.block_k}"
+        return f"{tile} w{self.num_warps} s{self.num_stages} p{self.parts} {path}"
+
+
+T = TileConfig
+INTERPRETER = T(32, 256, 64, num_warps=1, num_stages=1, parts=2, group=2)
+
+# (kernel, target, kind): (wide, narrow). wide where D > NARROW, see `head_config`.
+# fold: linear_nll and linear_vig; store: the fold of linear_cross_entropy; gradient: the recomputing backward.
+HEAD: dict[tuple[str, str, str], tuple[TileConfig, TileConfig]] = {
+    # one tile fills a multiprocessor: 64 KiB of A and B a stage pair, the accumulator in 128 registers a thread
+    ("fold", "sm_90", "16-bit"): (T(128, 256, 64, 8, 4, 2, True), T(128, 128, 64, 8, 3, 2, True)),
+    ("store", "sm_90", "16-bit"): (T(128, 256, 64, 8, 4, 2, True), T(128, 128, 64, 8, 3, 2, True)),
+    ("gradient", "sm_90", "16-bit"): (T(128, 128, 64, 8, 3, 2, True), T(128, 128, 64, 8, 3, 2, True)),
+    # the accumulator lives in tensor memory; the epilogue fetches it in halves
+    ("fold", "sm_100", "16-bit"): (T(128, 256, 64, 8, 4, 2, True), T(128, 128, 64, 8, 3, 2, True)),
+    ("store", "sm_100", "16-bit"): (T(128, 256, 64, 8, 4, 2, True), T(128, 128, 64, 8, 3, 2, True)),
+    ("gradient", "sm_100", "16-bit"): (T(128, 128, 64, 8, 3, 2, True), T(128, 128, 64, 8, 3, 2, True)),
+    # at most 99 KiB of shared memory, so that the rows serve 8.6, 8.9 and 12.x as well
+    ("fold", "sm_80", "16-bit"): (T(128, 128, 32, 8, 4, 2), T(128, 64, 32, 4, 4, 2)),
+    ("store", "sm_80", "16-bit"): (T(128, 128, 32, 8, 4, 2), T(128, 64, 32, 4, 4, 2)),
+    ("gradient", "sm_80", "16-bit"): (T(128, 64, 32, 4, 4, 2), T(128, 64, 32, 4, 4, 2)),
+    ("fold", "gfx942", "16-bit"): (T(128, 256, 64, 8, 2, 2), T(128, 128, 64, 8, 2, 2)),
+    ("store", "gfx942", "16-bit"): (T(128, 256, 64, 8, 2, 2), T(128, 128, 64, 8, 2, 2)),
+    ("gradient", "gfx942", "16-bit"): (T(128, 256, 64, 8, 2, 2), T(128, 128, 64, 8, 2, 2)),
+    # tf32x3 keeps three products' operands in registers: smaller tiles
+    ("fold", "sm_90", "float32"): (T(128, 128, 32, 8, 3, 2, True),) * 2,
+    ("store", "sm_90", "float32"): (T(128, 128, 32, 8, 3, 2, True),) * 2,
+    ("gradient", "sm_90", "float32"): (T(128, 128, 32, 8, 3, 2, True),) * 2,
+    ("fold", "sm_100", "float32"): (T(128, 128, 32, 8, 3, 2, True),) * 2,
+    ("store", "sm_100", "float32"): (T(128, 64, 32, 8, 3, 2, True),) * 2,
+    ("gradient", "sm_100", "float32"): (T(128, 64, 32, 8, 3, 2, True),) * 2,
+    ("fold", "sm_80", "float32"): (T(128, 64, 32, 8, 3, 2),) * 2,
+    ("store", "sm_80", "float32"): (T(128, 64, 32, 8, 3, 2),) * 2,
+    ("gradient", "sm_80", "float32"): (T(128, 64, 32, 8, 3, 2),) * 2,
+    ("fold", "gfx942", "float32"): (T(128, 128, 32, 8, 2, 2),) * 2,
+    ("store", "gfx942", "float32"): (T(128, 128, 32, 8, 2, 2),) * 2,
+    ("gradient", "gfx942", "float32"): (T(128, 128, 32, 8, 2, 2),) * 2,
+}
+
+# (target, kind): for irregular loads (any D, any stride), whose masks take registers; elsewhere the narrow tile
+IRREGULAR: dict[tuple[str, str], TileConfig] = {
+    ("sm_90", "16-bit"): T(128, 64, 32, 8, 3, 2),
+    ("sm_90", "float32"): T(128, 64, 32, 8, 3, 2),
+    ("sm_100", "16-bit"): T(128, 64, 32, 8, 3, 2),
+    ("sm_100", "float32"): T(128, 64, 16, 8, 3, 2),
+}
+
+# (target, kind of the products)
+BLUR: dict[tuple[str, str], TileConfig] = {
+    (target, kind): T(64, 64, 32, 4, 2 if target == "gfx942" else 3)
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942")
+    for kind in ("16-bit", "float32")
+}
+
+_tuned: dict[tuple, TileConfig] = {}
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    return "float32" if dtype == torch.float32 else "16-bit"
+
+
+def table_target(target: str) -> str:
+    """The column that serves a target: Intel GPUs take the plain pointer rows of sm_80."""
+    return "sm_80" if target == "xpu" else target
+
+
+def regular(weight: Tensor, config: TileConfig) -> bool:
+    """Whether loads need no mask along D, and a tensor descriptor can be made where the tile wants one."""
+    return weight.shape[1] % config.block_k == 0 and (fits_descriptor(weight) or not config.descriptor)
+
+
+def head_config(
+    kernel: str, weight: Tensor, softcap: bool, trial: Callable[[TileConfig], object]
+) -> TileConfig:
+    """The tile of "fold", "store" or "gradient" for a weight (V, D). `trial` runs a candidate."""
+    V, D = weight.shape
+    target, kind = target_of(weight.device), kind_of(weight.dtype)
+    if target == "interpreter":
+        chosen, candidates = INTERPRETER, [INTERPRETER, replace(INTERPRETER, parts=1)]
+    else:
+        rows = HEAD[kernel, table_target(target), kind]
+        # the slopes of the cap take registers that the wide tiles do not have
+        chosen = rows[D <= NARROW or (kernel == "store" and softcap)]
+        if not regular(weight, chosen):
+            chosen = IRREGULAR.get((table_target(target), kind), rows[1])
+        candidates = [*dict.fromkeys(rows), *neighbours(chosen)]
+    return tuned((kernel, target, str(weight.dtype), V, D), candidates, trial) if autotuning() else chosen
+
+
+def blur_config(matrices: Tensor, size: int, lines: int, trial: Callable[[TileConfig], object]) -> TileConfig:
+    """The tile of the blur, BLOCK_N rows of a (size, size) matrix x BLOCK_V of `lines`. `trial` runs a candidate."""
+    target = target_of(matrices.device)
+    if target == "interpreter":
+        chosen = replace(INTERPRETER, block_n=32, block_v=32, block_k=32)
+        candidates = [chosen, replace(chosen, block_n=16)]
+    else:
+        chosen = BLUR[table_target(target), kind_of(matrices.dtype)]
+        changes = [{"block_n": 128}, {"block_v": 128}, {"num_warps": 8}, {"num_stages": 2}, {"num_stages": 4}]
+        candidates = [chosen, *(replace(chosen, **change) for change in changes)]
+    return (
+        tuned(("blur", target, str(matrices.dtype), size, lines), candidates, trial)
+        if autotuning()
+        else chosen
+    )
+
+
+def autotuning() -> bool:
+    return os.environ.get("VIG_AUTOTUNE", "") not in ("", "0")
+
+
+def neighbours(config: TileConfig) -> list[TileConfig]:
+    """Candidates beside a row of the table: fewer or more stages, other warps, the other epilogue, other groups."""
+    changes = [
+        {"num_stages": config.num_stages - 1},
+        {"num_stages": config.num_stages + 1},
+        {"num_warps": 12 - config.num_warps},
+        {"parts": 3 - config.parts},
+        {"group": config.group // 2},
+        {"group": config.group * 2},
+        {"descriptor": not config.descriptor},
+    ]
+    return [replace(config, **change) for change in changes]
+
+
+def tuned(key: tuple, candidates: list[TileConfig], trial: Callable[[TileConfig], object]) -> TileConfig:
+    """The fastest candidate for `key`, searched once a process and printed."""
+    if key not in _tuned:
+        times = {}
+        for config in dict.fromkeys(candidates):
+            try:
+                times[config] = measure(lambda config=config: trial(config))
+            except triton.runtime.errors.OutOfResources:
+                continue
+        _tuned[key] = min(times, key=times.get)
+        for config, ms in sorted(times.items(), key=lambda item: item[1]):
+            mark = "*" if config == _tuned[key] else " "
+            print(f"VIG_AUTOTUNE {mark} {' '.join(map(str, key))}: {config} {ms:.3f} ms", file=sys.stderr)
+    return _tuned[key]
+
+
+def measure(run: Callable[[], object]) -> float:
+    """Milliseconds of one run, compiled before it is timed."""
+    run()
+    if torch.accelerator.is_available():
+        return triton.testing.do_bench(run, warmup=5, rep=30, return_mode="median")
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3

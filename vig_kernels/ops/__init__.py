@@ -1,0 +1,1 @@
+"""The contracts of the four ops: checks, dispatch, custom op, autograd."""

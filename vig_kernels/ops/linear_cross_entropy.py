@@ -1,0 +1,343 @@
+"""Masked, weighted cross-entropy of an LM head, without the (N, V) logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vig_kernels import check, dispatch
+from vig_kernels.ops.linear_nll import check_num_kept, nll_values
+
+# The largest float32 copy of a 16-bit hidden gradient that the fast path may hold; on a CPU logits stand beside it.
+HIDDEN_BUFFER_BYTES, CPU_HIDDEN_BUFFER_BYTES = 240 << 20, 96 << 20
+CAST_BYTES = 8 << 20  # what is cast at a time when a float32 gradient is scaled into its output
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (...)
+    *,
+    token_weight: Tensor | None = None,  # (...)
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    z_loss: float = 0.0,
+    num_kept: int | None = None,
+    memory: str = "fast",
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> Tensor:
+    """loss = sum_n w_n (nll_n + z_loss lse_n^2) / divisor, over the rows whose target is not `ignore_index`.
+
+    Args:
+        hidden, weight, target, bias, logit_scale, logit_softcap, ignore_index, backend: as in `linear_nll`.
+        token_weight: (...) w_n, 1 where None. Rows of weight 0 count as ignored: they cost nothing, whatever they
+            hold. Where it requires grad, the recomputing path is taken, and all rows count.
+        reduction: "mean", "sum" (divisor 1 unless num_items is given) or "none" ((...) float32, no divisor).
+        num_items: the divisor of "mean" and "sum", e.g. the tokens of a whole accumulated batch: int, float or
+            0-d tensor on any device, never read back to the host. Without it "mean" divides by the number of
+            valid rows, or by the sum of their weights. A zero divisor gives loss 0.0 and zero gradients.
+        z_loss: weight of lse^2, which keeps the logits' normaliser near 1.
+        num_kept: number of rows that are not ignored, if the caller knows it: a GPU then leaves the others out of its
+            products without stalling to count them.
+        memory: "fast" or "low".
+
+    Returns:
+        0-d float32, or (...) float32 for reduction="none" (0.0 on ignored rows).
+
+    "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32 until
+    backward, where the upstream factor (on a GPU and for float16 the divisor too) is applied and the result is cast
+    once. For float32 inputs these sums are themselves scaled in place and handed out as the gradients. For 16-bit
+    inputs they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 240 MiB (on a CPU 96) for
+    hidden (beyond that, and with memory="low" or reduction="none", gradients are recomputed in the backward: four
+    products, no buffer). The compiled CPU kernels round the gradients of bfloat16 inputs as they form them, for the
+    weight where the logits of all kept rows fit 160 MiB (else through the same 4 V D bytes): an upstream factor that
+    is not a power of two then rounds a second time.
+    A second backward (`retain_graph=True`) forms them again. Differentiating twice raises. What does not require grad
+    costs no product.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailable: as `linear_nll`.
+    """
+    check.flag("reduction", reduction, ("mean", "sum", "none"))
+    check.flag("memory", memory, ("fast", "low"))
+    scale = check.number("logit_scale", logit_scale)
+    softcap, ignore_index = check.softcap(logit_softcap), check.integer("ignore_index", ignore_index)
+    z_loss = check.number("z_loss", z_loss)
+    flat = check.linear({"hidden": hidden}, weight, target, bias)
+    row_weight = _row_weight(token_weight, target)
+    num_items = _num_items(num_items)
+    num_kept = None if num_kept is None else check.integer("num_kept", num_kept)
+    if num_kept is not None and not 0 <= num_kept <= flat.target.shape[0]:
+        raise ValueError(f"num_kept={num_kept} is not in [0, {flat.target.shape[0]}], the number of rows")
+
+    name = dispatch.resolve("linear_cross_entropy", backend, flat.weight.device)
+    fast = memory == "fast" and reduction != "none" and _fast(flat, row_weight, name)
+    if not fast:
+        name = dispatch.resolve("linear_nll", backend, flat.weight.device)
+    if row_weight is not None and not check.wants_grad(row_weight):
+        flat = flat._replace(target=flat.target.masked_fill(row_weight == 0, ignore_index))
+        num_kept = None if flat.target.device.type == "cpu" else num_kept  # elsewhere it may be too high
+    valid = flat.target != ignore_index
+    if num_items is None and reduction == "mean":
+        num_items = valid.sum() if row_weight is None else torch.where(valid, row_weight, 0.0).sum()
+    if fast and name != "reference":
+        if num_items is not None and _takes_divisor(flat.weight):  # gradients then come out ready
+            if row_weight is None:
+                row_weight = flat.weight.new_ones(flat.target.shape, dtype=torch.float32)
+            row_weight, num_items = row_weight * _reciprocal(num_items, row_weight.device), None
+        check.forward_mode(*flat.hiddens, flat.weight, flat.bias)
+        loss = _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, name)
+    else:
+        stats = ("lse",) if z_loss else ()
+        values = nll_values(flat, scale, softcap, ignore_index, stats, name, num_kept)
+        losses = values["nll"] + z_loss * values["lse"].square() if z_loss else values["nll"]
+        if row_weight is not None:
+            losses = losses * torch.where(valid, row_weight, 0.0)
+        if reduction == "none":
+            return losses.reshape(hidden.shape[:-1])
+        loss = losses.sum()
+    return loss if num_items is None else _divided(loss, num_items)
+
+
+def _takes_divisor(weight: Tensor) -> bool:
+    """Whether the divisor may scale the rows: not where a 16-bit logit gradient could underflow."""
+    return weight.device.type == "cpu" and weight.dtype != torch.float16
+
+
+def _row_weight(token_weight, target) -> Tensor | None:
+    if token_weight is None:
+        return None
+    check.tensor("token_weight", token_weight, (*check.FLOATS, torch.float64))
+    if token_weight.shape != target.shape:
+        raise ValueError(
+            f"expected token_weight {tuple(target.shape)} as target, got {tuple(token_weight.shape)}"
+        )
+    if token_weight.device != target.device:
+        raise ValueError(f"expected token_weight on {target.device} with target, got {token_weight.device}")
+    return token_weight.reshape(-1).float()
+
+
+def _num_items(num_items):
+    if isinstance(num_items, Tensor):
+        check.require(
+            num_items.ndim == 0, ValueError, f"expected num_items 0-d, got {tuple(num_items.shape)}"
+        )
+        check.require(
+            not num_items.is_complex(), TypeError, f"expected a real num_items, got {num_items.dtype}"
+        )
+        return num_items.detach()
+    if num_items is None:
+        return None
+    if check.number("num_items", num_items) < 0:
+        raise ValueError(f"num_items={num_items!r} is negative")
+    return float(num_items)
+
+
+def _divided(loss: Tensor, divisor: float | Tensor) -> Tensor:
+    """loss / divisor, and 0 for a divisor of 0, even where the loss is infinite."""
+    quotient = loss * _reciprocal(divisor, loss.device)
+    if isinstance(divisor, Tensor):
+        return quotient.masked_fill(divisor.to(loss.device, non_blocking=True) == 0, 0.0)
+    return quotient if divisor else quotient.masked_fill(torch.ones_like(loss, dtype=torch.bool), 0.0)
+
+
+def _reciprocal(divisor: float | Tensor, device: torch.device) -> float | Tensor:
+    """1 / divisor, and 0 for 0; tensors stay on their device."""
+    if not isinstance(divisor, Tensor):
+        return 1.0 / divisor if divisor else 0.0
+    divisor = divisor.to(device, torch.float32, non_blocking=True)
+    none = divisor == 0
+    return torch.where(none, 0.0, 1.0 / torch.where(none, 1.0, divisor))
+
+
+def _needs(flat: check.Flat) -> tuple[bool, bool, bool]:
+    return tuple(map(check.wants_grad, (flat.hiddens[0], flat.weight, flat.bias)))
+
+
+def _fast(flat: check.Flat, row_weight: Tensor | None, backend: str) -> bool:
+    """Whether to form the gradients in the forward: some are wanted, and their float32 sums are affordable."""
+    if not torch.is_grad_enabled() or not any(_needs(flat)):
+        return False
+    if check.wants_grad(row_weight):
+        return False
+    hidden = flat.hiddens[0]
+    if not check.wants_grad(hidden) or _grad_dtypes(backend, hidden.dtype)[0] == hidden.dtype:
+        return True
+    return 4 * hidden.numel() <= (
+        CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else HIDDEN_BUFFER_BYTES
+    )
+
+
+def _grad_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """What a backend forms the gradients of hidden, weight and bias in, for inputs of `dtype`."""
+    stored = dtype if (backend, dtype) == ("cpu", torch.bfloat16) else torch.float32
+    return stored, stored, torch.float32
+
+
+def _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, backend) -> Tensor:
+    (hidden,), weight, target, bias = flat
+    needs = list(_needs(flat))
+    return _forward_op(
+        hidden,
+        weight,
+        target,
+        bias,
+        row_weight,
+        scale,
+        softcap,
+        ignore_index,
+        z_loss,
+        num_kept,
+        needs,
+        backend,
+    )[0]
+
+
+@torch.library.custom_op(
+    "vig_kernels::linear_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? row_weight, float scale, "
+    "float? softcap, int ignore_index, float z_loss, SymInt? num_kept, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward_op(
+    hidden, weight, target, bias, row_weight, scale, softcap, ignore_index, z_loss, num_kept, needs, backend
+):
+    """(loss_sum, float32 gradients of loss_sum, empty where not needed)."""
+    check.target_range(target, weight.shape[0], ignore_index)
+    check_num_kept(num_kept, target, ignore_index)
+    if target.numel() == 0:
+        return tuple(
+            torch.zeros_like(x)
+            for x in _forward_fake(
+                hidden,
+                weight,
+                target,
+                bias,
+                row_weight,
+                scale,
+                softcap,
+                ignore_index,
+                z_loss,
+                num_kept,
+                needs,
+                backend,
+            )
+        )
+    run = dispatch.module("linear_cross_entropy", backend).forward_backward
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, *grads = run(
+            hidden,
+            weight,
+            target,
+            bias,
+            row_weight,
+            scale,
+            softcap,
+            ignore_index,
+            z_loss,
+            num_kept,
+            tuple(needs),
+        )
+    return loss, *(loss.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    hidden, weight, target, bias, row_weight, scale, softcap, ignore_index, z_loss, num_kept, needs, backend
+):
+    dtypes = _grad_dtypes(backend, hidden.dtype)
+    grads = [
+        hidden.new_empty(x.shape if need else 0, dtype=dtype if need else torch.float32)
+        for x, need, dtype in zip((hidden, weight, bias), needs, dtypes, strict=True)
+    ]
+    return hidden.new_empty((), dtype=torch.float32), *grads
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, target, bias, row_weight, *ctx.options, ctx.num_kept, ctx.needs, ctx.backend = inputs
+    _, *grads = output
+    ctx.mark_non_differentiable(*grads)
+    ctx.set_materialize_grads(False)
+    ctx.grads = grads  # held here, not saved: a float32 gradient is scaled in place and handed out
+    ctx.dtypes = [
+        x.dtype if need else None for x, need in zip((hidden, weight, bias), ctx.needs, strict=True)
+    ]
+    ctx.save_for_backward(hidden, weight, target, bias, row_weight)  # what a second backward recomputes from
+
+
+def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 12
+    # asked for once at most: a checkpoint that does not re-enter gives what was saved a single time
+    saved = ctx.saved_tensors if ctx.grads is None or torch.is_grad_enabled() else ()
+    sums = _again(ctx, saved) if ctx.grads is None else ctx.grads
+    grad_hidden, grad_weight, grad_bias = (
+        None if dtype is None else _scaled(grad, grad_loss, dtype, saved)
+        for grad, dtype in zip(sums, ctx.dtypes, strict=True)
+    )
+    if _given_away(sums):
+        ctx.grads = None  # or the loss, kept for the log, would keep them alive
+    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+
+
+def _traced(sums) -> bool:
+    """Whether torch.compile is looking: its tensors are not plain ones."""
+    return any(type(grad) is not Tensor for grad in sums)
+
+
+def _given_away(sums) -> bool:
+    """Whether this backward uses up the float32 sums. Under create_graph they must stay as they are."""
+    return not torch.is_grad_enabled() and not _traced(sums)
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, saved) -> Tensor:
+    """grad * factor in `dtype`: in place where it may be, else through an op that refuses a second derivative.
+
+    saved: the inputs that the gradient depends on; under create_graph they make it part of the graph.
+    """
+    if _traced([grad]):  # the compiler reuses memory itself, and refuses a second derivative itself
+        return (grad * factor).to(dtype)
+    if dtype == grad.dtype and _given_away([grad]):
+        return grad if grad.device.type == "cpu" and float(factor) == 1.0 else grad.mul_(factor)
+    differentiated = [x for x in saved if x is not None and x.requires_grad]
+    return _scale_op(grad, factor, dtype, differentiated[0] if torch.is_grad_enabled() else None)
+
+
+def _again(ctx, saved) -> list[Tensor]:
+    """The sums once more, bit for bit: the first backward has given them away."""
+    options = (*ctx.options, ctx.num_kept, ctx.needs, ctx.backend)
+    with torch.no_grad():
+        return _forward_op(*saved, *options)[1:]
+
+
+@torch.library.custom_op(
+    "vig_kernels::scale_gradient",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor factor, ScalarType dtype, Tensor? differentiated) -> Tensor",
+)
+def _scale_op(gradient, factor, dtype, differentiated):
+    """(gradient * factor) in float32, cast once; on a CPU, whose cast is an operation of its own, a few MiB at a time.
+
+    It has no gradient of its own. `differentiated` is an input that the gradient depends on: with it the result
+    is part of the graph, and a second differentiation raises instead of leaving this part out.
+    """
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    if gradient.device.type != "cpu":
+        return torch.mul(gradient, factor, out=out)  # one kernel, which casts as it writes
+    step = max(1, CAST_BYTES // max(1, 4 * gradient[:1].numel()))
+    for at in range(0, gradient.shape[0], step):
+        out[at : at + step] = gradient[at : at + step] * factor
+    return out
+
+
+@_scale_op.register_fake
+def _scale_fake(gradient, factor, dtype, differentiated):
+    return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
