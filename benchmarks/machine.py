@@ -109,7 +109,7 @@ def header(suite: str, threads: int, quick: bool) -> dict:
         "suite": suite,
         "quick": quick,
         "command": f"python -m benchmarks {suite}" + (" --quick" if quick else "") + f" --threads {threads}",
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
         "threads": threads,
         "machine": describe(),

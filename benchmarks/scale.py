@@ -114,7 +114,7 @@ def write_scores(folder: Path, samples: int) -> dict:
 
 def synthetic_samples(start: int, rows: int) -> list[tuple]:
     """The same scores as the model's passes leave them: (LoadedRecord, TokenNLL) a sample, for `scored_row`."""
-    from vig.data.samples import Sample
+    from vig.data.sample import Sample
     from vig.models.prompts import Encoded
     from vig.scoring.dual_pass import TokenNLL
     from vig.scoring.loader import LoadedRecord

@@ -34,7 +34,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.flops import BATCH, Flops
-from vig.data.samples import Sample
+from vig.data.sample import Sample
 from vig.scoring import dual_pass, packed_attention, prefix_sharing
 from vig.scoring import scorer as scoring
 from vig.scoring.batching import chunks

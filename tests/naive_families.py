@@ -16,7 +16,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from tiny_families import TILE
 
-from vig.data.samples import Sample, text_of
+from vig.data.sample import Sample, text_of
 from vig.models.prompts import Encoder
 from vig.scoring.scorer import Scorer
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import vig
 from vig.cli import app, main
-from vig.data.samples import DataError, SampleError
+from vig.data.sample import DataError, SampleError
 from vig.models.null_image import NULLS
 from vig.store.scores import SettingsDiffer, read_scores, read_selection, selection_metadata
 from vig_kernels import BackendUnavailable

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from vig.data.images import open_images
-from vig.data.samples import BrokenRecord, read_samples
+from vig.data.sample import BrokenRecord
+from vig.data.samples import read_samples
 from vig.demo import dataset, measures, nulls, scenes
 from vig.demo.arms import CHECKPOINT, Job
 from vig.demo.evaluate import Exam

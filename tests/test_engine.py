@@ -21,7 +21,8 @@ from torch.utils.data import dataloader
 
 from vig.data import samples
 from vig.data.files import FolderInUse, lock_folder
-from vig.data.samples import DataError, read_samples
+from vig.data.sample import DataError
+from vig.data.samples import read_samples
 from vig.scoring import loader
 from vig.scoring import run as scoring_run
 from vig.scoring.run import RecordCount, dry_run_dataset, first_records, part_of, run_settings, score_dataset

@@ -13,7 +13,7 @@ from vig.data.samples import read_samples
 from vig.selection.select import select
 from vig.store.fingerprints import data_fingerprint
 from vig.store.scores import ScoreRow, ScoreWriter
-from vig.training.trainer import keep_samples
+from vig.training.collator import keep_samples
 
 N = 40
 

@@ -25,16 +25,20 @@ from safetensors.torch import load_file
 from tiny import llava_model
 from tiny_families import FAMILIES
 
-from vig.data.samples import Sample, SampleError
-from vig.models.families import ModelError, as_loaded, family_of, load, prove
+from vig.data.sample import Sample, SampleError
+from vig.models.families import ModelError
+from vig.models.lm_head import HeadTransform, count_kept
+from vig.models.loading import as_loaded, load
 from vig.models.null_image import NULLS
+from vig.models.pixels import FamilyPixels
 from vig.models.prompts import Encoder
 from vig.scoring.inspect import pictures
 from vig.scoring.scorer import Scorer
+from vig.scoring.self_check import prove
 from vig.training.batches import MicroBatches
-from vig.training.loss import HeadTransform, count_kept, selective_loss
+from vig.training.collator import SelectiveCollator
+from vig.training.loss import selective_loss
 from vig.training.train import train
-from vig.training.trainer import SelectiveCollator
 
 NAMES = list(FAMILIES)
 TOLERANCE = 2e-4  # nats
@@ -149,7 +153,7 @@ def test_pixels_of_another_processor_are_refused():
         processor = copy.copy(tiny_families.processor(family))
         processor.image_processor = copy.copy(processor.image_processor)
         setattr(processor.image_processor, setting, value)
-        bound = family_of(tiny_families.model(family).config, processor)
+        bound = FamilyPixels.of(tiny_families.model(family).config, processor)
         with pytest.raises(ModelError, match=words):
             bound.pictures(*pixels_of(family, SAMPLES[:1]))
 

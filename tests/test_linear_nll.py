@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vig_kernels import gaussian_blur, linear_cross_entropy, linear_nll, linear_vig, reference
 from vig_kernels.kernels.torch import linear_cross_entropy as linear_cross_entropy_torch
 from vig_kernels.kernels.torch import linear_nll as linear_nll_torch
+from vig_kernels.kernels.torch import precision
 from vig_kernels.ops.linear_nll import with_rest
 
 STATS = ("lse", "entropy", "argmax")
@@ -267,8 +268,6 @@ def test_float32_products_survive_global_tf32(monkeypatch):
 @pytest.mark.parametrize("limit", [1 << 30, 4000, 100], ids=["rows outside", "columns outside", "two sweeps"])
 def test_every_order_of_sums(limit, monkeypatch):
     """16-bit gradients choose the loop order by what can be buffered; the result may not depend on it."""
-    from vig_kernels.kernels.torch import linear_nll as linear_nll_torch
-
     monkeypatch.setattr(linear_nll_torch, "BUFFER_BYTES", limit)
     monkeypatch.setattr(linear_nll_torch, "tile_shape", lambda width: (7, 11))
     inputs = make(Case("orders", N=20, D=32, V=90, bias=True), torch.bfloat16, grad=True)
@@ -424,7 +423,7 @@ def test_one_thread_does_not_end_anothers_exact_products():
         fp32_precision = "tf32"
 
     switch = Switch()
-    exact = linear_nll_torch.held(switch, "fp32_precision", "ieee", "none")
+    exact = precision.held(switch, "fp32_precision", "ieee", "none")
     inside, leave = threading.Event(), threading.Event()
 
     def hold():

@@ -13,15 +13,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
-from vig.training.loss import (
-    HeadError,
-    HeadTransform,
-    count_kept,
-    find_head,
-    selective_loss,
-    shifted_rows,
-    verify_head,
-)
+from vig.models.lm_head import HeadError, HeadTransform, count_kept, find_head, shifted_rows, verify_head
+from vig.training.loss import selective_loss
 
 V, B, T = 90, 3, 12
 TEXT = {

@@ -11,7 +11,8 @@ import torch
 from naive_families import SAMPLES, scorer
 from torch.nn.functional import scaled_dot_product_attention
 
-from vig.scoring import packed_attention, prefix_sharing
+from vig.models.families import FAMILIES
+from vig.scoring import packed_attention
 from vig.scoring.loader import load_record
 from vig.scoring.packed_attention import Layout, Stretch, groups, packs
 
@@ -103,7 +104,7 @@ def test_a_value_that_is_not_finite_stays_in_its_stretch():
 
 
 @pytest.mark.parametrize(
-    "family", [name for name in prefix_sharing.FAMILIES if name not in prefix_sharing.TWO_WAY_IMAGES]
+    "family", [name for name, row in FAMILIES.items() if row.shares_prefix and not row.two_way_images]
 )
 def test_a_packed_batch_equals_its_samples_alone(family, flash):
     """Shared rows, samples alone and several images in one sequence; both kernels."""

@@ -14,7 +14,6 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from vig.data.samples import read_samples
 from vig.demo import dataset
 from vig.demo.arms import CHECKPOINT
-from vig.models.null_image import NULLS
 from vig.models.prompts import Encoder
 from vig.scoring.scorer import Scorer
 
@@ -80,7 +79,7 @@ def test_token_nlls_equal_the_naive_loop(samples, model, processor, naive, batch
 
 
 def test_an_image_that_is_its_own_null_gives_exactly_zero(samples, model, processor, monkeypatch):
-    monkeypatch.setitem(NULLS, "blur", NULLS["blur"]._replace(function=lambda pictures, *_: pictures.clone()))
+    monkeypatch.setattr("vig.models.null_pixels.blur", lambda pictures, *_: pictures.clone())
     rows = Scorer(model, processor, batch_size=7).score(samples)
     rows = [row for row in rows if row.status == "ok"]
     differences = [float(value) for row in rows for value in row.token_nll_null - row.token_nll_image]

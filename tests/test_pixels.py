@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
@@ -24,8 +23,9 @@ from PIL import Image
 from tiny_families import FAMILIES, TILE
 
 from vig.models.families import FAMILIES as FAMILY_TABLE
-from vig.models.families import family_of
-from vig.models.null_image import NULLS, NullSettings, PixelRange
+from vig.models.null_image import NullSettings
+from vig.models.null_pixels import PixelRange
+from vig.models.pixels import FamilyPixels
 from vig.scoring.loader import content_hash
 from vig_kernels import gaussian_blur
 
@@ -34,7 +34,7 @@ NAMES = list(FAMILIES)
 
 @pytest.mark.parametrize("family", NAMES)
 def test_pictures_put_back_give_the_same_bits_and_leave_padding_alone(family):
-    bound = family_of(tiny_families.model(family).config, tiny_families.processor(family))
+    bound = FamilyPixels.of(tiny_families.model(family).config, tiny_families.processor(family))
     pixels, sizes = pixels_of(family, WITH_IMAGES)
     before = pixels["pixel_values"].clone()
     pictures = bound.pictures(pixels, sizes)
@@ -78,7 +78,7 @@ PUBLISHED = {  # the image processors as checkpoints carry them
 def test_null_pixels_at_the_sizes_of_published_checkpoints(family):
     images, photograph = PUBLISHED[family](), tiny.picture(1, (500, 333))
     clean, null = (maker([[photograph]], return_tensors="pt") for maker in (images, blurring(images)))
-    bound = dataclasses.replace(FAMILY_TABLE[family], processor=images)
+    bound = FamilyPixels(FAMILY_TABLE[family], images)
     ours = bound.null_pixels(
         clean, [[(333, 500)]], lambda stack, _: gaussian_blur(stack, 0.1 * min(stack.shape[-2:]))
     )
@@ -99,7 +99,7 @@ def test_nulls_of_a_picture_do_not_depend_on_the_batch(family):
     samples = WITH_IMAGES[:6]
     pixels, sizes = pixels_of(family, samples)
     hashes = [content_hash(image) for one in samples for image in one.images]
-    bound = family_of(tiny_families.model(family).config, tiny_families.processor(family))
+    bound = FamilyPixels.of(tiny_families.model(family).config, tiny_families.processor(family))
     span = PixelRange.of(tiny_families.processor(family))
     for null in ("blur", "mean", "black", "noise"):
         passes = scorer(family, null=null).passes
@@ -145,14 +145,14 @@ def test_llava_that_pads_to_squares():
     )
     processor = copy.copy(tiny_families.processor("llava"))
     processor.image_processor = images
-    bound = family_of(tiny_families.model("llava").config, processor)
+    bound = FamilyPixels.of(tiny_families.model("llava").config, processor)
     pixels = images([SAMPLES[0].images[0]], return_tensors="pt")
     (picture,) = bound.pictures(pixels, [[(25, 40)]])
     assert torch.equal(picture.pixels, pixels["pixel_values"][0, :, 3:12])  # it reaches from 2.8 to 12.8
 
 
 def test_a_null_of_zeros_does_not_pass_for_padding(monkeypatch):
-    monkeypatch.setitem(NULLS, "mean", NULLS["mean"]._replace(function=lambda pictures, *_: pictures * 0))
+    monkeypatch.setattr("vig.models.null_pixels.mean", lambda pictures, *_: pictures * 0)
     for family in ("idefics3", "smolvlm"):
         rows = scorer(family, null="mean", batch_size=5).score(WITH_IMAGES)
         assert all(row.status == "ok" and np.isfinite(row.token_nll_null).all() for row in rows)

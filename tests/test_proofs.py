@@ -16,7 +16,8 @@ import tiny_families
 import torch
 from naive_families import SAMPLES, naive_scores
 
-from vig.data.samples import BrokenRecord, read_samples
+from vig.data.sample import BrokenRecord
+from vig.data.samples import read_samples
 from vig.models.families import ModelError
 from vig.scoring import run
 from vig.scoring import scorer as scoring

@@ -16,7 +16,8 @@ import tiny
 
 from vig.data import readers
 from vig.data.images import open_images
-from vig.data.samples import BrokenRecord, DataError, Sample, answers, count_records, read_samples
+from vig.data.sample import BrokenRecord, DataError, Sample, answers
+from vig.data.samples import count_records, read_samples
 from vig.scoring.scorer import Scorer
 
 

@@ -15,16 +15,8 @@ import tiny
 from PIL import ExifTags, Image, ImageOps, features
 
 from vig.data.images import open_image, open_images
-from vig.data.samples import (
-    BrokenRecord,
-    DataError,
-    Sample,
-    SampleError,
-    answers,
-    count_records,
-    read_samples,
-    sample_from_record,
-)
+from vig.data.sample import BrokenRecord, DataError, Sample, SampleError, answers
+from vig.data.samples import count_records, read_samples, sample_from_record
 
 
 def record(value="<image>\nWhat is it?", answer="A cat.", image="a.png", **fields):

@@ -14,9 +14,12 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from vig.data.images import open_image, open_images
-from vig.data.samples import Sample, answers, caption_turns, read_samples, sample_from_record
-from vig.models.families import ModelError, as_loaded, load
-from vig.models.null_image import NULLS, PixelRange
+from vig.data.sample import Sample, answers
+from vig.data.samples import caption_turns, read_samples, sample_from_record
+from vig.models.families import ModelError
+from vig.models.loading import as_loaded, load
+from vig.models.null_image import NULLS
+from vig.models.null_pixels import PixelRange
 from vig.models.prompts import Encoder, PromptError, without_images
 from vig.scoring import batching
 from vig.scoring.loader import content_hash, load_records
@@ -112,7 +115,7 @@ def test_scores_equal_a_naive_loop(data, batch_size):
 
 
 def test_the_same_image_as_its_null_gives_exactly_zero(data, monkeypatch):
-    monkeypatch.setitem(NULLS, "blur", NULLS["blur"]._replace(function=lambda pictures, *_: pictures.clone()))
+    monkeypatch.setattr("vig.models.null_pixels.blur", lambda pictures, *_: pictures.clone())
     rows = scorer(batch_size=7).score(read_samples(data, limit=60))
     values = [
         value for row in rows if row.vig is not None for value in row.token_nll_null - row.token_nll_image

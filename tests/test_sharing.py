@@ -20,6 +20,7 @@ from torch.utils.data import dataloader
 
 from vig.data.samples import read_samples
 from vig.models import image_features
+from vig.models.families import FAMILIES
 from vig.models.null_image import NULLS
 from vig.scoring import batching, dual_pass, loader, prefix_sharing
 from vig.scoring.loader import load_record, load_records
@@ -75,7 +76,7 @@ def differences(rows, others):
 # --- the same values ---
 
 
-@pytest.mark.parametrize("family", prefix_sharing.FAMILIES)
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.shares_prefix])
 def test_sharing_changes_no_value(data, family):
     shared, alone = scorer(family), scorer(family, share=False)
     assert max(differences(shared.score(read_samples(data)), alone.score(read_samples(data)))) < 2e-4
@@ -90,7 +91,7 @@ def test_every_null_image_is_shared_too(data, null):
 
 
 def test_the_same_image_as_its_null_gives_exactly_zero(data, monkeypatch):
-    monkeypatch.setitem(NULLS, "blur", NULLS["blur"]._replace(function=lambda pictures, *_: pictures.clone()))
+    monkeypatch.setattr("vig.models.null_pixels.blur", lambda pictures, *_: pictures.clone())
     assert {row.vig for row in scorer().score(read_samples(data))} == {0.0, None}
 
 
@@ -285,7 +286,7 @@ def test_how_many_workers_feed_a_device():
 
 
 @pytest.mark.parametrize(
-    "family", [name for name in prefix_sharing.FAMILIES if name not in image_features.MORE_THAN_FEATURES]
+    "family", [name for name, row in FAMILIES.items() if row.shares_prefix and row.features_apart]
 )
 def test_features_are_computed_apart_in_every_family_that_offers_it(family):
     assert image_features.why_not(tiny_families.model(family)) is None

@@ -25,11 +25,12 @@ from tiny import llava_model, llava_processor
 from transformers import LlavaForConditionalGeneration
 
 from vig.data.files import StoreError
-from vig.data.samples import SampleError
-from vig.models.families import ModelError, load
+from vig.data.sample import SampleError
+from vig.models.families import ModelError
+from vig.models.loading import load
+from vig.training.collator import SelectiveCollator
 from vig.training.settings import SCHEDULES, TrainError, TrainSettings
 from vig.training.train import plan_batches, train
-from vig.training.trainer import SelectiveCollator
 
 
 @pytest.fixture(scope="module")

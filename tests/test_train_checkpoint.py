@@ -26,9 +26,9 @@ from transformers import LlavaForConditionalGeneration
 from vig.data.files import FolderInUse, lock_folder
 from vig.models.families import ModelError
 from vig.store.folder import SettingsDiffer
+from vig.training.collator import SelectiveCollator
 from vig.training.settings import TrainError
 from vig.training.train import train
-from vig.training.trainer import SelectiveCollator
 
 STEPS = {"lr": 1e-2, "max_steps": 6, "batch_size": 2, "accumulate": 2, "log_every": 1, "save_every": 2}
 

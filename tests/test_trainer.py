@@ -27,14 +27,16 @@ from transformers import (
 
 from vig import keep_samples, read_samples, read_selection, report
 from vig.data.files import StoreError
-from vig.data.samples import BrokenRecord, SampleError, sample_from_record
+from vig.data.sample import BrokenRecord, SampleError
+from vig.data.samples import sample_from_record
 from vig.demo.arms import CHECKPOINT
 from vig.demo.dataset import tuning_records, write_records
 from vig.models.prompts import Encoder
 from vig.scoring.scorer import Scorer
 from vig.selection.select import Selection, select
 from vig.store.selections import Entry
-from vig.training.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer, open_selection
+from vig.training.collator import SelectiveCollator, open_selection
+from vig.training.trainer import FusedLossMixin, SelectiveTrainer
 
 ANSWERS = (
     "red",

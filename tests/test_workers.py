@@ -11,7 +11,7 @@ import pytest
 from torch.utils.data import Dataset, dataloader
 
 from vig.data.files import StoreError
-from vig.data.samples import SampleError
+from vig.data.sample import SampleError
 from vig.data.workers import SPOOL, Spool, made_ahead
 
 

@@ -8,13 +8,12 @@ Names are loaded when they are first used, so that `import vig` costs nothing.
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vig.data.samples import Sample, read_samples
+    from vig.data.sample import Sample
+    from vig.data.samples import read_samples
     from vig.reporting.report import report
     from vig.scoring.inspect import inspect
     from vig.scoring.run import score_dataset
@@ -22,18 +21,19 @@ if TYPE_CHECKING:
     from vig.selection.export import export_records
     from vig.selection.select import select
     from vig.store.selections import read_selection
+    from vig.training.collator import SelectiveCollator, keep_samples
     from vig.training.train import train
-    from vig.training.trainer import FusedLossMixin, SelectiveCollator, SelectiveTrainer, keep_samples
+    from vig.training.trainer import FusedLossMixin, SelectiveTrainer
 
 _HOMES = {
     "FusedLossMixin": "vig.training.trainer",
-    "Sample": "vig.data.samples",
+    "Sample": "vig.data.sample",
     "Scorer": "vig.scoring.scorer",
-    "SelectiveCollator": "vig.training.trainer",
+    "SelectiveCollator": "vig.training.collator",
     "SelectiveTrainer": "vig.training.trainer",
     "export_records": "vig.selection.export",
     "inspect": "vig.scoring.inspect",
-    "keep_samples": "vig.training.trainer",
+    "keep_samples": "vig.training.collator",
     "read_samples": "vig.data.samples",
     "read_selection": "vig.store.selections",
     "report": "vig.reporting.report",
@@ -67,21 +67,6 @@ def __getattr__(name: str) -> Any:
         return metadata.version("vig-kernels")
     if name not in _HOMES:
         raise AttributeError(f"module 'vig' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
-
-
-class _Package(types.ModuleType):
-    """The package, in which a public name means the function even where a module is named like it.
-
-    Importing `vig.select` would put the module in the place of `vig.select`, the function, and which of the two
-    `from vig import select` gives would depend on what was imported before. The module is in sys.modules all the same.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -410,7 +410,7 @@ def demo(
     from vig.demo.run import demo as run
 
     terminal.quiet_libraries()
-    run(folder, console=out)
+    run(folder, console=out, command=lambda words: app(words, standalone_mode=False))
 
 
 def _usage(check, *values: Any) -> Any:

@@ -6,23 +6,31 @@ Four ops, each on several backends (`python -m vig_kernels` shows which can run 
     linear_vig            the same for an image pass and a null pass, in one sweep of the weight
     linear_cross_entropy  masked, weighted loss
     gaussian_blur         separable blur, for null images
+
+Names are loaded when they are first used.
 """
 
-from vig_kernels.dispatch import BackendUnavailable, backends
-from vig_kernels.ops.gaussian_blur import gaussian_blur
-from vig_kernels.ops.linear_cross_entropy import linear_cross_entropy
-from vig_kernels.ops.linear_nll import linear_nll
-from vig_kernels.ops.linear_vig import TokenVIG, linear_vig
+from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-def __getattr__(name: str) -> str:
-    """`__version__`, of the installed package."""
-    if name != "__version__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib.metadata
+if TYPE_CHECKING:
+    from vig_kernels.dispatch import BackendUnavailable, backends
+    from vig_kernels.ops.gaussian_blur import gaussian_blur
+    from vig_kernels.ops.linear_cross_entropy import linear_cross_entropy
+    from vig_kernels.ops.linear_nll import linear_nll
+    from vig_kernels.ops.linear_vig import TokenVIG, linear_vig
 
-    return importlib.metadata.version("vig-kernels")
-
+_HOMES = {
+    "BackendUnavailable": "vig_kernels.dispatch",
+    "TokenVIG": "vig_kernels.ops.linear_vig",
+    "backends": "vig_kernels.dispatch",
+    "gaussian_blur": "vig_kernels.ops.gaussian_blur",
+    "linear_cross_entropy": "vig_kernels.ops.linear_cross_entropy",
+    "linear_nll": "vig_kernels.ops.linear_nll",
+    "linear_vig": "vig_kernels.ops.linear_vig",
+}
 
 __all__ = [
     "BackendUnavailable",
@@ -33,3 +41,15 @@ __all__ = [
     "linear_nll",
     "linear_vig",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("vig-kernels")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vig_kernels' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

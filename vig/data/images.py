@@ -1,4 +1,4 @@
-"""The images of samples as 8-bit RGB, from files, bytes or pictures in memory; and `SampleError`."""
+"""The images of samples as 8-bit RGB, from files, bytes or pictures in memory."""
 
 from __future__ import annotations
 
@@ -8,19 +8,13 @@ import warnings
 import zlib
 from pathlib import Path
 from stat import S_ISREG
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image
 
-if TYPE_CHECKING:
-    from vig.data.samples import Sample
-
-ImageSource = Path | bytes | Image.Image
+from vig.data.sample import ImageSource, Sample, SampleError, shortened
 
 MAX_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: Pillow opens nothing larger
-
-LONGEST_NAME = 500  # characters
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,22 +29,6 @@ UPRIGHT = {
 # What Pillow's plugins were seen to raise at damaged files, and may.
 UNDECODABLE = (OSError, ValueError, RuntimeError, EOFError, SyntaxError, TypeError, LookupError, ArithmeticError,
                AttributeError, struct.error, zlib.error)  # fmt: skip
-
-
-class SampleError(ValueError):
-    """A sample that cannot be used: says which (`key`, `id`), why (`reason`) and what helps (`cure`)."""
-
-    def __init__(self, key: str, id: str, reason: str, cure: str):
-        self.key, self.id, self.reason, self.cure = (writable(str(part)) for part in (key, id, reason, cure))
-        super().__init__(f"{self.key} (id {shortened(self.id)!r}): {self.reason}. {self.cure}")
-
-    def __reduce__(self):
-        return SampleError, (self.key, self.id, self.reason, self.cure)
-
-
-def writable(text: str) -> str:
-    """With lone surrogates, which no file takes, written out: a name whose bytes are not UTF-8 holds them."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def open_images(sample: Sample, *, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
@@ -95,12 +73,6 @@ def open_image(source: ImageSource, key: str, id: str, *, max_pixels: int = MAX_
         raise SampleError(
             key, id, f"the image {name} cannot be decoded ({reason})", "Replace or remove it"
         ) from None
-
-
-def shortened(name: Any) -> str:
-    """A name for a message: pictures written as text run to megabytes."""
-    name = str(name)
-    return name if len(name) <= LONGEST_NAME else f"{name[:100]}... ({len(name):,} characters)"
 
 
 def _as_rgb(image: Image.Image, name: str, key: str, id: str) -> Image.Image:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,16 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from vig.data import readers
-from vig.data.images import ImageSource, SampleError, shortened, writable
+from vig.data.sample import (
+    BrokenRecord,
+    DataError,
+    ImageSource,
+    Sample,
+    SampleError,
+    shortened,
+    text_of,
+    writable,
+)
 
 ROLES = {
     "human": "user",
@@ -34,35 +42,6 @@ IMAGE_MARK = "<image>"
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TURNS = {"conversations", "messages"}
 CAPTION_QUESTION = "Describe the image."
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One conversation about zero or more images.
-
-    `key` is unique (source file name and record number), `id` is what the data says and may repeat.
-    `messages` have ``role`` (user, assistant, system) and ``content``, a list of parts:
-    ``{"type": "image"}`` or ``{"type": "text", "text": ...}``; image parts stand in the order of `images`.
-    """
-
-    key: str
-    id: str
-    images: tuple[ImageSource, ...]
-    messages: tuple[dict[str, Any], ...]
-    source: str
-
-
-class BrokenRecord(NamedTuple):
-    """What a reader yields in the place of a record that cannot become a `Sample`."""
-
-    key: str
-    id: str
-    source: str
-    error: SampleError
-
-
-class DataError(ValueError):
-    """The data as a whole cannot be read: no such file, or a format that no reader knows."""
 
 
 def read_samples(
@@ -155,16 +134,6 @@ def check_sample(sample: Sample) -> None:
             raise SampleError(key, id, reason, "Write parts, or make the sample with sample_from_record")
         _message(message, "role", "content", key, id)
     _check_turns(sample.messages, len(sample.images), key, id)
-
-
-def answers(sample: Sample) -> list[str]:
-    """The text of every assistant turn, in order."""
-    return [text_of(message) for message in sample.messages if message["role"] == "assistant"]
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """The text parts of one message, joined."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 # --- one record ---

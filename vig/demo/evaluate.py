@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from vig.data.samples import BrokenRecord, read_samples
+from vig.data.sample import BrokenRecord
+from vig.data.samples import read_samples
 from vig.demo.scenes import COLOUR_WORDS
 from vig.models.prompts import Encoder
 

@@ -11,9 +11,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -45,30 +46,34 @@ def demo(
     triples: int = 120,
     seeds: int = 3,
     console: Console | None = None,
+    command: Command | None = None,
 ) -> dict:
     """Run the miniature in `folder`; returns its figures, which stand in `folder`/figures.json too.
 
     samples: of the tuning data. questions: of the test. triples: captions with a matching, a partly matching and a
-    conflicting picture. seeds: trainings of each arm. One thread a process, two processes. Raises ValueError for a
-    folder that holds anything but an earlier demo.
+    conflicting picture. seeds: trainings of each arm. command: runs the words behind `vig` and returns the exit
+    code; `python -m vig` in a process of its own unless given. One thread a process, two processes. Raises ValueError
+    for a folder that holds anything but an earlier demo.
     """
     import torch
 
-    started, console = time.monotonic(), console or Console(highlight=False, soft_wrap=True)
+    started = time.monotonic()
+    shell = Shell(console or Console(highlight=False, soft_wrap=True), command or _own_process)
     folder = _fresh(Path(folder))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        figures = _road(folder, samples, questions, triples, seeds, console)
+        figures = _pipeline(folder, samples, questions, triples, seeds, shell)
     finally:
         torch.set_num_threads(threads)
     figures["seconds"] = round(time.monotonic() - started, 1)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    console.print(f"\nreport: {folder / 'report.html'}   ({figures['seconds']:.0f} s)")
+    shell.console.print(f"\nreport: {folder / 'report.html'}   ({figures['seconds']:.0f} s)")
     return figures
 
 
-def _road(folder: Path, samples: int, questions: int, triples: int, seeds: int, console: Console) -> dict:
+def _pipeline(folder: Path, samples: int, questions: int, triples: int, seeds: int, shell: Shell) -> dict:
+    console = shell.console
     tune = write_records(folder, "tune", tuning_records(samples, DATA_SEED))
     write_records(folder, "test", test_records(questions, DATA_SEED))
     pairs = write_records(folder, "triples", triple_records(triples, DATA_SEED))
@@ -77,19 +82,19 @@ def _road(folder: Path, samples: int, questions: int, triples: int, seeds: int, 
         f"from habit), {questions:,} test questions, {triples:,} triples\n"
     )
     scores, pair_scores, selection = folder / "scores", folder / "scores-triples", folder / "selection"
-    _vig(console, "score", CHECKPOINT, tune, "-o", scores)
-    _vig(console, "score", CHECKPOINT, pairs, "-o", pair_scores)
+    shell.vig("score", CHECKPOINT, tune, "-o", scores)
+    shell.vig("score", CHECKPOINT, pairs, "-o", pair_scores)
     figures = {
         "scores": _show_scores(console, scores, tune),
         "triples": _show_triples(console, pair_scores, pairs),
     }
-    _vig(console, "select", scores, "--p", 70, "-o", selection)
+    shell.vig("select", scores, "--p", 70, "-o", selection)
     for seed in range(seeds):
         chosen = folder / f"selection-random-{seed}"
-        _vig(console, "select", scores, "--p", 70, "--level", "random", "--seed", seed, "-o", chosen)
-    figures["arms"] = _experiment(console, folder, seeds)
+        shell.vig("select", scores, "--p", 70, "--level", "random", "--seed", seed, "-o", chosen)
+    figures["arms"] = _experiment(shell, folder, seeds)
     figures["claims"] = _show_arms(console, figures["arms"])
-    _vig(console, "report", scores, "--selection", selection, "-o", folder / "report.html")
+    shell.vig("report", scores, "--selection", selection, "-o", folder / "report.html")
     return figures
 
 
@@ -107,16 +112,29 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
-def _vig(console: Console, *arguments: object) -> None:
-    """Run a command of `vig` in this process, shown as it would be typed."""
-    from vig.cli import app
+# ---- commands
 
-    words = [str(argument) for argument in arguments]
-    console.print(f"[bold]$ vig {' '.join(words)}[/]")
-    code = app(words, standalone_mode=False)
-    if code:
-        raise RuntimeError(f"vig {words[0]} ended with exit code {code}")
-    console.print()
+Command = Callable[[list[str]], int | None]
+
+
+class Shell(NamedTuple):
+    """Where the demo prints, and how it runs a command of `vig`."""
+
+    console: Console
+    command: Command
+
+    def vig(self, *arguments: object) -> None:
+        """Run a command, shown as it would be typed."""
+        words = [str(argument) for argument in arguments]
+        self.console.print(f"[bold]$ vig {' '.join(words)}[/]")
+        code = self.command(words)
+        if code:
+            raise RuntimeError(f"vig {words[0]} ended with exit code {code}")
+        self.console.print()
+
+
+def _own_process(words: list[str]) -> int:
+    return subprocess.run([sys.executable, "-m", "vig", *words], check=False).returncode
 
 
 # ---- what the scores show
@@ -170,44 +188,35 @@ def _show_triples(console: Console, scores: Path, data: Path) -> dict:
 # ---- the experiment
 
 
-def _experiment(console: Console, folder: Path, seeds: int) -> list[dict]:
+def _experiment(shell: Shell, folder: Path, seeds: int) -> list[dict]:
     """Figures of the base, then of every arm and seed. Half of the work is done by a second process."""
     first, *jobs = [Job(arm, seed) for seed in range(seeds) for arm in reversed(ARMS)]
     here, there = jobs[: (len(jobs) - 1) // 2], jobs[(len(jobs) - 1) // 2 :]
     with _second_process(folder, there) as arriving:
-        figures = [_examine(folder, CHECKPOINT), _first_seed(console, folder, first)]
-        console.print(f"{len(jobs)} more trainings with the same settings, all from the shipped checkpoint")
+        figures = [_examine(folder, CHECKPOINT), _first_seed(shell, folder, first)]
+        shell.console.print(
+            f"{len(jobs)} more trainings with the same settings, all from the shipped checkpoint"
+        )
         for found in run_jobs(folder, here):
             figures.append(found)
-            _show_arm(console, found)
+            _show_arm(shell.console, found)
         for found in arriving:
             figures.append(found)
-            _show_arm(console, found)
+            _show_arm(shell.console, found)
     return figures
 
 
-def _first_seed(console: Console, folder: Path, job: Job) -> dict:
+def _first_seed(shell: Shell, folder: Path, job: Job) -> dict:
     """Train with the command and examine the checkpoint that it wrote."""
     started, out = time.monotonic(), folder / "tuned"
     options = [word for name, value in TRAINING.items() for word in (f"--{name.replace('_', '-')}", value)]
     selection = ["--selection", job.selection(folder)]
-    _vig(
-        console,
-        "train",
-        CHECKPOINT,
-        folder / "tune.json",
-        *selection,
-        "-o",
-        out,
-        "--seed",
-        job.seed,
-        *options,
-    )
+    shell.vig("train", CHECKPOINT, folder / "tune.json", *selection, "-o", out, "--seed", job.seed, *options)
     seconds = time.monotonic() - started
     tokens = json.loads((out / RECORD).read_text(encoding="utf-8"))["tokens"]
     told = {"arm": job.arm, "seed": job.seed, "tokens": tokens, "seconds": seconds}
     found = _examine(folder, out) | told
-    _show_arm(console, found)
+    _show_arm(shell.console, found)
     return found
 
 

@@ -11,13 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vig.models.families import FAMILIES
+
 KEPT_BYTES = 64 << 20  # of features that later batches may ask for again
-MORE_THAN_FEATURES = ("qwen3_vl",)  # its tower also feeds layers of the text model
 
 
 def why_not(model: PreTrainedModel) -> str | None:
     """None where features can be computed apart from the model's forward; else the reason."""
-    if model.config.model_type in MORE_THAN_FEATURES:
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None and not family.features_apart:
         return f"the tower of {model.config.model_type} gives more than features"
     takes = inspect.signature(type(model).forward).parameters
     if "mm_encoder_outputs" not in takes or not hasattr(model.model, "get_image_features"):

@@ -1,7 +1,7 @@
 """Where pictures lie in a family's pixel inputs: each is taken out whole, without its padding, and put back.
 
 A null image is defined on the picture as the model sees it. Some processors cut a picture into tiles, pad it, add a
-thumbnail, or flatten it into patches. A `Layout` undoes that on the device and does it again:
+thumbnail, or flatten it into patches. A `PixelLayout` undoes that on the device and does it again:
 
     plain     (images, C, H, W)            the picture; with do_pad, a square with the picture in its middle
     tiles     (images, 1 + tiles, C, H, W) a thumbnail, then the tiles of the picture in the middle of its canvas
@@ -16,12 +16,16 @@ sample of the batch, the (height, width) of its decoded images.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil, floor
+from pkgutil import resolve_name
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
+
+from vig.models.families import Family, ModelError, family_of
 
 Size = tuple[int, int]  # height, width
 Sizes = Sequence[Sequence[Size]]  # for each sample, its images in order
@@ -37,7 +41,7 @@ class Picture(NamedTuple):
     pixels: Tensor  # (C, H, W)
 
 
-class Layout(Protocol):
+class PixelLayout(Protocol):
     """Takes pictures out of pixel inputs and puts others, of the same shapes, in their places."""
 
     def take(self, pixels: PixelInputs, sizes: Sizes, processor: Any) -> list[Picture]: ...
@@ -341,6 +345,67 @@ def _blocks(flat: Tensor, rows: int, columns: int, processor: Any) -> Tensor:
     merge, side, frames = maker.merge_size, maker.patch_size, maker.temporal_patch_size
     shape = (rows // merge, columns // merge, merge, merge, -1, frames, side, side)
     return flat.view(shape)
+
+
+PLAIN, ANY_RESOLUTION, OPTIMAL_CANVAS = Tiles(plain), Tiles(any_resolution), Tiles(optimal_canvas)
+MASKED_TILES, PATCHES = Tiles(masked_tiles, keep_from_zero=True), Patches()
+
+
+# --- a family's pixel inputs ---
+
+
+@dataclass(frozen=True)
+class FamilyPixels:
+    """The pictures in the pixel inputs of one family's processor, whose settings say how they were cut.
+
+    sizes: for each sample of the batch, the (height, width) of its decoded images (`Encoded.sizes`).
+    """
+
+    family: Family
+    processor: Any
+
+    @classmethod
+    def of(cls, config: Any, processor: Any) -> FamilyPixels:
+        """Of a checkpoint's config and processor. Raises ModelError for a family that is not in the table."""
+        return cls(family_of(config), processor)
+
+    @property
+    def layout(self) -> PixelLayout:
+        return resolve_name(self.family.layout)
+
+    def pictures(self, pixels: PixelInputs, sizes: Sizes) -> list[Picture]:
+        """The pictures (C, H, W) of a batch without their padding, tiles put together; a thumbnail counts as one.
+
+        Raises ModelError where the pixel inputs are not what the processor's settings make of images of such sizes.
+        """
+        try:
+            return self.layout.take(pixels, sizes, self.processor)
+        except ValueError as error:
+            raise ModelError(f"{self.family.name}: {error}") from error
+
+    def check(self, pixels: PixelInputs, sizes: Sizes) -> None:
+        """Raises ModelError where `pictures` would."""
+        try:
+            self.layout.check(pixels, sizes, self.processor)
+        except ValueError as error:
+            raise ModelError(f"{self.family.name}: {error}") from error
+
+    def put_back(self, pixels: PixelInputs, sizes: Sizes, pictures: Sequence[Tensor]) -> PixelInputs:
+        """The same pixel inputs with other pictures in the places of `pictures`' own; padding stays as it is."""
+        return self.layout.put_back(pixels, sizes, self.processor, pictures)
+
+    def null_pixels(
+        self, pixels: PixelInputs, sizes: Sizes, make: Callable[[Tensor, list[int]], Tensor]
+    ) -> PixelInputs:
+        """The pixel inputs with every picture replaced by make(pictures (n, C, H, W), numbers of their images)."""
+        pictures = self.pictures(pixels, sizes)
+        made: list[Tensor] = [picture.pixels for picture in pictures]
+        for places in same_shapes(pictures):
+            stacked = torch.stack([pictures[place].pixels for place in places])
+            nulls = make(stacked, [pictures[place].image for place in places])
+            for place, null in zip(places, nulls, strict=True):
+                made[place] = null
+        return self.put_back(pixels, sizes, made)
 
 
 def same_shapes(pictures: Sequence[Picture]) -> list[list[int]]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vig.data.images import open_images
-from vig.data.samples import Sample, SampleError, answers
+from vig.data.sample import Sample, SampleError, answers
 from vig.models.answer_spans import (
     PromptError,
     Span,
@@ -42,7 +42,7 @@ from vig.models.image_tokens import (
     prefix_inputs,
     prefix_marks,
 )
-from vig.training.loss import IGNORE
+from vig.models.lm_head import IGNORE
 
 END_OF_TURN = ("template", "add", "drop")
 TOKEN_LEVEL = ("mm_token_type_ids", "token_type_ids")  # processor outputs of shape (1, T)

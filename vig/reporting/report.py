@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vig.data.files import StoreError, explain_write_errors, write_atomically
-from vig.data.images import writable
+from vig.data.sample import writable
+from vig.models.null_image import NULLS
 from vig.reporting.facts import Facts, gather
 from vig.reporting.page import render, rounded
 from vig.reporting.viewer import Viewer, words
@@ -23,14 +24,6 @@ from vig.store.selections import selection_files, selection_metadata
 
 __all__ = ["Histogram", "Page", "SampleView", "Word", "render", "report"]
 
-NULL_NAMES = {
-    "blur": "blurred",
-    "mean": "its mean colour",
-    "black": "black",
-    "noise": "noise",
-    "shuffle": "another image",
-    "drop": "no image",
-}
 REMARKS = {
     "highest": ("Highest VIG", "Where the image helps the answer most."),
     "lowest": ("Lowest VIG", "Where it does not help, or speaks against the answer."),
@@ -86,7 +79,7 @@ def report(
         highest=highest,
         lowest=lowest,
         tau=tau,
-        null_name=NULL_NAMES.get((metadata.get("null") or {}).get("kind"), "null image"),
+        null_name=_null_caption(metadata),
         notes=[*unfinished(scores), *_tau_notes(chosen, metadata), *viewer.notes, *_error_notes(facts)],
         settings=_settings(metadata, chosen),
     )
@@ -137,6 +130,11 @@ def _refuse_selection_of_others(scored: dict, chosen: dict) -> None:
             sorted(differences),
             "Give the selection that was made from these scores.",
         )
+
+
+def _null_caption(metadata: dict) -> str:
+    kind = (metadata.get("null") or {}).get("kind")
+    return NULLS[kind].caption if kind in NULLS else "null image"
 
 
 def _subtitle(metadata: dict) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from vig.data.images import open_images
-from vig.data.samples import BrokenRecord, Sample, SampleError, read_samples, text_of
+from vig.data.sample import BrokenRecord, Sample, SampleError, text_of
+from vig.data.samples import read_samples
 from vig.reporting.facts import Facts
 from vig.reporting.views import SampleView, Word
 from vig.scoring import batching
@@ -132,7 +133,8 @@ class Viewer:
         """The picture made back from the processor's pixels, its null, and why there is none."""
         if self.processor is None:
             return images[0], None, "not made without the processor"
-        from vig.models.null_image import NullSettings, PixelRange, as_image, null_pictures
+        from vig.models.null_image import NullSettings
+        from vig.models.null_pixels import PixelRange, as_image, null_pictures
         from vig.scoring.loader import content_hash
 
         span, shown = PixelRange.of(self.processor), self._first_pixels(sample, images)
@@ -151,7 +153,7 @@ class Viewer:
     def _first_pixels(self, sample: Sample, images: list[Image.Image]):
         """(C, H, W) of the first image as the processor makes it: the whole picture, not its thumbnail."""
         encoded = self._encoder.encode(sample, images)
-        pictures = self._family.pictures(encoded.pixels, [encoded.sizes])
+        pictures = self._pixels.pictures(encoded.pixels, [encoded.sizes])
         first = [picture.pixels for picture in pictures if picture.image == 0]
         return max(first, key=lambda picture: picture.numel())
 
@@ -162,16 +164,16 @@ class Viewer:
         return Encoder(self.processor)
 
     @cached_property
-    def _family(self):
-        """From the model's config, or, where the model has moved, from the one beside the given processor."""
+    def _pixels(self):
+        """By the model's config, or, where the model has moved, by the one beside the given processor."""
         from transformers import AutoConfig
 
-        from vig.models.families import family_of
+        from vig.models.pixels import FamilyPixels
 
         try:
-            return family_of(AutoConfig.from_pretrained(self.metadata["model"]), self.processor)
+            return FamilyPixels.of(AutoConfig.from_pretrained(self.metadata["model"]), self.processor)
         except (OSError, ValueError, KeyError):
-            return family_of(AutoConfig.from_pretrained(self.tokenizer.name_or_path), self.processor)
+            return FamilyPixels.of(AutoConfig.from_pretrained(self.tokenizer.name_or_path), self.processor)
 
 
 def _sigma(null: dict) -> dict[str, float]:

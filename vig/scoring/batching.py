@@ -13,8 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from vig.data.images import ImageSource
-from vig.data.samples import BrokenRecord, Sample
+from vig.data.sample import BrokenRecord, ImageSource, Sample
 
 WINDOW = 8192  # records
 BLOCK = 256  # records whose pixels are in memory at a time,

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from vig.models import image_features
-from vig.models.families import LoadedModel, hidden_at_head
 from vig.models.image_features import ImageFeatures
-from vig.models.null_image import NullSettings, PixelRange, null_pictures
+from vig.models.lm_head import HeadTransform, find_head, head_replaced, hidden_at_head, shifted_rows
+from vig.models.loading import LoadedModel
+from vig.models.null_image import NullSettings
+from vig.models.null_pixels import PixelRange, null_pictures
 from vig.models.pixels import Sizes
 from vig.models.prompts import Encoded, Encoder, collate_pixels
 from vig.scoring import packed_attention, prefix_sharing
 from vig.scoring.batching import BATCH_TOKENS
-from vig.training.loss import HeadTransform, find_head, head_replaced, shifted_rows
 from vig_kernels import linear_nll, linear_vig
 
 
@@ -216,7 +217,7 @@ class TwoPasses:
         def make(pictures: Tensor, images: list[int]) -> Tensor:
             return null_pictures(pictures, self.null, self.pixel_range, [seeds[image] for image in images])
 
-        return self.loaded.family.null_pixels(pixels, sizes, make)
+        return self.loaded.pixels.null_pixels(pixels, sizes, make)
 
     @property
     def _weight(self) -> Tensor:

@@ -10,17 +10,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from vig.data.samples import (
-    CAPTION_QUESTION,
-    IMAGE_MARK,
-    BrokenRecord,
-    DataError,
-    Sample,
-    SampleError,
-    read_samples,
-    sample_from_record,
-)
-from vig.models.null_image import as_image
+from vig.data.sample import BrokenRecord, DataError, Sample, SampleError
+from vig.data.samples import CAPTION_QUESTION, IMAGE_MARK, read_samples, sample_from_record
+from vig.models.null_pixels import as_image
 from vig.models.prompts import Encoded
 from vig.scoring import batching
 from vig.scoring.scorer import Scorer
@@ -128,14 +120,14 @@ def pictures(
         raise loaded.error
     if not loaded.is_multimodal:
         return [], []
-    passes, family = scorer.passes, scorer.loaded.family
+    passes = scorer.passes
     device = scorer.loaded.model.device
 
     def on_device(encoded: Encoded) -> dict[str, Tensor]:
         return {name: value.to(device) for name, value in encoded.pixels.items()}
 
     def shown(pixels: dict[str, Tensor], encoded: Encoded) -> list[Image.Image]:
-        found = family.pictures(pixels, [encoded.sizes])
+        found = scorer.loaded.pixels.pictures(pixels, [encoded.sizes])
         return [as_image(picture.pixels, passes.pixel_range) for picture in found]
 
     pixels = on_device(loaded.encoded)

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from vig.models.families import family_of
 from vig.models.prompts import TOKEN_LEVEL, Encoder
-from vig.scoring.prefix_sharing import FAMILIES, TWO_WAY_IMAGES, Row, token_positions
+from vig.scoring.prefix_sharing import Row, token_positions
 
 NAME = "vig_packed"  # of the attention function, for transformers
 KERNELS = ("sdpa", "flash_attention_2")
@@ -35,7 +36,8 @@ KEYS = 8192  # tokens whose keys are gathered at a time, so that repeated prefix
 
 def why_not(model: PreTrainedModel) -> str | None:
     """None where the rows of a batch may lie in one sequence; else the reason."""
-    if model.config.model_type not in FAMILIES or model.config.model_type in TWO_WAY_IMAGES:
+    family = family_of(model.config)
+    if not family.shares_prefix or family.two_way_images:
         return f"attention of {model.config.model_type} is not causal over the images"
     text = model.config.get_text_config()
     if text._attn_implementation not in KERNELS:

@@ -19,19 +19,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vig.models.families import family_of
 from vig.models.prompts import TOKEN_LEVEL, Encoded, Encoder
 
-FAMILIES = (
-    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm",
-    "internvl", "gemma3",
-)  # fmt: skip
-TWO_WAY_IMAGES = ("gemma3",)  # the tokens of an image see each other
 MASKED_ATTENTION = ("sdpa", "eager")  # attention implementations that take a mask of their own
 
 
 def why_not(model: PreTrainedModel) -> str | None:
     """None where samples may share a row; else the reason."""
-    if model.config.model_type not in FAMILIES:
+    if not family_of(model.config).shares_prefix:
         return f"attention of {model.config.model_type} is not causal over the images and the question"
     text = model.config.get_text_config()
     if text._attn_implementation not in MASKED_ATTENTION:
@@ -197,7 +193,7 @@ def _masks(
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         distance = positions[..., :, None] - positions[..., None, :]
         near = seen & (distance < config.sliding_window)
-    if model.config.model_type in TWO_WAY_IMAGES:
+    if family_of(model.config).two_way_images:
         together = _same_image(input_ids == model.config.image_token_id)
         seen, near = seen | together, None if near is None else near | together
     if near is None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vig.data.files import check_writable, lock_folder
-from vig.data.samples import BrokenRecord, DataError, Sample, read_samples
+from vig.data.sample import BrokenRecord, DataError, Sample
+from vig.data.samples import read_samples
 from vig.scoring import batching
 from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes
 from vig.scoring.scorer import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from vig.data.files import StoreError, check_writable
-from vig.data.samples import BrokenRecord, Sample, read_samples
+from vig.data.sample import BrokenRecord, Sample
+from vig.data.samples import read_samples
 from vig.scoring import batching
 from vig.scoring.run import RecordCount, check_data, part_of, record_splits, run_settings
 from vig.scoring.scorer import KEPT_ERRORS, Progress, Scorer

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vig.data.samples import BrokenRecord, Sample
-from vig.models.families import (
+from vig.data.sample import BrokenRecord, Sample
+from vig.models.families import ModelError
+from vig.models.loading import (
     LoadedModel,
-    ModelError,
     as_loaded,
     check_device,
     check_dtype,

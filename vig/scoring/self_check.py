@@ -1,6 +1,6 @@
 """What a model proves on the first samples before its values count, and what is switched off where it does not.
 
-1. Its head, its causality, its pictures (`vig.models.families.prove`): else it is refused.
+1. Its head, its causality, its pictures (`prove`): else it is refused.
 2. Its last layer on answer rows alone gives these rows: else that layer is computed whole.
 3. Several samples in one sequence, and samples that share a prefix, keep their values: else each is computed alone.
 4. A batch of the largest size fits into memory: else the run stops at once, and says what fits.
@@ -12,9 +12,14 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from vig.data.samples import SampleError
-from vig.models.families import LoadedModel, ModelError, prove
+from vig.data.sample import SampleError
+from vig.models.families import ModelError
+from vig.models.lm_head import HeadTransform, hidden_at_head, verify_head
+from vig.models.loading import LoadedModel
+from vig.models.pixels import Sizes
 from vig.scoring.dual_pass import TwoPasses
 from vig.scoring.loader import LoadedRecord
 from vig.scoring.prefix_sharing import Row, prefix_length, shared_by
@@ -73,7 +78,7 @@ class Proofs:
         good, broken = [], []
         for item in items:
             try:
-                self.loaded.family.check(item.encoded.pixels, [item.encoded.sizes])
+                self.loaded.pixels.check(item.encoded.pixels, [item.encoded.sizes])
                 good.append(item)
             except ModelError as error:
                 broken.append((item, error))
@@ -171,6 +176,69 @@ class Proofs:
         names = [[f"{copy * images + image:016x}" for image in range(images)] for copy in range(n)]
         nulls = None if item.null is None else [item.null] * n
         self.passes.score([item.encoded] * n, nulls, names)
+
+
+# --- head, causality, pictures ---
+
+
+@torch.inference_mode()
+def prove(
+    loaded: LoadedModel,
+    inputs: dict[str, Tensor],
+    sizes: Sizes = ((),),
+    last_answers: Sequence[int] | None = None,
+) -> HeadTransform:
+    """Checks the facts that scoring stands on, on one real batch. Returns what the model does to its logits.
+
+    1. hidden state x head, with that scale and softcap, equals the model's own logits;
+    2. attention is causal over the answers: another last answer token leaves the bits of the rows before it;
+    3. the pictures of the batch, taken out and put back, are the pixel inputs again.
+    sizes: (height, width) of the images of each sample. last_answers: where each row's last answer token stands; its
+    last token unless given. Raises ModelError with the values.
+    """
+    try:
+        transform = verify_head(loaded.model, inputs)
+    except ValueError as error:
+        raise ModelError(f"{loaded.name}: {error}") from error
+    _prove_causal(loaded, inputs, last_answers)
+    if any(sizes):
+        _prove_layout(loaded, inputs, sizes)
+    return transform
+
+
+def _prove_causal(loaded: LoadedModel, inputs: dict[str, Tensor], last_answers: Sequence[int] | None) -> None:
+    changed = inputs | {"input_ids": inputs["input_ids"].clone()}
+    last = inputs["attention_mask"].sum(dim=1) - 1
+    if last_answers is not None:  # an image may follow, whose placeholders must stay
+        last = last.new_tensor(last_answers)
+    for row, end in enumerate(last.tolist()):
+        changed["input_ids"][row, end] = _another_token(loaded.model, inputs["input_ids"][row, : end + 1])
+    hidden = hidden_at_head(loaded.model, inputs)
+    before = torch.arange(hidden.shape[1], device=last.device) < last[:, None]
+    moved = (hidden_at_head(loaded.model, changed) - hidden)[before].abs()
+    if not (moved == 0).all():
+        raise ModelError(
+            f"{loaded.name}: changing a later token moves earlier hidden states by {float(moved.max()):.3g}, so it is "
+            "not causal over the answer and cannot be scored token by token"
+        )
+
+
+def _another_token(model: PreTrainedModel, ids: Tensor) -> int:
+    """An ordinary token that differs from the last of ids (T,): one that stands before it, no image's placeholder."""
+    config = model.config.to_dict()
+    special = {value for name, value in config.items() if name.endswith(("token_id", "token_index"))}
+    ordinary = [id for id in ids.tolist() if id not in special and id != int(ids[-1])]
+    return ordinary[-1] if ordinary else (int(ids[-1]) + 1) % model.get_input_embeddings().weight.shape[0]
+
+
+def _prove_layout(loaded: LoadedModel, inputs: dict[str, Tensor], sizes: Sizes) -> None:
+    pictures = loaded.pixels.pictures(inputs, sizes)
+    again = loaded.pixels.put_back(inputs, sizes, [picture.pixels for picture in pictures])
+    if not torch.equal(again["pixel_values"], inputs["pixel_values"]):
+        raise ModelError(
+            f"{loaded.name}: its pixel inputs {tuple(inputs['pixel_values'].shape)} are not laid out like those of "
+            f"{loaded.family.name}. Score with the processor that the checkpoint came with"
+        )
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vig.data.files import StoreError, whole_file
-from vig.data.images import writable
 from vig.data.readers import JSON, read_rows
+from vig.data.sample import writable
 from vig.selection.select import Selection
 from vig.store.fingerprints import data_fingerprint
 from vig.store.folder import score_files

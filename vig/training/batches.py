@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from vig.data.samples import SampleError
+from vig.data.sample import SampleError
 from vig.data.workers import made_ahead
 from vig.scoring.loader import process_died
+from vig.training.collator import Record, SelectiveCollator, names_of
 from vig.training.settings import TrainSettings
-from vig.training.trainer import Record, SelectiveCollator, names_of
 
 
 def plan_batches(n: int, settings: TrainSettings, world: int = 1, rank: int = 0) -> list[list[int]]:

@@ -16,8 +16,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
 
+from vig.models.lm_head import unwrap, verify_head
 from vig.training.checkpoint import Checkpoints, RunState
-from vig.training.loss import selective_loss, unwrap, verify_head
+from vig.training.loss import selective_loss
 from vig.training.model import computes_in
 from vig.training.settings import TrainError, TrainProgress, TrainSettings
 

@@ -11,16 +11,11 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from vig.models.families import LoadedModel, ModelError, device_named, load
+from vig.models.families import ModelError, vision_tower_patterns
+from vig.models.lm_head import unwrap
+from vig.models.loading import LoadedModel, device_named, load
 from vig.store.fingerprints import weights_fingerprint
-from vig.training.loss import unwrap
 from vig.training.settings import TrainError, TrainSettings, WrongSetting
-
-# The vision tower, as the families name it; Qwen's merger is the projector and trains.
-VISION_TOWER = (
-    r"(^|\.)(vision_tower|vision_model|vision_encoder)\.",
-    r"(^|\.)visual\.(?!merger|deepstack_merger)",
-)
 
 
 def choose_device(device: str | torch.device | None, processes: PartialState) -> torch.device:
@@ -89,7 +84,8 @@ def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
         model = get_peft_model(
             model, LoraConfig(r=settings.lora_rank, lora_alpha=alpha, target_modules=settings.lora_targets)
         )
-    for pattern in VISION_TOWER if settings.freeze is None else settings.freeze:
+    towers = vision_tower_patterns(unwrap(model).config.model_type)
+    for pattern in towers if settings.freeze is None else settings.freeze:
         found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
         if not found and settings.freeze is not None:
             names = ", ".join(list(dict(model.named_parameters()))[:3])

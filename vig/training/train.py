@@ -19,11 +19,11 @@ from vig.data.samples import read_samples
 from vig.selection.select import Selection
 from vig.training.batches import MicroBatches, plan_batches
 from vig.training.checkpoint import Checkpoints, RunState, made_with
+from vig.training.collator import Kept, Record, Selected, SelectiveCollator, keep_samples, open_selection
 from vig.training.folder import check_space, own_folder, prepare_folder, save
 from vig.training.loop import run
 from vig.training.model import choose_device, computes_in, context, load_model, prepare
 from vig.training.settings import TrainError, TrainProgress, TrainResult, TrainSettings
-from vig.training.trainer import Kept, Record, Selected, SelectiveCollator, keep_samples, open_selection
 
 
 def train(

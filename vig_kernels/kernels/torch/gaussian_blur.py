@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from vig_kernels.kernels.torch.linear_nll import chunks, float32_products, why_not
+from vig_kernels.kernels.torch.precision import float32_products
+from vig_kernels.kernels.torch.tiles import chunks, why_not
 
 __all__ = ["forward", "why_not"]
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vig_kernels.kernels.torch.linear_nll import (
+from vig_kernels.kernels.torch.precision import float32_products
+from vig_kernels.kernels.torch.tiles import (
     Head,
     chunks,
     compact,
     finite_or_zero,
-    float32_products,
     gather_rows,
     logits_tile,
     tile_shape,

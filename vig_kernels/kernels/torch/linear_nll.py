@@ -1,4 +1,4 @@
-"""linear_nll in chunked PyTorch: any device, no compiler. Also the tile machinery of the other linear ops.
+"""linear_nll in chunked PyTorch: any device, no compiler.
 
 Logits exist one tile at a time, (rows, columns) of at most 8 MiB in float32. A tile's products are summed in
 blocks of 256 steps, always in float32: 16-bit chunks are upcast first, which is exact. Tiles are folded into a
@@ -8,137 +8,27 @@ and 256 MiB (gradients) for any N and V.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import threading
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK = 256  # steps of a float32 sum over D; longer ones miss the accuracy promise
-TILE_BYTES = 8 << 20  # one float32 tile of hidden, of weight or of logits
+from vig_kernels.kernels.torch.precision import float32_products
+from vig_kernels.kernels.torch.tiles import (
+    Head,
+    chunks,
+    compact,
+    finite_or_zero,
+    gather_rows,
+    logits_tile,
+    rounding_of_sum,
+    tile_shape,
+    why_not,
+)
+
+__all__ = ["backward", "forward", "why_not"]
+
 BUFFER_BYTES = 128 << 20  # one float32 gradient that cannot be accumulated in its output
-
-
-def why_not(device: torch.device) -> str | None:
-    return None
-
-
-class Head(NamedTuple):
-    """The LM head and what turns its products into logits: softcap(scale * (h weight^T + bias))."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    scale: float
-    softcap: float | None
-
-
-def chunks(size: int, step: int) -> Iterator[slice]:
-    return (slice(at, min(at + step, size)) for at in range(0, size, step))
-
-
-def tile_shape(width: int) -> tuple[int, int]:
-    """(rows, columns) of a tile: a function of D alone, so that a row's tiles do not depend on other rows."""
-    fit = max(16, TILE_BYTES // (4 * width))
-    return min(1024, fit), min(2048, fit)
-
-
-class Held:
-    """One of torch's process-wide switches, at `needed` while any thread needs it so; one that is harmless stays."""
-
-    def __init__(self, read: Callable, write: Callable, needed, harmless: tuple):
-        self.read, self.write, self.needed, self.harmless = read, write, needed, harmless
-        self.lock, self.users, self.before = threading.Lock(), 0, needed
-
-    def __enter__(self):
-        with self.lock:
-            if self.users == 0:
-                self.before = self.read()
-                if self.before not in self.harmless:
-                    self.write(self.needed)
-            self.users += 1
-
-    def __exit__(self, *_):
-        with self.lock:
-            self.users -= 1
-            if self.users == 0 and self.before not in self.harmless:
-                self.write(self.before)
-
-
-def held(switch, name: str, needed, *harmless) -> Held:
-    """Of an attribute of torch.backends."""
-    read, write = functools.partial(getattr, switch, name), functools.partial(setattr, switch, name)
-    return Held(read, write, needed, (needed, *harmless))
-
-
-CUDA_PRODUCTS = torch.backends.cuda.matmul
-if hasattr(CUDA_PRODUCTS, "fp32_precision"):
-    EXACT_CUDA = held(CUDA_PRODUCTS, "fp32_precision", "ieee", "none")
-    EXACT_CPU = held(torch.backends.mkldnn.matmul, "fp32_precision", "ieee", "none")
-else:  # torch 2.8: one switch for all devices
-    precision = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
-    EXACT_CUDA = EXACT_CPU = Held(*precision, "highest", ("highest",))
-FLOAT32_SUMS = held(
-    CUDA_PRODUCTS, "allow_fp16_accumulation", False
-)  # of float16 products; cuBLAS refuses otherwise
-
-
-@contextlib.contextmanager
-def float32_products(dtype: torch.dtype):
-    """Float32 products of float32 inputs, whatever the global TF32 settings, restored on the way out.
-
-    Upcast 16-bit inputs may use TF32 as they come: it holds every bfloat16 and float16 exactly.
-    """
-    with EXACT_CPU, EXACT_CUDA if dtype == torch.float32 else contextlib.nullcontext():
-        yield
-
-
-def compact(target: Tensor, ignore_index: int, num_kept: int | None = None) -> Tensor | None:
-    """Indices of the rows to work on; None for all of them (on a GPU without num_kept, counting would stall)."""
-    if target.device.type == "cpu":
-        kept = (target != ignore_index).nonzero().squeeze(1)
-        return None if kept.numel() == target.numel() else kept
-    if num_kept is None or num_kept >= target.numel():
-        return None
-    # a stable sort puts the kept rows first, in order; nothing is read back to the host
-    return torch.argsort((target == ignore_index).byte(), stable=True)[:num_kept]
-
-
-def gather_rows(matrix: Tensor, kept: Tensor | None, part: slice) -> Tensor:
-    """A float32 copy of rows `part` (of the kept rows): always fresh memory, so bits do not vary with alignment."""
-    taken = matrix[part] if kept is None else matrix.index_select(0, kept[part])
-    return taken.to(torch.float32, copy=kept is None)
-
-
-def logits_tile(
-    hidden: Tensor, weight: Tensor, columns: slice, head: Head, out: Tensor | None = None
-) -> Tensor:
-    """Float32 logits of a tile; hidden (n, D) and weight (v, D) are float32."""
-    if out is None:
-        out = hidden.new_empty(hidden.shape[0], weight.shape[0])
-    for part in chunks(hidden.shape[1], BLOCK):
-        out.addmm_(hidden[:, part], weight[:, part].T, beta=1 if part.start else 0)
-    if head.bias is not None:
-        out.add_(head.bias[columns].float())
-    if head.scale != 1.0:
-        out.mul_(head.scale)
-    if head.softcap is not None:
-        out.div_(head.softcap).tanh_().mul_(head.softcap)
-    return out
-
-
-def finite_or_zero(top: Tensor) -> Tensor:
-    """A row maximum that can be subtracted: rows whose logits are all -inf so far have none."""
-    return torch.where(top == float("-inf"), 0.0, top)
-
-
-def rounding_of_sum(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
-    """a + b - total for total = a + b as float32 rounds it, exactly (Knuth); 0 where total is not finite."""
-    b_part = total - a
-    rest = (a - (total - b_part)) + (b - b_part)
-    return torch.where(total.isfinite(), rest, 0.0)
 
 
 class RunningRows:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vig_kernels.kernels.torch.linear_nll import Head, sweep, why_not
+from vig_kernels.kernels.torch.linear_nll import sweep
+from vig_kernels.kernels.torch.tiles import Head, why_not
 
 __all__ = ["forward", "why_not"]
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vig_kernels.kernels.torch.linear_nll import FLOAT32_SUMS, float32_products
+from vig_kernels.kernels.torch.precision import FLOAT32_SUMS, float32_products
 
 from .launch import (
     compute_precision,

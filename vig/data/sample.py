@@ -1,0 +1,74 @@
+"""`Sample`, one conversation about images, and what stands in the place of one that cannot be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+ImageSource = Path | bytes | Image.Image
+
+LONGEST_NAME = 500  # characters
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation about zero or more images.
+
+    `key` is unique (source file name and record number), `id` is what the data says and may repeat.
+    `messages` have ``role`` (user, assistant, system) and ``content``, a list of parts:
+    ``{"type": "image"}`` or ``{"type": "text", "text": ...}``; image parts stand in the order of `images`.
+    """
+
+    key: str
+    id: str
+    images: tuple[ImageSource, ...]
+    messages: tuple[dict[str, Any], ...]
+    source: str
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used: says which (`key`, `id`), why (`reason`) and what helps (`cure`)."""
+
+    def __init__(self, key: str, id: str, reason: str, cure: str):
+        self.key, self.id, self.reason, self.cure = (writable(str(part)) for part in (key, id, reason, cure))
+        super().__init__(f"{self.key} (id {shortened(self.id)!r}): {self.reason}. {self.cure}")
+
+    def __reduce__(self):
+        return SampleError, (self.key, self.id, self.reason, self.cure)
+
+
+def writable(text: str) -> str:
+    """With lone surrogates, which no file takes, written out: a name whose bytes are not UTF-8 holds them."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+class BrokenRecord(NamedTuple):
+    """What a reader yields in the place of a record that cannot become a `Sample`."""
+
+    key: str
+    id: str
+    source: str
+    error: SampleError
+
+
+class DataError(ValueError):
+    """The data as a whole cannot be read: no such file, or a format that no reader knows."""
+
+
+def answers(sample: Sample) -> list[str]:
+    """The text of every assistant turn, in order."""
+    return [text_of(message) for message in sample.messages if message["role"] == "assistant"]
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The text parts of one message, joined."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def shortened(name: Any) -> str:
+    """A name for a message: pictures written as text run to megabytes."""
+    name = str(name)
+    return name if len(name) <= LONGEST_NAME else f"{name[:100]}... ({len(name):,} characters)"

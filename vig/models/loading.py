@@ -1,0 +1,169 @@
+"""Checkpoints through transformers' auto classes: model, processor, family, device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from vig.models.families import Family, ModelError, family_of
+from vig.models.pixels import FamilyPixels
+from vig.models.processors import load_processor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be scored with: in eval mode, with its processor, its family, and where it came from."""
+
+    model: PreTrainedModel
+    processor: Any
+    family: Family
+    name: str
+    revision: str | None = None
+
+    @cached_property
+    def pixels(self) -> FamilyPixels:
+        """Where pictures lie in the pixel inputs that its processor makes."""
+        return FamilyPixels(self.family, self.processor)
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Loads a checkpoint (a folder, or a name on the hub) through transformers' auto classes.
+
+    dtype: "float32", "bfloat16", "float16" or "auto" (what the checkpoint is stored in; float32 on a CPU without
+        bfloat16 instructions is not chosen for you). device: "cuda" where there is one, else "cpu".
+    Only safetensors weights are read, and no code from the checkpoint runs unless trust_remote_code is set.
+    Raises ModelError.
+    """
+    name = str(name)
+    check_dtype(dtype)
+    check_device(device)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        family_of(config)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True, attn_implementation=attn, **options
+        )
+        processor = load_processor(name, **options)
+    except ModelError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"cannot load {name}: {_reason(error, name)}") from error
+    return as_loaded(model, processor, name=name, revision=revision, device=device)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ModelError for a dtype that no checkpoint can be loaded in."""
+    if dtype not in (*DTYPES, "auto"):
+        raise ModelError(f"dtype = {dtype!r}, expected auto, {', '.join(DTYPES)}")
+
+
+def device_for(device: str | torch.device | None) -> torch.device:
+    """The device that a checkpoint is loaded to: the one given, else the GPU where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def device_named(device: str | torch.device) -> torch.device:
+    """Raises ModelError for what names no device on any machine."""
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise _no_device(device, error) from error
+
+
+def _no_device(device: str | torch.device, error: Exception) -> ModelError:
+    reason = str(error).partition("\n")[0].rstrip(". ")
+    return ModelError(f"device = {str(device)!r}: {reason}. Use cuda, cuda:1, cpu, ...")
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raises ModelError where torch has no such device here."""
+    if device is None:
+        return
+    device = device_named(device)
+    try:
+        here = torch.get_device_module(device)
+        found = here.device_count() if here.is_available() else 0
+    except (RuntimeError, AttributeError) as error:
+        raise _no_device(device, error) from error
+    if (device.index or 0) >= found:
+        raise ModelError(
+            f"device = {str(device)!r}, but torch {torch.__version__} finds {found} {device.type} devices here. Use "
+            "another one (cpu), or install the torch build and the driver for it"
+        )
+
+
+def _reason(error: Exception, name: str) -> str:
+    """What went wrong, in a sentence, and what helps."""
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file() and not (Path(name) / "config.json").exists():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        return (
+            f"it is a PEFT adapter of {base}, not a model. Merge it once: "
+            f"merged = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained({base!r}), {name!r})"
+            f".merge_and_unload(); merged.save_pretrained('merged'); "
+            f"AutoProcessor.from_pretrained({name!r}).save_pretrained('merged')"
+        )
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    first = lines[0].rstrip(". ")
+    pickled = sorted(path.name for path in Path(name).glob("*.bin")) if Path(name).is_dir() else []
+    if "safetensors" in str(error):
+        found = f" (found {', '.join(pickled)})" if pickled else ""
+        return (
+            f"{first}{found}. Only safetensors are read, since pickled weights can run code. Where you trust them, "
+            "convert them once: load the model with transformers and save_pretrained it"
+        )
+    if "trust_remote_code" in str(error):
+        return f"{first}. Such code runs only with --trust-remote-code; read it first"
+    if isinstance(error, ImportError):
+        return " ".join(lines)
+    return f"{first}. Give a folder with config.json and *.safetensors, or a name on the hub"
+
+
+def as_loaded(
+    model: PreTrainedModel,
+    processor: Any,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+) -> LoadedModel:
+    """Wraps a model and processor that are already in memory. Raises ModelError for an unknown family."""
+    family = family_of(model.config)
+    check_pictures_whole(processor)
+    check_device(device)
+    if device is None:
+        device = device_for(None) if model.device.type == "cpu" else model.device
+    name = name or model.config.name_or_path or type(model).__name__
+    revision = revision or getattr(model.config, "_commit_hash", None)
+    return LoadedModel(model.to(device).eval(), processor, family, name, revision)
+
+
+def check_pictures_whole(processor: Any) -> None:
+    """Raises ModelError for a processor that shows parts of a picture as pictures of their own."""
+    if getattr(getattr(processor, "image_processor", None), "do_pan_and_scan", None):
+        raise ModelError(
+            "do_pan_and_scan shows crops of a picture as pictures of their own, whose null would not be that of the "
+            "picture. Set processor.image_processor.do_pan_and_scan = False"
+        )
+
+
+def context_length(loaded: LoadedModel) -> int | None:
+    """The longest sequence, in tokens, that the text model has positions for; None where it does not say."""
+    return getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
