@@ -1,8 +1,8 @@
-"""README tables and plots from stored results. The only way numbers get into the README.
+"""Tables and plots from stored results. The only way numbers get into the pages.
 
-Each suite has a pair of markers, `<!-- benchmarks:score -->` and `<!-- /benchmarks:score -->`; what stands between
-them is replaced. A suite without results leaves its block without any table. The suites of scoring have their
-markers in docs/throughput.md instead, and the README one block, `scoring`, with their figures in a sentence.
+Each suite has a pair of markers, `<!-- benchmarks:score -->` and `<!-- /benchmarks:score -->`, in docs/benchmarks.md;
+what stands between them is replaced. A suite without results leaves its block without any table. The suites of scoring
+have their markers in docs/throughput.md, and the README one block, `scoring`, with their figures in a sentence.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from benchmarks.harness import ONE_CALL
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("score", "train", "memory", "blur", "peak", "gpu")
 ON_OWN_PAGE = ("throughput", "scale")  # in docs/throughput.md
-SCORING = "scoring"
+SCORING, KERNELS = "scoring", "kernels"  # sentences of the README, from the results of other suites
+IN_WORDS = {SCORING: ON_OWN_PAGE, KERNELS: ("score", "train")}
 WITHOUT_PLOT = ("peak", *ON_OWN_PAGE)
 DTYPES = ("float32", "bfloat16", "float16", "uint8")
 
@@ -39,13 +40,14 @@ class Paths:
     def pages(self) -> dict[Path, tuple[str, ...]]:
         """Each page that shows results, and the suites it shows."""
         return {
-            self.readme: (*SUITES, SCORING),
+            self.readme: (KERNELS, SCORING),
+            self.readme.parent / "docs" / "benchmarks.md": SUITES,
             self.readme.parent / "docs" / "throughput.md": ON_OWN_PAGE,
         }
 
     def stored(self, block: str) -> list[dict]:
         """The results that a block shows."""
-        suites = ON_OWN_PAGE if block == SCORING else (block,)
+        suites = IN_WORDS.get(block, (block,))
         return [result for suite in suites for result in results.read_full(suite, self.results)]
 
 
@@ -56,7 +58,7 @@ def write(paths: Paths) -> list[Path]:
         text = page.read_text()
         for name in blocks:
             if _has_marker(text, name) and paths.stored(name):
-                text = _with_block(text, name, block(name, paths))
+                text = _with_block(text, name, block(name, page, paths))
         page.write_text(text)
     drawn = [plots.draw(result, paths.plots) for suite in SUITES for result in paths.stored(suite)]
     return [*pages, *(path for path in drawn if path is not None)]
@@ -103,12 +105,12 @@ def _of_page(page: Path, blocks: tuple[str, ...], paths: Paths) -> Iterator[str]
         shown = _pattern(name).search(text).group("block")
         if not stored and shown.strip():
             yield f"{name}: {page.name} shows figures, but {paths.results} has no results"
-        if stored and shown != block(name, paths):
+        if stored and shown != block(name, page, paths):
             yield f"{name}: {page.name} differs from the results: run `python -m benchmarks report`"
 
 
 def _of_results(suite: str, paths: Paths) -> Iterator[str]:
-    if suite == SCORING:
+    if suite in IN_WORDS:
         return
     for result in paths.stored(suite):
         for line in (*audit.broken(result), *audit.not_following(result)):
@@ -137,11 +139,13 @@ def _with_block(text: str, suite: str, inner: str) -> str:
     return _pattern(suite).sub(lambda match: match["open"] + inner + match["close"], text)
 
 
-def block(suite: str, paths: Paths) -> str:
-    """What stands between the markers of a suite: for each machine a caption, tables, and the plot."""
+def block(suite: str, page: Path, paths: Paths) -> str:
+    """What stands, on that page, between the markers of a suite: for each machine a caption, tables, and the plot."""
     if suite == SCORING:
         return _scoring(paths)
-    return "\n".join(_machine_block(suite, result, paths) for result in paths.stored(suite))
+    if suite == KERNELS:
+        return _kernels(paths)
+    return "\n".join(_machine_block(suite, result, page, paths) for result in paths.stored(suite))
 
 
 def _scoring(paths: Paths) -> str:
@@ -153,7 +157,29 @@ def _scoring(paths: Paths) -> str:
     return f"{'; '.join(parts)}.\n"
 
 
-def _machine_block(suite: str, result: dict, paths: Paths) -> str:
+def _kernels(paths: Paths) -> str:
+    """The suites of the CPU kernels in one sentence each: share of the peak, and ratio to the bare products."""
+    lines = []
+    for result in paths.stored(KERNELS):
+        op = {"score": "linear_nll", "train": "linear_cross_entropy"}[result["suite"]]
+        parts = []
+        for dtype in dict.fromkeys(case["dtype"] for case in result["cases"]):
+            cases = [case for case in result["cases"] if case["dtype"] == dtype]
+            rows = [
+                row for case in cases for row in results.timed(case) if row["name"] == op and row["of_peak"]
+            ]
+            if rows:
+                shares, ratios = [100 * row["of_peak"] for row in rows], [row["ratio"] for row in rows]
+                parts.append(
+                    f"{dtype} at {min(shares):.0f}-{max(shares):.0f} % of the instruction peak, "
+                    f"{min(ratios):.2f}-{max(ratios):.2f} of torch's bare matrix products"
+                )
+        if parts:
+            lines.append(f"- `{op}` on {machine.sentence(result)}: {'; '.join(parts)}.")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _machine_block(suite: str, result: dict, page: Path, paths: Paths) -> str:
     lines = [f"`{result['command']}`, {_caption(result)}", ""]
     if suite in ON_OWN_PAGE:
         for head, *rows in results.tables(result):
@@ -166,7 +192,7 @@ def _machine_block(suite: str, result: dict, paths: Paths) -> str:
     if suite not in WITHOUT_PLOT:
         alternative = plots.heading(result).replace("\n", "; ")
         lines += [
-            f"![{alternative}]({_relative(plots.path_of(result, paths.plots), paths.readme.parent)})",
+            f"![{alternative}]({_relative(plots.path_of(result, paths.plots), page.parent)})",
             "",
         ]
     return "\n".join(lines)

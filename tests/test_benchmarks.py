@@ -226,7 +226,9 @@ def test_a_case_from_inputs_to_tables(tmp_path):
     assert "eager PyTorch" in console.export_text()
     assert result["machine"]["cores"] >= 1 and result["versions"]["torch"] == torch.__version__
     results.write(result, tmp_path)
-    assert "| eager PyTorch |" in report.block("score", report.Paths(tmp_path, tmp_path, tmp_path))
+    assert "| eager PyTorch |" in report.block(
+        "score", tmp_path / "page.md", report.Paths(tmp_path, tmp_path, tmp_path)
+    )
 
 
 def test_a_suite_that_was_cut_off_goes_on_with_the_rest(tmp_path):
@@ -331,31 +333,41 @@ def stored(folder: Path, suite: str = "score", p50_ms: float = 10.0) -> dict:
     return result
 
 
-def test_report_round_trip(tmp_path):
-    paths = report.Paths(tmp_path / "README.md", tmp_path / "results", tmp_path / "plots")
+def pages(folder: Path) -> tuple[report.Paths, Path]:
+    """A README with its sentences' block, an empty folder of results, and where docs/benchmarks.md is to be."""
+    paths = report.Paths(folder / "README.md", folder / "results", folder / "plots")
+    paths.readme.write_text("<!-- benchmarks:kernels -->\n<!-- /benchmarks:kernels -->\n")
     paths.results.mkdir()
-    paths.readme.write_text("# x\n<!-- benchmarks:score -->\n<!-- /benchmarks:score -->\nend\n")
+    (folder / "docs").mkdir()
+    return paths, folder / "docs" / "benchmarks.md"
+
+
+def test_report_round_trip(tmp_path):
+    paths, page = pages(tmp_path)
+    page.write_text("# x\n<!-- benchmarks:score -->\n<!-- /benchmarks:score -->\nend\n")
     assert report.disagreements(paths) == []  # nothing measured, nothing shown
     stored(paths.results)
     assert report.disagreements(paths)
     written = report.write(paths)
     assert report.disagreements(paths) == []
-    text = paths.readme.read_text()
+    text = page.read_text()
     assert text.startswith("# x\n") and text.endswith("end\n")
     assert "| **linear_nll** | 0.62 (10.0, 96 % of peak) |" in text
     assert "| rounds that a median is of | 5 |" in text
     assert "`python -m benchmarks score --threads 2`" in text
     assert "Not timed: Peer: cannot run: why." in text
     assert f"{peers.SPARSE} / none: 0.30 (4 × 5 × 6, float32)." in text and f"| **{peers.SPARSE}" not in text
-    assert [path.suffix for path in written] == [".md", ".png"] and written[1].stat().st_size > 5000
+    assert [path.suffix for path in written] == [".md", ".md", ".png"] and written[-1].stat().st_size > 5000
     report.write(paths)
-    assert paths.readme.read_text() == text
+    assert page.read_text() == text
     stored(paths.results, p50_ms=11.0)
     found = report.disagreements(paths)
-    assert "differs" in found[0] and "drawn from another result" in found[1] and len(found) == 2
+    assert ["README.md differs" in found[0], "benchmarks.md differs" in found[1]] == [True, True]
+    assert "drawn from another result" in found[2] and len(found) == 3
+    assert "float32 at 96-96 % of the instruction peak" in paths.readme.read_text()
     report.write(paths)
     assert report.disagreements(paths) == []
-    written[1].unlink()
+    written[-1].unlink()
     assert "missing" in report.disagreements(paths)[0]
     next(paths.results.iterdir()).unlink()
     assert "has no results" in report.disagreements(paths)[0]
@@ -391,8 +403,8 @@ def edited(paths: report.Paths, change) -> list[str]:
 
 
 def test_the_check_recomputes_what_follows_from_the_times(tmp_path):
-    paths = report.Paths(tmp_path / "README.md", tmp_path / "results", tmp_path / "plots")
-    paths.readme.write_text("<!-- benchmarks:score -->\n<!-- /benchmarks:score -->\n")
+    paths, page = pages(tmp_path)
+    page.write_text("<!-- benchmarks:score -->\n<!-- /benchmarks:score -->\n")
     stored(paths.results)
     assert edited(paths, lambda case: None) == []
     assert "the ratio of linear_nll is 0.5, but" in edited(paths, lambda c: c["rows"][1].update(ratio=0.5))[0]
@@ -404,18 +416,18 @@ def test_the_check_recomputes_what_follows_from_the_times(tmp_path):
 
 
 def test_one_block_of_each_suite_on_its_own_page(tmp_path):
-    paths = report.Paths(tmp_path / "README.md", tmp_path / "results", tmp_path / "plots")
+    paths, page = pages(tmp_path)
     block = "<!-- benchmarks:score -->\n<!-- /benchmarks:score -->\n"
     stored(paths.results)
-    paths.readme.write_text(block)
+    page.write_text(block)
     report.write(paths)
-    text = paths.readme.read_text()
-    paths.readme.write_text(text + block.replace("\n", "\n| false |\n", 1))
+    text = page.read_text()
+    page.write_text(text + block.replace("\n", "\n| false |\n", 1))
     assert "2 times" in report.disagreements(paths)[0]
-    paths.readme.write_text(text + block.replace("score", "scale"))
+    page.write_text(text + block.replace("score", "scale"))
     assert "<!-- benchmarks:scale -->" in report.disagreements(paths)[0]
-    paths.readme.unlink()
-    assert "README.md does not exist" in report.disagreements(paths)[0]
+    page.unlink()
+    assert "benchmarks.md does not exist" in report.disagreements(paths)[0]
 
 
 def test_a_wrong_row_of_the_library_fails_the_suite(monkeypatch):
@@ -468,5 +480,5 @@ def test_results_and_pages_are_no_changes_of_a_commit(tmp_path, monkeypatch):
     assert machine.commit() == f"{head}+" and machine.changed_since(f"{head}+") == ["csrc"]
 
 
-def test_readme_shows_the_stored_results():
+def test_pages_show_the_stored_results():
     assert report.disagreements(PATHS) == []
