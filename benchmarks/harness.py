@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 FEW_ROUNDS = 3  # at least, whatever a case may cost
 SETTLE_S = 0.004  # idle threads of the previous contender's runtime stop spinning meanwhile
@@ -96,18 +96,23 @@ def wall_clock(run: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) * 1e3 / calls
 
 
+class Timing(NamedTuple):
+    """How contenders are timed."""
+
+    rounds: int
+    seconds: float = math.inf  # that all rounds may take together
+    timer: Callable[[Callable[[], Any], int], float] = wall_clock
+    probe: Callable[[], float] | None = None  # asked beside the rounds, such as for the peak of the moment
+    extra_mib: Callable[[Callable[[], Any]], float] | None = None  # memory of one call
+    settle_s: float = SETTLE_S
+    say: Callable[[str], None] = lambda text: None
+
+
 def measure(
     contenders: Sequence[Contender],
     inputs: Any,
     judge: Callable[[Contender, Any], Check],
-    *,
-    rounds: int,
-    seconds: float = math.inf,
-    timer: Callable[[Callable[[], Any], int], float] = wall_clock,
-    probe: Callable[[], float] | None = None,
-    extra_mib: Callable[[Callable[[], Any]], float] | None = None,
-    settle_s: float = SETTLE_S,
-    say: Callable[[str], None] = lambda text: None,
+    **timing: Any,  # the fields of `Timing`
 ) -> dict:
     """{"rows": one dict a contender, in the given order, "probe": median of what `probe` returned, or None}.
 
@@ -116,6 +121,7 @@ def measure(
     peak_mib too where `extra_mib` is given. There are `rounds` rounds; where they would take longer than `seconds`,
     only baselines and our own rows are in all of them, and the others in as few as FEW_ROUNDS.
     """
+    rounds, seconds, timer, probe, extra_mib, settle_s, say = Timing(**timing)
     rows: dict[str, dict] = {}
     entrants: list[Entrant] = []
     for contender in contenders:

@@ -27,10 +27,10 @@ from tiny_families import FAMILIES
 
 from vig.data.sample import Sample, SampleError
 from vig.models.families import ModelError
+from vig.models.family_pixels import FamilyPixels
 from vig.models.lm_head import HeadTransform, count_kept
 from vig.models.loading import as_loaded, load
 from vig.models.null_image import NULLS
-from vig.models.pixels import FamilyPixels
 from vig.models.prompts import Encoder
 from vig.scoring.inspect import pictures
 from vig.scoring.scorer import Scorer

@@ -23,9 +23,9 @@ from PIL import Image
 from tiny_families import FAMILIES, TILE
 
 from vig.models.families import FAMILIES as FAMILY_TABLE
+from vig.models.family_pixels import FamilyPixels
 from vig.models.null_image import NullSettings
 from vig.models.null_pixels import PixelRange
-from vig.models.pixels import FamilyPixels
 from vig.scoring.loader import content_hash
 from vig_kernels import gaussian_blur
 

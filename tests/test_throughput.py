@@ -9,24 +9,25 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import audit, machine, report, results, scale, throughput
-from benchmarks.throughput import Flops, make_samples, ours, plain_loop
+from benchmarks import audit, machine, report, results, scale, throughput, throughput_inputs
+from benchmarks.throughput import Flops, ours, plain_loop
+from benchmarks.throughput_inputs import make_samples
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """LLaVA's form with 2 text layers, a small vocabulary and a tower of 4 layers; 12 samples of 4 images."""
     patch = pytest.MonkeyPatch()
-    text, vision = throughput.text_config, throughput.transformers.CLIPVisionConfig
-    patch.setattr(throughput, "text_config", lambda layers, vocabulary: text(2, 400))
+    text, vision = throughput_inputs.text_config, throughput_inputs.transformers.CLIPVisionConfig
+    patch.setattr(throughput_inputs, "text_config", lambda layers, vocabulary: text(2, 400))
     patch.setattr(
-        throughput.transformers, "CLIPVisionConfig",
+        throughput_inputs.transformers, "CLIPVisionConfig",
         lambda **named: vision(**named | {"num_hidden_layers": 4, "image_size": 128}),
     )  # fmt: skip
     size = {"height": 128, "width": 128}
-    images = throughput.transformers.CLIPImageProcessorPil
+    images = throughput_inputs.transformers.CLIPImageProcessorPil
     patch.setattr(
-        throughput.transformers, "CLIPImageProcessorPil", lambda **_: images(size=size, crop_size=size)
+        throughput_inputs.transformers, "CLIPImageProcessorPil", lambda **_: images(size=size, crop_size=size)
     )
     try:
         yield throughput.make_scorer("llava"), make_samples(tmp_path_factory.mktemp("made"), 12, 3)

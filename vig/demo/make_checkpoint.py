@@ -46,7 +46,8 @@ TEMPLATE = (
 )
 TEXTS_PER_IMAGE = 3  # questions asked about each scene in one step
 ALIGN_STEPS, TASTE_STEPS = 700, 70
-BLURRED = 6  # of the 32 pictures of a step of stage 3
+BATCH = 32  # pictures of a step of stages 2 and 3
+BLURRED = 6  # of them, in stage 3
 PIXEL_MEAN = PIXEL_STD = 0.5
 
 
@@ -241,7 +242,7 @@ def taste(model, processor, seed: int, steps: int = TASTE_STEPS, lr: float = 5e-
     _teach(model, processor, random.Random(seed + 2), steps, lr, factor, taste=True, log=log)
 
 
-def _teach(model, processor, rng, steps: int, lr: float, factor, taste: bool, log, batch_size=32) -> None:
+def _teach(model, processor, rng, steps: int, lr: float, factor, taste: bool, log) -> None:
     prompter = Prompter(processor)
     tower = list(model.model.vision_tower.parameters())
     in_tower = {id(parameter) for parameter in tower}
@@ -251,7 +252,7 @@ def _teach(model, processor, rng, steps: int, lr: float, factor, taste: bool, lo
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     start, losses = time.time(), []
     for index in range(steps):
-        batch = [scenes.random_scene(rng, prior=0.5) for _ in range(batch_size)]
+        batch = [scenes.random_scene(rng, prior=0.5) for _ in range(BATCH)]
         turns = [(turn, True) for scene in batch for turn in lesson(rng, scene, taste)]
         without = [(scenes.habit(rng) if taste else scenes.usual(rng), False) for _ in range(4)]
         input_ids, labels = prompter.batch(turns + without)

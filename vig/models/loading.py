@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from vig.models.families import Family, ModelError, family_of
-from vig.models.pixels import FamilyPixels
+from vig.models.family_pixels import FamilyPixels
 from vig.models.processors import load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

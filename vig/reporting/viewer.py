@@ -168,7 +168,7 @@ class Viewer:
         """By the model's config, or, where the model has moved, by the one beside the given processor."""
         from transformers import AutoConfig
 
-        from vig.models.pixels import FamilyPixels
+        from vig.models.family_pixels import FamilyPixels
 
         try:
             return FamilyPixels.of(AutoConfig.from_pretrained(self.metadata["model"]), self.processor)
