@@ -111,16 +111,14 @@ def test_a_packed_batch_equals_its_samples_alone(family, flash):
     one = scorer(family)
     items = [load_record(sample, one.encoder, "pixels") for sample in SAMPLES if sample.images]
     items.sort(key=lambda item: item.hashes)
-    encoded, hashes = [item.encoded for item in items], [item.hashes for item in items]
-    rows = one.passes.rows(encoded, hashes)
+    views = [item.view for item in items]
+    rows = one.passes.rows(views)
     assert sum(len(row.members) > 1 for row in rows) == 2 and sum(len(row.members) == 1 for row in rows) > 2
     alone = scorer(family, share=False).passes
-    expected = [
-        alone.score([sample], hashes=[names])[0] for sample, names in zip(encoded, hashes, strict=True)
-    ]
+    expected = [alone.score([view])[0] for view in views]
     for kernel in packed_attention.KERNELS:
         one.passes.kernel = kernel
-        found = one.passes.score(encoded, hashes=hashes)
+        found = one.passes.score(views)
         for value, other in zip(found, expected, strict=True):
             assert abs(value.image - other.image).max() < 2e-4 and abs(value.null - other.null).max() < 2e-4
 

@@ -148,13 +148,42 @@ def test_the_largest_batch_is_scored_once_a_process_with_images_of_its_own(data,
     monkeypatch.setattr(one.passes, "score", lambda *given: seen.append(given) or original(*given))
     monkeypatch.setattr(one, "noise_floor", lambda records: None)
     score_dataset(one, data, tmp_path / "scores", window=16)
-    encoded, _, names = seen[0]
-    assert len(encoded) == 16 and len({id(sample) for sample in encoded}) == 1
-    assert len({tuple(name) for name in names}) == 16
-    assert all(
-        len({id(sample) for sample in given[0]}) > 1 for given in seen[1:]
-    )  # none of the others is made up
-    assert not one.passes.features._kept or seen[0][2][0][0] not in str(one.passes.features._kept.keys())
+    views, _ = seen[0]
+    assert len(views) == 16 and len({id(view.encoded) for view in views}) == 1
+    assert len({view.hashes for view in views}) == 16
+    for views_of_data, _ in seen[1:]:  # none of the others is made up
+        assert len({id(view.encoded) for view in views_of_data}) > 1
+    assert not {name[1:] for name in one.passes.features._kept} & {view.hashes for view in views}
+
+
+def counted_images(monkeypatch, tower) -> list[int]:
+    """How many images enter the vision tower at each call."""
+    calls, forward = [], tower.forward
+
+    def counting(*args, **options):
+        calls.append(len(args[0] if args else options["pixel_values"]))
+        return forward(*args, **options)
+
+    monkeypatch.setattr(tower, "forward", counting)
+    return calls
+
+
+@pytest.mark.parametrize("null", ["blur", "shuffle"])
+@pytest.mark.parametrize(
+    ("family", "share"),
+    [("llava", True), ("gemma3", True), ("llava", False)],
+    ids=["packed", "padded", "alone"],
+)
+def test_copies_of_a_sample_encode_an_image_each(data, monkeypatch, family, share, null):
+    """Else the batch that tries the memory holds one image where real batches hold many."""
+    model, processor = tiny_families.model(family), tiny_families.processor(family)
+    one = Scorer(model, processor, share=share, null=null)
+    items = one._few(list(read_samples(data, limit=8)))
+    one.proofs.prove(items)
+    assert one.passes.share == share
+    calls = counted_images(monkeypatch, model.model.vision_tower)
+    one.proofs.rehearse(items, budget=10_000, most=8)
+    assert sum(calls) == 2 * 8  # clean and null
 
 
 def test_nothing_is_rehearsed_where_nothing_is_left_to_do(data, tmp_path):

@@ -442,10 +442,10 @@ def test_an_out_of_memory_batch_is_halved_and_a_single_one_is_an_error_row(data)
     one = scorer(batch_size=16)
     whole, original = one.score(read_samples(data, limit=12)), one.passes.score
 
-    def tight(samples, *others):
-        if len(samples) > 3 or any(sample.sample.id == "7" for sample in samples):
+    def tight(views, *others):
+        if len(views) > 3 or any(view.encoded.sample.id == "7" for view in views):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return original(samples, *others)
+        return original(views, *others)
 
     one.passes.score = tight
     rows = one.score(read_samples(data, limit=12))

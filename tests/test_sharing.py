@@ -24,6 +24,7 @@ from vig.models.families import FAMILIES
 from vig.models.null_image import NULLS
 from vig.scoring import batching, dual_pass, loader, prefix_sharing
 from vig.scoring.loader import load_record, load_records
+from vig.scoring.prefix_sharing import View
 from vig.scoring.scorer import Scorer
 
 ANSWERS = ("a cat", "no", "two dogs and a bird", "red", "it is blue")
@@ -163,7 +164,8 @@ def test_each_image_and_prefix_is_computed_once_a_pass(tmp_path, monkeypatch):
     assert len(opened) == len(processed) == 4
     encoded = [one.encoder.encode(record) for record in records]
     prefixes = {
-        prefix_sharing.shared_by(item, item.sample.images, one.encoder.image_token_id) for item in encoded
+        prefix_sharing.shared_by(View(item, item.sample.images), one.encoder.image_token_id)
+        for item in encoded
     }
     least = sum(len(ids) for _, ids in prefixes)
     least += sum(item.n_fed - prefix_sharing.prefix_length(item, 3) for item in encoded)
@@ -177,7 +179,7 @@ def test_nothing_is_computed_behind_the_last_answer_token(data, monkeypatch):
         monkeypatch, one.loaded.model.model.language_model, "forward", lambda **o: o["inputs_embeds"].shape
     )
     items = [load_record(sample, one.encoder, "pixels") for sample in read_samples(data, limit=3)]
-    one.passes.score([items[0].encoded], hashes=[items[0].hashes])
+    one.passes.score([items[0].view])
     assert {shape[1] for shape in seen} == {items[0].encoded.answer_index[-1] + 1}
     assert items[0].encoded.answer_index[-1] + 1 < len(items[0].encoded.input_ids)
 
@@ -352,16 +354,16 @@ def test_rows_keep_the_order_and_the_limit(data):
         load_record(sample, one.encoder, "pixels") for sample in read_samples(data) if len(sample.images) == 1
     ]
     items.sort(key=lambda item: item.hashes)
-    samples, hashes = [item.encoded for item in items], [item.hashes for item in items]
-    rows = one.passes.rows(samples, hashes)
-    assert [id(member) for row in rows for member in row.members] == [id(sample) for sample in samples]
+    views = [item.view for item in items]
+    rows = one.passes.rows(views)
+    assert [id(member) for row in rows for member in row.members] == [id(view) for view in views]
     assert max(len(row.members) for row in rows) > 2
     one.passes.longest = 90
-    short = one.passes.rows(samples, hashes)
+    short = one.passes.rows(views)
     assert len(short) > len(rows)
     assert all(row.n_tokens <= 90 for row in short if len(row.members) > 1)
     for row in short:  # a row for itself is that row again: a batch may be cut anywhere
-        again = one.passes.rows(row.members, [hashes[0]] * len(row.members))
+        again = one.passes.rows(row.members)
         assert [len(other.members) for other in again] == [len(row.members)]
 
 
@@ -370,7 +372,7 @@ def test_an_answer_before_the_last_image_is_computed_alone(data):
     late = next(sample for sample in read_samples(data) if sample.id == "6")
     encoded = one.encoder.encode(late)
     assert encoded.input_ids.count(3) > 1 and prefix_sharing.prefix_length(encoded, 3) == 0
-    alone = prefix_sharing.rows_of([encoded, encoded], [("a", "b")] * 2, 3, None, 10_000)
+    alone = prefix_sharing.rows_of([View(encoded, ("a", "b"))] * 2, 3, None, 10_000)
     assert [len(row.members) for row in alone] == [1, 1]  # though their images are the same
     behind = replace(encoded, answer_index=encoded.answer_index[-3:])
     assert 0 < prefix_sharing.prefix_length(behind, 3) < behind.answer_index[0]

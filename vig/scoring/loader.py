@@ -23,6 +23,7 @@ from vig.data.samples import check_sample
 from vig.data.workers import made_ahead
 from vig.models.prompts import Encoded, Encoder, PromptError, without_images
 from vig.scoring import batching
+from vig.scoring.prefix_sharing import View
 
 Item = TypeVar("Item")
 MOST_WORKERS = 8  # unless asked for
@@ -45,6 +46,16 @@ class LoadedRecord:
     @property
     def is_multimodal(self) -> bool:
         return bool(self.record.images)
+
+    @property
+    def view(self) -> View:
+        """As the pass with the image sees it."""
+        return View(self.encoded, tuple(self.hashes))
+
+    @property
+    def null_view(self) -> View | None:
+        """As the null pass sees it; None where the null is made of the clean pixels."""
+        return None if self.null is None else View(self.null, tuple(self.null_hashes or ()))
 
 
 class _Groups(Dataset):

@@ -66,8 +66,8 @@ def stretches(rows: Sequence[Row]) -> list[Stretch]:
         else:
             found.append(Stretch(start, row.prefix))
             place = start + row.prefix
-            for member in row.members:
-                found.append(Stretch(place, member.n_fed - row.prefix, start, row.prefix))
+            for length in row.lengths:
+                found.append(Stretch(place, length - row.prefix, start, row.prefix))
                 place += found[-1].length
         start += row.n_tokens
     return found

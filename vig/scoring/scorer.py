@@ -192,12 +192,10 @@ class Scorer:
         """Cuts `places` into batches. What shares a row stays together; rows of a batch are of similar length."""
         together: dict[tuple, list[int]] = {}
         for place in places:
-            item = block[place]
-            key = shared_by(item.encoded, item.hashes, self.encoder.image_token_id)
+            key = shared_by(block[place].view, self.encoder.image_token_id)
             together.setdefault(key, []).append(place)
         order = [place for places in together.values() for place in places]
-        items = [block[place] for place in order]
-        rows = self.passes.rows([item.encoded for item in items], [item.hashes for item in items])
+        rows = self.passes.rows([block[place].view for place in order])
         of_row, start = [], 0
         for row in rows:
             of_row.append(order[start : start + len(row.members)])
@@ -214,10 +212,8 @@ class Scorer:
     def _score_batch(self, items: Sequence[LoadedRecord], progress: Progress) -> list[ScoreRow]:
         try:
             values = self.passes.score(
-                [item.encoded for item in items],
-                [item.null for item in items] if items[0].null is not None else None,
-                [item.hashes for item in items],
-                [item.hashes if item.null_hashes is None else item.null_hashes for item in items],
+                [item.view for item in items],
+                None if items[0].null is None else [item.null_view for item in items],
             )
             return [scored_row(item, value) for item, value in zip(items, values, strict=True)]
         except RuntimeError as error:

@@ -22,7 +22,7 @@ from vig.models.loading import LoadedModel
 from vig.models.pixels import Sizes
 from vig.scoring.dual_pass import TwoPasses
 from vig.scoring.loader import LoadedRecord
-from vig.scoring.prefix_sharing import Row, prefix_length, shared_by
+from vig.scoring.prefix_sharing import Row, View, prefix_length, shared_by
 
 # How far sharing may move values, in nats: the largest in float32, the mean in 16 bit.
 SHARING_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
@@ -59,8 +59,7 @@ class Proofs:
             return
         first = chosen[0]
         if self._proven < 1 + first.is_multimodal:
-            inputs = self.passes.inputs([first.encoded])
-            inputs.pop("labels")
+            inputs = self.passes.padded([first.view]).inputs
             sizes = [first.encoded.sizes] if self.needs_pictures else [[]]
             self.passes.transform = prove(self.loaded, inputs, sizes, [first.encoded.answer_index[-1]])
             self._prove_last_layer(first)
@@ -91,7 +90,7 @@ class Proofs:
         return good
 
     def _prove_last_layer(self, item: LoadedRecord) -> None:
-        moved = self.passes.last_layer_error(item.encoded)
+        moved = self.passes.last_layer_error(item.view)
         if not moved <= ROWS_TOLERANCE[self.loaded.model.dtype]:
             self.passes.last_layer_whole()
             warnings.warn(
@@ -113,17 +112,17 @@ class Proofs:
         together: dict[tuple, list[LoadedRecord]] = {}
         for item in items:
             if prefix_length(item.encoded, self.image_token_id):
-                key = shared_by(item.encoded, item.hashes, self.image_token_id)
+                key = shared_by(item.view, self.image_token_id)
                 together.setdefault(key, []).append(item)
         kind = IMAGES if together else TEXT
         if not self.passes.share or self.sharing in (kind, IMAGES):
             return
         if together:
             (_, ids), alike = max(together.items(), key=lambda entry: len(entry[1]))
-            members = [item.encoded for item in (alike * 2 if len(alike) == 1 else alike)[:3]]
+            members = [item.view for item in (alike * 2 if len(alike) == 1 else alike)[:3]]
             rows = [Row(tuple(members), len(ids)), Row((members[-1],))]
         else:
-            kinds = [item.encoded for item in items if item.is_multimodal == items[0].is_multimodal]
+            kinds = [item.view for item in items if item.is_multimodal == items[0].is_multimodal]
             rows = [Row((kinds[0],)), Row((kinds[-1],))]
         moved = self.passes.sharing_error(rows)
         self.sharing = kind
@@ -173,9 +172,9 @@ class Proofs:
     def _score_copies(self, item: LoadedRecord, n: int) -> None:
         """Each copy with images of its own, as far as anyone can tell."""
         images = len(item.hashes)
-        names = [[f"{copy * images + image:016x}" for image in range(images)] for copy in range(n)]
-        nulls = None if item.null is None else [item.null] * n
-        self.passes.score([item.encoded] * n, nulls, names)
+        hashes = [tuple(f"{copy * images + image:016x}" for image in range(images)) for copy in range(n)]
+        views = [View(item.encoded, names) for names in hashes]
+        self.passes.score(views, None if item.null is None else [View(item.null, names) for names in hashes])
 
 
 # --- head, causality, pictures ---
