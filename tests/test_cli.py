@@ -359,7 +359,7 @@ def test_ctrl_c_and_sigterm_are_one_line_and_exit_code_130(road, monkeypatch, ca
         signal.raise_signal(number)
         raise AssertionError("went on")
 
-    monkeypatch.setattr("vig.scoring.run.score_dataset", interrupted)
+    monkeypatch.setattr("vig.scoring.run.run_scoring", interrupted)
     monkeypatch.chdir(road)
     monkeypatch.setattr(sys, "argv", ["vig", "score", "model", "data.json", "-o", "stopped"])
     try:

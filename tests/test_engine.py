@@ -24,9 +24,10 @@ from vig.data.files import FolderInUse, lock_folder
 from vig.data.sample import DataError
 from vig.data.samples import read_samples
 from vig.scoring import loader
-from vig.scoring import run as scoring_run
-from vig.scoring.run import RecordCount, dry_run_dataset, first_records, part_of, run_settings, score_dataset
+from vig.scoring import settings as run_settings
+from vig.scoring.run import RecordCount, dry_run_dataset, first_records, run_provenance, score_dataset
 from vig.scoring.scorer import NOISE_SAMPLES, Scorer
+from vig.scoring.settings import RunSpec
 from vig.store import fingerprints
 from vig.store.fingerprints import data_fingerprint
 from vig.store.folder import output_folder
@@ -213,7 +214,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_scored():
 
 def test_jobs_at_the_same_time_fill_one_folder_and_the_last_completes_it(tmp_path, data):
     one, out = scorer(), tmp_path / "scores"
-    settings = run_settings(one, data, out, image_root=None, limit=None, shard=(1, 3), window=8)
+    settings = run_provenance(one, RunSpec(data, shard=(1, 3), window=8), out)
     with ScoreWriter(output_folder(out, (1, 3)), settings) as other:  # a job is at work
         assert score_dataset(one, data, out, window=8, shard=(0, 3)).done == 24
         with pytest.raises(StoreError, match=r"shard-1-of-3 is (already|being)"):
@@ -269,11 +270,11 @@ def test_a_job_that_has_no_window_is_complete_too(tmp_path, data):
 
 @pytest.mark.parametrize("total, window, count", [(64, 8, 3), (65, 8, 3), (7, 8, 2), (0, 8, 2), (100, 7, 1)])
 def test_the_parts_of_the_jobs_sum_to_the_whole(total, window, count):
-    parts = [part_of(total, window, (index, count)) for index in range(count)]
+    jobs = [RunSpec("data.json", shard=(index, count), window=window) for index in range(count)]
     expected = [0] * count
     for record in range(total):
         expected[record // window % count] += 1
-    assert parts == expected and part_of(None, window, (0, count)) is None
+    assert [job.part_of(total) for job in jobs] == expected and jobs[0].part_of(None) is None
 
 
 def test_scoring_does_not_wait_for_the_count(tmp_path, data, monkeypatch):
@@ -376,7 +377,7 @@ def test_the_first_batch_waits_for_one_window_alone(tmp_path, data, monkeypatch)
 
     one = scorer()
     one.noise_floor = lambda records: consumed.clear()
-    monkeypatch.setattr(scoring_run, "read_samples", counting)
+    monkeypatch.setattr(run_settings, "read_samples", counting)
     score_dataset(
         one, data, tmp_path / "scores", window=8, on_progress=lambda _: at_first.append(len(consumed))
     )

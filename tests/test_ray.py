@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import tiny
 
 from vig.scoring.run import score_dataset
 from vig.scoring.scorer import Scorer
+from vig.scoring.settings import RunSpec, ScoreSettings
 from vig.store.scores import StoreError, read_scores, score_files, unfinished
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
@@ -131,8 +133,13 @@ def test_errors_of_the_model_come_through(road, cluster, tmp_path):
         score_dataset_on_ray(tmp_path, road / "data.json", tmp_path / "scores", cpus_per_actor=0.5)
 
 
+def job_in(folder: Path, road: Path) -> Job:
+    run = RunSpec(str(road / "data.json"), window=4)
+    return Job(str(road / "model"), ScoreSettings(), run, str(folder), 60.0, {})
+
+
 def test_a_window_that_fells_its_actors_is_named(road, tmp_path):
-    job = Job(str(road / "model"), {}, str(road / "data.json"), None, None, 4, str(tmp_path), 60.0, {})
+    job = job_in(tmp_path, road)
     actor = ScoreWindows(job)
     for _ in range(TRIES):  # as many processes began with it and died
         actor._try(3)
@@ -143,7 +150,7 @@ def test_a_window_that_fells_its_actors_is_named(road, tmp_path):
 
 
 def test_an_actor_reads_windows_in_any_order_and_ends_itself_when_stuck(road, tmp_path, plain):
-    job = Job(str(road / "model"), {}, str(road / "data.json"), None, None, 4, str(tmp_path), 60.0, {})
+    job = job_in(tmp_path, road)
     actor = ScoreWindows(job)
     for number in (3, 1, 11):
         assert [record.key for record in actor._read(number)] == [
@@ -151,7 +158,7 @@ def test_an_actor_reads_windows_in_any_order_and_ends_itself_when_stuck(road, tm
         ]
     pid = os.fork()
     if pid == 0:
-        actor.job = Job(**{**vars(job), "stuck_after": 0.2})
+        actor.job = replace(job, stuck_after=0.2)
         actor.scorer.score_window = lambda *_: time.sleep(30)
         actor({"window": [0], "again": [[]]})
         os._exit(0)

@@ -102,17 +102,18 @@ def inspect(
     """Show what the model sees of one sample: prompt, answer mask, image, null image, VIG of each token."""
     from vig.scoring.inspect import find_sample, sheet, window_of
     from vig.scoring.inspect import inspect as look
-    from vig.scoring.scorer import Scorer, check_settings
+    from vig.scoring.scorer import Scorer
+    from vig.scoring.settings import ScoreSettings
 
     if picture.is_dir() or not picture.absolute().parent.is_dir():
         raise typer.BadParameter(f"{picture} is not the name of a file in a folder that is there")
-    _usage(check_settings, null, sigma, dtype, "auto", end_of_turn, device)
+    settings = _usage(
+        ScoreSettings, null=null, sigma=sigma, dtype=dtype, device=device, end_of_turn=end_of_turn,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     sample = find_sample(data, index=index, key=key, question=question, answer=answer, image_root=image_root)
     with terminal.waiting(err, f"loading {model}"):
-        scorer = Scorer(
-            model, null=null, sigma=sigma, dtype=dtype, device=device, end_of_turn=end_of_turn,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        scorer = Scorer(model, **vars(settings))
     others = window_of(data, sample, image_root=image_root) if scorer.null.stage == "image" else None
     seen = look(scorer, sample, others)
     terminal.show_inspection(out, seen, scorer.null)
@@ -165,61 +166,40 @@ def score(
 ) -> None:
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
     from vig.scoring import batching
-    from vig.scoring.run import check_data, dry_run_dataset, score_dataset
-    from vig.scoring.scorer import Scorer, check_settings
+    from vig.scoring.run import run_dry, run_scoring
+    from vig.scoring.scorer import Scorer
+    from vig.scoring.settings import RunSpec, ScoreSettings
 
     if retry not in (None, "failed"):
         raise typer.BadParameter(f"got {retry!r}, expected failed", param_hint="--retry")
     if engine not in ("plain", "ray"):
         raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
     part = None if shard is None else _usage(batching.parse_shard, shard)
-    _usage(check_settings, null, sigma, dtype, backend, end_of_turn, device)
-    check_data(data, image_root)  # before a model is loaded
+    settings = _usage(
+        ScoreSettings, null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens,
+        batch_size=batch_size, backend=backend, end_of_turn=end_of_turn, max_length=max_length, workers=workers,
+        revision=revision, attn=attn, share=not no_share, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    run = RunSpec(data, image_root, limit, part, window, retry_failed=retry == "failed")
+    run.check_data()  # before a model is loaded
     terminal.quiet_libraries()
-    options = {
-        "null": null,
-        "sigma": sigma,
-        "dtype": dtype,
-        "device": device,
-        "batch_tokens": batch_tokens,
-        "batch_size": batch_size,
-        "backend": backend,
-        "end_of_turn": end_of_turn,
-        "max_length": max_length,
-        "workers": workers,
-        "revision": revision,
-        "attn": attn,
-        "share": not no_share,
-        "trust_remote_code": trust_remote_code,
-    }
-    run = {
-        "image_root": image_root,
-        "limit": limit,
-        "shard": part,
-        "retry_failed": retry == "failed",
-        "window": window,
-    }
     if engine == "ray" and not dry_run:
-        from vig.scoring.run_ray import score_dataset_on_ray
+        from vig.scoring.run_ray import Actors, Job, run_scoring_on_ray
 
+        job = Job(model, settings, run, str(folder))
         with terminal.progress(err, "scoring") as on_progress:
-            done = score_dataset_on_ray(
-                model, data, folder, options=options, actors=actors, on_progress=on_progress, **run
-            )
+            done = run_scoring_on_ray(job, Actors(actors), on_progress)
         terminal.show_scores(out, folder, done)
         _exit_for(done)
         return
     with terminal.waiting(err, f"loading {model}"):
-        scorer = Scorer(model, **options)
+        scorer = Scorer(model, **vars(settings))
     with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
         if dry_run:
-            estimate = dry_run_dataset(
-                scorer, data, image_root=image_root, limit=limit, shard=part, window=window,
-                on_progress=on_progress,
-            )  # fmt: skip
+            estimate = run_dry(scorer, run, on_progress)
             done = estimate.progress
         else:
-            done = score_dataset(scorer, data, folder, on_progress=on_progress, **run)
+            done = run_scoring(scorer, run, folder, on_progress)
     if dry_run:
         terminal.show_estimate(out, estimate)
     else:
@@ -413,10 +393,10 @@ def demo(
     run(folder, console=out, command=lambda words: app(words, standalone_mode=False))
 
 
-def _usage(check, *values: Any) -> Any:
+def _usage(check, *values: Any, **named: Any) -> Any:
     """What `check` makes of an option's values; what it refuses is wrong usage, which ends with exit code 2."""
     try:
-        return check(*values)
+        return check(*values, **named)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -19,14 +19,13 @@ from vig.models import image_features
 from vig.models.image_features import ImageFeatures
 from vig.models.lm_head import HeadTransform, find_head, head_replaced, hidden_at_head, shifted_rows
 from vig.models.loading import LoadedModel
-from vig.models.null_image import NullSettings
 from vig.models.null_pixels import PixelRange, null_pictures
 from vig.models.pixels import Sizes
 from vig.models.prompts import Encoder
 from vig.scoring import packed_attention, prefix_sharing
 from vig.scoring.batch import Batch, pixels_of
-from vig.scoring.batching import BATCH_TOKENS
 from vig.scoring.prefix_sharing import Row, View
+from vig.scoring.settings import ScoreSettings
 from vig_kernels import linear_nll, linear_vig
 
 # Whose images a pass sees: the sample's, what is made of their pixels, or other ones in their place.
@@ -46,28 +45,23 @@ class TokenNLL(NamedTuple):
 class TwoPasses:
     """Scores batches of encoded samples with a loaded model and one kind of null image.
 
-    share: neighbours that share images and prompt prefix are computed in one row (`prefix_sharing`), where the model's
-    attention allows it. longest: tokens of such a row.
+    settings: `null`, `backend`; `share`: neighbours that share images and prompt prefix are computed in one row
+    (`prefix_sharing`), where the model's attention allows it; `batch_tokens`: the longest such row.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        encoder: Encoder,
-        null: NullSettings,
-        backend: str = "auto",
-        *,
-        share: bool = True,
-        longest: int = BATCH_TOKENS,
-    ):
-        self.loaded, self.encoder, self.null, self.backend = loaded, encoder, null, backend
+    def __init__(self, loaded: LoadedModel, encoder: Encoder, settings: ScoreSettings):
+        self.loaded, self.encoder = loaded, encoder
+        self.null, self.backend, self.longest = (
+            settings.null_settings,
+            settings.backend,
+            settings.batch_tokens,
+        )
         self.model, self.head = loaded.model, find_head(loaded.model)
         self.pixel_range = PixelRange.of(loaded.processor)
         self.transform = HeadTransform()
         self._packs = packed_attention.why_not(loaded.model) is None
-        self.share = share and (self._packs or prefix_sharing.why_not(loaded.model) is None)
+        self.share = settings.share and (self._packs or prefix_sharing.why_not(loaded.model) is None)
         self.kernel = loaded.model.config.get_text_config()._attn_implementation
-        self.longest = longest
         self._last = last_feed_forward(loaded.model)
         self.features = ImageFeatures(self.model)
         self._keeps_features = image_features.why_not(self.model) is None

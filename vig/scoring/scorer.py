@@ -13,26 +13,18 @@ import torch
 
 from vig.data.sample import BrokenRecord, Sample
 from vig.models.families import ModelError
-from vig.models.loading import (
-    LoadedModel,
-    as_loaded,
-    check_device,
-    check_dtype,
-    context_length,
-    device_for,
-    device_named,
-    load,
-)
-from vig.models.null_image import BLUR_SIGMA, NullSettings
-from vig.models.prompts import Encoder, check_end_of_turn
+from vig.models.loading import LoadedModel, as_loaded, check_device, context_length, device_for, load
+from vig.models.null_image import BLUR_SIGMA
+from vig.models.prompts import Encoder
 from vig.scoring import batching
 from vig.scoring.dual_pass import TokenNLL, TwoPasses
 from vig.scoring.loader import LoadedRecord, ahead, load_records, new_pixel_bytes, workers_beside
 from vig.scoring.prefix_sharing import shared_by
 from vig.scoring.self_check import Proofs, is_out_of_memory
+from vig.scoring.settings import ScoreSettings
 from vig.store.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
 from vig.store.rows import ScoreRow
-from vig_kernels.dispatch import named, resolve
+from vig_kernels.dispatch import resolve
 
 NOISE_SAMPLES = 16
 KEPT_ERRORS = 1000  # messages that are held in memory; all stand in the scores
@@ -99,42 +91,19 @@ class Scorer:
         share: bool = True,
         trust_remote_code: bool = False,
     ):
-        check_settings(null, sigma, dtype, backend, end_of_turn)
-        self.null = NullSettings(null, sigma)
-        if batch_tokens < 1 or (batch_size is not None and batch_size < 1):
-            raise ValueError(f"batch_tokens = {batch_tokens}, batch_size = {batch_size}, expected at least 1")
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"max_length = {max_length}, expected at least 2 tokens")
-        if workers is not None and workers < 0:
-            raise ValueError(f"workers = {workers}, expected at least 0 processes")
-        if isinstance(model, str | Path):
-            check_device(device)
-            resolve("linear_vig", backend, device_for(device))  # before a checkpoint is read
-            self.loaded = load(
-                model, dtype=dtype, device=device, revision=revision, attn=attn, trust_remote_code=trust_remote_code
-            )  # fmt: skip
-        elif isinstance(model, LoadedModel):
-            self.loaded = model
-        elif processor is None:
-            raise ModelError("a loaded model was given without its processor. Give processor=")
-        else:
-            self.loaded = as_loaded(model, processor, device=device)
+        settings = ScoreSettings(
+            null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens, batch_size=batch_size,
+            backend=backend, end_of_turn=end_of_turn, max_length=max_length, workers=workers, revision=revision,
+            attn=attn, share=share, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        self.settings, self.null = settings, settings.null_settings
+        self.loaded = _loaded(model, processor, settings)
         self.max_length = max_length or context_length(self.loaded)
         self.encoder = Encoder(self.loaded.processor, end_of_turn=end_of_turn, max_length=self.max_length)
-        self.passes = TwoPasses(
-            self.loaded, self.encoder, self.null, backend, share=share, longest=batch_tokens
-        )
-        self.batch_tokens, self.batch_size, self.workers, self.backend = (
-            batch_tokens,
-            batch_size,
-            workers,
-            backend,
-        )
-        if workers is None:
-            self.workers = workers_beside(self.loaded.model.device)
-        self.share = share
-        self._rehearsed = False
+        self.passes = TwoPasses(self.loaded, self.encoder, settings)
+        self.workers = workers_beside(self.loaded.model.device) if workers is None else workers
         self.proofs = Proofs(self.loaded, self.passes, self.encoder.image_token_id)
+        self._rehearsed = False
 
     # --- one window ---
 
@@ -206,7 +175,7 @@ class Scorer:
         ]
         return [
             [place for number in batch for place in of_row[number]]
-            for batch in batching.batches(lengths, self.batch_tokens, self.batch_size)
+            for batch in batching.batches(lengths, self.settings.batch_tokens, self.settings.batch_size)
         ]
 
     def _score_batch(self, items: Sequence[LoadedRecord], progress: Progress) -> list[ScoreRow]:
@@ -241,7 +210,8 @@ class Scorer:
         window = records if window is None else window
         few = self._few(records[:NOISE_SAMPLES], window)
         self.proofs.prove(few)
-        self.proofs.rehearse(few, self.batch_tokens, min(self.batch_size or len(records), len(records)))
+        most = min(self.settings.batch_size or len(records), len(records))
+        self.proofs.rehearse(few, self.settings.batch_tokens, most)
         self._rehearsed = True
 
     def noise_floor(self, records: Sequence[Sample | BrokenRecord]) -> float | None:
@@ -295,9 +265,9 @@ class Scorer:
         tokens = passes * sum(longest_pass(item) for item in chosen)
         return len(chosen), tokens / (time.perf_counter() - started)
 
-    # --- what the scores are made with ---
+    # --- what the scores come from ---
 
-    def settings(
+    def provenance(
         self, data: str | Path | None = None, image_root: str | Path | None = None
     ) -> dict[str, Any]:
         """The metadata stored with the scores; a folder with other settings refuses to be resumed."""
@@ -317,30 +287,29 @@ class Scorer:
             "image_root": None if image_root is None else str(Path(image_root).absolute()),
             "null": self.null.metadata(),
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
-            "backend": resolve("linear_vig", self.backend, self.loaded.model.device),
+            "backend": resolve("linear_vig", self.settings.backend, self.loaded.model.device),
             "end_of_turn": self.encoder.end_of_turn,
             "max_length": self.max_length,
-            "batch_tokens": self.batch_tokens,
-            "batch_size": self.batch_size,
-            "share": self.share,
+            "batch_tokens": self.settings.batch_tokens,
+            "batch_size": self.settings.batch_size,
+            "share": self.settings.share,
         }
 
 
-def check_settings(
-    null: str,
-    sigma: float,
-    dtype: str,
-    backend: str,
-    end_of_turn: str,
-    device: str | torch.device | None = None,
-) -> None:
-    """Raises ValueError for a value that means nothing on any machine and to any model, before one is loaded."""
-    if device is not None:
-        device_named(device)
-    NullSettings(null, sigma)
-    check_dtype(dtype)
-    named(backend)
-    check_end_of_turn(end_of_turn)
+def _loaded(model: Any, processor: Any, settings: ScoreSettings) -> LoadedModel:
+    """A checkpoint that is loaded, or a model that is in memory already. Raises ModelError."""
+    if isinstance(model, str | Path):
+        check_device(settings.device)
+        resolve("linear_vig", settings.backend, device_for(settings.device))  # before a checkpoint is read
+        return load(
+            model, dtype=settings.dtype, device=settings.device, revision=settings.revision, attn=settings.attn,
+            trust_remote_code=settings.trust_remote_code,
+        )  # fmt: skip
+    if isinstance(model, LoadedModel):
+        return model
+    if processor is None:
+        raise ModelError("a loaded model was given without its processor. Give processor=")
+    return as_loaded(model, processor, device=settings.device)
 
 
 # --- rows ---
