@@ -154,7 +154,7 @@ def test_without_the_package_the_cure_is_said(monkeypatch):
 
 
 def test_packing_that_moves_values_is_switched_off_and_said(tmp_path, monkeypatch):
-    """Every branch sees the one before it: found by the proof, on the first samples."""
+    """Every branch sees the one before it: found by the self-check, on the first samples."""
     own = packed_attention.stretches
 
     def leaking(rows):

@@ -111,7 +111,7 @@ def test_scores_equal_a_naive_loop(data, batch_size):
         else:
             assert row.vig is None and len(row.token_nll_null) == 0
     moved = [abs(row.vig) for row in rows if row.vig is not None]
-    assert np.median(moved) > 0.01  # the pictures do matter to this model, or the test would prove nothing
+    assert np.median(moved) > 0.01  # the pictures do matter to this model, or the test would show nothing
 
 
 def test_the_same_image_as_its_null_gives_exactly_zero(data, monkeypatch):

@@ -96,12 +96,12 @@ def test_the_first_records_with_images_decide(monkeypatch):
     assert SAMPLES[0] not in first_records([*plain, SAMPLES[0]])
 
 
-def test_sharing_is_proven_on_text_and_again_on_images(monkeypatch):
+def test_sharing_is_checked_on_text_and_again_on_images(monkeypatch):
     one, seen, real = scorer(), [], TwoPasses.sharing_error
     monkeypatch.setattr(TwoPasses, "sharing_error", lambda self, rows: seen.append(rows) or real(self, rows))
     for chosen in (SAMPLES[1:2], SAMPLES[5:6], SAMPLES[:1], SAMPLES[8:]):
         one.score(chosen)
-    assert one.proofs.sharing == "images" and len(seen) == 2
+    assert one.self_check.sharing == "images" and len(seen) == 2
     assert [[len(row.members) for row in rows] for rows in seen] == [[1, 1], [2, 1]]
 
 
@@ -179,10 +179,10 @@ def test_copies_of_a_sample_encode_an_image_each(data, monkeypatch, family, shar
     model, processor = tiny_families.model(family), tiny_families.processor(family)
     one = Scorer(model, processor, share=share, null=null)
     items = one._few(list(read_samples(data, limit=8)))
-    one.proofs.prove(items)
+    one.self_check.run(items)
     assert one.passes.share == share
     calls = counted_images(monkeypatch, model.model.vision_tower)
-    one.proofs.rehearse(items, budget=10_000, most=8)
+    one.self_check.rehearse(items, budget=10_000, most=8)
     assert sum(calls) == 2 * 8  # clean and null
 
 
@@ -270,7 +270,7 @@ def test_a_last_layer_that_mixes_rows_is_computed_whole():
 @pytest.mark.parametrize("family", tiny_families.FAMILIES)
 def test_the_last_layer_runs_on_answer_rows_alone(family, monkeypatch):
     one, sizes = Scorer(tiny_families.model(family), tiny_families.processor(family)), []
-    one.score(SAMPLES[:1])  # the proofs
+    one.score(SAMPLES[:1])  # the self-check
     mlp = one.loaded.model.get_decoder().layers[-1].mlp
     forward = mlp.forward
     monkeypatch.setattr(mlp, "forward", lambda hidden: sizes.append(hidden.shape) or forward(hidden))

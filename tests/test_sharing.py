@@ -81,7 +81,7 @@ def differences(rows, others):
 def test_sharing_changes_no_value(data, family):
     shared, alone = scorer(family), scorer(family, share=False)
     assert max(differences(shared.score(read_samples(data)), alone.score(read_samples(data)))) < 2e-4
-    assert shared.passes.share  # it has proven itself
+    assert shared.passes.share  # it has passed the self-check
     assert not alone.passes.share
 
 
@@ -147,7 +147,7 @@ def test_each_image_and_prefix_is_computed_once_a_pass(tmp_path, monkeypatch):
     (tmp_path / "data.json").write_text(json.dumps(records))
     one = Scorer(tiny.llava_model(), tiny.llava_processor())
     records = list(read_samples(tmp_path / "data.json"))
-    one.score_window(records)  # the proofs at start
+    one.score_window(records)  # the self-check
     tower = counted(
         monkeypatch, one.loaded.model.model.vision_tower, "forward", lambda images, **_: len(images)
     )
@@ -332,7 +332,7 @@ def test_sharing_that_moves_values_is_switched_off_and_said(data, monkeypatch):
     assert max(differences(rows, alone)) < 2e-4
 
 
-def test_wrong_positions_are_found_by_the_proof(data, monkeypatch):
+def test_wrong_positions_are_found_by_the_self_check(data, monkeypatch):
     monkeypatch.setattr(prefix_sharing.Row, "positions", lambda row, whole: torch.arange(row.n_tokens))
     with pytest.warns(UserWarning, match="so it is off"):
         scorer().score(read_samples(data, limit=12))

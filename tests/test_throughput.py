@@ -44,7 +44,7 @@ def test_the_counted_flop_are_those_that_torch_counts(small):
     with FlopCounterMode(display=False) as found:
         plain_loop(scorer, samples)
     assert counted.plain(encoded) == pytest.approx(found.get_total_flops(), rel=0.02)
-    scorer.score(samples)  # the proofs
+    scorer.score(samples)  # the self-check
     with FlopCounterMode(display=False) as found:
         ours(scorer, samples)
     rows = sum(len(item.answer_index) for item in encoded)

@@ -113,10 +113,10 @@ def run_provenance(scorer: Scorer, run: RunSpec, folder: Path) -> dict[str, Any]
         manifest = read_manifest(place)
         known = {} if manifest is None or not manifest["shards"] else manifest["settings"]
         if known.keys() >= MEASURED:
-            scorer.proofs.follow(known["sharing"])
+            scorer.self_check.follow(known["sharing"])
             return provenance | {name: known[name] for name in MEASURED}
     floor = scorer.noise_floor(first_records(run.records()))
-    return provenance | {"noise_floor": floor, "sharing": scorer.proofs.sharing}
+    return provenance | {"noise_floor": floor, "sharing": scorer.self_check.sharing}
 
 
 def first_records(records: Iterable[Sample | BrokenRecord]) -> list[Sample | BrokenRecord]:

@@ -204,7 +204,7 @@ class ScoreWindows:
     def __init__(self, job: Job):
         self.job = job
         self.scorer = job.scorer()
-        self.scorer.proofs.follow((job.provenance or {}).get("sharing"))
+        self.scorer.self_check.follow((job.provenance or {}).get("sharing"))
         self._rewind()
 
     def _rewind(self) -> None:

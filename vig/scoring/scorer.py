@@ -20,7 +20,7 @@ from vig.scoring import batching
 from vig.scoring.dual_pass import TokenNLL, TwoPasses
 from vig.scoring.loader import LoadedRecord, ahead, load_records, new_pixel_bytes, workers_beside
 from vig.scoring.prefix_sharing import shared_by
-from vig.scoring.self_check import Proofs, is_out_of_memory
+from vig.scoring.self_check import SelfCheck, is_out_of_memory
 from vig.scoring.settings import ScoreSettings
 from vig.store.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
 from vig.store.rows import ScoreRow
@@ -67,7 +67,7 @@ class Scorer:
     workers: processes that decode and tokenise ahead of the model, and may die of a sample, which is an error row
         then; None: as many as keep it fed (`vig.scoring.loader.workers_beside`).
     share: samples with the same images and prompt prefix share its computation, where the model's attention allows
-        it and it proves itself on the first of them (`vig.scoring.prefix_sharing`).
+        it and it passes its self-check on the first of them (`vig.scoring.prefix_sharing`).
     Raises ModelError for a model that cannot be loaded or does not do what scoring needs.
     """
 
@@ -102,7 +102,7 @@ class Scorer:
         self.encoder = Encoder(self.loaded.processor, end_of_turn=end_of_turn, max_length=self.max_length)
         self.passes = TwoPasses(self.loaded, self.encoder, settings)
         self.workers = workers_beside(self.loaded.model.device) if workers is None else workers
-        self.proofs = Proofs(self.loaded, self.passes, self.encoder.image_token_id)
+        self.self_check = SelfCheck(self.loaded, self.passes, self.encoder.image_token_id)
         self._rehearsed = False
 
     # --- one window ---
@@ -135,7 +135,7 @@ class Scorer:
         blocks = batching.blocks(loading, new_pixel_bytes())
         for block in ahead(blocks) if self.workers else blocks:
             block.sort(key=lambda item: item.place)
-            self.proofs.prove(block)
+            self.self_check.run(block)
             for item, row in zip(block, self._score_block(block, progress, on_progress), strict=True):
                 rows[item.place] = row
         return rows
@@ -209,9 +209,9 @@ class Scorer:
             return
         window = records if window is None else window
         few = self._few(records[:NOISE_SAMPLES], window)
-        self.proofs.prove(few)
+        self.self_check.run(few)
         most = min(self.settings.batch_size or len(records), len(records))
-        self.proofs.rehearse(few, self.settings.batch_tokens, most)
+        self.self_check.rehearse(few, self.settings.batch_tokens, most)
         self._rehearsed = True
 
     def noise_floor(self, records: Sequence[Sample | BrokenRecord]) -> float | None:
@@ -222,9 +222,9 @@ class Scorer:
         loaded = self._few(records)
         block = [item for item in loaded if item.encoded is not None and item.is_multimodal][:NOISE_SAMPLES]
         if len(block) < 2:
-            self.proofs.prove(loaded)
+            self.self_check.run(loaded)
             return None
-        self.proofs.prove(block)
+        self.self_check.run(block)
         block = [item for item in block if item.encoded is not None]
         if len(block) < 2:
             return None
@@ -251,7 +251,7 @@ class Scorer:
     def measure_rate(self, block: Sequence[LoadedRecord]) -> tuple[int, float]:
         """(samples, tokens a second) of one batch like those to come, after one to warm up."""
         chosen = [item for item in block if item.is_multimodal] or list(block)
-        self.proofs.prove(chosen)
+        self.self_check.run(chosen)
         chosen = [item for item in chosen if item.encoded is not None]
         if not chosen:
             return 0, 1.0
