@@ -182,11 +182,11 @@ def test_copies_of_a_sample_encode_an_image_each(data, monkeypatch, family, shar
     one.self_check.run(items)
     assert one.passes.share == share
     calls = counted_images(monkeypatch, model.model.vision_tower)
-    one.self_check.rehearse(items, budget=10_000, most=8)
+    one.self_check.probe_memory(items, budget=10_000, most=8)
     assert sum(calls) == 2 * 8  # clean and null
 
 
-def test_nothing_is_rehearsed_where_nothing_is_left_to_do(data, tmp_path):
+def test_no_memory_is_probed_where_nothing_is_left_to_do(data, tmp_path):
     score_dataset(scorer(), data, tmp_path / "scores")
     one = scorer()
     one.passes.score = None  # not called
@@ -195,7 +195,7 @@ def test_nothing_is_rehearsed_where_nothing_is_left_to_do(data, tmp_path):
 
 def test_halved_batches_are_noted_in_the_manifest(data, tmp_path):
     one = scorer(batch_size=8)
-    one.rehearse = one.noise_floor = lambda records: None
+    one.probe_memory = one.noise_floor = lambda records: None
     one.passes.score = tight(one.passes, 5, torch.OutOfMemoryError("no memory"), [])
     progress = score_dataset(one, data, tmp_path / "scores", window=16)
     splits = score_metadata(tmp_path / "scores")["notes"]["splits"]

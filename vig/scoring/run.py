@@ -69,7 +69,7 @@ def run_scoring(
         for number, chunk in run.windows(lambda window: window not in writer.finished or window in failed):
             again = set(failed.get(number, ()))
             if number not in writer.finished:
-                scorer.rehearse(chunk)
+                scorer.probe_memory(chunk)
                 writer.write(number, scorer.score_window(chunk, progress, tell))
                 record_splits(writer, number, progress)
                 continue
@@ -77,7 +77,7 @@ def run_scoring(
             progress.resumed += len(chunk) - len(again)
             if again:
                 chosen = [record for record in chunk if record.key in again]
-                scorer.rehearse(chosen, chunk)
+                scorer.probe_memory(chosen, chunk)
                 writer.replace(number, scorer.score_window(chosen, progress, tell, chunk))
                 record_splits(writer, number, progress)
         writer.mark_complete()

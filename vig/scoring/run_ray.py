@@ -220,7 +220,7 @@ class ScoreWindows:
         self._watch(progress)
         tries = self._try(number)
         try:
-            self.scorer.rehearse(chunk, window)
+            self.scorer.probe_memory(chunk, window)
             rows = self.scorer.score_window(chunk, progress, self._watch, window)
         finally:
             faulthandler.cancel_dump_traceback_later()

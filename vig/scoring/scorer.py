@@ -103,7 +103,7 @@ class Scorer:
         self.passes = TwoPasses(self.loaded, self.encoder, settings)
         self.workers = workers_beside(self.loaded.model.device) if workers is None else workers
         self.self_check = SelfCheck(self.loaded, self.passes, self.encoder.image_token_id)
-        self._rehearsed = False
+        self._memory_probed = False
 
     # --- one window ---
 
@@ -197,22 +197,24 @@ class Scorer:
         middle = len(items) // 2
         return self._score_batch(items[:middle], progress) + self._score_batch(items[middle:], progress)
 
-    def rehearse(
+    def probe_memory(
         self,
         records: Sequence[Sample | BrokenRecord],
         window: Sequence[Sample | BrokenRecord] | None = None,
     ) -> None:
-        """Scores the largest batch that these records could make, once: memory trouble comes before the work.
+        """The memory probe: scores the largest batch that these records could make, once a process.
+
+        So memory trouble comes before the work.
 
         Raises ModelError that says which --batch-tokens fits."""
-        if self._rehearsed:
+        if self._memory_probed:
             return
         window = records if window is None else window
         few = self._few(records[:NOISE_SAMPLES], window)
         self.self_check.run(few)
         most = min(self.settings.batch_size or len(records), len(records))
-        self.self_check.rehearse(few, self.settings.batch_tokens, most)
-        self._rehearsed = True
+        self.self_check.probe_memory(few, self.settings.batch_tokens, most)
+        self._memory_probed = True
 
     def noise_floor(self, records: Sequence[Sample | BrokenRecord]) -> float | None:
         """Largest |VIG_t| in nats of the same image scored twice, alone and in a batch, over the first samples.

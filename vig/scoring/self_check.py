@@ -134,7 +134,7 @@ class SelfCheck:
     # --- memory ---
 
     @torch.inference_mode()
-    def rehearse(self, items: Sequence[LoadedRecord], budget: int, most: int | None) -> None:
+    def probe_memory(self, items: Sequence[LoadedRecord], budget: int, most: int | None) -> None:
         """Scores one batch of the largest size there can be, made of copies of one sample; keeps nothing of it.
 
         items: samples to choose from; the one with the most pixels a token is taken. budget: tokens of a batch;
