@@ -39,7 +39,7 @@ class Progress:
     resumed: int = 0  # of them, scored by an earlier run
     tokens: int = 0  # answer tokens scored in this run
     text_only: int = 0
-    straddles: int = 0  # answer tokens that hold characters from outside their answer
+    boundary_tokens: int = 0  # answer tokens that hold characters from outside their answer
     splits: int = 0  # batches that did not fit into memory and were halved
     splits_noted: int = 0  # of them, those that the manifest tells of
     failed: int = 0  # records that this run could not score
@@ -154,7 +154,9 @@ class Scorer:
                 for place, row in zip(places, scored, strict=True):
                     rows[place] = row
                 tally(progress, scored, on_progress)
-        progress.straddles += sum(item.encoded.straddles for item in block if item.encoded is not None)
+        progress.boundary_tokens += sum(
+            item.encoded.boundary_tokens for item in block if item.encoded is not None
+        )
         return rows
 
     def _batches(self, block: Sequence[LoadedRecord], places: Sequence[int]) -> list[list[int]]:
