@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from vig.models.prompts import Encoder, collate_pixels
 from vig.scoring import packed_attention, prefix_sharing
-from vig.scoring.packed_attention import Layout
+from vig.scoring.packed_attention import SegmentLayout
 from vig.scoring.prefix_sharing import Row
 
 
@@ -23,7 +23,7 @@ class Batch:
     rows: tuple[Row, ...]
     inputs: dict[str, Any]  # on the model's device, pixels still float32, cut behind the last answers
     labels: Tensor  # (B, T), or (1, L) with a layout
-    layout: Layout | None = None
+    layout: SegmentLayout | None = None
 
     @classmethod
     def build(
@@ -33,7 +33,7 @@ class Batch:
         if kernel is None:
             inputs, layout = prefix_sharing.row_inputs(model, encoder, rows), None
         else:
-            inputs, layout = packed_attention.packed_inputs(model, encoder, rows), Layout(rows, kernel)
+            inputs, layout = packed_attention.packed_inputs(model, encoder, rows), SegmentLayout(rows, kernel)
         labels = inputs.pop("labels")
         return cls(tuple(rows), inputs, labels, layout)
 
