@@ -237,26 +237,28 @@ def test_the_next_block_is_made_while_the_last_one_is_scored(data, monkeypatch):
     assert len(one.score_window(records)) == len(records)
     assert len(seen) == 5
     for scored, at in enumerate(seen):
-        assert min(scored + 2, 5) <= at <= scored + 3  # no more than two ahead: their pixels are in memory
+        assert (
+            min(scored + 2, 5) <= at <= scored + 3
+        )  # no more than two are prefetched: their pixels are in memory
 
 
-def test_a_thread_ahead_passes_errors_on_and_ends_with_its_reader():
+def test_a_prefetching_thread_passes_errors_on_and_ends_with_its_reader():
     def failing():
         yield 1
         raise ValueError("no")
 
-    items = loader.ahead(failing())
+    items = loader.prefetch_in_thread(failing())
     assert next(items) == 1
     with pytest.raises(ValueError, match="no"):
         next(items)
-    endless = loader.ahead(iter(int, 1))
+    endless = loader.prefetch_in_thread(iter(int, 1))
     assert next(endless) == 0
     endless.close()
     deadline = time.monotonic() + 10
-    while any(thread.name == "vig-ahead" for thread in threading.enumerate()):
+    while any(thread.name == "vig-prefetch" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert list(loader.ahead(iter(()))) == []
+    assert list(loader.prefetch_in_thread(iter(()))) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -146,7 +146,7 @@ def score(
         int | None,
         typer.Option(
             min=0,
-            help="Processes that decode and tokenise ahead, and may die of an image. Default: up to 8 beside a GPU, "
+            help="Processes that prefetch samples, and may die of an image. Default: up to 8 beside a GPU, "
             "none beside a CPU.",
         ),
     ] = None,
@@ -298,7 +298,7 @@ def train(
     device: Device = None,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that decode and tokenise ahead, and may die of an image.")
+        int, typer.Option(min=0, help="Processes that prefetch samples, and may die of an image.")
     ] = 0,
     end_of_turn: Annotated[
         str | None, typer.Option(help="template, add or drop. Default: as the selection was scored.")

@@ -18,7 +18,7 @@ from vig.models.null_image import BLUR_SIGMA
 from vig.models.prompts import Encoder
 from vig.scoring import batching
 from vig.scoring.dual_pass import TokenNLL, TwoPasses
-from vig.scoring.loader import LoadedRecord, ahead, load_records, new_pixel_bytes, workers_beside
+from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes, prefetch_in_thread, workers_beside
 from vig.scoring.prefix_sharing import shared_by
 from vig.scoring.self_check import SelfCheck, is_out_of_memory
 from vig.scoring.settings import ScoreSettings
@@ -64,8 +64,8 @@ class Scorer:
     batch_tokens: rows x longest row of a batch; batch_size: at most so many rows.
     end_of_turn: which end-of-turn tokens count as answer (`vig.models.prompts.Encoder`).
     max_length: longer samples are error rows; the model's context unless given.
-    workers: processes that decode and tokenise ahead of the model, and may die of a sample, which is an error row
-        then; None: as many as keep it fed (`vig.scoring.loader.workers_beside`).
+    workers: processes that prefetch (decode and tokenise), and may die of a sample, which is an error row then; None:
+        as many as keep the model fed (`vig.scoring.loader.workers_beside`).
     share: samples with the same images and prompt prefix share its computation, where the model's attention allows
         it and it passes its self-check on the first of them (`vig.scoring.prefix_sharing`).
     Raises ModelError for a model that cannot be loaded or does not do what scoring needs.
@@ -133,7 +133,7 @@ class Scorer:
         rows: list[ScoreRow | None] = [None] * len(records)
         loading = load_records(records, self.encoder, self.null.stage, self.workers, window)
         blocks = batching.blocks(loading, new_pixel_bytes())
-        for block in ahead(blocks) if self.workers else blocks:
+        for block in prefetch_in_thread(blocks) if self.workers else blocks:
             block.sort(key=lambda item: item.place)
             self.self_check.run(block)
             for item, row in zip(block, self._score_block(block, progress, on_progress), strict=True):
