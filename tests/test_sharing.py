@@ -335,7 +335,7 @@ def test_sharing_that_moves_values_is_switched_off_and_said(data, monkeypatch):
 
 
 def test_wrong_positions_are_found_by_the_self_check(data, monkeypatch):
-    monkeypatch.setattr(prefix_sharing.Row, "positions", lambda row, whole: torch.arange(row.n_tokens))
+    monkeypatch.setattr(prefix_sharing.SharedRow, "positions", lambda row, whole: torch.arange(row.n_tokens))
     with pytest.warns(UserWarning, match="so it is off"):
         scorer().score(read_samples(data, limit=12))
 

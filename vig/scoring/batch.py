@@ -13,21 +13,21 @@ from transformers import PreTrainedModel
 from vig.models.prompts import Encoder, collate_pixels
 from vig.scoring import packed_attention, prefix_sharing
 from vig.scoring.packed_attention import SegmentLayout
-from vig.scoring.prefix_sharing import Row
+from vig.scoring.prefix_sharing import SharedRow
 
 
 @dataclass(frozen=True)
 class Batch:
     """B padded rows of T tokens, or with a `layout` all rows in one sequence of L."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[SharedRow, ...]
     inputs: dict[str, Any]  # on the model's device, pixels still float32, cut behind the last answers
     labels: Tensor  # (B, T), or (1, L) with a layout
     layout: SegmentLayout | None = None
 
     @classmethod
     def build(
-        cls, rows: Sequence[Row], model: PreTrainedModel, encoder: Encoder, kernel: str | None = None
+        cls, rows: Sequence[SharedRow], model: PreTrainedModel, encoder: Encoder, kernel: str | None = None
     ) -> Batch:
         """kernel: of the attention over rows in one sequence (`packed_attention.KERNELS`); None: rows are padded."""
         if kernel is None:
@@ -43,7 +43,7 @@ class Batch:
         return [len(view.encoded.answer_index) for row in self.rows for view in row.members]
 
 
-def pixels_of(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
+def pixels_of(rows: Sequence[SharedRow], device: torch.device) -> dict[str, Tensor]:
     """The pixel inputs of some rows' images on `device`, float32."""
     firsts = [row.first for row in rows]
     inputs = collate_pixels([first.pixels for first in firsts], [len(first.input_ids) for first in firsts])

@@ -24,7 +24,7 @@ from vig.models.pixels import Sizes
 from vig.models.prompts import Encoder
 from vig.scoring import packed_attention, prefix_sharing
 from vig.scoring.batch import Batch, pixels_of
-from vig.scoring.prefix_sharing import Row, View
+from vig.scoring.prefix_sharing import SharedRow, View
 from vig.scoring.settings import ScoreSettings
 from vig_kernels import linear_nll, linear_vig
 
@@ -82,7 +82,7 @@ class TwoPasses:
                 values[place] = self.score(views[alone], nulls and nulls[alone])[0]
         return values
 
-    def _score_rows(self, rows: Sequence[Row], nulls: Sequence[View] | None) -> list[TokenNLL]:
+    def _score_rows(self, rows: Sequence[SharedRow], nulls: Sequence[View] | None) -> list[TokenNLL]:
         batch = self._build(rows)
         image = self._answer_rows(self._with_images(batch, "image"))
         if not rows[0].first.sample.images:
@@ -96,21 +96,21 @@ class TwoPasses:
         columns = (_per_sample(pair.nll_image, batch), _per_sample(pair.nll_null, batch))
         return [TokenNLL(*values) for values in zip(*columns, strict=True)]
 
-    def rows(self, views: Sequence[View]) -> list[Row]:
+    def rows(self, views: Sequence[View]) -> list[SharedRow]:
         """The rows that a batch of these views has: one each, or one for neighbours that share a prefix."""
         if not self.share:
-            return [Row((view,)) for view in views]
+            return [SharedRow((view,)) for view in views]
         width = None if self._packs else self.model.config.get_text_config().hidden_size
         return prefix_sharing.rows_of(views, self.encoder.image_token_id, width, self.longest)
 
-    def _build(self, rows: Sequence[Row]) -> Batch:
+    def _build(self, rows: Sequence[SharedRow]) -> Batch:
         """The rows in one sequence where the model allows it, else padded to the longest."""
         kernel = self.kernel if self.share and self._packs else None
         return Batch.build(rows, self.model, self.encoder, kernel)
 
     def padded(self, views: Sequence[View]) -> Batch:
         """The batch with nothing shared and nothing packed: a row a sample."""
-        return Batch.build([Row((view,)) for view in views], self.model, self.encoder)
+        return Batch.build([SharedRow((view,)) for view in views], self.model, self.encoder)
 
     def _with_images(self, batch: Batch, kind: ImageKind) -> Batch:
         """The batch with the images of one pass: their pixels, or the features that are computed once for each."""
@@ -129,12 +129,12 @@ class TwoPasses:
         rest = {name: value for name, value in batch.inputs.items() if name != "pixel_values"}
         return replace(batch, inputs=rest | {"mm_encoder_outputs": outputs})
 
-    def _nulled(self, inputs: dict[str, Tensor], rows: Sequence[Row]) -> dict[str, Tensor]:
+    def _nulled(self, inputs: dict[str, Tensor], rows: Sequence[SharedRow]) -> dict[str, Tensor]:
         hashes = [one for row in rows for one in row.hashes]
         return self.null_pixels(inputs, [row.first.sizes for row in rows], hashes)
 
     @torch.inference_mode()
-    def sharing_error(self, rows: Sequence[Row]) -> float:
+    def sharing_error(self, rows: Sequence[SharedRow]) -> float:
         """How far these rows move their members' clean NLL, in nats: the most in float32, the mean in 16 bit."""
         apart = self.padded([view for row in rows for view in row.members])
         values = []

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from vig.models.families import family_of
 from vig.models.prompts import TOKEN_LEVEL, Encoder
-from vig.scoring.prefix_sharing import Row, token_positions
+from vig.scoring.prefix_sharing import SharedRow, token_positions
 
 NAME = "vig_packed"  # of the attention function, for transformers
 KERNELS = ("sdpa", "flash_attention_2")
@@ -57,7 +57,7 @@ class Segment(NamedTuple):
     prefix: int = 0
 
 
-def segments(rows: Sequence[Row]) -> list[Segment]:
+def segments(rows: Sequence[SharedRow]) -> list[Segment]:
     """Of rows that lie one after another; together they are the sequence, in order."""
     found, start = [], 0
     for row in rows:
@@ -121,7 +121,7 @@ def _group(members: Sequence[Segment]) -> Group:
 class SegmentLayout:
     """Where the segments of one batch lie, as the attention function of kernel `kernel` wants to know it."""
 
-    def __init__(self, rows: Sequence[Row], kernel: str = "sdpa"):
+    def __init__(self, rows: Sequence[SharedRow], kernel: str = "sdpa"):
         self.segments, self.kernel = segments(rows), kernel
         self._on: dict[torch.device, Any] = {}
 
@@ -265,7 +265,7 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, part: Packed, scaling: 
 # --- the inputs ---
 
 
-def packed_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row]) -> dict[str, Tensor]:
+def packed_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[SharedRow]) -> dict[str, Tensor]:
     """`prefix_sharing.row_inputs` as one sequence: input_ids, labels (1, L), position_ids (1, L) or (3, 1, L),
     pixels."""
     batch = encoder.collate([row.joined() for row in rows], until_last_answer=True)

@@ -47,7 +47,7 @@ class View(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class SharedRow:
     """Views in one row: their first `prefix` tokens and their images are the same. A lone one has prefix 0."""
 
     members: tuple[View, ...]
@@ -120,25 +120,25 @@ def shared_by(view: View, image_token_id: int) -> tuple[tuple[str, ...], tuple[i
     return view.hashes, tuple(view.encoded.input_ids[: prefix_length(view.encoded, image_token_id)])
 
 
-def rows_of(views: Sequence[View], image_token_id: int, width: int | None, longest: int) -> list[Row]:
+def rows_of(views: Sequence[View], image_token_id: int, width: int | None, longest: int) -> list[SharedRow]:
     """Puts neighbours that share images and prefix into one row. The order of the views stays.
 
     longest: tokens of a row. width: the model's hidden size where branches lie in each other's way (a mask of the
     whole row); None where they do not (`vig.scoring.packed_attention`).
     A function of the order alone: a row taken for itself gives that row again.
     """
-    rows: list[Row] = []
+    rows: list[SharedRow] = []
     last_key = None
     for view in views:
         key = shared_by(view, image_token_id)
         prefix = len(key[1])
         if rows and prefix and key == last_key:
-            row = Row((*rows[-1].members, view), prefix)
+            row = SharedRow((*rows[-1].members, view), prefix)
             most = longest if width is None else min(longest, prefix + _most_branch_tokens(prefix, width))
             if row.n_tokens <= most:
                 rows[-1] = row
                 continue
-        rows.append(Row((view,)))
+        rows.append(SharedRow((view,)))
         last_key = key
     return rows
 
@@ -153,7 +153,7 @@ def _most_branch_tokens(prefix: int, width: int) -> int:
     return max(512, math.isqrt(6 * prefix * width))
 
 
-def row_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row]) -> dict[str, Tensor]:
+def row_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[SharedRow]) -> dict[str, Tensor]:
     """`Encoder.collate` of rows, cut behind their last answers, on the model's device.
 
     Where a row holds several samples: position_ids (B, L), or (3, B, L) for Qwen, and attention_mask (B, 1, L, L),
@@ -172,7 +172,7 @@ def row_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row]) ->
     return batch
 
 
-def _branches(row: Row) -> Tensor:
+def _branches(row: SharedRow) -> Tensor:
     """Of a lone sample too: one branch."""
     return row.branches() if len(row.members) > 1 else torch.zeros(row.n_tokens, dtype=torch.int64)
 
@@ -181,7 +181,7 @@ def _filled(values: Tensor, length: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, length - values.shape[-1]), value=fill)
 
 
-def token_positions(model: PreTrainedModel, encoder: Encoder, row: Row) -> Tensor:
+def token_positions(model: PreTrainedModel, encoder: Encoder, row: SharedRow) -> Tensor:
     """(L,), or (3, L) where the model has an index of three axes, which needs the samples whole."""
     if hasattr(model.model, "get_rope_index"):
         batch = encoder.collate([member.encoded for member in row.members], until_last_answer=True)

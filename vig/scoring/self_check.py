@@ -22,7 +22,7 @@ from vig.models.loading import LoadedModel
 from vig.models.pixels import Sizes
 from vig.scoring.dual_pass import TwoPasses
 from vig.scoring.loader import LoadedRecord
-from vig.scoring.prefix_sharing import Row, View, prefix_length, shared_by
+from vig.scoring.prefix_sharing import SharedRow, View, prefix_length, shared_by
 
 # How far sharing may move values, in nats: the largest in float32, the mean in 16 bit.
 SHARING_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
@@ -117,10 +117,10 @@ class SelfCheck:
         if together:
             (_, ids), alike = max(together.items(), key=lambda entry: len(entry[1]))
             members = [item.view for item in (alike * 2 if len(alike) == 1 else alike)[:3]]
-            rows = [Row(tuple(members), len(ids)), Row((members[-1],))]
+            rows = [SharedRow(tuple(members), len(ids)), SharedRow((members[-1],))]
         else:
             kinds = [item.view for item in items if item.is_multimodal == items[0].is_multimodal]
-            rows = [Row((kinds[0],)), Row((kinds[-1],))]
+            rows = [SharedRow((kinds[0],)), SharedRow((kinds[-1],))]
         moved = self.passes.sharing_error(rows)
         self.sharing = kind
         if not moved <= SHARING_TOLERANCE[self.loaded.model.dtype]:
