@@ -386,7 +386,7 @@ def demo(
         Path, typer.Option("-o", "--out", help="Where to work; an earlier demo there is replaced.")
     ] = Path("demo-output"),
 ) -> None:
-    """The whole road in miniature, offline: drawn scenes, a tiny model, score, select, train, examine, report."""
+    """An end-to-end example, offline: drawn scenes, a tiny model; score, select, train, evaluate, report."""
     from vig.demo.run import demo as run
 
     terminal.quiet_libraries()
