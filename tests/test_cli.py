@@ -20,7 +20,9 @@ import vig
 from vig.cli import app, main
 from vig.data.sample import DataError, SampleError
 from vig.models.null_image import NULLS
-from vig.store.scores import SettingsDiffer, read_scores, read_selection, selection_metadata
+from vig.store.folder import SettingsDiffer
+from vig.store.scores import read_scores
+from vig.store.selections import read_selection, selection_metadata
 from vig_kernels import BackendUnavailable
 from vig_kernels.__main__ import main as kernels
 

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import dataloader
 
 from vig.data import samples
-from vig.data.files import FolderInUse, lock_folder
+from vig.data.files import FolderInUse, StoreError, lock_folder
 from vig.data.sample import DataError
 from vig.data.samples import read_samples
 from vig.scoring import loader
@@ -30,15 +30,8 @@ from vig.scoring.scorer import NOISE_SAMPLES, Scorer
 from vig.scoring.settings import RunSpec
 from vig.store import fingerprints
 from vig.store.fingerprints import data_fingerprint
-from vig.store.folder import output_folder
-from vig.store.scores import (
-    ScoreWriter,
-    SettingsDiffer,
-    StoreError,
-    read_scores,
-    unfinished,
-    write_shard,
-)
+from vig.store.folder import SettingsDiffer, output_folder
+from vig.store.scores import ScoreWriter, read_scores, unfinished, write_shard
 
 HERE = Path(__file__).parent
 N_SAMPLES = 64

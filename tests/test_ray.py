@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import tiny
 
+from vig.data.files import StoreError
 from vig.scoring.run import score_dataset
 from vig.scoring.scorer import Scorer
 from vig.scoring.settings import RunSpec, ScoreSettings
-from vig.store.scores import StoreError, read_scores, score_files, unfinished
+from vig.store.folder import score_files
+from vig.store.scores import read_scores, unfinished
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from vig.data.files import StoreError
 from vig.data.images import open_image, open_images
 from vig.data.sample import Sample, answers
 from vig.data.samples import caption_turns, read_samples, sample_from_record
@@ -27,7 +28,7 @@ from vig.scoring.run import score_dataset
 from vig.scoring.scorer import Scorer
 from vig.selection.select import select
 from vig.store.folder import settings_differences
-from vig.store.scores import StoreError, read_scores, score_metadata, unfinished
+from vig.store.scores import read_scores, score_metadata, unfinished
 
 N_SAMPLES = 200
 WORDS = ("red", "a", "blue ball", "the cat sat", "no", "Two dogs, one bird.", "yes it is", "ü")
