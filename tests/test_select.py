@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from vig.data.files import FolderInUse, StoreError, lock_folder
-from vig.selection.select import select, token_draws
+from vig.selection.rule import token_draws
+from vig.selection.select import select
 from vig.store import selections
 from vig.store.rows import ScoreBlock, ScoreRow
 from vig.store.scores import ScoreWriter, count_rows, read_scores, write_shard

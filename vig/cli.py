@@ -235,13 +235,13 @@ def select(
     import warnings
 
     from vig.selection.export import check_export, export_records
-    from vig.selection.select import check_choice
+    from vig.selection.select import Choice
     from vig.selection.select import select as choose
 
     if clip is not None and not 0 < clip < 1:
         raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
     lowest = None if clip is None else math.log(clip)
-    _usage(check_choice, p, level, lowest, tau_floor, seed)
+    _usage(Choice, p, level, lowest, tau_floor, seed)
     if export is not None:
         _usage(check_export, export)
     with warnings.catch_warnings(), terminal.share(err, "selecting") as on_share:
