@@ -206,9 +206,8 @@ class Scorer:
     ) -> None:
         """The memory probe: scores the largest batch that these records could make, once a process.
 
-        So memory trouble comes before the work.
-
-        Raises ModelError that says which --batch-tokens fits."""
+        So memory trouble comes before the work. Raises ModelError that says which --batch-tokens fits.
+        """
         if self._memory_probed:
             return
         window = records if window is None else window
