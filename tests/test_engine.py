@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import multiprocessing
 import os
@@ -26,8 +28,9 @@ from vig.data.samples import read_samples
 from vig.scoring import loader
 from vig.scoring import settings as run_settings
 from vig.scoring.run import RecordCount, dry_run_dataset, first_records, run_provenance, score_dataset
+from vig.scoring.run_ray import score_dataset_on_ray
 from vig.scoring.scorer import NOISE_SAMPLES, Scorer
-from vig.scoring.settings import RunSpec
+from vig.scoring.settings import RunSpec, ScoreSettings
 from vig.store import fingerprints
 from vig.store.fingerprints import data_fingerprint
 from vig.store.folder import SettingsDiffer, output_folder
@@ -389,6 +392,32 @@ def test_a_part_that_makes_no_sense_is_refused_and_not_called_complete(data, tmp
     with pytest.raises(ValueError, match=f"{name} = .*expected"):
         dry_run_dataset(scorer(), data, **part)
     assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        (Scorer, ScoreSettings),
+        (score_dataset, RunSpec),
+        (dry_run_dataset, RunSpec),
+        (score_dataset_on_ray, RunSpec),
+    ],
+)
+def test_options_of_public_functions_are_the_fields_of_one_value(function, value):
+    """With the same defaults. What else they take is about the machine, not about what is scored."""
+    fields = {field.name: field.default for field in dataclasses.fields(value)}
+    options = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    assert {name: options[name] for name in options if name in fields} == {
+        name: fields[name] for name in fields if name in options
+    }
+    beside = {"on_progress", "options", "actors", "gpus_per_actor", "cpus_per_actor", "stuck_after"}
+    assert options.keys() - fields.keys() <= beside
+    without_data = fields.keys() - {"data"} - ({"retry_failed"} if function is dry_run_dataset else set())
+    assert without_data <= options.keys()
 
 
 @pytest.mark.parametrize("option, value", [("max_length", 0), ("max_length", -5), ("workers", -1)])
