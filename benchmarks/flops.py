@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from vig.models.prompts import Encoded
-from vig.scoring import prefix_sharing
 from vig.scoring.batching import chunks
+from vig.scoring.prefix_sharing import View, shared_by
 
 BATCH = 8  # of the plain loop
 
@@ -59,19 +59,19 @@ class Flops:
             total += len(batch) * (length * (self.token + self.head) + length**2 * self.pair + self.image)
         return 2 * total
 
-    def least(self, encoded: Sequence[Encoded], hashes: Sequence[list[str]], image_token_id: int) -> float:
+    def least(self, views: Sequence[View], image_token_id: int) -> float:
         """What both passes cannot do without: each image and prefix once, no padding, the last rows for answers."""
         seen: Counter = Counter()
         total = 0.0
-        for item, content in zip(encoded, hashes, strict=True):
-            key = prefix_sharing.shared_by(item, content, image_token_id)
-            shared, fed = len(key[1]), item.n_fed
+        for view in views:
+            key = shared_by(view, image_token_id)
+            shared, fed = len(key[1]), view.encoded.n_fed
             if not seen[key]:
                 total += self.image + shared * (self.token - self.last) + shared**2 / 2 * self.pair
             seen[key] += 1
             own = fed - shared
             total += own * (self.token - self.last) + own * (shared + own / 2) * self.pair
-            total += len(item.answer_index) * (self.head + self.last)
+            total += len(view.encoded.answer_index) * (self.head + self.last)
         return 2 * total
 
 

@@ -35,6 +35,7 @@ from vig.data.sample import Sample
 from vig.scoring import dual_pass, packed_attention, prefix_sharing
 from vig.scoring import scorer as scoring
 from vig.scoring.batching import chunks
+from vig.scoring.prefix_sharing import View
 from vig.scoring.scorer import Scorer
 
 BATCH_TOKENS = 4096
@@ -171,11 +172,16 @@ def timed(call: Callable[[], Any]) -> Seconds:
     return Seconds(time.perf_counter() - clock, processor)
 
 
+def views_of(scorer: Scorer, samples: Sequence[Sample]) -> list[View]:
+    """The samples encoded; equal paths are equal images."""
+    return [View(scorer.encoder.encode(one), tuple(map(str, one.images))) for one in samples]
+
+
 def flop_bound(scorer: Scorer, samples: Sequence[Sample]) -> float:
-    encoded = [scorer.encoder.encode(sample) for sample in samples]
-    hashes = [[str(image) for image in sample.images] for sample in samples]
+    views = views_of(scorer, samples)
     count = Flops.of(scorer.loaded.model)
-    return count.plain(encoded) / count.least(encoded, hashes, scorer.encoder.image_token_id)
+    plain = count.plain([view.encoded for view in views])
+    return plain / count.least(views, scorer.encoder.image_token_id)
 
 
 def largest_difference(one: Sequence[tuple], other: Sequence[tuple]) -> float:

@@ -20,7 +20,9 @@ import vig
 from vig.cli import app, main
 from vig.data.sample import DataError, SampleError
 from vig.models.null_image import NULLS
-from vig.store.scores import SettingsDiffer, read_scores, read_selection, selection_metadata
+from vig.store.folder import SettingsDiffer
+from vig.store.scores import read_scores
+from vig.store.selections import read_selection, selection_metadata
 from vig_kernels import BackendUnavailable
 from vig_kernels.__main__ import main as kernels
 
@@ -29,9 +31,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory):
+def given(tmp_path_factory):
     """A checkpoint and a dataset on disk; record 3 has no image file, record 5 is text alone."""
-    folder = tmp_path_factory.mktemp("road")
+    folder = tmp_path_factory.mktemp("given")
     tiny.llava_model().save_pretrained(folder / "model")
     tiny.llava_processor().save_pretrained(folder / "model")
     records = []
@@ -56,12 +58,12 @@ def call(*arguments, code=0):
     return " ".join(result.output.split())
 
 
-def test_score_select_train_report(road, tmp_path):
-    said = call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
+def test_score_select_train_report(given, tmp_path):
+    said = call("score", given / "model", given / "data.json", "-o", tmp_path / "scores", code=3)
     assert "scored 11 samples" in said and "1 text-only" in said
     assert "data.json#3 (id '3'): no image at" in said and "--image-root" in said
     assert "1 of 12 samples could not be scored" in said
-    said = call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
+    said = call("score", given / "model", given / "data.json", "-o", tmp_path / "scores", code=3)
     assert "scored 0 samples" in said and "12 were done before" in said
     assert "scoring: 12 of 12" in said and "()" not in said
     assert "1 samples of earlier runs could not be scored; --retry failed" in said
@@ -72,7 +74,7 @@ def test_score_select_train_report(road, tmp_path):
     assert kept["data.json#5"][0] and not kept["data.json#3"][0]
 
     said = call(
-        "train", road / "model", road / "data.json", "--selection", tmp_path / "selection", "-o", tmp_path / "out",
+        "train", given / "model", given / "data.json", "--selection", tmp_path / "selection", "-o", tmp_path / "out",
         "--lr", "1e-3", "--batch-size", "2",
     )  # fmt: skip
     assert "6 samples kept, 6 not selected" in said and (tmp_path / "out" / "model.safetensors").exists()
@@ -82,8 +84,8 @@ def test_score_select_train_report(road, tmp_path):
     assert "data:image/png;base64," in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_select_passes_its_options_on(road, tmp_path):
-    call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
+def test_select_passes_its_options_on(given, tmp_path):
+    call("score", given / "model", given / "data.json", "-o", tmp_path / "scores", code=3)
     said = call(
         "select",
         tmp_path / "scores",
@@ -103,9 +105,9 @@ def test_select_passes_its_options_on(road, tmp_path):
 
 
 @pytest.mark.parametrize("null", NULLS)
-def test_dry_run_scores_nothing(road, tmp_path, null):
+def test_dry_run_scores_nothing(given, tmp_path, null):
     said = call(
-        "score", road / "model", road / "data.json", "-o", tmp_path / "scores", "--dry-run", "--null", null,
+        "score", given / "model", given / "data.json", "-o", tmp_path / "scores", "--dry-run", "--null", null,
         code=3,
     )  # fmt: skip
     assert "checked 12 records: 10 with images, 1 text-only" in said
@@ -113,8 +115,8 @@ def test_dry_run_scores_nothing(road, tmp_path, null):
     assert not (tmp_path / "scores").exists()
 
 
-def test_dry_run_of_a_job_checks_its_windows_alone(road, tmp_path):
-    arguments = ("score", road / "model", road / "data.json", "-o", tmp_path / "scores", "--dry-run")
+def test_dry_run_of_a_job_checks_its_windows_alone(given, tmp_path):
+    arguments = ("score", given / "model", given / "data.json", "-o", tmp_path / "scores", "--dry-run")
     said = call(*arguments, "--window", "2", "--shard", "1/4", code=3)  # records 2, 3, 10 and 11
     assert "checked 4 records: 3 with images, 0 text-only" in said and "data.json#3" in said
     said = call(*arguments, "--window", "2", "--shard", "0/4")  # 0, 1, 8 and 9
@@ -123,10 +125,10 @@ def test_dry_run_of_a_job_checks_its_windows_alone(road, tmp_path):
 
 
 @pytest.mark.parametrize("null", NULLS)
-def test_inspect_shows_the_scores_of_every_null(road, tmp_path, null):
-    call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", "--null", null, code=3)
+def test_inspect_shows_the_scores_of_every_null(given, tmp_path, null):
+    call("score", given / "model", given / "data.json", "-o", tmp_path / "scores", "--null", null, code=3)
     row = next(row for batch in read_scores(tmp_path / "scores") for row in batch.to_pylist()[2:3])
-    arguments = ("inspect", road / "model", road / "data.json", "--index", "2", "-o", tmp_path / "p.png")
+    arguments = ("inspect", given / "model", given / "data.json", "--index", "2", "-o", tmp_path / "p.png")
     said = call(*arguments, "--null", null)  # record 3 has no image file: the donor is that of record 4
     shown = float(re.search(r"sample VIG (\S+) nats", said)[1])
     assert shown == pytest.approx(row["vig"], abs=2e-4) and abs(shown) > 1e-3
@@ -134,30 +136,30 @@ def test_inspect_shows_the_scores_of_every_null(road, tmp_path, null):
     assert (height > width) == (null != "drop")
 
 
-def test_shuffle_of_a_lone_photograph_says_what_helps(road, tmp_path):
+def test_shuffle_of_a_lone_photograph_says_what_helps(given, tmp_path):
     tiny.picture(5, (640, 480)).save(tmp_path / "photo.jpg")
     with pytest.raises(SampleError, match=r"there is no other image.*Use null blur"):
-        call("inspect", road / "model", tmp_path / "photo.jpg", "--answer", "red", "--null", "shuffle")
+        call("inspect", given / "model", tmp_path / "photo.jpg", "--answer", "red", "--null", "shuffle")
 
 
-def test_inspect_a_record_and_a_photograph(road, tmp_path):
+def test_inspect_a_record_and_a_photograph(given, tmp_path):
     picture = tmp_path / "seen.png"
-    said = call("inspect", road / "model", road / "data.json", "--index", "2", "-o", picture)
+    said = call("inspect", given / "model", given / "data.json", "--index", "2", "-o", picture)
     assert "data.json#2" in said and "<image> x 16" in said and "sample VIG" in said and picture.exists()
     tiny.picture(5, (640, 480)).save(tmp_path / "photo.jpg")
     said = call(
-        "inspect", road / "model", tmp_path / "photo.jpg", "--question", "What?", "--answer", "A red thing",
+        "inspect", given / "model", tmp_path / "photo.jpg", "--question", "What?", "--answer", "A red thing",
         "-o", picture,
     )  # fmt: skip
     assert "photo.jpg" in said and "A red thing" not in said.split("NLL")[1] and "VIG" in said
 
 
-def test_wrong_usage_exits_with_2(road, tmp_path):
-    arguments = ("score", road / "model", road / "data.json", "-o", tmp_path / "s")
+def test_wrong_usage_exits_with_2(given, tmp_path):
+    arguments = ("score", given / "model", given / "data.json", "-o", tmp_path / "s")
     assert "0 <= i < n" in call(*arguments, "--shard", "4/4", code=2)
     assert "expected failed" in call(*arguments, "--retry", "all", code=2)
     assert "expected plain or ray" in call(*arguments, "--engine", "spark", code=2)
-    call("score", road / "model", code=2)
+    call("score", given / "model", code=2)
 
 
 @pytest.mark.parametrize(
@@ -191,9 +193,9 @@ def test_wrong_values_exit_with_2_before_anything_is_loaded(tmp_path, command, o
 @pytest.mark.parametrize(
     "option, value", [("end-of-turn", "never"), ("freeze", "["), ("seed", "-1"), ("device", "abacus")]
 )
-def test_wrong_values_of_training_exit_with_2(road, option, value, monkeypatch, capsys):
+def test_wrong_values_of_training_exit_with_2(given, option, value, monkeypatch, capsys):
     monkeypatch.setattr(TRAIN, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    monkeypatch.chdir(road)
+    monkeypatch.chdir(given)
     monkeypatch.setattr(
         sys, "argv", ["vig", "train", "model", "data.json", "-o", "out", f"--{option}", value]
     )
@@ -204,28 +206,37 @@ def test_wrong_values_of_training_exit_with_2(road, option, value, monkeypatch, 
 
 
 @pytest.mark.parametrize("command", ["score", "train"])
-def test_data_that_is_not_there_is_said_before_the_model_is_read(road, tmp_path, monkeypatch, command):
+def test_data_that_is_not_there_is_said_before_the_model_is_read(given, tmp_path, monkeypatch, command):
     monkeypatch.setattr("vig.scoring.scorer.load", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setattr(TRAIN, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(DataError, match="no such data"):
-        call(command, road / "model", road / "nowhere.json", "-o", tmp_path / "out")
+        call(command, given / "model", given / "nowhere.json", "-o", tmp_path / "out")
 
 
-def test_names_of_folders_are_printed_as_they_are(road, tmp_path):
+def test_names_of_folders_are_printed_as_they_are(given, tmp_path):
     folder = tmp_path / "[run 1]"
-    assert f"scores: {folder}" in call("score", road / "model", road / "data.json", "-o", folder, code=3)
+    assert f"scores: {folder}" in call("score", given / "model", given / "data.json", "-o", folder, code=3)
     assert f"report: {folder}.html" in call("report", folder, "-o", f"{folder}.html")
 
 
-def test_a_backend_that_is_not_here_is_said_before_the_model_is_read(road, tmp_path, monkeypatch):
+def test_a_backend_that_is_not_here_is_said_before_the_model_is_read(given, tmp_path, monkeypatch):
     monkeypatch.setattr("vig.scoring.scorer.load", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setattr("vig_kernels.dispatch.why_not", lambda *_: "not today")
     with pytest.raises(BackendUnavailable, match="cpu: not today"):
-        call("score", road / "model", road / "data.json", "-o", tmp_path / "s", "--backend", "cpu")
+        call("score", given / "model", given / "data.json", "-o", tmp_path / "s", "--backend", "cpu")
 
 
-def test_select_from_unfinished_scores_ends_with_3_and_says_why(road, tmp_path):
-    job = ("score", road / "model", road / "data.json", "-o", tmp_path / "scores", "--window", "4", "--shard")
+def test_select_from_unfinished_scores_ends_with_3_and_says_why(given, tmp_path):
+    job = (
+        "score",
+        given / "model",
+        given / "data.json",
+        "-o",
+        tmp_path / "scores",
+        "--window",
+        "4",
+        "--shard",
+    )
     choice = ("select", tmp_path / "scores", "-o", tmp_path / "selection")
     call(*job, "0/2", code=3)
     result = CliRunner().invoke(app, [str(word) for word in choice])
@@ -238,24 +249,26 @@ def test_select_from_unfinished_scores_ends_with_3_and_says_why(road, tmp_path):
     assert len(read_selection(tmp_path / "selection")) == 12
 
 
-def test_data_that_is_a_link_is_known_by_its_own_name(road, tmp_path):
+def test_data_that_is_a_link_is_known_by_its_own_name(given, tmp_path):
     """In the hub's cache every file is one, to a file whose name says nothing."""
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "5e1f").write_bytes((road / "data.json").read_bytes())
+    (tmp_path / "blobs" / "5e1f").write_bytes((given / "data.json").read_bytes())
     (tmp_path / "latest.json").symlink_to("blobs/5e1f")
     scores, kept, page = (tmp_path / name for name in ("scores", "kept.json", "report.html"))
-    call("score", road / "model", tmp_path / "latest.json", "--image-root", road, "-o", scores, "--limit", 3)
+    call(
+        "score", given / "model", tmp_path / "latest.json", "--image-root", given, "-o", scores, "--limit", 3
+    )
     call("select", scores, "-o", tmp_path / "selection", "--p", "100", "--export", kept)
-    assert json.loads(kept.read_text()) == json.loads((road / "data.json").read_text())[:3]
+    assert json.loads(kept.read_text()) == json.loads((given / "data.json").read_text())[:3]
     call("report", scores, "-o", page)
     assert page.read_text().count("<img") >= 3 and "are missing" not in page.read_text()
 
 
-def test_select_exports_the_kept_records(road, tmp_path):
-    call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
+def test_select_exports_the_kept_records(given, tmp_path):
+    call("score", given / "model", given / "data.json", "-o", tmp_path / "scores", code=3)
     choice = ("select", tmp_path / "scores", "-o", tmp_path / "selection", "--p", "50", "--export")
     assert f"6 records: {tmp_path / 'kept.json'}" in call(*choice, tmp_path / "kept.json")
-    records = {record["id"]: record for record in json.loads((road / "data.json").read_text())}
+    records = {record["id"]: record for record in json.loads((given / "data.json").read_text())}
     kept = json.loads((tmp_path / "kept.json").read_text())
     selected = read_selection(tmp_path / "selection")
     assert [record["id"] for record in kept] == [key.split("#")[1] for key in selected if selected[key].keep]
@@ -263,8 +276,8 @@ def test_select_exports_the_kept_records(road, tmp_path):
     assert "not the name of a .json or .jsonl" in call(*choice, tmp_path / "kept.csv", code=2)
 
 
-def test_another_selection_is_replaced_only_when_asked_to(road, tmp_path):
-    call("score", road / "model", road / "data.json", "-o", tmp_path / "scores", code=3)
+def test_another_selection_is_replaced_only_when_asked_to(given, tmp_path):
+    call("score", given / "model", given / "data.json", "-o", tmp_path / "scores", code=3)
     choice = ("select", tmp_path / "scores", "-o", tmp_path / "selection", "--p")
     call(*choice, "30")
     call(*choice, "30")
@@ -306,8 +319,8 @@ def test_programs_say_their_version_and_refuse_what_they_do_not_know(monkeypatch
         (("inspect", "model", "data.json", "--index", "99"), "has no record number 99"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_1(road, arguments, message, monkeypatch, capsys):
-    monkeypatch.chdir(road)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_1(given, arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(given)
     monkeypatch.setattr(sys, "argv", ["vig", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -320,13 +333,13 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_1(road, arguments, mes
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_train_names_what_it_cannot_use_and_saves_the_rest(road, tmp_path, workers):
-    records = json.loads((road / "data.json").read_text())
+def test_train_names_what_it_cannot_use_and_saves_the_rest(given, tmp_path, workers):
+    records = json.loads((given / "data.json").read_text())
     broken = [{"id": f"b{row}", "conversations": []} for row in range(9)]
-    data = road / f"broken{workers}.json"
+    data = given / f"broken{workers}.json"
     data.write_text(json.dumps(broken[:1] + records + broken[1:] * 2))
     said = call(
-        "train", road / "model", data, "-o", tmp_path / "out", "--batch-size", "2", "--workers", workers, code=3
+        "train", given / "model", data, "-o", tmp_path / "out", "--batch-size", "2", "--workers", workers, code=3
     )  # fmt: skip
     assert f"{data.name}#0 (id 'b0'): no answer turn" in said and "Traceback" not in said
     assert "and 8 more: `errors` in" in said and "17 records could not be read" in said
@@ -351,7 +364,7 @@ def test_python_dash_m_vig_is_the_same_program(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_are_one_line_and_exit_code_130(road, monkeypatch, capsys, number):
+def test_ctrl_c_and_sigterm_are_one_line_and_exit_code_130(given, monkeypatch, capsys, number):
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
@@ -359,8 +372,8 @@ def test_ctrl_c_and_sigterm_are_one_line_and_exit_code_130(road, monkeypatch, ca
         signal.raise_signal(number)
         raise AssertionError("went on")
 
-    monkeypatch.setattr("vig.scoring.run.score_dataset", interrupted)
-    monkeypatch.chdir(road)
+    monkeypatch.setattr("vig.scoring.run.run_scoring", interrupted)
+    monkeypatch.chdir(given)
     monkeypatch.setattr(sys, "argv", ["vig", "score", "model", "data.json", "-o", "stopped"])
     try:
         with pytest.raises(SystemExit) as stop:
@@ -389,16 +402,16 @@ def test_a_public_name_is_the_function_whatever_was_imported_before(name):
         assert done.returncode == 0, done.stderr
 
 
-def test_pages_and_pictures_need_the_name_of_a_file(road, monkeypatch):
-    monkeypatch.chdir(road)
+def test_pages_and_pictures_need_the_name_of_a_file(given, monkeypatch):
+    monkeypatch.chdir(given)
     call("score", "model", "data.json", "-o", "named", code=3)
-    (road / "folder").mkdir()
+    (given / "folder").mkdir()
     with pytest.raises(RuntimeError, match=r"folder is a folder: name the page, folder/report.html"):
         call("report", "named", "-o", "folder")
     assert "not the name of a file" in call("inspect", "model", "data.json", "-o", "folder", code=2)
     assert "not the name of a file" in call("inspect", "model", "data.json", "-o", "nowhere/x.png", code=2)
     call("inspect", "model", "data.json", "-o", "picture.foo")
-    assert (road / "picture.foo").read_bytes().startswith(b"\x89PNG")
+    assert (given / "picture.foo").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_crash_of_native_code_says_where():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import multiprocessing
 import os
@@ -20,24 +22,19 @@ import torch
 from torch.utils.data import dataloader
 
 from vig.data import samples
-from vig.data.files import FolderInUse, lock_folder
+from vig.data.files import FolderInUse, StoreError, lock_folder
 from vig.data.sample import DataError
 from vig.data.samples import read_samples
 from vig.scoring import loader
-from vig.scoring import run as scoring_run
-from vig.scoring.run import RecordCount, dry_run_dataset, first_records, part_of, run_settings, score_dataset
+from vig.scoring import settings as run_settings
+from vig.scoring.run import RecordCount, dry_run_dataset, first_records, run_provenance, score_dataset
+from vig.scoring.run_ray import score_dataset_on_ray
 from vig.scoring.scorer import NOISE_SAMPLES, Scorer
+from vig.scoring.settings import RunSpec, ScoreSettings
 from vig.store import fingerprints
 from vig.store.fingerprints import data_fingerprint
-from vig.store.folder import output_folder
-from vig.store.scores import (
-    ScoreWriter,
-    SettingsDiffer,
-    StoreError,
-    read_scores,
-    unfinished,
-    write_shard,
-)
+from vig.store.folder import SettingsDiffer, output_folder
+from vig.store.scores import ScoreWriter, read_scores, unfinished, write_shard
 
 HERE = Path(__file__).parent
 N_SAMPLES = 64
@@ -213,7 +210,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_scored():
 
 def test_jobs_at_the_same_time_fill_one_folder_and_the_last_completes_it(tmp_path, data):
     one, out = scorer(), tmp_path / "scores"
-    settings = run_settings(one, data, out, image_root=None, limit=None, shard=(1, 3), window=8)
+    settings = run_provenance(one, RunSpec(data, shard=(1, 3), window=8), out)
     with ScoreWriter(output_folder(out, (1, 3)), settings) as other:  # a job is at work
         assert score_dataset(one, data, out, window=8, shard=(0, 3)).done == 24
         with pytest.raises(StoreError, match=r"shard-1-of-3 is (already|being)"):
@@ -269,11 +266,11 @@ def test_a_job_that_has_no_window_is_complete_too(tmp_path, data):
 
 @pytest.mark.parametrize("total, window, count", [(64, 8, 3), (65, 8, 3), (7, 8, 2), (0, 8, 2), (100, 7, 1)])
 def test_the_parts_of_the_jobs_sum_to_the_whole(total, window, count):
-    parts = [part_of(total, window, (index, count)) for index in range(count)]
+    jobs = [RunSpec("data.json", shard=(index, count), window=window) for index in range(count)]
     expected = [0] * count
     for record in range(total):
         expected[record // window % count] += 1
-    assert parts == expected and part_of(None, window, (0, count)) is None
+    assert [job.part_of(total) for job in jobs] == expected and jobs[0].part_of(None) is None
 
 
 def test_scoring_does_not_wait_for_the_count(tmp_path, data, monkeypatch):
@@ -376,7 +373,7 @@ def test_the_first_batch_waits_for_one_window_alone(tmp_path, data, monkeypatch)
 
     one = scorer()
     one.noise_floor = lambda records: consumed.clear()
-    monkeypatch.setattr(scoring_run, "read_samples", counting)
+    monkeypatch.setattr(run_settings, "read_samples", counting)
     score_dataset(
         one, data, tmp_path / "scores", window=8, on_progress=lambda _: at_first.append(len(consumed))
     )
@@ -395,6 +392,32 @@ def test_a_part_that_makes_no_sense_is_refused_and_not_called_complete(data, tmp
     with pytest.raises(ValueError, match=f"{name} = .*expected"):
         dry_run_dataset(scorer(), data, **part)
     assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        (Scorer, ScoreSettings),
+        (score_dataset, RunSpec),
+        (dry_run_dataset, RunSpec),
+        (score_dataset_on_ray, RunSpec),
+    ],
+)
+def test_options_of_public_functions_are_the_fields_of_one_value(function, value):
+    """With the same defaults. What else they take is about the machine, not about what is scored."""
+    fields = {field.name: field.default for field in dataclasses.fields(value)}
+    options = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    assert {name: options[name] for name in options if name in fields} == {
+        name: fields[name] for name in fields if name in options
+    }
+    beside = {"on_progress", "options", "actors", "gpus_per_actor", "cpus_per_actor", "stuck_after"}
+    assert options.keys() - fields.keys() <= beside
+    without_data = fields.keys() - {"data"} - ({"retry_failed"} if function is dry_run_dataset else set())
+    assert without_data <= options.keys()
 
 
 @pytest.mark.parametrize("option, value", [("max_length", 0), ("max_length", -5), ("workers", -1)])

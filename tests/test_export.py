@@ -12,7 +12,8 @@ from vig.data.files import StoreError
 from vig.data.samples import read_samples
 from vig.selection.select import select
 from vig.store.fingerprints import data_fingerprint
-from vig.store.scores import ScoreRow, ScoreWriter
+from vig.store.rows import ScoreRow
+from vig.store.scores import ScoreWriter
 from vig.training.collator import keep_samples
 
 N = 40

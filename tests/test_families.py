@@ -1,4 +1,4 @@
-"""Every family against a naive loop, the proofs at start, and what is refused."""
+"""Every family against a naive loop, the self-check, and what is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from vig.models.null_image import NULLS
 from vig.models.prompts import Encoder
 from vig.scoring.inspect import pictures
 from vig.scoring.scorer import Scorer
-from vig.scoring.self_check import prove
+from vig.scoring.self_check import check_model
 from vig.training.batches import MicroBatches
 from vig.training.collator import SelectiveCollator
 from vig.training.loss import selective_loss
@@ -54,13 +54,13 @@ def test_both_passes_equal_a_naive_loop(family, batch_size):
         if null is not None:
             np.testing.assert_allclose(row.token_nll_null, null, rtol=0, atol=TOLERANCE)
             moved = np.abs(null - image).max()
-            assert moved > 30 * TOLERANCE, one.id  # pictures matter here, or nothing is proven
+            assert moved > 30 * TOLERANCE, one.id  # pictures matter here, or nothing is tested
 
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("family", NAMES)
 def test_an_image_behind_the_last_answer(family, share):
-    """Alone, since the first samples prove the model; and in a batch with others."""
+    """Alone, since the model is checked on the first samples; and in a batch with others."""
     for samples in (*([one] for one in ASKED_LAST), ASKED_LAST, [*ASKED_LAST, *SAMPLES[:4]]):
         rows = scorer(family, share=share).score(samples)
         for row, one in zip(rows[: len(ASKED_LAST)], samples, strict=False):
@@ -115,27 +115,27 @@ def test_no_text_may_stand_for_pixels():
             Encoder(tiny_families.processor(family)).encode(sample(9, [(f"What {token}?", "a")], (20, 20)))
 
 
-# --- proofs at start, and what is refused ---
+# --- the self-check, and what is refused ---
 
 
-def proof(family: str, one: Sample = SAMPLES[0], **changed):
+def checked(family: str, one: Sample = SAMPLES[0], **changed):
     loaded = as_loaded(tiny_families.model(family), tiny_families.processor(family), device="cpu")
     pixels, sizes = pixels_of(family, [one])
     pixels.pop("labels")
-    return prove(loaded, pixels | changed, sizes)
+    return check_model(loaded, pixels | changed, sizes)
 
 
 def test_what_the_families_do_to_their_logits():
-    assert proof("gemma3") == HeadTransform()  # though its config speaks of a softcap
-    assert proof("paligemma") == HeadTransform(softcap=4.0)
-    assert proof("qwen3_vl", SAMPLES[3]) == HeadTransform()
+    assert checked("gemma3") == HeadTransform()  # though its config speaks of a softcap
+    assert checked("paligemma") == HeadTransform(softcap=4.0)
+    assert checked("qwen3_vl", SAMPLES[3]) == HeadTransform()
 
 
 def test_an_answer_that_sees_later_tokens_is_refused():
     marks = pixels_of("paligemma", SAMPLES[:1])[0]["token_type_ids"]
     assert marks[0].tolist() == sorted(marks[0].tolist()) and marks.sum() > 1
     with pytest.raises(ModelError, match="changing a later token moves earlier hidden states by"):
-        proof("paligemma", token_type_ids=torch.zeros_like(marks))
+        checked("paligemma", token_type_ids=torch.zeros_like(marks))
 
 
 def test_pixels_of_another_processor_are_refused():
@@ -161,7 +161,7 @@ def test_pixels_of_another_processor_are_refused():
 def test_pixels_that_are_not_laid_out_as_the_family_says_are_refused():
     pixels = pixels_of("qwen2_vl", SAMPLES[:1])[0]["pixel_values"]
     with pytest.raises(ModelError, match="not laid out like those of Qwen2-VL"):
-        proof("qwen2_vl", pixel_values=torch.randn_like(pixels))  # its two frames differ
+        checked("qwen2_vl", pixel_values=torch.randn_like(pixels))  # its two frames differ
 
 
 def test_crops_shown_as_pictures_are_refused():

@@ -14,19 +14,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from vig.models.families import FAMILIES
 from vig.scoring import packed_attention
 from vig.scoring.loader import load_record
-from vig.scoring.packed_attention import Layout, Stretch, groups, packs
+from vig.scoring.packed_attention import Segment, SegmentLayout, groups, packs
 
 # alone, three branches behind a prefix, alone, two branches behind a longer one
 FOUND = [
-    Stretch(0, 5),
-    Stretch(5, 4), Stretch(9, 3, 5, 4), Stretch(12, 30, 5, 4), Stretch(42, 2, 5, 4),
-    Stretch(44, 40),
-    Stretch(84, 7), Stretch(91, 1, 84, 7), Stretch(92, 6, 84, 7),
+    Segment(0, 5),
+    Segment(5, 4), Segment(9, 3, 5, 4), Segment(12, 30, 5, 4), Segment(42, 2, 5, 4),
+    Segment(44, 40),
+    Segment(84, 7), Segment(91, 1, 84, 7), Segment(92, 6, 84, 7),
 ]  # fmt: skip
 LENGTH = 98
 
 
-def dense(found: list[Stretch], length: int) -> torch.Tensor:
+def dense(found: list[Segment], length: int) -> torch.Tensor:
     """(L, L) bool: what each token sees, written down place by place."""
     seen = torch.zeros(length, length, dtype=torch.bool)
     for one in found:
@@ -37,7 +37,7 @@ def dense(found: list[Stretch], length: int) -> torch.Tensor:
 
 
 def block_diagonal(query, key, value, query_ends, key_ends, most_queries, most_keys, softmax_scale, causal):
-    """What flash-attention's function for stretches of any lengths promises, by one block-diagonal SDPA mask.
+    """What flash-attention's function for segments of any lengths promises, by one block-diagonal SDPA mask.
 
     query (queries, heads, d), key and value (keys, key heads, d). Causal means aligned at the end of each block.
     """
@@ -61,9 +61,9 @@ def flash(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=block_diagonal))
 
 
-def attended(kernel: str, found: list[Stretch], *tensors: torch.Tensor, scaling=None) -> torch.Tensor:
-    layout = Layout([], kernel)
-    layout.found = found
+def attended(kernel: str, found: list[Segment], *tensors: torch.Tensor, scaling=None) -> torch.Tensor:
+    layout = SegmentLayout([], kernel)
+    layout.segments = found
     token = packed_attention._layout.set(layout)
     try:
         return packed_attention.attend(None, *tensors, scaling=scaling)[0]
@@ -96,7 +96,7 @@ def test_every_token_is_attended_once_and_keys_stay_within_the_bound(keys, monke
         assert len(pack.query_ends) == 2 or len(pack.keys) <= keys
 
 
-def test_a_value_that_is_not_finite_stays_in_its_stretch():
+def test_a_value_that_is_not_finite_stays_in_its_segment():
     query, key, value = (torch.randn(1, 2, LENGTH, 8) for _ in range(3))
     value[:, :, 92] = float("nan")  # the first token of the last branch
     out = attended("sdpa", FOUND, query, key, value)
@@ -111,23 +111,24 @@ def test_a_packed_batch_equals_its_samples_alone(family, flash):
     one = scorer(family)
     items = [load_record(sample, one.encoder, "pixels") for sample in SAMPLES if sample.images]
     items.sort(key=lambda item: item.hashes)
-    encoded, hashes = [item.encoded for item in items], [item.hashes for item in items]
-    rows = one.passes.rows(encoded, hashes)
+    views = [item.view for item in items]
+    rows = one.passes.rows(views)
     assert sum(len(row.members) > 1 for row in rows) == 2 and sum(len(row.members) == 1 for row in rows) > 2
     alone = scorer(family, share=False).passes
-    expected = [
-        alone.score([sample], hashes=[names])[0] for sample, names in zip(encoded, hashes, strict=True)
-    ]
+    expected = [alone.score([view])[0] for view in views]
     for kernel in packed_attention.KERNELS:
         one.passes.kernel = kernel
-        found = one.passes.score(encoded, hashes=hashes)
+        found = one.passes.score(views)
         for value, other in zip(found, expected, strict=True):
             assert abs(value.image - other.image).max() < 2e-4 and abs(value.null - other.null).max() < 2e-4
 
 
 def test_the_model_attends_by_itself_again_afterwards():
     model = tiny_families.model("llava")
-    with pytest.raises(RuntimeError, match="on purpose"), packed_attention.attention(model, Layout([])):
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        packed_attention.attention(model, SegmentLayout([])),
+    ):
         assert model.config.text_config._attn_implementation == packed_attention.NAME
         raise RuntimeError("on purpose")
     assert model.config.text_config._attn_implementation == "sdpa"
@@ -156,14 +157,14 @@ def test_without_the_package_the_cure_is_said(monkeypatch):
 
 
 def test_packing_that_moves_values_is_switched_off_and_said(tmp_path, monkeypatch):
-    """Every branch sees the one before it: found by the proof, on the first samples."""
-    own = packed_attention.stretches
+    """Every branch sees the one before it: found by the self-check, on the first samples."""
+    own = packed_attention.segments
 
     def leaking(rows):
         found = own(rows)
         return [one._replace(prefix_start=one.start - one.prefix) if one.prefix else one for one in found]
 
-    monkeypatch.setattr(packed_attention, "stretches", leaking)
+    monkeypatch.setattr(packed_attention, "segments", leaking)
     one, chosen = scorer("llava"), [sample for sample in SAMPLES if sample.images]
     with pytest.warns(UserWarning, match=r"moves values by \S+ nats, so it is off"):
         rows = one.score(chosen)

@@ -1,4 +1,4 @@
-"""The scorer on 200 samples of the miniature, with the checkpoint that ships, against a naive loop.
+"""The scorer on 200 samples of the end-to-end example, with the checkpoint that ships, against a naive loop.
 
 The loop takes one sample at a time, pads nothing, and forms full logits in float32.
 """

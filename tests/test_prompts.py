@@ -41,7 +41,7 @@ def test_every_turn_is_masked_and_decodes_to_its_text(template, end_of_turn):
     eos = {"template": "</s>" if template == tiny.MARKED else "", "add": "</s>", "drop": ""}[end_of_turn]
     assert turns_of(encoder, encoded) == ["A rëd cat." + eos, "Yes 😀" + eos]
     assert encoded.input_ids.count(encoder.image_token_id) == 16
-    assert encoded.straddles == 0
+    assert encoded.boundary_tokens == 0
     expected = "generation marks" if template == tiny.MARKED else "sentinels"
     assert encoder.source_of_answers == expected
 
@@ -102,15 +102,15 @@ def test_an_answer_that_repeats_the_question_is_masked_once():
     assert text.count("red") == 4 and len(encoded.answer_index) == 8
 
 
-def test_straddling_tokens_are_counted():
+def test_boundary_tokens_are_counted():
     template = tiny.MARKED.replace("{{ part['text'] + eos_token }}", "{{ part['text'] }}")
     processor = tiny.llava_processor(template.replace("message['role'] + ': '", "message['role'] + ': é'"))
     processor.tokenizer.backend_tokenizer.add_tokens(["éA"])
     encoded = Encoder(processor).encode(sample([("<image>\nx", "A cat")]), None)
-    assert encoded.straddles == 1
+    assert encoded.boundary_tokens == 1
     processor.chat_template = processor.chat_template.replace("{% endgeneration %}", "{% endgeneration %}é")
     processor.tokenizer.backend_tokenizer.add_tokens(["té"])
-    assert Encoder(processor).encode(sample([("<image>\nx", "A cat")]), None).straddles == 2
+    assert Encoder(processor).encode(sample([("<image>\nx", "A cat")]), None).boundary_tokens == 2
 
 
 @pytest.mark.parametrize("longest", [30, 70, 84])

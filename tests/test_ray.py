@@ -8,14 +8,18 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 
+from vig.data.files import StoreError
 from vig.scoring.run import score_dataset
 from vig.scoring.scorer import Scorer
-from vig.store.scores import StoreError, read_scores, score_files, unfinished
+from vig.scoring.settings import RunSpec, ScoreSettings
+from vig.store.folder import score_files
+from vig.store.scores import read_scores, unfinished
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 
@@ -26,7 +30,7 @@ N_SAMPLES = 48
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory):
+def given(tmp_path_factory):
     """A checkpoint and data whose windows of 4 take a while: long answers, one missing image."""
     folder = tmp_path_factory.mktemp("ray")
     tiny.llava_model().save_pretrained(folder / "model")
@@ -56,9 +60,9 @@ def cluster():
 
 
 @pytest.fixture(scope="module")
-def plain(road):
-    score_dataset(Scorer(road / "model"), road / "data.json", road / "plain", window=4)
-    return rows_of(road / "plain")
+def plain(given):
+    score_dataset(Scorer(given / "model"), given / "data.json", given / "plain", window=4)
+    return rows_of(given / "plain")
 
 
 def rows_of(folder) -> list[dict]:
@@ -88,35 +92,35 @@ def kill_one(folder: Path, killed: list[int]) -> None:
         time.sleep(0.01)
 
 
-def test_two_actors_one_killed_write_the_rows_of_the_plain_engine(road, cluster, plain):
+def test_two_actors_one_killed_write_the_rows_of_the_plain_engine(given, cluster, plain):
     killed: list[int] = []
-    thread = threading.Thread(target=kill_one, args=(road / "killed", killed))
+    thread = threading.Thread(target=kill_one, args=(given / "killed", killed))
     thread.start()
     progress = score_dataset_on_ray(
-        road / "model", road / "data.json", road / "killed", actors=2, cpus_per_actor=0.5, window=4
+        given / "model", given / "data.json", given / "killed", actors=2, cpus_per_actor=0.5, window=4
     )
     thread.join()
-    assert killed and 2 <= len(score_files(road / "killed")) == N_SAMPLES // 4
-    assert rows_of(road / "killed") == plain and not unfinished(road / "killed")
+    assert killed and 2 <= len(score_files(given / "killed")) == N_SAMPLES // 4
+    assert rows_of(given / "killed") == plain and not unfinished(given / "killed")
     assert progress.done == progress.total == N_SAMPLES and len(progress.errors) == 1
     assert progress.tokens == sum(row["n_tokens"] for row in plain)
 
 
-def test_it_resumes_the_plain_engine_and_retries_what_failed(road, cluster, plain, tmp_path):
+def test_it_resumes_the_plain_engine_and_retries_what_failed(given, cluster, plain, tmp_path):
     data = tmp_path / "data.json"
-    records = json.loads((road / "data.json").read_text())[:16]
+    records = json.loads((given / "data.json").read_text())[:16]
     data.write_text(json.dumps(records))
-    score_dataset(Scorer(road / "model"), data, tmp_path / "scores", image_root=road, window=4)
+    score_dataset(Scorer(given / "model"), data, tmp_path / "scores", image_root=given, window=4)
     assert sum(row["status"] != "ok" for row in rows_of(tmp_path / "scores")) == 1
     (tmp_path / "scores" / "scores-00000.parquet").unlink()
-    tiny.save_picture(road / "nowhere.png", 9)
+    tiny.save_picture(given / "nowhere.png", 9)
     try:
         progress = score_dataset_on_ray(
-            road / "model", data, tmp_path / "scores", actors=1, cpus_per_actor=0.5, image_root=road,
+            given / "model", data, tmp_path / "scores", actors=1, cpus_per_actor=0.5, image_root=given,
             window=4, retry_failed=True,
         )  # fmt: skip
     finally:
-        (road / "nowhere.png").unlink()
+        (given / "nowhere.png").unlink()
     assert (progress.done, progress.resumed, progress.errors) == (16, 11, [])
     rows = rows_of(tmp_path / "scores")
     assert [row["key"] for row in rows] == [f"data.json#{number}" for number in range(16)]
@@ -124,15 +128,20 @@ def test_it_resumes_the_plain_engine_and_retries_what_failed(road, cluster, plai
     assert rows[:9] == plain[:9]
 
 
-def test_errors_of_the_model_come_through(road, cluster, tmp_path):
+def test_errors_of_the_model_come_through(given, cluster, tmp_path):
     from vig.models.families import ModelError
 
     with pytest.raises(ModelError, match="cannot load"):
-        score_dataset_on_ray(tmp_path, road / "data.json", tmp_path / "scores", cpus_per_actor=0.5)
+        score_dataset_on_ray(tmp_path, given / "data.json", tmp_path / "scores", cpus_per_actor=0.5)
 
 
-def test_a_window_that_fells_its_actors_is_named(road, tmp_path):
-    job = Job(str(road / "model"), {}, str(road / "data.json"), None, None, 4, str(tmp_path), 60.0, {})
+def job_in(folder: Path, given: Path) -> Job:
+    run = RunSpec(str(given / "data.json"), window=4)
+    return Job(str(given / "model"), ScoreSettings(), run, str(folder), 60.0, {})
+
+
+def test_a_window_that_fells_its_actors_is_named(given, tmp_path):
+    job = job_in(tmp_path, given)
     actor = ScoreWindows(job)
     for _ in range(TRIES):  # as many processes began with it and died
         actor._try(3)
@@ -142,8 +151,8 @@ def test_a_window_that_fells_its_actors_is_named(road, tmp_path):
     assert [path.name for path in tmp_path.glob(".window*")] == [".window-00003.tries"]
 
 
-def test_an_actor_reads_windows_in_any_order_and_ends_itself_when_stuck(road, tmp_path, plain):
-    job = Job(str(road / "model"), {}, str(road / "data.json"), None, None, 4, str(tmp_path), 60.0, {})
+def test_an_actor_reads_windows_in_any_order_and_ends_itself_when_stuck(given, tmp_path, plain):
+    job = job_in(tmp_path, given)
     actor = ScoreWindows(job)
     for number in (3, 1, 11):
         assert [record.key for record in actor._read(number)] == [
@@ -151,7 +160,7 @@ def test_an_actor_reads_windows_in_any_order_and_ends_itself_when_stuck(road, tm
         ]
     pid = os.fork()
     if pid == 0:
-        actor.job = Job(**{**vars(job), "stuck_after": 0.2})
+        actor.job = replace(job, stuck_after=0.2)
         actor.scorer.score_window = lambda *_: time.sleep(30)
         actor({"window": [0], "again": [[]]})
         os._exit(0)

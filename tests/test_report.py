@@ -13,20 +13,15 @@ import tiny
 from PIL import Image
 from transformers import AutoProcessor
 
+from vig.data.files import StoreError
 from vig.reporting.facts import Counter, gather
 from vig.reporting.page import EXACT_PIXELS, height_ticks, legend, rounded, shade, signed, ticks
 from vig.reporting.report import Page, SampleView, Word, _fitting, render, report
 from vig.reporting.viewer import token_texts, words
 from vig.selection.select import select
-from vig.store.scores import (
-    ScoreBlock,
-    ScoreRow,
-    ScoreWriter,
-    SettingsDiffer,
-    StoreError,
-    read_scores,
-    score_metadata,
-)
+from vig.store.folder import SettingsDiffer
+from vig.store.rows import ScoreBlock, ScoreRow
+from vig.store.scores import ScoreWriter, read_scores, score_metadata
 
 VOID = {"meta", "img", "path", "rect"}
 

@@ -10,7 +10,8 @@ import pytest
 from benchmarks import scale
 from vig.scoring.scorer import scored_row
 from vig.selection.select import select
-from vig.store.scores import ScoreBlock, ScoreWriter, count_rows
+from vig.store.rows import ScoreBlock
+from vig.store.scores import ScoreWriter, count_rows
 
 SAMPLES = 3 * scale.WINDOW
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from vig.data.files import StoreError
 from vig.data.images import open_image, open_images
 from vig.data.sample import Sample, answers
 from vig.data.samples import caption_turns, read_samples, sample_from_record
@@ -27,7 +28,7 @@ from vig.scoring.run import score_dataset
 from vig.scoring.scorer import Scorer
 from vig.selection.select import select
 from vig.store.folder import settings_differences
-from vig.store.scores import StoreError, read_scores, score_metadata, unfinished
+from vig.store.scores import read_scores, score_metadata, unfinished
 
 N_SAMPLES = 200
 WORDS = ("red", "a", "blue ball", "the cat sat", "no", "Two dogs, one bird.", "yes it is", "ü")
@@ -111,7 +112,7 @@ def test_scores_equal_a_naive_loop(data, batch_size):
         else:
             assert row.vig is None and len(row.token_nll_null) == 0
     moved = [abs(row.vig) for row in rows if row.vig is not None]
-    assert np.median(moved) > 0.01  # the pictures do matter to this model, or the test would prove nothing
+    assert np.median(moved) > 0.01  # the pictures do matter to this model, or the test would show nothing
 
 
 def test_the_same_image_as_its_null_gives_exactly_zero(data, monkeypatch):
@@ -431,7 +432,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, data):
 
 
 def test_every_setting_binds_but_those_that_change_no_score(data):
-    settings = scorer().settings(data) | {"window": 8192, "limit": None, "shard": None, "schema_version": 1}
+    settings = scorer().provenance(data) | {"window": 8192, "limit": None, "shard": None, "schema_version": 1}
     free = {"data", "image_root", "batch_tokens", "batch_size", "library_version", "noise_floor", "sharing"}
     for name in settings | dict.fromkeys(free):
         differences = settings_differences(settings, settings | {name: "other"})
@@ -442,10 +443,10 @@ def test_an_out_of_memory_batch_is_halved_and_a_single_one_is_an_error_row(data)
     one = scorer(batch_size=16)
     whole, original = one.score(read_samples(data, limit=12)), one.passes.score
 
-    def tight(samples, *others):
-        if len(samples) > 3 or any(sample.sample.id == "7" for sample in samples):
+    def tight(views, *others):
+        if len(views) > 3 or any(view.encoded.sample.id == "7" for view in views):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return original(samples, *others)
+        return original(views, *others)
 
     one.passes.score = tight
     rows = one.score(read_samples(data, limit=12))

@@ -24,6 +24,7 @@ from vig.models.families import FAMILIES
 from vig.models.null_image import NULLS
 from vig.scoring import batching, dual_pass, loader, prefix_sharing
 from vig.scoring.loader import load_record, load_records
+from vig.scoring.prefix_sharing import View
 from vig.scoring.scorer import Scorer
 
 ANSWERS = ("a cat", "no", "two dogs and a bird", "red", "it is blue")
@@ -80,7 +81,7 @@ def differences(rows, others):
 def test_sharing_changes_no_value(data, family):
     shared, alone = scorer(family), scorer(family, share=False)
     assert max(differences(shared.score(read_samples(data)), alone.score(read_samples(data)))) < 2e-4
-    assert shared.passes.share  # it has proven itself
+    assert shared.passes.share  # it has passed the self-check
     assert not alone.passes.share
 
 
@@ -146,7 +147,7 @@ def test_each_image_and_prefix_is_computed_once_a_pass(tmp_path, monkeypatch):
     (tmp_path / "data.json").write_text(json.dumps(records))
     one = Scorer(tiny.llava_model(), tiny.llava_processor())
     records = list(read_samples(tmp_path / "data.json"))
-    one.score_window(records)  # the proofs at start
+    one.score_window(records)  # the self-check
     tower = counted(
         monkeypatch, one.loaded.model.model.vision_tower, "forward", lambda images, **_: len(images)
     )
@@ -163,7 +164,8 @@ def test_each_image_and_prefix_is_computed_once_a_pass(tmp_path, monkeypatch):
     assert len(opened) == len(processed) == 4
     encoded = [one.encoder.encode(record) for record in records]
     prefixes = {
-        prefix_sharing.shared_by(item, item.sample.images, one.encoder.image_token_id) for item in encoded
+        prefix_sharing.shared_by(View(item, item.sample.images), one.encoder.image_token_id)
+        for item in encoded
     }
     least = sum(len(ids) for _, ids in prefixes)
     least += sum(item.n_fed - prefix_sharing.prefix_length(item, 3) for item in encoded)
@@ -177,7 +179,7 @@ def test_nothing_is_computed_behind_the_last_answer_token(data, monkeypatch):
         monkeypatch, one.loaded.model.model.language_model, "forward", lambda **o: o["inputs_embeds"].shape
     )
     items = [load_record(sample, one.encoder, "pixels") for sample in read_samples(data, limit=3)]
-    one.passes.score([items[0].encoded], hashes=[items[0].hashes])
+    one.passes.score([items[0].view])
     assert {shape[1] for shape in seen} == {items[0].encoded.answer_index[-1] + 1}
     assert items[0].encoded.answer_index[-1] + 1 < len(items[0].encoded.input_ids)
 
@@ -235,26 +237,28 @@ def test_the_next_block_is_made_while_the_last_one_is_scored(data, monkeypatch):
     assert len(one.score_window(records)) == len(records)
     assert len(seen) == 5
     for scored, at in enumerate(seen):
-        assert min(scored + 2, 5) <= at <= scored + 3  # no more than two ahead: their pixels are in memory
+        assert (
+            min(scored + 2, 5) <= at <= scored + 3
+        )  # no more than two are prefetched: their pixels are in memory
 
 
-def test_a_thread_ahead_passes_errors_on_and_ends_with_its_reader():
+def test_a_prefetching_thread_passes_errors_on_and_ends_with_its_reader():
     def failing():
         yield 1
         raise ValueError("no")
 
-    items = loader.ahead(failing())
+    items = loader.prefetch_in_thread(failing())
     assert next(items) == 1
     with pytest.raises(ValueError, match="no"):
         next(items)
-    endless = loader.ahead(iter(int, 1))
+    endless = loader.prefetch_in_thread(iter(int, 1))
     assert next(endless) == 0
     endless.close()
     deadline = time.monotonic() + 10
-    while any(thread.name == "vig-ahead" for thread in threading.enumerate()):
+    while any(thread.name == "vig-prefetch" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert list(loader.ahead(iter(()))) == []
+    assert list(loader.prefetch_in_thread(iter(()))) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -330,8 +334,8 @@ def test_sharing_that_moves_values_is_switched_off_and_said(data, monkeypatch):
     assert max(differences(rows, alone)) < 2e-4
 
 
-def test_wrong_positions_are_found_by_the_proof(data, monkeypatch):
-    monkeypatch.setattr(prefix_sharing.Row, "positions", lambda row, whole: torch.arange(row.n_tokens))
+def test_wrong_positions_are_found_by_the_self_check(data, monkeypatch):
+    monkeypatch.setattr(prefix_sharing.SharedRow, "positions", lambda row, whole: torch.arange(row.n_tokens))
     with pytest.warns(UserWarning, match="so it is off"):
         scorer().score(read_samples(data, limit=12))
 
@@ -352,16 +356,16 @@ def test_rows_keep_the_order_and_the_limit(data):
         load_record(sample, one.encoder, "pixels") for sample in read_samples(data) if len(sample.images) == 1
     ]
     items.sort(key=lambda item: item.hashes)
-    samples, hashes = [item.encoded for item in items], [item.hashes for item in items]
-    rows = one.passes.rows(samples, hashes)
-    assert [id(member) for row in rows for member in row.members] == [id(sample) for sample in samples]
+    views = [item.view for item in items]
+    rows = one.passes.rows(views)
+    assert [id(member) for row in rows for member in row.members] == [id(view) for view in views]
     assert max(len(row.members) for row in rows) > 2
     one.passes.longest = 90
-    short = one.passes.rows(samples, hashes)
+    short = one.passes.rows(views)
     assert len(short) > len(rows)
     assert all(row.n_tokens <= 90 for row in short if len(row.members) > 1)
     for row in short:  # a row for itself is that row again: a batch may be cut anywhere
-        again = one.passes.rows(row.members, [hashes[0]] * len(row.members))
+        again = one.passes.rows(row.members)
         assert [len(other.members) for other in again] == [len(row.members)]
 
 
@@ -370,7 +374,7 @@ def test_an_answer_before_the_last_image_is_computed_alone(data):
     late = next(sample for sample in read_samples(data) if sample.id == "6")
     encoded = one.encoder.encode(late)
     assert encoded.input_ids.count(3) > 1 and prefix_sharing.prefix_length(encoded, 3) == 0
-    alone = prefix_sharing.rows_of([encoded, encoded], [("a", "b")] * 2, 3, None, 10_000)
+    alone = prefix_sharing.rows_of([View(encoded, ("a", "b"))] * 2, 3, None, 10_000)
     assert [len(row.members) for row in alone] == [1, 1]  # though their images are the same
     behind = replace(encoded, answer_index=encoded.answer_index[-3:])
     assert 0 < prefix_sharing.prefix_length(behind, 3) < behind.answer_index[0]

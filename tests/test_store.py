@@ -17,23 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from vig.data import files
+from vig.data.files import FolderInUse, StoreError
 from vig.store import selections
-from vig.store.rows import CACHED_ROWS
-from vig.store.scores import (
-    SCORE_SCHEMA,
-    FolderInUse,
-    ScoreBlock,
-    ScoreRow,
-    ScoreWriter,
-    SettingsDiffer,
-    StoreError,
-    read_scores,
-    read_selection,
-    score_metadata,
-    unfinished,
-    write_shard,
-)
-from vig.store.selections import SELECTION_SCHEMA, hash_keys, write_selection
+from vig.store.folder import SettingsDiffer
+from vig.store.rows import CACHED_ROWS, SCORE_SCHEMA, ScoreBlock, ScoreRow
+from vig.store.scores import ScoreWriter, read_scores, score_metadata, unfinished, write_shard
+from vig.store.selections import SELECTION_SCHEMA, hash_keys, read_selection, write_selection
 
 SETTINGS = {"model": "m", "null": {"kind": "blur", "params": {"sigma": 0.1}}, "dtype": "float32"}
 

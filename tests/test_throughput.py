@@ -37,20 +37,20 @@ def small(tmp_path_factory):
 
 def test_the_counted_flop_are_those_that_torch_counts(small):
     scorer, samples = small
-    encoded = [scorer.encoder.encode(sample) for sample in samples]
-    hashes = [[str(image) for image in sample.images] for sample in samples]
+    views = throughput.views_of(scorer, samples)
+    encoded = [view.encoded for view in views]
     counted = replace(
         Flops.of(scorer.loaded.model), pair=0.0
     )  # attention on a CPU is unknown to torch's counter
     with FlopCounterMode(display=False) as found:
         plain_loop(scorer, samples)
     assert counted.plain(encoded) == pytest.approx(found.get_total_flops(), rel=0.02)
-    scorer.score(samples)  # the proofs
+    scorer.score(samples)  # the self-check
     with FlopCounterMode(display=False) as found:
         ours(scorer, samples)
     rows = sum(len(item.answer_index) for item in encoded)
     head = 2 * rows * counted.head  # linear_vig is no operation that torch's counter knows
-    least = counted.least(encoded, hashes, scorer.encoder.image_token_id)
+    least = counted.least(views, scorer.encoder.image_token_id)
     assert 0.98 < (found.get_total_flops() + head) / least < 1.05
 
 

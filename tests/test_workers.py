@@ -1,4 +1,4 @@
-"""Processes that work ahead: what they leave behind, and what becomes of their exceptions."""
+"""Processes that prefetch: what they leave behind, and what becomes of their exceptions."""
 
 import errno
 import multiprocessing
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, dataloader
 
 from vig.data.files import StoreError
 from vig.data.sample import SampleError
-from vig.data.workers import SPOOL, Spool, made_ahead
+from vig.data.workers import SPOOL, Spool, prefetch
 
 
 class Unlike(RuntimeError):
@@ -88,7 +88,7 @@ def test_a_folder_that_is_swept_before_it_is_locked_is_made_anew(tmp_path, monke
 )
 def test_what_a_process_raises_is_raised_and_is_no_death(tmp_path, monkeypatch, refusal, raised, message):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    items = made_ahead(Squares(refusal), 1, lost=pytest.fail)
+    items = prefetch(Squares(refusal), 1, lost=pytest.fail)
     assert [next(items) for _ in range(3)] == [0, 1, 4]
     with pytest.raises(raised, match=message):
         next(items)
@@ -115,7 +115,7 @@ def test_processes_are_as_many_again_behind_the_items_at_which_they_died(tmp_pat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     asked = dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(asked, "__defaults__", (0.05,))  # seconds between two looks at the workers
-    found = list(made_ahead(Deadly(tmp_path / "mark"), 2, lambda number: f"lost {number}"))
+    found = list(prefetch(Deadly(tmp_path / "mark"), 2, lambda number: f"lost {number}"))
     assert [item for item in found if isinstance(item, str)] == ["lost 5"] and found[5] == "lost 5"
     assert len(found) == 40 and len(set(found[6:9])) == 1 and len(set(found[15:])) == 2
 
@@ -128,4 +128,4 @@ def test_a_full_folder_is_told_with_the_cure(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
     with pytest.raises(StoreError, match=rf"{tmp_path}/{SPOOL}\w+: .*No space left on device.*set TMPDIR"):
-        list(made_ahead(Squares(SampleError), 1, lost=pytest.fail))
+        list(prefetch(Squares(SampleError), 1, lost=pytest.fail))

@@ -102,17 +102,18 @@ def inspect(
     """Show what the model sees of one sample: prompt, answer mask, image, null image, VIG of each token."""
     from vig.scoring.inspect import find_sample, sheet, window_of
     from vig.scoring.inspect import inspect as look
-    from vig.scoring.scorer import Scorer, check_settings
+    from vig.scoring.scorer import Scorer
+    from vig.scoring.settings import ScoreSettings
 
     if picture.is_dir() or not picture.absolute().parent.is_dir():
         raise typer.BadParameter(f"{picture} is not the name of a file in a folder that is there")
-    _usage(check_settings, null, sigma, dtype, "auto", end_of_turn, device)
+    settings = _usage(
+        ScoreSettings, null=null, sigma=sigma, dtype=dtype, device=device, end_of_turn=end_of_turn,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     sample = find_sample(data, index=index, key=key, question=question, answer=answer, image_root=image_root)
     with terminal.waiting(err, f"loading {model}"):
-        scorer = Scorer(
-            model, null=null, sigma=sigma, dtype=dtype, device=device, end_of_turn=end_of_turn,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        scorer = Scorer(model, **vars(settings))
     others = window_of(data, sample, image_root=image_root) if scorer.null.stage == "image" else None
     seen = look(scorer, sample, others)
     terminal.show_inspection(out, seen, scorer.null)
@@ -145,7 +146,7 @@ def score(
         int | None,
         typer.Option(
             min=0,
-            help="Processes that decode and tokenise ahead, and may die of an image. Default: up to 8 beside a GPU, "
+            help="Processes that prefetch samples, and may die of an image. Default: up to 8 beside a GPU, "
             "none beside a CPU.",
         ),
     ] = None,
@@ -165,61 +166,40 @@ def score(
 ) -> None:
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
     from vig.scoring import batching
-    from vig.scoring.run import check_data, dry_run_dataset, score_dataset
-    from vig.scoring.scorer import Scorer, check_settings
+    from vig.scoring.run import run_dry, run_scoring
+    from vig.scoring.scorer import Scorer
+    from vig.scoring.settings import RunSpec, ScoreSettings
 
     if retry not in (None, "failed"):
         raise typer.BadParameter(f"got {retry!r}, expected failed", param_hint="--retry")
     if engine not in ("plain", "ray"):
         raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
     part = None if shard is None else _usage(batching.parse_shard, shard)
-    _usage(check_settings, null, sigma, dtype, backend, end_of_turn, device)
-    check_data(data, image_root)  # before a model is loaded
+    settings = _usage(
+        ScoreSettings, null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens,
+        batch_size=batch_size, backend=backend, end_of_turn=end_of_turn, max_length=max_length, workers=workers,
+        revision=revision, attn=attn, share=not no_share, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    run = RunSpec(data, image_root, limit, part, window, retry_failed=retry == "failed")
+    run.check_data()  # before a model is loaded
     terminal.quiet_libraries()
-    options = {
-        "null": null,
-        "sigma": sigma,
-        "dtype": dtype,
-        "device": device,
-        "batch_tokens": batch_tokens,
-        "batch_size": batch_size,
-        "backend": backend,
-        "end_of_turn": end_of_turn,
-        "max_length": max_length,
-        "workers": workers,
-        "revision": revision,
-        "attn": attn,
-        "share": not no_share,
-        "trust_remote_code": trust_remote_code,
-    }
-    run = {
-        "image_root": image_root,
-        "limit": limit,
-        "shard": part,
-        "retry_failed": retry == "failed",
-        "window": window,
-    }
     if engine == "ray" and not dry_run:
-        from vig.scoring.run_ray import score_dataset_on_ray
+        from vig.scoring.run_ray import Actors, Job, run_scoring_on_ray
 
+        job = Job(model, settings, run, str(folder))
         with terminal.progress(err, "scoring") as on_progress:
-            done = score_dataset_on_ray(
-                model, data, folder, options=options, actors=actors, on_progress=on_progress, **run
-            )
+            done = run_scoring_on_ray(job, Actors(actors), on_progress)
         terminal.show_scores(out, folder, done)
         _exit_for(done)
         return
     with terminal.waiting(err, f"loading {model}"):
-        scorer = Scorer(model, **options)
+        scorer = Scorer(model, **vars(settings))
     with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
         if dry_run:
-            estimate = dry_run_dataset(
-                scorer, data, image_root=image_root, limit=limit, shard=part, window=window,
-                on_progress=on_progress,
-            )  # fmt: skip
+            estimate = run_dry(scorer, run, on_progress)
             done = estimate.progress
         else:
-            done = score_dataset(scorer, data, folder, on_progress=on_progress, **run)
+            done = run_scoring(scorer, run, folder, on_progress)
     if dry_run:
         terminal.show_estimate(out, estimate)
     else:
@@ -255,13 +235,13 @@ def select(
     import warnings
 
     from vig.selection.export import check_export, export_records
-    from vig.selection.select import check_choice
+    from vig.selection.select import Choice
     from vig.selection.select import select as choose
 
     if clip is not None and not 0 < clip < 1:
         raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
     lowest = None if clip is None else math.log(clip)
-    _usage(check_choice, p, level, lowest, tau_floor, seed)
+    _usage(Choice, p, level, lowest, tau_floor, seed)
     if export is not None:
         _usage(check_export, export)
     with warnings.catch_warnings(), terminal.share(err, "selecting") as on_share:
@@ -318,7 +298,7 @@ def train(
     device: Device = None,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that decode and tokenise ahead, and may die of an image.")
+        int, typer.Option(min=0, help="Processes that prefetch samples, and may die of an image.")
     ] = 0,
     end_of_turn: Annotated[
         str | None, typer.Option(help="template, add or drop. Default: as the selection was scored.")
@@ -406,17 +386,17 @@ def demo(
         Path, typer.Option("-o", "--out", help="Where to work; an earlier demo there is replaced.")
     ] = Path("demo-output"),
 ) -> None:
-    """The whole road in miniature, offline: drawn scenes, a tiny model, score, select, train, examine, report."""
+    """An end-to-end example, offline: drawn scenes, a tiny model; score, select, train, evaluate, report."""
     from vig.demo.run import demo as run
 
     terminal.quiet_libraries()
     run(folder, console=out, command=lambda words: app(words, standalone_mode=False))
 
 
-def _usage(check, *values: Any) -> Any:
+def _usage(check, *values: Any, **named: Any) -> Any:
     """What `check` makes of an option's values; what it refuses is wrong usage, which ends with exit code 2."""
     try:
-        return check(*values)
+        return check(*values, **named)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

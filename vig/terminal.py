@@ -176,8 +176,8 @@ def show_scores(console: Console, folder: Path, state: Progress) -> None:
     )
     if state.resumed:
         console.print(f"{state.resumed:,} were done before")
-    if state.straddles:
-        console.print(f"{state.straddles:,} answer tokens hold characters from outside their answer")
+    if state.boundary_tokens:
+        console.print(f"{state.boundary_tokens:,} boundary tokens hold characters from outside their answer")
     if state.splits:
         console.print(f"{state.splits:,} batches did not fit into memory and were halved")
     show_errors(console, state)

@@ -1,4 +1,4 @@
-"""Items made by processes that work ahead of the model, and outlive the death of one.
+"""Prefetching in worker processes: they make items before the model asks for them, and outlive the death of one.
 
 A process that dies, at an image that crashes its decoder or for want of memory, is replaced; an item whose processes
 die again and again is given up. Items come in order, whatever the number of processes.
@@ -22,14 +22,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from vig.data.files import LOCK, FolderInUse, FolderLock, StoreError
 
 Item = TypeVar("Item")
-AHEAD = 2  # items of one process
+PREFETCH = 2  # items that a process makes before they are asked for
 DEATHS = 2  # of processes at one item
 DIED = "DataLoader worker (pid"  # torch of a death; of an exception "Caught ... in DataLoader worker process"
 SPOOL = "vig-spool-"
 
 
-def made_ahead(items: Dataset[Item], workers: int, lost: Callable[[int], Item]) -> Iterator[Item]:
-    """The items in order, made by `workers` processes, each at most two ahead; they start at once.
+def prefetch(items: Dataset[Item], workers: int, lost: Callable[[int], Item]) -> Iterator[Item]:
+    """The items in order, made by `workers` processes, each prefetching at most two; they start at once.
 
     lost: what stands in the place of an item whose processes died, by its number.
     """
@@ -56,7 +56,7 @@ def _made(
             except RuntimeError as error:
                 if DIED not in str(error):
                     raise
-                deaths, suspect = deaths + 1, max(suspect, done + AHEAD * workers + 1)
+                deaths, suspect = deaths + 1, max(suspect, done + PREFETCH * workers + 1)
                 if deaths > DEATHS:
                     yield lost(done)
                     done, deaths = done + 1, 0
@@ -71,7 +71,7 @@ def _made(
         spool.clear()
 
 
-def _started(items: Dataset[Any], spool: Spool, some: range, **ahead: int) -> Iterator[str | Exception]:
+def _started(items: Dataset[Any], spool: Spool, some: range, **options: int) -> Iterator[str | Exception]:
     """Starts processes on some of the items.
 
     torch's handler of SIGCHLD is taken back, since it would raise a process's death in the midst of the model; so it is
@@ -83,7 +83,7 @@ def _started(items: Dataset[Any], spool: Spool, some: range, **ahead: int) -> It
         batch_size=None,
         worker_init_fn=_ignore_ctrl_c,
         generator=torch.Generator(),  # so that none of the run's random numbers is drawn
-        **{"prefetch_factor": AHEAD} | ahead,
+        **{"prefetch_factor": PREFETCH} | options,
     )
     iterator = iter(loader)
     if threading.current_thread() is threading.main_thread():  # the only one that sets handlers

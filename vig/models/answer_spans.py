@@ -109,7 +109,7 @@ def overlapping(offsets: list[list[int]], span: Span) -> list[int]:
     return [index for index, (low, high) in enumerate(offsets) if low < end and high > start]
 
 
-def straddles(text: str, span: Span, expanded: Span, first: list[int], last: list[int]) -> int:
+def count_boundary_tokens(text: str, span: Span, expanded: Span, first: list[int], last: list[int]) -> int:
     """How many of an answer's two edge tokens hold characters, other than white space, from outside it."""
     before = max(expanded[0] - first[0], 0)
     after = max(last[1] - expanded[1], 0)

@@ -29,10 +29,10 @@ from vig.models.answer_spans import (
     PromptError,
     Span,
     answer_template,
+    count_boundary_tokens,
     end_turns,
     expanded_spans,
     overlapping,
-    straddles,
     turn_ends,
 )
 from vig.models.image_tokens import (
@@ -47,7 +47,7 @@ from vig.models.lm_head import IGNORE
 END_OF_TURN = ("template", "add", "drop")
 TOKEN_LEVEL = ("mm_token_type_ids", "token_type_ids")  # processor outputs of shape (1, T)
 NOT_MODEL_INPUT = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
-MAX_STRADDLE = 8  # characters that edge tokens may hold from outside an answer
+MAX_OUTSIDE = 8  # characters that the boundary tokens of an answer may hold from outside it
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Encoded:
     pixels: dict[str, Tensor]  # pixel_values and what goes with them; {} for a text-only sample
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) of each decoded image
     truncated: int = 0  # answer tokens cut off by max_length
-    straddles: int = 0  # answer tokens that hold characters from outside their answer
+    boundary_tokens: int = 0  # answer tokens that hold characters from outside their answer
     image_end: int = 0  # position behind the last image token
     null_pixels: dict[str, Tensor] | None = field(default=None, repr=False)  # nulls made from other images
 
@@ -147,8 +147,8 @@ class Encoder:
             turn_position=[position for turn in turns for position in range(len(turn))],
             pixels=pixels,
             sizes=[(image.height, image.width) for image in images],
-            straddles=sum(
-                straddles(text, span, moved, offsets[turn[0]], offsets[turn[-1]])
+            boundary_tokens=sum(
+                count_boundary_tokens(text, span, moved, offsets[turn[0]], offsets[turn[-1]])
                 for span, moved, turn in zip(spans, expanded, turns, strict=True)
             ),
             image_end=_end_of(self.image_token_id, input_ids) if images else 0,
@@ -270,8 +270,8 @@ class Encoder:
                 continue  # an unknown word cannot be compared; its tokens are still the trainer's tokens
             decoded = self.tokenizer.decode(ids)
             found, wanted = (_plain(self._turn_ends.sub("", text)) for text in (decoded, answer))
-            # A token may straddle the answer's edge; the answer itself must be there, whole and without more.
-            if wanted not in found or len(found) - len(wanted) > MAX_STRADDLE:
+            # A boundary token holds characters of both sides; the answer itself must be there, whole and without more.
+            if wanted not in found or len(found) - len(wanted) > MAX_OUTSIDE:
                 raise refuse(
                     f"the answer mask decodes to {decoded[:60]!r}, the answer is {answer[:60]!r}",
                     "Give the processor a chat template with {% generation %} marks",

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from vig.reporting.views import Histogram
-from vig.selection.select import read_rows, sample_draws, token_and_sample_vig
+from vig.selection.rule import row_kinds, sample_draws, token_and_sample_vig
 from vig.store.scores import read_scores
 from vig.store.selections import hash_keys
 
@@ -79,7 +79,7 @@ def gather(scores, n_samples: int, seed: int = 0) -> Facts:
     found: dict[int, dict] = {}
     start = 0
     for batch in read_scores(scores):
-        ok, _, lengths = read_rows(batch)
+        ok, _, lengths = row_kinds(batch)
         token_vig, _ = token_and_sample_vig(batch, ok, lengths[ok], None)
         facts.tokens.add(token_vig)
         _add_words(facts, batch, ok, token_vig)
@@ -94,7 +94,7 @@ def _pick(scores, n_samples: int, seed: int, facts: Facts) -> dict[str, list[int
     """Row numbers of the highest, the lowest, and of a random third; none twice."""
     values, draws = [np.empty(0)], [np.empty(0, np.uint64)]
     for batch in read_scores(scores, ["key", "status", "n_tokens", "vig"], batch_size=1 << 16):
-        ok, text_only, _ = read_rows(batch)
+        ok, text_only, _ = row_kinds(batch)
         vig = np.where(ok, batch["vig"].to_numpy(zero_copy_only=False), np.nan)
         facts.samples.add(vig[ok])
         facts.text_only += int(text_only.sum())

@@ -68,16 +68,6 @@ def blocks(items: Iterable[Item], n_bytes: Callable[[Item], int]) -> Iterator[li
         yield block
 
 
-def check_part(window: int, shard: tuple[int, int] | None, limit: int | None) -> None:
-    """Raises ValueError for a part of the data that would be nothing, or cannot be cut into windows."""
-    if window < 1:
-        raise ValueError(f"window = {window}, expected at least 1 record")
-    if limit is not None and limit < 0:
-        raise ValueError(f"limit = {limit}, expected at least 0 records")
-    if shard is not None and not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"shard = {shard}, expected (i, n) with 0 <= i < n, such as (0, 8)")
-
-
 def in_shard(window: int, shard: tuple[int, int] | None) -> bool:
     """Whether window number `window` is the work of job i of n, shard = (i, n)."""
     return shard is None or window % shard[1] == shard[0]

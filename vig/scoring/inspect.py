@@ -15,6 +15,7 @@ from vig.data.samples import CAPTION_QUESTION, IMAGE_MARK, read_samples, sample_
 from vig.models.null_pixels import as_image
 from vig.models.prompts import Encoded
 from vig.scoring import batching
+from vig.scoring.loader import Donors, load_record
 from vig.scoring.scorer import Scorer
 from vig.store.rows import ScoreRow
 
@@ -113,8 +114,6 @@ def pictures(
     scorer: Scorer, sample: Sample, window: Sequence[Sample | BrokenRecord] | None = None
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """The sample's images and their nulls as the model sees them; no nulls for "drop". window: as for `inspect`."""
-    from vig.scoring.loader import Donors, load_record
-
     loaded = load_record(sample, scorer.encoder, "pixels")
     if loaded.error is not None:
         raise loaded.error

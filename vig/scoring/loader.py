@@ -1,4 +1,4 @@
-"""Records to encoded samples, ahead of the model: decoding and the processor, in worker processes if asked."""
+"""Records to encoded samples: decoding and the processor, prefetched by worker processes if asked."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from torch.utils.data import Dataset
 from vig.data.images import open_image, open_images
 from vig.data.sample import BrokenRecord, Sample, SampleError
 from vig.data.samples import check_sample
-from vig.data.workers import made_ahead
+from vig.data.workers import prefetch
 from vig.models.prompts import Encoded, Encoder, PromptError, without_images
 from vig.scoring import batching
+from vig.scoring.prefix_sharing import View
 
 Item = TypeVar("Item")
 MOST_WORKERS = 8  # unless asked for
@@ -45,6 +46,16 @@ class LoadedRecord:
     @property
     def is_multimodal(self) -> bool:
         return bool(self.record.images)
+
+    @property
+    def view(self) -> View:
+        """As the pass with the image sees it."""
+        return View(self.encoded, tuple(self.hashes))
+
+    @property
+    def null_view(self) -> View | None:
+        """As the null pass sees it; None where the null is made of the clean pixels."""
+        return None if self.null is None else View(self.null, tuple(self.null_hashes or ()))
 
 
 class _Groups(Dataset):
@@ -98,7 +109,7 @@ def load_records(
 ) -> Iterator[LoadedRecord]:
     """Encodes records, those with the same images one after another: `place` tells which it was.
 
-    stage: the null image's stage. workers: processes that work ahead, each at most two groups; the order does not
+    stage: the null image's stage. workers: processes that prefetch, each at most two groups; the order does not
     depend on them. 0 works in this process. A process that dies is replaced; a group whose processes die again and
     again is left, its records errors. window: all records of the window, of which `Donors` takes images; the given ones
     unless told.
@@ -106,11 +117,11 @@ def load_records(
     groups = _Groups(records, encoder, stage, records if window is None else window)
     if not workers:
         return (item for number in range(len(groups)) for item in groups[number])
-    return itertools.chain.from_iterable(made_ahead(groups, workers, groups.lost))
+    return itertools.chain.from_iterable(prefetch(groups, workers, groups.lost))
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, the next one made by a thread while the last one is worked on; at most two are made ahead."""
+def prefetch_in_thread(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next one made by a thread while the last one is worked on; at most two are prefetched."""
     made: queue.Queue = queue.Queue(maxsize=1)
     stopped = threading.Event()
 
@@ -130,7 +141,7 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
         except BaseException as error:
             put("error", error)
 
-    threading.Thread(target=make, name="vig-ahead", daemon=True).start()
+    threading.Thread(target=make, name="vig-prefetch", daemon=True).start()
     try:
         while True:
             name, value = made.get()

@@ -6,10 +6,10 @@
                                    |------|+|---|     b sees the prefix and itself
                                    |------|+        |------|  so does c
 
-Every stretch of tokens attends to itself causally and, where it is a branch, to all of its prefix before that: causal
+Every segment of tokens attends to itself causally and, where it is a branch, to all of its prefix before that: causal
 attention with fewer queries than keys, aligned at the end, which every fast kernel has. The model runs its own
-forward; only the attention function of its text layers is exchanged while it runs. Stretches of similar length are
-attended together ("sdpa"), or all at once by flash-attention's kernel for stretches of any lengths
+forward; only the attention function of its text layers is exchanged while it runs. Segments of similar length are
+attended together ("sdpa"), or all at once by flash-attention's kernel for segments of any lengths
 ("flash_attention_2"; on a CPU the tests put a block-diagonal mask in its place; it has never been run on a GPU).
 """
 
@@ -27,7 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from vig.models.families import family_of
 from vig.models.prompts import TOKEN_LEVEL, Encoder
-from vig.scoring.prefix_sharing import Row, token_positions
+from vig.scoring.prefix_sharing import SharedRow, token_positions
 
 NAME = "vig_packed"  # of the attention function, for transformers
 KERNELS = ("sdpa", "flash_attention_2")
@@ -48,7 +48,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """Tokens that attend to themselves causally, and to a prefix. Places in the sequence, and lengths in tokens."""
 
     start: int
@@ -57,24 +57,24 @@ class Stretch(NamedTuple):
     prefix: int = 0
 
 
-def stretches(rows: Sequence[Row]) -> list[Stretch]:
+def segments(rows: Sequence[SharedRow]) -> list[Segment]:
     """Of rows that lie one after another; together they are the sequence, in order."""
     found, start = [], 0
     for row in rows:
         if len(row.members) == 1:
-            found.append(Stretch(start, row.n_tokens))
+            found.append(Segment(start, row.n_tokens))
         else:
-            found.append(Stretch(start, row.prefix))
+            found.append(Segment(start, row.prefix))
             place = start + row.prefix
-            for member in row.members:
-                found.append(Stretch(place, member.n_fed - row.prefix, start, row.prefix))
+            for length in row.lengths:
+                found.append(Segment(place, length - row.prefix, start, row.prefix))
                 place += found[-1].length
         start += row.n_tokens
     return found
 
 
 class Group(NamedTuple):
-    """n stretches with equal prefixes of P tokens and S tokens at most. Those that are shorter repeat their first."""
+    """n segments with equal prefixes of P tokens and S tokens at most. Those that are shorter repeat their first."""
 
     queries: Tensor  # (n * S,) places in the sequence
     keys: Tensor  # (n * (P + S),)
@@ -87,10 +87,10 @@ class Group(NamedTuple):
         return Group(*(part.to(device) if torch.is_tensor(part) else part for part in self))
 
 
-def groups(found: Sequence[Stretch]) -> list[Group]:
-    """Stretches of equal prefix length and similar length together; within KEYS tokens of keys, unless alone."""
+def groups(found: Sequence[Segment]) -> list[Group]:
+    """Segments of equal prefix length and similar length together; within KEYS tokens of keys, unless alone."""
     order = sorted(found, key=lambda one: (-one.prefix, -one.length, one.start))
-    cut: list[list[Stretch]] = []
+    cut: list[list[Segment]] = []
     for one in order:
         if cut:
             first = cut[-1][0]
@@ -102,7 +102,7 @@ def groups(found: Sequence[Stretch]) -> list[Group]:
     return [_group(members) for members in cut]
 
 
-def _group(members: Sequence[Stretch]) -> Group:
+def _group(members: Sequence[Segment]) -> Group:
     longest, prefix = members[0].length, members[0].prefix
     step = torch.arange(longest)
     start, length = (torch.tensor([one[field] for one in members])[:, None] for field in (0, 1))
@@ -118,28 +118,28 @@ def _group(members: Sequence[Stretch]) -> Group:
     return Group(queries.flatten(), keys.flatten(), filled, places, len(members), mask)
 
 
-class Layout:
-    """Where the stretches of one batch lie, as the attention function of kernel `kernel` wants to know it."""
+class SegmentLayout:
+    """Where the segments of one batch lie, as the attention function of kernel `kernel` wants to know it."""
 
-    def __init__(self, rows: Sequence[Row], kernel: str = "sdpa"):
-        self.found, self.kernel = stretches(rows), kernel
+    def __init__(self, rows: Sequence[SharedRow], kernel: str = "sdpa"):
+        self.segments, self.kernel = segments(rows), kernel
         self._on: dict[torch.device, Any] = {}
 
     def on(self, device: torch.device) -> Any:
         """[Group] for "sdpa", [Packed] for "flash_attention_2", with their tensors on `device`."""
         if device not in self._on:
-            made = groups(self.found) if self.kernel == "sdpa" else packs(self.found)
+            made = groups(self.segments) if self.kernel == "sdpa" else packs(self.segments)
             self._on[device] = [part.to(device) for part in made]
         return self._on[device]
 
 
 # --- the attention of the text layers ---
 
-_layout: ContextVar[Layout] = ContextVar("vig_packed_layout")
+_layout: ContextVar[SegmentLayout] = ContextVar("vig_packed_layout")
 
 
 @contextmanager
-def attention(model: PreTrainedModel, layout: Layout | None) -> Iterator[None]:
+def attention(model: PreTrainedModel, layout: SegmentLayout | None) -> Iterator[None]:
     """While it lasts, the text layers attend as `layout` says; without one, as they do by themselves."""
     if layout is None:
         yield
@@ -207,21 +207,21 @@ def _by_group(query: Tensor, key: Tensor, value: Tensor, group: Group, scaling: 
 
 
 class Packed(NamedTuple):
-    """Stretches with or without a prefix, for a kernel that takes any lengths. Never run on a GPU."""
+    """Segments with or without a prefix, for a kernel that takes any lengths. Never run on a GPU."""
 
     places: Tensor  # (queries,) in the sequence
     keys: Tensor  # (keys,)
     query_ends: Tensor  # (n + 1,) int32, from 0
     key_ends: Tensor  # (n + 1,) int32, from 0
-    longest: tuple[int, int]  # queries and keys of a stretch
+    longest: tuple[int, int]  # queries and keys of a segment
 
     def to(self, device: torch.device) -> Packed:
         return Packed(*(part.to(device) if torch.is_tensor(part) else part for part in self))
 
 
-def packs(found: Sequence[Stretch]) -> list[Packed]:
-    """All stretches, in parts of at most KEYS tokens of keys unless one has more."""
-    cut: list[list[Stretch]] = []
+def packs(found: Sequence[Segment]) -> list[Packed]:
+    """All segments, in parts of at most KEYS tokens of keys unless one has more."""
+    cut: list[list[Segment]] = []
     held = 0
     for one in found:
         held += one.prefix + one.length
@@ -232,7 +232,7 @@ def packs(found: Sequence[Stretch]) -> list[Packed]:
     return [_packed(members) for members in cut]
 
 
-def _packed(members: Sequence[Stretch]) -> Packed:
+def _packed(members: Sequence[Segment]) -> Packed:
     own = [torch.arange(one.start, one.start + one.length) for one in members]
     before = [torch.arange(one.prefix_start, one.prefix_start + one.prefix) for one in members]
     both = [torch.cat(pair) for pair in zip(before, own, strict=True)]
@@ -245,7 +245,7 @@ def _packed(members: Sequence[Stretch]) -> Packed:
 
 
 def flash_kernel() -> Callable[..., Tensor]:
-    """flash-attention 2's function for stretches of any lengths. Raises ImportError."""
+    """flash-attention 2's function for segments of any lengths. Raises ImportError."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
@@ -265,7 +265,7 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, part: Packed, scaling: 
 # --- the inputs ---
 
 
-def packed_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row]) -> dict[str, Tensor]:
+def packed_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[SharedRow]) -> dict[str, Tensor]:
     """`prefix_sharing.row_inputs` as one sequence: input_ids, labels (1, L), position_ids (1, L) or (3, 1, L),
     pixels."""
     batch = encoder.collate([row.joined() for row in rows], until_last_answer=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,29 +36,54 @@ def why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Row:
-    """Samples in one row: their first `prefix` tokens and their images are the same. A lone sample has prefix 0."""
+class View(NamedTuple):
+    """One sample as one pass sees it: its tokens and pixels, and the content hash of each of its images.
 
-    members: tuple[Encoded, ...]
+    The hashes tell which images are equal, and seed the noise null. A text-only sample has none.
+    """
+
+    encoded: Encoded
+    hashes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SharedRow:
+    """Views in one row: their first `prefix` tokens and their images are the same. A lone one has prefix 0."""
+
+    members: tuple[View, ...]
     prefix: int = 0
 
     @property
+    def first(self) -> Encoded:
+        return self.members[0].encoded
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """Of the images that all members have."""
+        return self.members[0].hashes
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each member alone, as far as they are fed."""
+        return [member.encoded.n_fed for member in self.members]
+
+    @property
     def n_tokens(self) -> int:
-        return self.prefix + sum(member.n_fed - self.prefix for member in self.members)
+        return self.prefix + sum(length - self.prefix for length in self.lengths)
 
     def joined(self) -> Encoded:
         """The row as one sample: the prefix, then what follows it in each member, as far as it is fed."""
-        first = self.members[0]
+        first = self.first
         if len(self.members) == 1:
             return first
         input_ids, answer_index = list(first.input_ids[: self.prefix]), []
-        for member in self.members:
+        members = [member.encoded for member in self.members]
+        for member in members:
             shift = len(input_ids) - self.prefix
             answer_index += [index + shift for index in member.answer_index]
             input_ids += member.input_ids[self.prefix : member.n_fed]
         pixels = {
-            name: torch.cat(self._pieces([member.pixels[name] for member in self.members]), dim=-1)
+            name: torch.cat(self._pieces([member.pixels[name] for member in members]), dim=-1)
             if name in TOKEN_LEVEL
             else value
             for name, value in first.pixels.items()
@@ -66,13 +92,12 @@ class Row:
 
     def _pieces(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Token-level values (..., T) of each member, cut like the row's tokens."""
-        ends = [member.n_fed for member in self.members]
-        cut = [value[..., self.prefix : end] for value, end in zip(values, ends, strict=True)]
+        cut = [value[..., self.prefix : end] for value, end in zip(values, self.lengths, strict=True)]
         return [values[0][..., : self.prefix], *cut]
 
     def branches(self) -> Tensor:
         """(L,) int64: 0 on the prefix, i on the tokens of member i, counted from 1."""
-        lengths = [self.prefix, *(member.n_fed - self.prefix for member in self.members)]
+        lengths = [self.prefix, *(length - self.prefix for length in self.lengths)]
         return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
     def positions(self, whole: Sequence[Tensor]) -> Tensor:
@@ -90,38 +115,30 @@ def prefix_length(sample: Encoded, image_token_id: int) -> int:
     return first_answer - 1 - sample.input_ids[first_answer - 2 :: -1].index(image_token_id)
 
 
-def shared_by(
-    sample: Encoded, hashes: Sequence[str], image_token_id: int
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """What samples of one row have in common: content hashes of their images, and the token ids of their prefix."""
-    return tuple(hashes), tuple(sample.input_ids[: prefix_length(sample, image_token_id)])
+def shared_by(view: View, image_token_id: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """What views of one row have in common: content hashes of their images, and the token ids of their prefix."""
+    return view.hashes, tuple(view.encoded.input_ids[: prefix_length(view.encoded, image_token_id)])
 
 
-def rows_of(
-    samples: Sequence[Encoded],
-    images: Sequence[Sequence[str]],
-    image_token_id: int,
-    width: int | None,
-    longest: int,
-) -> list[Row]:
-    """Puts neighbours that share images and prefix into one row. The order of the samples stays.
+def rows_of(views: Sequence[View], image_token_id: int, width: int | None, longest: int) -> list[SharedRow]:
+    """Puts neighbours that share images and prefix into one row. The order of the views stays.
 
-    images: the content hashes of each sample's images. longest: tokens of a row. width: the model's hidden size where
-    branches lie in each other's way (a mask of the whole row); None where they do not (`vig.scoring.packed_attention`).
+    longest: tokens of a row. width: the model's hidden size where branches lie in each other's way (a mask of the
+    whole row); None where they do not (`vig.scoring.packed_attention`).
     A function of the order alone: a row taken for itself gives that row again.
     """
-    rows: list[Row] = []
+    rows: list[SharedRow] = []
     last_key = None
-    for sample, hashes in zip(samples, images, strict=True):
-        key = shared_by(sample, hashes, image_token_id)
+    for view in views:
+        key = shared_by(view, image_token_id)
         prefix = len(key[1])
         if rows and prefix and key == last_key:
-            row = Row((*rows[-1].members, sample), prefix)
+            row = SharedRow((*rows[-1].members, view), prefix)
             most = longest if width is None else min(longest, prefix + _most_branch_tokens(prefix, width))
             if row.n_tokens <= most:
                 rows[-1] = row
                 continue
-        rows.append(Row((sample,)))
+        rows.append(SharedRow((view,)))
         last_key = key
     return rows
 
@@ -136,7 +153,7 @@ def _most_branch_tokens(prefix: int, width: int) -> int:
     return max(512, math.isqrt(6 * prefix * width))
 
 
-def row_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row]) -> dict[str, Tensor]:
+def row_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[SharedRow]) -> dict[str, Tensor]:
     """`Encoder.collate` of rows, cut behind their last answers, on the model's device.
 
     Where a row holds several samples: position_ids (B, L), or (3, B, L) for Qwen, and attention_mask (B, 1, L, L),
@@ -155,7 +172,7 @@ def row_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row]) ->
     return batch
 
 
-def _branches(row: Row) -> Tensor:
+def _branches(row: SharedRow) -> Tensor:
     """Of a lone sample too: one branch."""
     return row.branches() if len(row.members) > 1 else torch.zeros(row.n_tokens, dtype=torch.int64)
 
@@ -164,16 +181,15 @@ def _filled(values: Tensor, length: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, length - values.shape[-1]), value=fill)
 
 
-def token_positions(model: PreTrainedModel, encoder: Encoder, row: Row) -> Tensor:
+def token_positions(model: PreTrainedModel, encoder: Encoder, row: SharedRow) -> Tensor:
     """(L,), or (3, L) where the model has an index of three axes, which needs the samples whole."""
-    lengths = [member.n_fed for member in row.members]
     if hasattr(model.model, "get_rope_index"):
-        batch = encoder.collate(row.members, until_last_answer=True)
+        batch = encoder.collate([member.encoded for member in row.members], until_last_answer=True)
         batch = {name: value for name, value in batch.items() if name not in ("labels", "pixel_values")}
         index, _ = model.model.get_rope_index(**batch)  # (3, n, T)
-        whole = [index[:, place, :end] for place, end in enumerate(lengths)]
+        whole = [index[:, place, :end] for place, end in enumerate(row.lengths)]
     else:
-        whole = [torch.arange(end) for end in lengths]
+        whole = [torch.arange(end) for end in row.lengths]
     return row.positions(whole) if len(row.members) > 1 else whole[0]
 
 

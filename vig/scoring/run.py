@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from vig.data.files import check_writable, lock_folder
-from vig.data.sample import BrokenRecord, DataError, Sample
-from vig.data.samples import read_samples
+from vig.data.sample import BrokenRecord, Sample
 from vig.scoring import batching
 from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes
 from vig.scoring.scorer import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
+from vig.scoring.settings import RunSpec
 from vig.store.folder import output_folder, read_manifest, siblings
 from vig.store.scores import ScoreWriter
 
@@ -44,31 +44,32 @@ def score_dataset(
     finished windows again. Raises ValueError for a window, shard or limit that makes no sense, DataError, ModelError
     and StoreError (other settings, no permission, disk full).
     """
-    batching.check_part(window, shard, limit)
-    check_data(data, image_root)
-    folder = output_folder(out, shard)
-    run = {"image_root": image_root, "limit": limit, "shard": shard, "window": window}
-    with _writing(folder, scorer, data, run) as writer, RecordCount(data, limit) as count:
+    run = RunSpec(data, image_root, limit, shard, window, retry_failed)
+    return run_scoring(scorer, run, out, on_progress)
+
+
+def run_scoring(
+    scorer: Scorer,
+    run: RunSpec,
+    out: str | Path,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Progress:
+    """`score_dataset`, with what it scores as one value."""
+    run.check_data()
+    folder = output_folder(out, run.shard)
+    with _writing(folder, scorer, run) as writer, RecordCount(run.data, run.limit) as count:
         progress = Progress()
 
         def tell(state: Progress) -> None:
-            state.total = part_of(count.known(), window, shard)
+            state.total = run.part_of(count.known())
             if on_progress is not None:
                 on_progress(state)
 
-        failed = writer.failed() if retry_failed else {}
-
-        def wanted(record: int) -> bool:
-            number = record // window
-            return batching.in_shard(number, shard) and (number not in writer.finished or number in failed)
-
-        records = read_samples(data, image_root=image_root, limit=limit, wanted=wanted)
-        for number, chunk in enumerate(batching.chunks(records, window)):
-            if not batching.in_shard(number, shard):
-                continue
+        failed = writer.failed() if run.retry_failed else {}
+        for number, chunk in run.windows(lambda window: window not in writer.finished or window in failed):
             again = set(failed.get(number, ()))
             if number not in writer.finished:
-                scorer.rehearse(chunk)
+                scorer.probe_memory(chunk)
                 writer.write(number, scorer.score_window(chunk, progress, tell))
                 record_splits(writer, number, progress)
                 continue
@@ -76,7 +77,7 @@ def score_dataset(
             progress.resumed += len(chunk) - len(again)
             if again:
                 chosen = [record for record in chunk if record.key in again]
-                scorer.rehearse(chosen, chunk)
+                scorer.probe_memory(chosen, chunk)
                 writer.replace(number, scorer.score_window(chosen, progress, tell, chunk))
                 record_splits(writer, number, progress)
         writer.mark_complete()
@@ -87,15 +88,8 @@ def score_dataset(
     return progress
 
 
-def check_data(data: str | Path, image_root: str | Path | None) -> None:
-    """Raises DataError for data that cannot be read, or holds nothing."""
-    first = read_samples(data, image_root=image_root, limit=1, wanted=lambda record: False)
-    if not list(first):
-        raise DataError(f"{data} holds no records")
-
-
 @contextmanager
-def _writing(folder: Path, scorer: Scorer, data: str | Path, run: dict[str, Any]) -> Iterator[ScoreWriter]:
+def _writing(folder: Path, scorer: Scorer, run: RunSpec) -> Iterator[ScoreWriter]:
     """The folder, locked before its settings are found out, which takes a while."""
     workers = scorer.workers
     with lock_folder(folder) as lock:
@@ -103,39 +97,26 @@ def _writing(folder: Path, scorer: Scorer, data: str | Path, run: dict[str, Any]
         if lock.after_death:  # perhaps at an image that crashed its decoder: a process apart dies alone
             scorer.workers = max(1, workers)
         try:
-            yield ScoreWriter(folder, run_settings(scorer, data, folder, **run), lock)
+            yield ScoreWriter(folder, run_provenance(scorer, run, folder), lock)
         finally:
             scorer.workers = workers
 
 
-def run_settings(
-    scorer: Scorer,
-    data: str | Path,
-    folder: Path,
-    *,
-    image_root: str | Path | None,
-    limit: int | None,
-    shard: tuple[int, int] | None,
-    window: int,
-) -> dict[str, Any]:
-    """What the scores of a run are made with.
+def run_provenance(scorer: Scorer, run: RunSpec, folder: Path) -> dict[str, Any]:
+    """What the scores of a run come from, for their metadata.
 
     The noise floor, and whether samples share computation, are found out on the first records, unless `folder` or
     another job of its array knows them: then this run does as that one did.
     """
-    settings = scorer.settings(data, image_root) | {
-        "window": window,
-        "limit": limit,
-        "shard": None if shard is None else f"{shard[0]}/{shard[1]}",
-    }
+    provenance = scorer.provenance(run.data, run.image_root) | run.part()
     for place in (folder, *siblings(folder)):
         manifest = read_manifest(place)
         known = {} if manifest is None or not manifest["shards"] else manifest["settings"]
         if known.keys() >= MEASURED:
-            scorer.proofs.follow(known["sharing"])
-            return settings | {name: known[name] for name in MEASURED}
-    floor = scorer.noise_floor(first_records(read_samples(data, image_root=image_root, limit=limit)))
-    return settings | {"noise_floor": floor, "sharing": scorer.proofs.sharing}
+            scorer.self_check.follow(known["sharing"])
+            return provenance | {name: known[name] for name in MEASURED}
+    floor = scorer.noise_floor(first_records(run.records()))
+    return provenance | {"noise_floor": floor, "sharing": scorer.self_check.sharing}
 
 
 def first_records(records: Iterable[Sample | BrokenRecord]) -> list[Sample | BrokenRecord]:
@@ -198,16 +179,6 @@ class RecordCount:
         return self.known()
 
 
-def part_of(total: int | None, window: int, shard: tuple[int, int] | None) -> int | None:
-    """How many of `total` records lie in the windows of job i of n."""
-    if total is None or shard is None:
-        return total
-    index, count = shard
-    windows, rest = divmod(total, window)
-    mine = len(range(index, windows, count)) * window
-    return mine + (rest if batching.in_shard(windows, shard) else 0)
-
-
 @dataclass
 class Estimate:
     """What a dry run found: counts, and how fast this machine went through the first samples."""
@@ -233,21 +204,15 @@ def dry_run_dataset(
 
     shard: (i, n), only the records of that job's windows, what is scored already included.
     """
-    batching.check_part(window, shard, limit)
-    check_data(data, image_root)
+    return run_dry(scorer, RunSpec(data, image_root, limit, shard, window), on_progress)
+
+
+def run_dry(scorer: Scorer, run: RunSpec, on_progress: Callable[[Progress], None] | None = None) -> Estimate:
+    """`dry_run_dataset`, with what it reads as one value."""
+    run.check_data()
     estimate = Estimate(Progress())
-    records = read_samples(
-        data,
-        image_root=image_root,
-        limit=limit,
-        wanted=lambda record: batching.in_shard(record // window, shard),
-    )
-    windows = (
-        chunk
-        for number, chunk in enumerate(batching.chunks(records, window))
-        if batching.in_shard(number, shard)
-    )
-    with RecordCount(data, limit) as count:
+    windows = (chunk for _, chunk in run.windows())
+    with RecordCount(run.data, run.limit) as count:
         for block in _blocks(windows, scorer):
             rows = [error_row(item) for item in block]
             tally(estimate.progress, [row for row in rows if row is not None], None)
@@ -261,7 +226,7 @@ def dry_run_dataset(
             if estimate.tokens_per_second is None and good:
                 estimate.measured, estimate.tokens_per_second = scorer.measure_rate(good)
             if on_progress is not None:
-                estimate.progress.total = part_of(count.known(), window, shard)
+                estimate.progress.total = run.part_of(count.known())
                 on_progress(estimate.progress)
     return estimate
 

@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vig.data.files import StoreError, check_writable
 from vig.data.sample import BrokenRecord, Sample
-from vig.data.samples import read_samples
 from vig.scoring import batching
-from vig.scoring.run import RecordCount, check_data, part_of, record_splits, run_settings
+from vig.scoring.run import RecordCount, record_splits, run_provenance
 from vig.scoring.scorer import KEPT_ERRORS, Progress, Scorer
+from vig.scoring.settings import RunSpec, ScoreSettings
 from vig.store.folder import output_folder
 from vig.store.scores import ScoreWriter, replace_rows, write_shard
 
@@ -38,17 +38,44 @@ STUCK_AFTER = 1800.0  # seconds without a scored batch
 
 @dataclass(frozen=True)
 class Job:
-    """All that an actor needs to score any window of the data."""
+    """All that an actor needs to score any window of the data; paths are absolute."""
 
     model: str
-    options: dict[str, Any]  # of `Scorer`
-    data: str
-    image_root: str | None
-    limit: int | None
-    window: int
+    settings: ScoreSettings
+    run: RunSpec
     folder: str
-    stuck_after: float
-    settings: dict[str, Any] | None = None  # those of the shards; not known before the model is loaded
+    stuck_after: float = STUCK_AFTER
+    provenance: dict[str, Any] | None = None  # of the shards; not known before the model is loaded
+
+    def scorer(self) -> Scorer:
+        return Scorer(self.model, **vars(self.settings))
+
+    def count(self) -> int:
+        """Records of the data, by reading past them."""
+        return sum(1 for _ in self.run.records(lambda record: False))
+
+
+class Actors(NamedTuple):
+    """How many processes with a model each, and what each takes of the cluster; None: as the cluster has GPUs."""
+
+    count: int | None = None
+    gpus: float | None = None
+    cpus: float = 1
+
+    def resources(self, cluster: dict[str, float]) -> dict[str, float]:
+        """What Ray is asked for, for each of them."""
+        return {
+            "num_cpus": self.cpus,
+            "num_gpus": float("GPU" in cluster) if self.gpus is None else self.gpus,
+        }
+
+    def how_many(self, cluster: dict[str, float], windows: int) -> int:
+        """At most one a window."""
+        if self.count is not None:
+            return min(self.count, windows)
+        resources = self.resources(cluster)
+        kind, each = ("GPU", resources["num_gpus"]) if resources["num_gpus"] else ("CPU", self.cpus)
+        return min(max(1, int(cluster.get(kind, 1) // each)), windows)
 
 
 def score_dataset_on_ray(
@@ -75,34 +102,39 @@ def score_dataset_on_ray(
     gpus_per_actor: 1 where the cluster has GPUs unless given.
     Raises ImportError (no Ray), DataError, ModelError and StoreError like the plain engine.
     """
+    run = RunSpec(data, image_root, limit, shard, window, retry_failed)
+    settings = ScoreSettings(**(options or {}))
+    job = Job(str(model), settings, run, str(out), stuck_after)
+    return run_scoring_on_ray(job, Actors(actors, gpus_per_actor, cpus_per_actor), on_progress)
+
+
+def run_scoring_on_ray(
+    job: Job, actors: Actors, on_progress: Callable[[Progress], None] | None = None
+) -> Progress:
+    """`score_dataset_on_ray`, with what it scores as one value. job: its folder is the output folder of all jobs."""
     ray = _ray()
-    batching.check_part(window, shard, limit)
-    folder = output_folder(Path(out).resolve(), shard)
+    job = _placed(job)
+    run, folder = job.run, Path(job.folder)
     check_writable(folder)
-    check_data(data, image_root)
-    root = None if image_root is None else str(Path(image_root).absolute())
-    here = str(Path(model).resolve()) if Path(model).is_dir() else model
-    job = Job(here, options or {}, str(Path(data).absolute()), root, limit, window, str(folder), stuck_after)
-    if gpus_per_actor is None:
-        gpus_per_actor = float("GPU" in ray.cluster_resources())
-    resources = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor}
-    job = replace(job, settings=_ask(ray, ray.remote(**resources)(_settings).remote(job, shard)))
-    with ScoreWriter(folder, job.settings) as writer, RecordCount(data, limit) as count:
+    run.check_data()
+    resources = actors.resources(ray.cluster_resources())
+    job = replace(job, provenance=_ask(ray, ray.remote(**resources)(_provenance).remote(job)))
+    with ScoreWriter(folder, job.provenance) as writer, RecordCount(run.data, run.limit) as count:
         progress = Progress()
-        failed = writer.failed() if retry_failed else {}
+        failed = writer.failed() if run.retry_failed else {}
         for old in folder.glob(".window-*.tries"):
             old.unlink()
-        progress.total = part_of(count.wait() or _count(job), window, shard)
+        total = count.wait() or job.count()
+        progress.total = run.part_of(total)
         progress.done = writer.counts()["rows"] - sum(len(keys) for keys in failed.values())
         progress.resumed = progress.done
-        windows = -(-(count.known() or _count(job)) // window)
-        todo = [number for number in range(windows) if batching.in_shard(number, shard)]
+        todo = [number for number in range(-(-total // run.window)) if run.takes(number)]
         rows = [
             {"window": number, "again": failed.get(number, [])}
             for number in todo
             if number not in writer.finished or number in failed
         ]
-        for result in _scored(ray, job, rows, actors, resources) if rows else ():
+        for result in _scored(ray, job, rows, actors) if rows else ():
             writer.register(result["window"], json.loads(result["entry"]))
             _add(progress, json.loads(result["progress"]))
             record_splits(writer, result["window"], progress)
@@ -114,6 +146,18 @@ def score_dataset_on_ray(
         writer.mark_complete()
         progress.failed_before = writer.counts()["errors"] - progress.failed
     return progress
+
+
+def _placed(job: Job) -> Job:
+    """The job with absolute paths, and the folder that this part of the data is written to."""
+    run, model = job.run, job.model
+    root = None if run.image_root is None else str(Path(run.image_root).absolute())
+    return replace(
+        job,
+        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        run=replace(run, data=str(Path(run.data).absolute()), image_root=root),
+        folder=str(output_folder(Path(job.folder).resolve(), run.shard)),
+    )
 
 
 def _ray():
@@ -135,33 +179,18 @@ def _ask(ray, reference) -> Any:
         raise error.cause from None
 
 
-def _settings(job: Job, shard: tuple[int, int] | None) -> dict[str, Any]:
+def _provenance(job: Job) -> dict[str, Any]:
     """Run where the model will run, since dtype and backend depend on the machine."""
-    return run_settings(
-        Scorer(job.model, **job.options), job.data, Path(job.folder),
-        image_root=job.image_root, limit=job.limit, shard=shard, window=job.window,
-    )  # fmt: skip
+    return run_provenance(job.scorer(), job.run, Path(job.folder))
 
 
-def _count(job: Job) -> int:
-    return sum(1 for _ in _records(job, lambda _: False))
-
-
-def _records(job: Job, wanted: Callable[[int], bool] | None = None) -> Iterator[Sample | BrokenRecord | None]:
-    return read_samples(job.data, image_root=job.image_root, limit=job.limit, wanted=wanted)
-
-
-def _scored(ray, job: Job, rows: list[dict], actors: int | None, resources: dict) -> Iterator[dict]:
+def _scored(ray, job: Job, rows: list[dict], actors: Actors) -> Iterator[dict]:
     """The results of the windows, as they come."""
-    if actors is None:
-        kind, each = (
-            ("GPU", resources["num_gpus"]) if resources["num_gpus"] else ("CPU", resources["num_cpus"])
-        )
-        actors = max(1, int(ray.cluster_resources().get(kind, 1) // each))
-    pool = ray.data.ActorPoolStrategy(size=min(actors, len(rows)))
+    cluster = ray.cluster_resources()
+    pool = ray.data.ActorPoolStrategy(size=actors.how_many(cluster, len(rows)))
     windows = ray.data.from_items(rows, override_num_blocks=len(rows))  # a block, and so a task, is a window
     scored = windows.map_batches(
-        ScoreWindows, fn_constructor_args=(job,), batch_size=1, compute=pool, **resources
+        ScoreWindows, fn_constructor_args=(job,), batch_size=1, compute=pool, **actors.resources(cluster)
     )
     try:
         yield from scored.iter_rows()
@@ -174,12 +203,12 @@ class ScoreWindows:
 
     def __init__(self, job: Job):
         self.job = job
-        self.scorer = Scorer(job.model, **job.options)
-        self.scorer.proofs.follow((job.settings or {}).get("sharing"))
+        self.scorer = job.scorer()
+        self.scorer.self_check.follow((job.provenance or {}).get("sharing"))
         self._rewind()
 
     def _rewind(self) -> None:
-        self.records = _records(self.job, lambda record: record // self.job.window == self.window)
+        self.records = self.job.run.records(lambda record: record // self.job.run.window == self.window)
         self.window = self.next = 0
 
     def __call__(self, batch: dict) -> dict:
@@ -191,12 +220,12 @@ class ScoreWindows:
         self._watch(progress)
         tries = self._try(number)
         try:
-            self.scorer.rehearse(chunk, window)
+            self.scorer.probe_memory(chunk, window)
             rows = self.scorer.score_window(chunk, progress, self._watch, window)
         finally:
             faulthandler.cancel_dump_traceback_later()
         store = replace_rows if again else write_shard
-        entry = store(self.job.folder, number, rows, self.job.settings)
+        entry = store(self.job.folder, number, rows, self.job.provenance)
         tries.unlink(missing_ok=True)
         told = {name: value for name, value in vars(progress).items() if name not in ("started", "total")}
         return {"window": [number], "entry": [json.dumps(entry)], "progress": [json.dumps(told)]}
@@ -205,8 +234,9 @@ class ScoreWindows:
         if number < self.next:  # a window of an actor that died
             self._rewind()
         self.window = number
-        skipped = (number - self.next) * self.job.window
-        chunk = list(islice(self.records, skipped, skipped + self.job.window))
+        size = self.job.run.window
+        skipped = (number - self.next) * size
+        chunk = list(islice(self.records, skipped, skipped + size))
         self.next = number + 1
         return chunk
 
@@ -217,7 +247,7 @@ class ScoreWindows:
             file.write(b".")
         if tries.stat().st_size > TRIES:
             raise StoreError(
-                f"{self.job.folder}: window {number} (records {number * self.job.window} and on) has felled "
+                f"{self.job.folder}: window {number} (records {number * self.job.run.window} and on) has felled "
                 f"{TRIES} processes. Look into the logs of Ray, or lower batch_tokens"
             )
         return tries

@@ -13,26 +13,18 @@ import torch
 
 from vig.data.sample import BrokenRecord, Sample
 from vig.models.families import ModelError
-from vig.models.loading import (
-    LoadedModel,
-    as_loaded,
-    check_device,
-    check_dtype,
-    context_length,
-    device_for,
-    device_named,
-    load,
-)
-from vig.models.null_image import BLUR_SIGMA, NullSettings
-from vig.models.prompts import Encoder, check_end_of_turn
+from vig.models.loading import LoadedModel, as_loaded, check_device, context_length, device_for, load
+from vig.models.null_image import BLUR_SIGMA
+from vig.models.prompts import Encoder
 from vig.scoring import batching
 from vig.scoring.dual_pass import TokenNLL, TwoPasses
-from vig.scoring.loader import LoadedRecord, ahead, load_records, new_pixel_bytes, workers_beside
+from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes, prefetch_in_thread, workers_beside
 from vig.scoring.prefix_sharing import shared_by
-from vig.scoring.self_check import Proofs, is_out_of_memory
+from vig.scoring.self_check import SelfCheck, is_out_of_memory
+from vig.scoring.settings import ScoreSettings
 from vig.store.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
 from vig.store.rows import ScoreRow
-from vig_kernels.dispatch import named, resolve
+from vig_kernels.dispatch import resolve
 
 NOISE_SAMPLES = 16
 KEPT_ERRORS = 1000  # messages that are held in memory; all stand in the scores
@@ -47,7 +39,7 @@ class Progress:
     resumed: int = 0  # of them, scored by an earlier run
     tokens: int = 0  # answer tokens scored in this run
     text_only: int = 0
-    straddles: int = 0  # answer tokens that hold characters from outside their answer
+    boundary_tokens: int = 0  # answer tokens that hold characters from outside their answer
     splits: int = 0  # batches that did not fit into memory and were halved
     splits_noted: int = 0  # of them, those that the manifest tells of
     failed: int = 0  # records that this run could not score
@@ -72,10 +64,10 @@ class Scorer:
     batch_tokens: rows x longest row of a batch; batch_size: at most so many rows.
     end_of_turn: which end-of-turn tokens count as answer (`vig.models.prompts.Encoder`).
     max_length: longer samples are error rows; the model's context unless given.
-    workers: processes that decode and tokenise ahead of the model, and may die of a sample, which is an error row
-        then; None: as many as keep it fed (`vig.scoring.loader.workers_beside`).
+    workers: processes that prefetch (decode and tokenise), and may die of a sample, which is an error row then; None:
+        as many as keep the model fed (`vig.scoring.loader.workers_beside`).
     share: samples with the same images and prompt prefix share its computation, where the model's attention allows
-        it and it proves itself on the first of them (`vig.scoring.prefix_sharing`).
+        it and it passes its self-check on the first of them (`vig.scoring.prefix_sharing`).
     Raises ModelError for a model that cannot be loaded or does not do what scoring needs.
     """
 
@@ -99,42 +91,19 @@ class Scorer:
         share: bool = True,
         trust_remote_code: bool = False,
     ):
-        check_settings(null, sigma, dtype, backend, end_of_turn)
-        self.null = NullSettings(null, sigma)
-        if batch_tokens < 1 or (batch_size is not None and batch_size < 1):
-            raise ValueError(f"batch_tokens = {batch_tokens}, batch_size = {batch_size}, expected at least 1")
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"max_length = {max_length}, expected at least 2 tokens")
-        if workers is not None and workers < 0:
-            raise ValueError(f"workers = {workers}, expected at least 0 processes")
-        if isinstance(model, str | Path):
-            check_device(device)
-            resolve("linear_vig", backend, device_for(device))  # before a checkpoint is read
-            self.loaded = load(
-                model, dtype=dtype, device=device, revision=revision, attn=attn, trust_remote_code=trust_remote_code
-            )  # fmt: skip
-        elif isinstance(model, LoadedModel):
-            self.loaded = model
-        elif processor is None:
-            raise ModelError("a loaded model was given without its processor. Give processor=")
-        else:
-            self.loaded = as_loaded(model, processor, device=device)
+        settings = ScoreSettings(
+            null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens, batch_size=batch_size,
+            backend=backend, end_of_turn=end_of_turn, max_length=max_length, workers=workers, revision=revision,
+            attn=attn, share=share, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        self.settings, self.null = settings, settings.null_settings
+        self.loaded = _loaded(model, processor, settings)
         self.max_length = max_length or context_length(self.loaded)
         self.encoder = Encoder(self.loaded.processor, end_of_turn=end_of_turn, max_length=self.max_length)
-        self.passes = TwoPasses(
-            self.loaded, self.encoder, self.null, backend, share=share, longest=batch_tokens
-        )
-        self.batch_tokens, self.batch_size, self.workers, self.backend = (
-            batch_tokens,
-            batch_size,
-            workers,
-            backend,
-        )
-        if workers is None:
-            self.workers = workers_beside(self.loaded.model.device)
-        self.share = share
-        self._rehearsed = False
-        self.proofs = Proofs(self.loaded, self.passes, self.encoder.image_token_id)
+        self.passes = TwoPasses(self.loaded, self.encoder, settings)
+        self.workers = workers_beside(self.loaded.model.device) if workers is None else workers
+        self.self_check = SelfCheck(self.loaded, self.passes, self.encoder.image_token_id)
+        self._memory_probed = False
 
     # --- one window ---
 
@@ -164,9 +133,9 @@ class Scorer:
         rows: list[ScoreRow | None] = [None] * len(records)
         loading = load_records(records, self.encoder, self.null.stage, self.workers, window)
         blocks = batching.blocks(loading, new_pixel_bytes())
-        for block in ahead(blocks) if self.workers else blocks:
+        for block in prefetch_in_thread(blocks) if self.workers else blocks:
             block.sort(key=lambda item: item.place)
-            self.proofs.prove(block)
+            self.self_check.run(block)
             for item, row in zip(block, self._score_block(block, progress, on_progress), strict=True):
                 rows[item.place] = row
         return rows
@@ -185,19 +154,19 @@ class Scorer:
                 for place, row in zip(places, scored, strict=True):
                     rows[place] = row
                 tally(progress, scored, on_progress)
-        progress.straddles += sum(item.encoded.straddles for item in block if item.encoded is not None)
+        progress.boundary_tokens += sum(
+            item.encoded.boundary_tokens for item in block if item.encoded is not None
+        )
         return rows
 
     def _batches(self, block: Sequence[LoadedRecord], places: Sequence[int]) -> list[list[int]]:
         """Cuts `places` into batches. What shares a row stays together; rows of a batch are of similar length."""
         together: dict[tuple, list[int]] = {}
         for place in places:
-            item = block[place]
-            key = shared_by(item.encoded, item.hashes, self.encoder.image_token_id)
+            key = shared_by(block[place].view, self.encoder.image_token_id)
             together.setdefault(key, []).append(place)
         order = [place for places in together.values() for place in places]
-        items = [block[place] for place in order]
-        rows = self.passes.rows([item.encoded for item in items], [item.hashes for item in items])
+        rows = self.passes.rows([block[place].view for place in order])
         of_row, start = [], 0
         for row in rows:
             of_row.append(order[start : start + len(row.members)])
@@ -208,16 +177,14 @@ class Scorer:
         ]
         return [
             [place for number in batch for place in of_row[number]]
-            for batch in batching.batches(lengths, self.batch_tokens, self.batch_size)
+            for batch in batching.batches(lengths, self.settings.batch_tokens, self.settings.batch_size)
         ]
 
     def _score_batch(self, items: Sequence[LoadedRecord], progress: Progress) -> list[ScoreRow]:
         try:
             values = self.passes.score(
-                [item.encoded for item in items],
-                [item.null for item in items] if items[0].null is not None else None,
-                [item.hashes for item in items],
-                [item.hashes if item.null_hashes is None else item.null_hashes for item in items],
+                [item.view for item in items],
+                None if items[0].null is None else [item.null_view for item in items],
             )
             return [scored_row(item, value) for item, value in zip(items, values, strict=True)]
         except RuntimeError as error:
@@ -232,21 +199,23 @@ class Scorer:
         middle = len(items) // 2
         return self._score_batch(items[:middle], progress) + self._score_batch(items[middle:], progress)
 
-    def rehearse(
+    def probe_memory(
         self,
         records: Sequence[Sample | BrokenRecord],
         window: Sequence[Sample | BrokenRecord] | None = None,
     ) -> None:
-        """Scores the largest batch that these records could make, once: memory trouble comes before the work.
+        """The memory probe: scores the largest batch that these records could make, once a process.
 
-        Raises ModelError that says which --batch-tokens fits."""
-        if self._rehearsed:
+        So memory trouble comes before the work. Raises ModelError that says which --batch-tokens fits.
+        """
+        if self._memory_probed:
             return
         window = records if window is None else window
         few = self._few(records[:NOISE_SAMPLES], window)
-        self.proofs.prove(few)
-        self.proofs.rehearse(few, self.batch_tokens, min(self.batch_size or len(records), len(records)))
-        self._rehearsed = True
+        self.self_check.run(few)
+        most = min(self.settings.batch_size or len(records), len(records))
+        self.self_check.probe_memory(few, self.settings.batch_tokens, most)
+        self._memory_probed = True
 
     def noise_floor(self, records: Sequence[Sample | BrokenRecord]) -> float | None:
         """Largest |VIG_t| in nats of the same image scored twice, alone and in a batch, over the first samples.
@@ -256,9 +225,9 @@ class Scorer:
         loaded = self._few(records)
         block = [item for item in loaded if item.encoded is not None and item.is_multimodal][:NOISE_SAMPLES]
         if len(block) < 2:
-            self.proofs.prove(loaded)
+            self.self_check.run(loaded)
             return None
-        self.proofs.prove(block)
+        self.self_check.run(block)
         block = [item for item in block if item.encoded is not None]
         if len(block) < 2:
             return None
@@ -285,7 +254,7 @@ class Scorer:
     def measure_rate(self, block: Sequence[LoadedRecord]) -> tuple[int, float]:
         """(samples, tokens a second) of one batch like those to come, after one to warm up."""
         chosen = [item for item in block if item.is_multimodal] or list(block)
-        self.proofs.prove(chosen)
+        self.self_check.run(chosen)
         chosen = [item for item in chosen if item.encoded is not None]
         if not chosen:
             return 0, 1.0
@@ -299,9 +268,9 @@ class Scorer:
         tokens = passes * sum(longest_pass(item) for item in chosen)
         return len(chosen), tokens / (time.perf_counter() - started)
 
-    # --- what the scores are made with ---
+    # --- what the scores come from ---
 
-    def settings(
+    def provenance(
         self, data: str | Path | None = None, image_root: str | Path | None = None
     ) -> dict[str, Any]:
         """The metadata stored with the scores; a folder with other settings refuses to be resumed."""
@@ -321,30 +290,29 @@ class Scorer:
             "image_root": None if image_root is None else str(Path(image_root).absolute()),
             "null": self.null.metadata(),
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
-            "backend": resolve("linear_vig", self.backend, self.loaded.model.device),
+            "backend": resolve("linear_vig", self.settings.backend, self.loaded.model.device),
             "end_of_turn": self.encoder.end_of_turn,
             "max_length": self.max_length,
-            "batch_tokens": self.batch_tokens,
-            "batch_size": self.batch_size,
-            "share": self.share,
+            "batch_tokens": self.settings.batch_tokens,
+            "batch_size": self.settings.batch_size,
+            "share": self.settings.share,
         }
 
 
-def check_settings(
-    null: str,
-    sigma: float,
-    dtype: str,
-    backend: str,
-    end_of_turn: str,
-    device: str | torch.device | None = None,
-) -> None:
-    """Raises ValueError for a value that means nothing on any machine and to any model, before one is loaded."""
-    if device is not None:
-        device_named(device)
-    NullSettings(null, sigma)
-    check_dtype(dtype)
-    named(backend)
-    check_end_of_turn(end_of_turn)
+def _loaded(model: Any, processor: Any, settings: ScoreSettings) -> LoadedModel:
+    """A checkpoint that is loaded, or a model that is in memory already. Raises ModelError."""
+    if isinstance(model, str | Path):
+        check_device(settings.device)
+        resolve("linear_vig", settings.backend, device_for(settings.device))  # before a checkpoint is read
+        return load(
+            model, dtype=settings.dtype, device=settings.device, revision=settings.revision, attn=settings.attn,
+            trust_remote_code=settings.trust_remote_code,
+        )  # fmt: skip
+    if isinstance(model, LoadedModel):
+        return model
+    if processor is None:
+        raise ModelError("a loaded model was given without its processor. Give processor=")
+    return as_loaded(model, processor, device=settings.device)
 
 
 # --- rows ---

@@ -1,6 +1,6 @@
-"""What a model proves on the first samples before its values count, and what is switched off where it does not.
+"""The self-check of a model on the first samples, before its values count; what fails is refused or switched off.
 
-1. Its head, its causality, its pictures (`prove`): else it is refused.
+1. Its head, its causality, its pictures (`check_model`): else it is refused.
 2. Its last layer on answer rows alone gives these rows: else that layer is computed whole.
 3. Several samples in one sequence, and samples that share a prefix, keep their values: else each is computed alone.
 4. A batch of the largest size fits into memory: else the run stops at once, and says what fits.
@@ -22,23 +22,20 @@ from vig.models.loading import LoadedModel
 from vig.models.pixels import Sizes
 from vig.scoring.dual_pass import TwoPasses
 from vig.scoring.loader import LoadedRecord
-from vig.scoring.prefix_sharing import Row, prefix_length, shared_by
+from vig.scoring.prefix_sharing import SharedRow, View, prefix_length, shared_by
 
 # How far sharing may move values, in nats: the largest in float32, the mean in 16 bit.
 SHARING_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
 # How far rows of the last layer may move, as a part of their norm: other sums, no more.
 ROWS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
-ALONE, TEXT, IMAGES = (
-    "alone",
-    "text",
-    "images",
-)  # what has been decided about sharing, and on what it was proven
+# What has been decided about sharing, and on which samples it was checked; a word of the scores' metadata.
+ALONE, TEXT, IMAGES = "alone", "text", "images"
 
 
-class Proofs:
-    """The proofs of one loaded model, each done once: on the first sample, and on the first one with images.
+class SelfCheck:
+    """The checks of one loaded model, each done once: on the first sample, and on the first one with images.
 
-    sharing: "alone" where every sample is computed by itself, else the hardest samples that sharing was proven on
+    sharing: "alone" where every sample is computed by itself, else the hardest samples that sharing was checked on
         ("text", "images"); None before the first.
     """
 
@@ -46,28 +43,27 @@ class Proofs:
         self.loaded, self.passes, self.image_token_id = loaded, passes, image_token_id
         self.needs_pictures = passes.null.stage == "pixels"
         self.sharing: str | None = None if passes.share else ALONE
-        self._proven = 0  # 1: on text, 2: on images too
+        self._checked = 0  # 1: on text, 2: on images too
 
-    def prove(self, block: Sequence[LoadedRecord]) -> None:
+    def run(self, block: Sequence[LoadedRecord]) -> None:
         """Raises ModelError with the values. Samples whose pictures are cut in a way of their own become errors."""
         items = [item for item in block if item.encoded is not None]
         if not items:
             return
-        good = self._laid_out([item for item in items if item.is_multimodal])
+        good = self._with_known_layout([item for item in items if item.is_multimodal])
         chosen = [*good, *(item for item in items if not item.is_multimodal)]
         if not chosen:
             return
         first = chosen[0]
-        if self._proven < 1 + first.is_multimodal:
-            inputs = self.passes.inputs([first.encoded])
-            inputs.pop("labels")
+        if self._checked < 1 + first.is_multimodal:
+            inputs = self.passes.padded([first.view]).inputs
             sizes = [first.encoded.sizes] if self.needs_pictures else [[]]
-            self.passes.transform = prove(self.loaded, inputs, sizes, [first.encoded.answer_index[-1]])
-            self._prove_last_layer(first)
-            self._proven = 1 + first.is_multimodal
-        self._prove_sharing(good or chosen)
+            self.passes.transform = check_model(self.loaded, inputs, sizes, [first.encoded.answer_index[-1]])
+            self._check_last_layer(first)
+            self._checked = 1 + first.is_multimodal
+        self._check_sharing(good or chosen)
 
-    def _laid_out(self, items: Sequence[LoadedRecord]) -> list[LoadedRecord]:
+    def _with_known_layout(self, items: Sequence[LoadedRecord]) -> list[LoadedRecord]:
         """Those whose pictures lie where the processor's settings say; the others become errors.
 
         Raises ModelError where it is none of the first samples: then it is the wrong processor. Where the null is not
@@ -82,7 +78,7 @@ class Proofs:
                 good.append(item)
             except ModelError as error:
                 broken.append((item, error))
-        if broken and not good and self._proven < 2:
+        if broken and not good and self._checked < 2:
             raise broken[0][1]
         for item, error in broken:
             item.encoded = None
@@ -90,8 +86,8 @@ class Proofs:
             item.error = SampleError(item.record.key, item.record.id, str(error).rstrip("."), cure)
         return good
 
-    def _prove_last_layer(self, item: LoadedRecord) -> None:
-        moved = self.passes.last_layer_error(item.encoded)
+    def _check_last_layer(self, item: LoadedRecord) -> None:
+        moved = self.passes.last_layer_error(item.view)
         if not moved <= ROWS_TOLERANCE[self.loaded.model.dtype]:
             self.passes.last_layer_whole()
             warnings.warn(
@@ -108,23 +104,23 @@ class Proofs:
             self.sharing = sharing
             self.passes.share = sharing != ALONE
 
-    def _prove_sharing(self, items: Sequence[LoadedRecord]) -> None:
+    def _check_sharing(self, items: Sequence[LoadedRecord]) -> None:
         """Compares samples in one sequence with the same ones alone; switches that off where it moves them."""
         together: dict[tuple, list[LoadedRecord]] = {}
         for item in items:
             if prefix_length(item.encoded, self.image_token_id):
-                key = shared_by(item.encoded, item.hashes, self.image_token_id)
+                key = shared_by(item.view, self.image_token_id)
                 together.setdefault(key, []).append(item)
         kind = IMAGES if together else TEXT
         if not self.passes.share or self.sharing in (kind, IMAGES):
             return
         if together:
             (_, ids), alike = max(together.items(), key=lambda entry: len(entry[1]))
-            members = [item.encoded for item in (alike * 2 if len(alike) == 1 else alike)[:3]]
-            rows = [Row(tuple(members), len(ids)), Row((members[-1],))]
+            members = [item.view for item in (alike * 2 if len(alike) == 1 else alike)[:3]]
+            rows = [SharedRow(tuple(members), len(ids)), SharedRow((members[-1],))]
         else:
-            kinds = [item.encoded for item in items if item.is_multimodal == items[0].is_multimodal]
-            rows = [Row((kinds[0],)), Row((kinds[-1],))]
+            kinds = [item.view for item in items if item.is_multimodal == items[0].is_multimodal]
+            rows = [SharedRow((kinds[0],)), SharedRow((kinds[-1],))]
         moved = self.passes.sharing_error(rows)
         self.sharing = kind
         if not moved <= SHARING_TOLERANCE[self.loaded.model.dtype]:
@@ -138,7 +134,7 @@ class Proofs:
     # --- memory ---
 
     @torch.inference_mode()
-    def rehearse(self, items: Sequence[LoadedRecord], budget: int, most: int | None) -> None:
+    def probe_memory(self, items: Sequence[LoadedRecord], budget: int, most: int | None) -> None:
         """Scores one batch of the largest size there can be, made of copies of one sample; keeps nothing of it.
 
         items: samples to choose from; the one with the most pixels a token is taken. budget: tokens of a batch;
@@ -173,16 +169,16 @@ class Proofs:
     def _score_copies(self, item: LoadedRecord, n: int) -> None:
         """Each copy with images of its own, as far as anyone can tell."""
         images = len(item.hashes)
-        names = [[f"{copy * images + image:016x}" for image in range(images)] for copy in range(n)]
-        nulls = None if item.null is None else [item.null] * n
-        self.passes.score([item.encoded] * n, nulls, names)
+        hashes = [tuple(f"{copy * images + image:016x}" for image in range(images)) for copy in range(n)]
+        views = [View(item.encoded, names) for names in hashes]
+        self.passes.score(views, None if item.null is None else [View(item.null, names) for names in hashes])
 
 
 # --- head, causality, pictures ---
 
 
 @torch.inference_mode()
-def prove(
+def check_model(
     loaded: LoadedModel,
     inputs: dict[str, Tensor],
     sizes: Sizes = ((),),
@@ -200,13 +196,13 @@ def prove(
         transform = verify_head(loaded.model, inputs)
     except ValueError as error:
         raise ModelError(f"{loaded.name}: {error}") from error
-    _prove_causal(loaded, inputs, last_answers)
+    _check_causal(loaded, inputs, last_answers)
     if any(sizes):
-        _prove_layout(loaded, inputs, sizes)
+        _check_layout(loaded, inputs, sizes)
     return transform
 
 
-def _prove_causal(loaded: LoadedModel, inputs: dict[str, Tensor], last_answers: Sequence[int] | None) -> None:
+def _check_causal(loaded: LoadedModel, inputs: dict[str, Tensor], last_answers: Sequence[int] | None) -> None:
     changed = inputs | {"input_ids": inputs["input_ids"].clone()}
     last = inputs["attention_mask"].sum(dim=1) - 1
     if last_answers is not None:  # an image may follow, whose placeholders must stay
@@ -231,7 +227,7 @@ def _another_token(model: PreTrainedModel, ids: Tensor) -> int:
     return ordinary[-1] if ordinary else (int(ids[-1]) + 1) % model.get_input_embeddings().weight.shape[0]
 
 
-def _prove_layout(loaded: LoadedModel, inputs: dict[str, Tensor], sizes: Sizes) -> None:
+def _check_layout(loaded: LoadedModel, inputs: dict[str, Tensor], sizes: Sizes) -> None:
     pictures = loaded.pixels.pictures(inputs, sizes)
     again = loaded.pixels.put_back(inputs, sizes, [picture.pixels for picture in pictures])
     if not torch.equal(again["pixel_values"], inputs["pixel_values"]):

@@ -141,7 +141,7 @@ def read_manifest(folder: Path) -> dict | None:
         raise StoreError(f"{path} is damaged ({error}). {cure}") from error
 
 
-def unfinished(files: Iterable[Path]) -> list[str]:
+def unfinished_folders(files: Iterable[Path]) -> list[str]:
     """A line for each folder of these shards that scoring has not come to the end of, and for missing jobs."""
     lines: list[str] = []
     arrays: dict[tuple[Path, int], None] = {}

@@ -29,45 +29,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vig.data.files import FolderInUse, FolderLock, StoreError, lock_folder, write_atomically
+from vig.data.files import FolderLock, StoreError, lock_folder, write_atomically
 from vig.store.folder import (
     MANIFEST,
     OLD_MANIFEST,
-    SettingsDiffer,
     read_manifest,
     refuse_differences,
     refuse_mixture,
     score_files,
-    settings_differences,
     shard_name,
     shards_in,
     siblings,
+    unfinished_folders,
     window_of,
 )
-from vig.store.folder import unfinished as unfinished_folders
-from vig.store.rows import METADATA_KEY, SCORE_SCHEMA, ScoreBlock, ScoreRow
-from vig.store.selections import SelectionTable, read_selection, selection_metadata
-
-__all__ = [
-    "SCORE_SCHEMA",
-    "FolderInUse",
-    "ScoreBlock",
-    "ScoreRow",
-    "ScoreWriter",
-    "SelectionTable",
-    "SettingsDiffer",
-    "StoreError",
-    "open_scores",
-    "read_scores",
-    "read_selection",
-    "replace_rows",
-    "score_files",
-    "score_metadata",
-    "selection_metadata",
-    "settings_differences",
-    "unfinished",
-    "write_shard",
-]
+from vig.store.rows import METADATA_KEY, ScoreBlock, ScoreRow
 
 SCHEMA_VERSION = 1
 PARQUET = {"compression": "zstd", "compression_level": 1, "use_dictionary": ["source", "status"]}

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vig.data.sample import SampleError
-from vig.data.workers import made_ahead
+from vig.data.workers import prefetch
 from vig.scoring.loader import process_died
 from vig.training.collator import Record, SelectiveCollator, names_of
 from vig.training.settings import TrainSettings
@@ -53,7 +53,7 @@ class MicroBatches(Dataset):
     def made(self, workers: int) -> Iterator[dict[str, Any]]:
         """All of them in order, made by so many processes, or by this one."""
         if workers:
-            return made_ahead(self, workers, self._without_the_deadly)
+            return prefetch(self, workers, self._without_the_deadly)
         return (self[number] for number in range(len(self)))
 
     def _records(self, number: int) -> list[Record]:
@@ -67,7 +67,7 @@ class MicroBatches(Dataset):
         """The micro-batch whose processes died, without the samples at which they do."""
         records = self._records(number)
         trials = _Trials(records, self.collator)
-        errors = list(made_ahead(trials, 1, trials.deadly))
+        errors = list(prefetch(trials, 1, trials.deadly))
         batch = self._collated(
             [record for record, error in zip(records, errors, strict=True) if error is None]
         )

@@ -96,12 +96,12 @@ def test_the_first_records_with_images_decide(monkeypatch):
     assert SAMPLES[0] not in first_records([*plain, SAMPLES[0]])
 
 
-def test_sharing_is_proven_on_text_and_again_on_images(monkeypatch):
+def test_sharing_is_checked_on_text_and_again_on_images(monkeypatch):
     one, seen, real = scorer(), [], TwoPasses.sharing_error
     monkeypatch.setattr(TwoPasses, "sharing_error", lambda self, rows: seen.append(rows) or real(self, rows))
     for chosen in (SAMPLES[1:2], SAMPLES[5:6], SAMPLES[:1], SAMPLES[8:]):
         one.score(chosen)
-    assert one.proofs.sharing == "images" and len(seen) == 2
+    assert one.self_check.sharing == "images" and len(seen) == 2
     assert [[len(row.members) for row in rows] for rows in seen] == [[1, 1], [2, 1]]
 
 
@@ -148,16 +148,45 @@ def test_the_largest_batch_is_scored_once_a_process_with_images_of_its_own(data,
     monkeypatch.setattr(one.passes, "score", lambda *given: seen.append(given) or original(*given))
     monkeypatch.setattr(one, "noise_floor", lambda records: None)
     score_dataset(one, data, tmp_path / "scores", window=16)
-    encoded, _, names = seen[0]
-    assert len(encoded) == 16 and len({id(sample) for sample in encoded}) == 1
-    assert len({tuple(name) for name in names}) == 16
-    assert all(
-        len({id(sample) for sample in given[0]}) > 1 for given in seen[1:]
-    )  # none of the others is made up
-    assert not one.passes.features._kept or seen[0][2][0][0] not in str(one.passes.features._kept.keys())
+    views, _ = seen[0]
+    assert len(views) == 16 and len({id(view.encoded) for view in views}) == 1
+    assert len({view.hashes for view in views}) == 16
+    for views_of_data, _ in seen[1:]:  # none of the others is made up
+        assert len({id(view.encoded) for view in views_of_data}) > 1
+    assert not {name[1:] for name in one.passes.features._kept} & {view.hashes for view in views}
 
 
-def test_nothing_is_rehearsed_where_nothing_is_left_to_do(data, tmp_path):
+def counted_images(monkeypatch, tower) -> list[int]:
+    """How many images enter the vision tower at each call."""
+    calls, forward = [], tower.forward
+
+    def counting(*args, **options):
+        calls.append(len(args[0] if args else options["pixel_values"]))
+        return forward(*args, **options)
+
+    monkeypatch.setattr(tower, "forward", counting)
+    return calls
+
+
+@pytest.mark.parametrize("null", ["blur", "shuffle"])
+@pytest.mark.parametrize(
+    ("family", "share"),
+    [("llava", True), ("gemma3", True), ("llava", False)],
+    ids=["packed", "padded", "alone"],
+)
+def test_copies_of_a_sample_encode_an_image_each(data, monkeypatch, family, share, null):
+    """Else the batch that tries the memory holds one image where real batches hold many."""
+    model, processor = tiny_families.model(family), tiny_families.processor(family)
+    one = Scorer(model, processor, share=share, null=null)
+    items = one._few(list(read_samples(data, limit=8)))
+    one.self_check.run(items)
+    assert one.passes.share == share
+    calls = counted_images(monkeypatch, model.model.vision_tower)
+    one.self_check.probe_memory(items, budget=10_000, most=8)
+    assert sum(calls) == 2 * 8  # clean and null
+
+
+def test_no_memory_is_probed_where_nothing_is_left_to_do(data, tmp_path):
     score_dataset(scorer(), data, tmp_path / "scores")
     one = scorer()
     one.passes.score = None  # not called
@@ -166,7 +195,7 @@ def test_nothing_is_rehearsed_where_nothing_is_left_to_do(data, tmp_path):
 
 def test_halved_batches_are_noted_in_the_manifest(data, tmp_path):
     one = scorer(batch_size=8)
-    one.rehearse = one.noise_floor = lambda records: None
+    one.probe_memory = one.noise_floor = lambda records: None
     one.passes.score = tight(one.passes, 5, torch.OutOfMemoryError("no memory"), [])
     progress = score_dataset(one, data, tmp_path / "scores", window=16)
     splits = score_metadata(tmp_path / "scores")["notes"]["splits"]
@@ -241,7 +270,7 @@ def test_a_last_layer_that_mixes_rows_is_computed_whole():
 @pytest.mark.parametrize("family", tiny_families.FAMILIES)
 def test_the_last_layer_runs_on_answer_rows_alone(family, monkeypatch):
     one, sizes = Scorer(tiny_families.model(family), tiny_families.processor(family)), []
-    one.score(SAMPLES[:1])  # the proofs
+    one.score(SAMPLES[:1])  # the self-check
     mlp = one.loaded.model.get_decoder().layers[-1].mlp
     forward = mlp.forward
     monkeypatch.setattr(mlp, "forward", lambda hidden: sizes.append(hidden.shape) or forward(hidden))
