@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vig.data.photographs import PHOTOGRAPHS
 from vig.data.readers import data_files
-from vig.data.samples import PHOTOGRAPHS
 
 
 def text_hash(text: str) -> str:
