@@ -85,7 +85,7 @@ def test_an_array_is_read_item_by_item(tmp_path, chunk):
     path = tmp_path / "array.json"
     path.write_text(json.dumps(items, indent=1, ensure_ascii=False), encoding="utf-8")
     with path.open(encoding="utf-8") as file:
-        assert [row.record for row in array_rows(file, chunk)] == items
+        assert list(array_rows(file, chunk)) == items
 
 
 @pytest.mark.parametrize(

@@ -7,33 +7,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vig.data.rows import SKIPPED, Row, Wanted, every
+from vig.data.rows import SKIPPED, Lost, Wanted, every
 
 MAX_RECORD = 1 << 28  # characters; a longer run without a record means that the JSON is broken
 SHORTEN = "Shorten or remove it"
 
 
-def json_rows(path: Path, wanted: Wanted = every) -> Iterator[Row]:
+def json_rows(path: Path, wanted: Wanted = every) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         first = next((char for line in file for char in line if not char.isspace()), "")
         file.seek(0)
         yield from array_rows(file) if first == "[" else _line_rows(file, wanted)
 
 
-def _line_rows(file, wanted: Wanted) -> Iterator[Row]:
+def count_json(path: Path) -> int:
+    return sum(1 for _ in json_rows(path))
+
+
+def _line_rows(file, wanted: Wanted) -> Iterator[Any]:
     number = 0
     for line_number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            yield Row(number, json.loads(line) if wanted(number) else SKIPPED)
+            yield json.loads(line) if wanted(number) else SKIPPED
         except json.JSONDecodeError as error:
             problem = f"line {line_number} is not JSON ({error.msg} at column {error.colno})"
-            yield Row(number, None, problem, "Write one JSON object a line")
+            yield Lost(problem, "Write one JSON object a line")
         except (ValueError, RecursionError) as error:
-            yield Row(
-                number, None, f"line {line_number} cannot be decoded ({why_undecodable(error)})", SHORTEN
-            )
+            yield Lost(f"line {line_number} cannot be decoded ({why_undecodable(error)})", SHORTEN)
         number += 1
 
 
@@ -53,7 +55,7 @@ def why_undecodable(error: ValueError | RecursionError) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(":")[0]
 
 
-def array_rows(file, chunk: int = 1 << 20) -> Iterator[Row]:
+def array_rows(file, chunk: int = 1 << 20) -> Iterator[Any]:
     """Decodes a JSON array item by item, so that a file of any size needs the memory of one record."""
     buffer, at, number, ended = "", 0, 0, False
     opened = False
@@ -67,7 +69,7 @@ def array_rows(file, chunk: int = 1 << 20) -> Iterator[Row]:
                 problem = (
                     f"the JSON array ends after {number} records, but more follows ({behind[:20]!r} ...)"
                 )
-                yield Row(number, None, problem, "Join all of it into one array")
+                yield Lost(problem, "Join all of it into one array")
             return
         try:
             item, end, problem = _decoded(buffer, at)
@@ -84,14 +86,12 @@ def array_rows(file, chunk: int = 1 << 20) -> Iterator[Row]:
                 ended = True
                 continue
             where = f"{error.msg} at character {error.pos}"
-            yield Row(number, None, f"the JSON array breaks off after {number} records ({where})")
+            yield Lost(f"the JSON array breaks off after {number} records ({where})")
             return
         except RecursionError as error:
-            yield Row(
-                number, None, f"the JSON array breaks off after {number} records ({why_undecodable(error)})"
-            )
+            yield Lost(f"the JSON array breaks off after {number} records ({why_undecodable(error)})")
             return
-        yield Row(number, item) if problem is None else Row(number, None, problem, SHORTEN)
+        yield item if problem is None else Lost(problem, SHORTEN)
         number, at, chunk = number + 1, end, 1 << 20
 
 

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from vig.data.formats import Format
 
 REPAIR = "Repair the file; the records before it are read"
 DAMAGE = (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, tarfile.TarError, zlib.error)
@@ -31,13 +34,42 @@ class Lost(NamedTuple):
     cure: str = REPAIR
 
 
+class Named(NamedTuple):
+    """A record with a name of its own, which its key ends in instead of its number."""
+
+    name: str
+    record: Any
+
+
 class Row(NamedTuple):
-    """One row of a file: its number from 0 and its record, or what is wrong with it and what helps."""
+    """One row of a file: its number from 0, its record, or what is wrong with it and what helps, and its name."""
 
     number: int
     record: Any
     problem: str | None = None
     cure: str = REPAIR
+    name: str | None = None
+
+
+def read_rows(path: Path, form: Format, wanted: Wanted = every) -> Iterator[Row]:
+    """The rows of one file of this format, or of one folder where the format is read a folder at once.
+
+    wanted: asked when a row is reached; what is not wanted may be SKIPPED."""
+    number = 0
+    try:
+        for record in form.read(path, wanted):
+            name = None
+            if isinstance(record, Named):
+                name, record = record
+            if isinstance(record, Lost):
+                yield Row(number, None, *record, name)
+            else:
+                yield Row(number, record, name=name)
+            number += 1
+    except DAMAGE as error:
+        yield Row(
+            number, None, f"the {form.name} file breaks off after {number} records ({reason_of(error)})"
+        )
 
 
 def reason_of(error: Exception) -> str:

@@ -1,8 +1,8 @@
-"""From files to samples: readers of instruction data, one `Sample` or one `BrokenRecord` a record.
+"""From files to samples: one `Sample` or one `BrokenRecord` a record, in order, in constant memory.
 
-Records: LLaVA / ShareGPT (``conversations``) and Hugging Face ``messages``. Files: a JSON array, JSON lines,
-Parquet, Arrow or WebDataset, or a folder of photographs with a caption beside each. Nothing is ever dropped
-silently: what cannot become a sample is yielded as a `BrokenRecord` that carries its key, its id and the cure.
+Formats of files: `vig.data.formats`. Which files of a path hold the records: `vig.data.locate`. What a record means:
+`vig.data.records`. Nothing is ever dropped silently: what cannot become a sample is yielded as a `BrokenRecord` that
+carries its key, its id and the cure.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from pkgutil import resolve_name
 
-from vig.data import readers
-from vig.data.photographs import photographs, read_folder
+from vig.data.locate import Located, locate
 from vig.data.records import TURNS, sample_from_record, turns_of_caption
-from vig.data.rows import SKIPPED, Wanted, every
+from vig.data.rows import SKIPPED, Wanted, every, read_rows
 from vig.data.sample import BrokenRecord, DataError, Sample, SampleError, writable
 
 
@@ -28,75 +27,47 @@ def read_samples(
 ) -> Iterator[Sample | BrokenRecord | None]:
     """Reads `path` record by record, in order, in constant memory.
 
-    path: a ``.json`` array, a ``.jsonl`` file, ``.parquet``, ``.arrow`` or WebDataset ``.tar`` or ``.tar.gz``
-        files (one, or a folder of them), or a folder of photographs (caption ``photo.txt`` beside ``photo.jpg``).
+    path: a file of one of `vig.data.formats.FORMATS`, or a folder of such files.
     image_root: folder that relative image paths start from; the data file's own folder unless given. Paths
         that leave it are refused, also by symbolic links, which VIG_FOLLOW_LINKS=1 follows. (The links of the hub's
         cache are followed without it.)
     limit: read at most this many records.
     wanted: of a record's number, counted from 0 over all files, whether it is needed; asked when it is reached.
-        None stands in the place of the others, which cost as little as the format allows (`vig.data.readers`).
+        None stands in the place of the others, which cost as little as the format allows (`vig.data.rows`).
     Raises DataError where the file is missing or of an unknown format, ValueError for a negative limit.
     """
     if limit is not None and limit < 0:
         raise ValueError(f"limit = {limit}, expected at least 0 records")
-    path, reader = _reader_of(path)
-    root = Path(image_root) if image_root is not None else (path if path.is_dir() else path.parent)
+    data = locate(path)
+    root = Path(image_root) if image_root is not None else data.root
     if not root.is_dir():
         raise DataError(f"no such image root: {root}. Give the folder of the images with --image-root")
-    return islice(reader.read(path, root.absolute(), wanted or every), limit)
+    return islice(_read(data, root.absolute(), wanted or every), limit)
 
 
 def count_records(path: str | Path) -> int | None:
     """How many records `read_samples` yields; None where only reading all the images too would tell."""
-    path, reader = _reader_of(path)
-    return reader.count(path)
+    data = locate(path)
+    counts = [resolve_name(data.format.count)(file) for file in data.paths]
+    return None if None in counts else sum(counts)
 
 
-def _reader_of(path: str | Path) -> tuple[Path, Reader]:
-    path = Path(path)
-    if not path.exists():
-        raise DataError(
-            f"no such data: {path}. Give a .json, .jsonl, .parquet, .arrow, .tar or .tar.gz file, or a folder"
-        )
-    reader = next((reader for reader in READERS if reader.knows(path)), None)
-    if reader is None:
-        got = f"{path.suffix or 'no suffix'!r}"
-        raise DataError(
-            f"cannot read {path}: expected .json, .jsonl, .parquet, .arrow, .tar, .tar.gz or a folder, got {got}"
-        )
-    return path, reader
-
-
-def _read_files(path: Path, root: Path, wanted: Wanted) -> Iterator[Sample | BrokenRecord | None]:
+def _read(data: Located, root: Path, wanted: Wanted) -> Iterator[Sample | BrokenRecord | None]:
     total = 0  # records of the files before
-    for file in readers.data_files(path):
+    for file in data.paths:
         before, number, source = total, -1, writable(file.name)
-        for number, record, problem, cure in readers.read_rows(file, lambda row, n=before: wanted(n + row)):
+        rows = read_rows(file, data.format, lambda row, n=before: wanted(n + row))
+        for number, record, problem, cure, name in rows:
             if record is SKIPPED or not wanted(before + number):
                 yield None
                 continue
-            key = f"{source}#{number}"
+            key = f"{source}#{number if name is None else writable(name)}"
             try:
                 if problem is not None:
-                    raise SampleError(key, "", problem, cure)
+                    raise SampleError(key, name or "", problem, cure)
                 if isinstance(record, dict) and "caption" in record and not record.keys() & TURNS:
                     record = record | {"conversations": turns_of_caption(record, key)}
                 yield sample_from_record(record, key=key, image_root=root, source=source)
             except SampleError as error:
                 yield BrokenRecord(key, error.id, source, error)
         total = before + number + 1
-
-
-class Reader(NamedTuple):
-    """One format: whether a path is of it, its records, and how many they are if that is cheap to know."""
-
-    knows: Callable[[Path], Any]
-    read: Callable[[Path, Path, Wanted], Iterator[Sample | BrokenRecord | None]]
-    count: Callable[[Path], int | None]
-
-
-READERS = (
-    Reader(readers.data_files, _read_files, readers.count_rows),
-    Reader(Path.is_dir, read_folder, lambda path: len(photographs(path))),
-)

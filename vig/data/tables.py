@@ -37,6 +37,16 @@ def parquet_rows(file: Path, wanted: Wanted) -> Iterator[Any]:
                 yield from (lost for _ in rows[done:])
 
 
+def count_parquet(file: Path) -> int | None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(file).num_rows
+    except (pa.ArrowException, OSError):  # damaged: how far it reads is seen when it is read
+        return None
+
+
 def _batch_rows(batch: Any, first: int, wanted: Wanted) -> list[Any]:
     """All records of a batch whose first row is number `first`, if one of them is wanted."""
     if any(map(wanted, range(first, first + batch.num_rows))):
@@ -46,14 +56,23 @@ def _batch_rows(batch: Any, first: int, wanted: Wanted) -> list[Any]:
 
 def arrow_rows(file: Path, wanted: Wanted) -> Iterator[Any]:
     number = 0
-    for batch in arrow_batches(file):
+    for batch in _arrow_batches(file):
         for start in range(0, batch.num_rows, ROWS):
             few = batch.slice(start, ROWS)
             yield from _batch_rows(few, number, wanted)
             number += few.num_rows
 
 
-def arrow_batches(file: Path) -> Iterator[Any]:
+def count_arrow(file: Path) -> int | None:
+    import pyarrow as pa
+
+    try:
+        return sum(batch.num_rows for batch in _arrow_batches(file))
+    except (pa.ArrowException, OSError):
+        return None
+
+
+def _arrow_batches(file: Path) -> Iterator[Any]:
     """The record batches of an Arrow file or stream; columns are mapped, and read when they are used."""
     import pyarrow as pa
 

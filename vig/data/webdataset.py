@@ -67,6 +67,11 @@ def webdataset_rows(file: Path, wanted: Wanted) -> Iterator[Any]:
         yield record()
 
 
+def count_webdataset(file: Path) -> None:
+    """Not known without reading all the images too."""
+    return None
+
+
 def _name_and_field(member: str) -> tuple[str, str]:
     """The name of the record that a member belongs to, "" for none, and which field of it the member is."""
     folder, slash, base = member.rpartition("/")
