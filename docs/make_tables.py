@@ -5,7 +5,6 @@ A table stands in its page between `<!-- table: NAME -->` and `<!-- /table: NAME
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -46,9 +45,8 @@ def made(page: str) -> str:
         first, last = f"<!-- table: {name} -->\n", f"<!-- /table: {name} -->"
         if first not in text or last not in text:
             raise ValueError(f"{page} has no marks {first.strip()} and {last} around a table")
-        text = re.sub(
-            f"(?<={re.escape(first)}).*?(?={re.escape(last)})", lambda _: make(), text, flags=re.DOTALL
-        )  # noqa: B023
+        before, _, rest = text.partition(first)
+        text = f"{before}{first}{make()}{last}{rest.partition(last)[2]}"
     return text
 
 
