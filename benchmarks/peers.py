@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import shutil
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -178,52 +179,53 @@ def forward_backward(function: Head, frozen: bool = False, compiles: bool = Fals
     return make
 
 
+class Peer(NamedTuple):
+    """One contender of the LM-head suites that is not ours; both suites are made from the table below."""
+
+    name: str
+    nll: Head | None = None  # per-token values, if it gives them
+    loss: Head | None = None  # mean loss; None: the mean of `nll`
+    why_not: Callable[[], str | None] = can_run
+    nll_imports: str = ""  # imported before it is timed
+    loss_imports: str = ""
+    device: str = "any"  # any, cpu or gpu
+    compiles: bool = False  # by itself, in its first call
+    whole_compiled: bool = False  # by us, as a whole
+
+
+def both(function: Callable[..., Tensor], **options: object) -> dict[str, Head]:
+    """`nll` and `loss` of a peer whose one function takes `reduction`."""
+    return {
+        "nll": functools.partial(function, reduction="none", **options),
+        "loss": functools.partial(function, reduction="mean", **options),
+    }
+
+
+CCE = "cut_cross_entropy"
+LIGER_LOSS = "liger_kernel.transformers.functional"
+PEERS = (
+    Peer("eager PyTorch", eager_nll, eager_loss),
+    Peer("torch.compile", eager_nll, eager_loss, compiler, whole_compiled=True),
+    Peer("torch linear_cross_entropy", **both(torch_plain), why_not=torch_has_it),
+    Peer("torch linear_cross_entropy, auto", **both(torch_chunked), why_not=torch_has_it),
+    Peer("torch linear_cross_entropy, 4 chunks", **both(torch_wide_chunks), why_not=torch_has_it),
+    Peer("TRL ChunkedLogProb", trl_nll, None, installed("trl", "trl"), TRL, TRL),
+    Peer("CCE", **both(cce, impl="cce"), why_not=on_gpu(CCE, "cut-cross-entropy"),
+         nll_imports=CCE, loss_imports=CCE, device="gpu"),
+    Peer("CCE torch_compile", **both(cce, impl="torch_compile"), why_not=installed(CCE, "cut-cross-entropy"),
+         nll_imports=CCE, loss_imports=CCE, device="cpu", compiles=True),
+    Peer("Liger", liger_nll, liger_loss, on_gpu("liger_kernel", "liger-kernel"), LIGER_NLL, LIGER_LOSS, "gpu"),
+    Peer("Liger, fallback", liger_nll, None, installed("liger_kernel", "liger-kernel"), LIGER_NLL, LIGER_NLL, "cpu"),
+    Peer("quack", None, quack_loss, on_gpu("quack", "quack-kernels"), "", "quack.linear_cross_entropy", "gpu"),
+)  # fmt: skip
+
+
 def score_peers(gpu: bool) -> list[Contender]:
     """Everyone else's way to per-token negative log-likelihoods."""
-
-    def peer(name, function, why_not=can_run, imports="", **more):
-        return Contender(name, forward_only(function, imports=imports), why_not, "nll", **more)
-
-    peers = [
-        Contender("bare GEMM", forward_only(lambda h, w, t: F.linear(h, w)), output="logits", baseline=True),
-        peer("eager PyTorch", eager_nll),
-        Contender("torch.compile", forward_only(eager_nll, True), compiler, "nll", compiles=True),
-        peer("torch linear_cross_entropy", functools.partial(torch_plain, reduction="none"), torch_has_it),
-        peer(
-            "torch linear_cross_entropy, auto",
-            functools.partial(torch_chunked, reduction="none"),
-            torch_has_it,
-        ),
-        peer(
-            "torch linear_cross_entropy, 4 chunks",
-            functools.partial(torch_wide_chunks, reduction="none"),
-            torch_has_it,
-        ),
-        peer("TRL ChunkedLogProb", trl_nll, installed("trl", "trl"), TRL),
-    ]
-    if gpu:
-        peers += [
-            peer(
-                "CCE",
-                functools.partial(cce, reduction="none", impl="cce"),
-                on_gpu("cut_cross_entropy", "cut-cross-entropy"),
-                "cut_cross_entropy",
-            ),
-            peer("Liger", liger_nll, on_gpu("liger_kernel", "liger-kernel"), LIGER_NLL),
-            peer("quack", quack_loss, lambda: "gives sums and means only, no per-token values"),
-        ]
-    else:
-        peers += [
-            peer(
-                "CCE torch_compile",
-                functools.partial(cce, reduction="none", impl="torch_compile"),
-                installed("cut_cross_entropy", "cut-cross-entropy"),
-                "cut_cross_entropy",
-                compiles=True,
-            ),
-            peer("Liger, fallback", liger_nll, installed("liger_kernel", "liger-kernel"), LIGER_NLL),
-        ]
-    return peers
+    bare = Contender(
+        "bare GEMM", forward_only(lambda h, w, t: F.linear(h, w)), output="logits", baseline=True
+    )
+    return [bare, *(_contender(row, row.nll, row.nll_imports, "nll", forward_only) for row in _peers_on(gpu))]
 
 
 def score_ours(name: str, device: str) -> list[Contender]:
@@ -275,56 +277,23 @@ def bare_products(upstream: Tensor) -> list[Contender]:
 
 def train_peers(gpu: bool) -> list[Contender]:
     """Everyone else's way to a mean loss with the gradients of hidden and weight."""
-
-    def peer(name, function, why_not=can_run, imports="", **more):
-        return Contender(name, forward_backward(function, imports=imports), why_not, "loss", **more)
-
-    peers = [
-        peer("eager PyTorch", eager_loss),
-        Contender(
-            "torch.compile", forward_backward(eager_loss, compiles=True), compiler, "loss", compiles=True
-        ),
-        peer("torch linear_cross_entropy", functools.partial(torch_plain, reduction="mean"), torch_has_it),
-        peer(
-            "torch linear_cross_entropy, auto",
-            functools.partial(torch_chunked, reduction="mean"),
-            torch_has_it,
-        ),
-        peer(
-            "torch linear_cross_entropy, 4 chunks",
-            functools.partial(torch_wide_chunks, reduction="mean"),
-            torch_has_it,
-        ),
-        peer("TRL ChunkedLogProb", mean_of(trl_nll), installed("trl", "trl"), TRL),
+    return [
+        _contender(row, row.loss or mean_of(row.nll), row.loss_imports, "loss", forward_backward)
+        for row in _peers_on(gpu)
     ]
-    if gpu:
-        peers += [
-            peer(
-                "CCE",
-                functools.partial(cce, reduction="mean", impl="cce"),
-                on_gpu("cut_cross_entropy", "cut-cross-entropy"),
-                "cut_cross_entropy",
-            ),
-            peer(
-                "Liger",
-                liger_loss,
-                on_gpu("liger_kernel", "liger-kernel"),
-                "liger_kernel.transformers.functional",
-            ),
-            peer("quack", quack_loss, on_gpu("quack", "quack-kernels"), "quack.linear_cross_entropy"),
-        ]
-    else:
-        peers += [
-            peer(
-                "CCE torch_compile",
-                functools.partial(cce, reduction="mean", impl="torch_compile"),
-                installed("cut_cross_entropy", "cut-cross-entropy"),
-                "cut_cross_entropy",
-                compiles=True,
-            ),
-            peer("Liger, fallback", mean_of(liger_nll), installed("liger_kernel", "liger-kernel"), LIGER_NLL),
-        ]
-    return peers
+
+
+def _peers_on(gpu: bool) -> list[Peer]:
+    return [row for row in PEERS if row.device in ("any", "gpu" if gpu else "cpu")]
+
+
+def _contender(peer: Peer, function: Head | None, imports: str, output: str, make: Callable) -> Contender:
+    """A suite's entry; one that does not give this output is listed with the reason."""
+    why_not = (
+        peer.why_not if function is not None else lambda: "gives sums and means only, no per-token values"
+    )
+    made = make(function or peer.loss, compiles=peer.whole_compiled, imports=imports)
+    return Contender(peer.name, made, why_not, output, compiles=peer.compiles or peer.whole_compiled)
 
 
 def train_ours(name: str, device: str) -> list[Contender]:

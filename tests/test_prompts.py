@@ -7,8 +7,8 @@ import tiny
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from vig.data.records import sample_from_record
 from vig.data.sample import SampleError
-from vig.data.samples import sample_from_record
 from vig.models.prompts import IGNORE, Encoder, PromptError, collate_pixels, without_images
 
 TURNS = [("<image>\nWhat is it?", "A rëd cat."), ("Sure?", "Yes 😀")]

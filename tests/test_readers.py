@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from vig.data import readers
+from vig.data.formats import format_of
 from vig.data.images import open_images
+from vig.data.rows import read_rows
 from vig.data.sample import BrokenRecord, DataError, Sample, answers
 from vig.data.samples import count_records, read_samples
 from vig.scoring.scorer import Scorer
@@ -415,8 +416,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, write):
 def test_what_follows_an_array_is_told(tmp_path, space):
     """Files that were joined end to end: the second array would be lost."""
     (tmp_path / "d.json").write_text(f'[{{"a": 1}}]{space}\n[{{"a": 2}}]')
-    first, broken = readers.read_rows(tmp_path / "d.json")
+    first, broken = read_rows(tmp_path / "d.json", format_of("d.json"))
     assert first.record == {"a": 1} and broken.number == 1
     assert broken.problem == """the JSON array ends after 1 records, but more follows ('[{"a": 2}]' ...)"""
     (tmp_path / "d.json").write_text(f'[{{"a": 1}}]{space}\n')
-    assert [row.problem for row in readers.read_rows(tmp_path / "d.json")] == [None]
+    assert [row.problem for row in read_rows(tmp_path / "d.json", format_of("d.json"))] == [None]

@@ -15,8 +15,9 @@ import tiny
 from PIL import ExifTags, Image, ImageOps, features
 
 from vig.data.images import open_image, open_images
+from vig.data.records import sample_from_record
 from vig.data.sample import BrokenRecord, DataError, Sample, SampleError, answers
-from vig.data.samples import count_records, read_samples, sample_from_record
+from vig.data.samples import count_records, read_samples
 
 
 def record(value="<image>\nWhat is it?", answer="A cat.", image="a.png", **fields):
@@ -78,13 +79,13 @@ def test_duplicate_ids_are_allowed_and_keys_are_unique(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 def test_an_array_is_read_item_by_item(tmp_path, chunk):
-    from vig.data.readers import array_rows
+    from vig.data.json_rows import array_rows
 
     items = [{"a": [1, 2, {"b": "]},[ü😀"}]}, 12345, "x", [], None, {"n": -1.5e-3}]
     path = tmp_path / "array.json"
     path.write_text(json.dumps(items, indent=1, ensure_ascii=False), encoding="utf-8")
     with path.open(encoding="utf-8") as file:
-        assert [row.record for row in array_rows(file, chunk)] == items
+        assert list(array_rows(file, chunk)) == items
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from scipy.ndimage import gaussian_filter
 
 from vig.data.files import StoreError
 from vig.data.images import open_image, open_images
+from vig.data.records import caption_turns, sample_from_record
 from vig.data.sample import Sample, answers
-from vig.data.samples import caption_turns, read_samples, sample_from_record
+from vig.data.samples import read_samples
 from vig.models.families import ModelError
 from vig.models.loading import as_loaded, load
 from vig.models.null_image import NULLS

@@ -27,8 +27,8 @@ from transformers import (
 
 from vig import keep_samples, read_samples, read_selection, report
 from vig.data.files import StoreError
+from vig.data.records import sample_from_record
 from vig.data.sample import BrokenRecord, SampleError
-from vig.data.samples import sample_from_record
 from vig.demo.arms import CHECKPOINT
 from vig.demo.dataset import tuning_records, write_records
 from vig.models.prompts import Encoder

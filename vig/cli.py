@@ -11,6 +11,7 @@ import io
 import math
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,10 @@ from rich.console import Console
 
 import vig
 from vig import terminal
+from vig.data.formats import expected
+from vig.models.end_of_turn import END_OF_TURN
+from vig.models.families import FAMILIES
+from vig.models.null_image import BLUR_SIGMA, NULLS
 
 if TYPE_CHECKING:
     from vig.scoring.scorer import Progress
@@ -35,32 +40,41 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 SOME_FAILED = 3
 STOPPED = 130  # by Ctrl-C, as shells count it, or by a scheduler's SIGTERM
+BACKENDS = ("triton", "cpu", "torch", "reference")  # vig_kernels.dispatch's, which imports torch
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub (downloads it).")]
-Data = Annotated[
-    Path,
+
+def _any_of(names: Iterable[str]) -> str:
+    """\"a, b or c\""""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+Model = Annotated[
+    str,
     typer.Argument(
-        help="LLaVA, ShareGPT or messages in .json, .jsonl, .parquet, .arrow, .tar; or a folder of photographs."
+        help="Checkpoint folder, or a name on the hub (downloads it), of one of these families: "
+        f"{', '.join(family.name for family in FAMILIES.values())}."
     ),
 ]
+Data = Annotated[Path, typer.Argument(help=f"Instruction data: {expected()}.")]
 ImageRoot = Annotated[
     Path | None, typer.Option(help="Folder that image paths start from. Default: the data's own.")
 ]
-Null = Annotated[str, typer.Option(help="Null image: blur, mean, black, noise, shuffle or drop.")]
+Null = Annotated[str, typer.Option(help=f"Null image: {_any_of(NULLS)}.")]
 Sigma = Annotated[float, typer.Option(help="Blur's sigma, a fraction of the picture's shorter side.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Device = Annotated[
     str | None, typer.Option(help="cuda, cuda:1, cpu, ... Default: the GPU where there is one.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")]
-EndOfTurn = Annotated[str, typer.Option(help="End-of-turn tokens in the answers: template, add or drop.")]
+EndOfTurn = Annotated[str, typer.Option(help=f"End-of-turn tokens in the answers: {_any_of(END_OF_TURN)}.")]
 MaxLength = Annotated[
     int | None, typer.Option(min=2, help="Longest sequence in tokens. Default: the model's context.")
 ]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
 ]
-Backend = Annotated[str, typer.Option(help="Kernels: auto, triton, cpu, torch or reference.")]
+Backend = Annotated[str, typer.Option(help=f"Kernels: {_any_of(('auto', *BACKENDS))}.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -90,7 +104,7 @@ def inspect(
     ] = None,
     image_root: ImageRoot = None,
     null: Null = "blur",
-    sigma: Sigma = 0.1,
+    sigma: Sigma = BLUR_SIGMA,
     dtype: Dtype = "auto",
     device: Device = None,
     end_of_turn: EndOfTurn = "template",
@@ -129,7 +143,7 @@ def score(
     folder: Annotated[Path, typer.Option("-o", "--out", help="Folder of the scores. Run again to resume.")],
     image_root: ImageRoot = None,
     null: Null = "blur",
-    sigma: Sigma = 0.1,
+    sigma: Sigma = BLUR_SIGMA,
     dtype: Dtype = "auto",
     device: Device = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Rows x longest row of a batch.")] = 8192,
@@ -301,7 +315,7 @@ def train(
         int, typer.Option(min=0, help="Processes that prefetch samples, and may die of an image.")
     ] = 0,
     end_of_turn: Annotated[
-        str | None, typer.Option(help="template, add or drop. Default: as the selection was scored.")
+        str | None, typer.Option(help=f"{_any_of(END_OF_TURN)}. Default: as the selection was scored.")
     ] = None,
     max_length: MaxLength = None,
     seed: Annotated[int, typer.Option()] = 0,

@@ -45,6 +45,19 @@ def writable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def check_characters(what: str, text: str, key: str, id: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        lone = f"{text[error.start]!r} at character {error.start}"
+        raise SampleError(
+            key,
+            id,
+            f"the {what} holds the lone surrogate {lone}",
+            "Write it in UTF-8, and characters beyond \\uffff as pairs of surrogates",
+        ) from None
+
+
 class BrokenRecord(NamedTuple):
     """What a reader yields in the place of a record that cannot become a `Sample`."""
 

@@ -21,11 +21,14 @@ from vig.demo.dataset import DATA_SEED, SAMPLES, Record, tuning_records, write_r
 from vig.demo.measures import CLASSES, chance_above, words_of
 from vig.demo.scenes import CANONICAL, COLOUR_WORDS, OBJECT_WORDS
 from vig.models.null_image import BLUR_SIGMA, NullSettings
+from vig.models.null_image import NULLS as KINDS
 from vig.store.rows import ScoreRow
 
-NULLS = (
-    *(NullSettings("blur", sigma) for sigma in (0.02, 0.05, BLUR_SIGMA, 0.2, 0.4)),
-    *(NullSettings(kind) for kind in ("mean", "black", "noise", "shuffle", "drop")),
+SIGMAS = (0.02, 0.05, BLUR_SIGMA, 0.2, 0.4)  # of the nulls that have one
+NULLS = tuple(
+    NullSettings(kind, sigma)
+    for kind, row in KINDS.items()
+    for sigma in (SIGMAS if "sigma" in row.parameters else (BLUR_SIGMA,))
 )
 MARKS = re.compile(r"(?<=<!-- nulls -->\n).*?(?=<!-- /nulls -->)", re.DOTALL)
 
@@ -92,7 +95,7 @@ def table(found: Iterable[tuple[NullSettings, NullFigures]]) -> str:
         "|---|---|---|---|",
     ]
     for null, each in found:
-        name = f"blur, sigma {null.sigma:g}" if null.kind == "blur" else null.kind
+        name = f"{null.kind}, sigma {null.sigma:g}" if "sigma" in KINDS[null.kind].parameters else null.kind
         means = " / ".join(f"{each.vig[kind]:.2f}" for kind in CLASSES)
         cells = [name, f"{each.contrary:.3f} / {each.canonical:.3f}", f"{each.object:.3f}", means]
         mark = "**" if null == NullSettings() else ""

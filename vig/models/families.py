@@ -13,6 +13,13 @@ from typing import Any
 TOWER = r"(^|\.)(vision_tower|vision_model|vision_encoder)\."
 QWEN_TOWER = r"(^|\.)visual\.(?!merger|deepstack_merger)"  # the merger is the projector, and trains
 
+ONE_PICTURE = "`(images, 3, H, W)`"
+THUMBNAIL_FIRST = "`(images, 1 + tiles, 3, H, W)`, thumbnail first"
+PATCHES = "`(patches, 3 * 2 * p * p)`, merge x merge neighbours together"
+TILES_OF_SAMPLES = "`(samples, tiles, 3, H, W)`, each image's tiles and then its thumbnail"
+CANVAS = "the canvas around the picture, tiles that fill up the batch"
+MASKED = "what `pixel_attention_mask` leaves out"
+
 
 class ModelError(ValueError):
     """The model cannot be loaded, or does not do what scoring needs; says what, and what helps."""
@@ -25,6 +32,8 @@ class Family:
     name: str
     model_type: str
     layout: str  # import path of where pictures lie in its pixel inputs: a `PixelLayout` of vig.models.pixels
+    shape: str  # of its pixel inputs, for docs/families.md
+    padding: str = "nothing is padded"  # what a null leaves alone, likewise
     shares_prefix: bool = (
         True  # attention over images and question is causal: samples may share them in one row
     )
@@ -38,23 +47,33 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("LLaVA-1.5, ShareGPT4V", "llava", "vig.models.pixels:PLAIN"),
-        Family("LLaVA-NeXT", "llava_next", "vig.models.pixels:ANY_RESOLUTION"),
-        Family("LLaVA-OneVision", "llava_onevision", "vig.models.pixels:ANY_RESOLUTION"),
-        Family("Qwen2-VL", "qwen2_vl", "vig.models.pixels:PATCHES", vision_tower=QWEN_TOWER),
-        Family("Qwen2.5-VL", "qwen2_5_vl", "vig.models.pixels:PATCHES", vision_tower=QWEN_TOWER),
+        Family(
+            "LLaVA-1.5, ShareGPT4V", "llava", "vig.models.pixels:PLAIN", ONE_PICTURE,
+            "the square's edges, with `do_pad`",
+        ),
+        Family("LLaVA-NeXT", "llava_next", "vig.models.pixels:ANY_RESOLUTION", THUMBNAIL_FIRST, CANVAS),
+        Family(
+            "LLaVA-OneVision", "llava_onevision", "vig.models.pixels:ANY_RESOLUTION",
+            f"{THUMBNAIL_FIRST}; several images in a sample: one padded square each", f"{CANVAS}, the squares' edges",
+        ),
+        Family("Qwen2-VL", "qwen2_vl", "vig.models.pixels:PATCHES", PATCHES, vision_tower=QWEN_TOWER),
+        Family("Qwen2.5-VL", "qwen2_5_vl", "vig.models.pixels:PATCHES", PATCHES, vision_tower=QWEN_TOWER),
         # its tower also feeds layers of the text model
         Family(
-            "Qwen3-VL", "qwen3_vl", "vig.models.pixels:PATCHES", vision_tower=QWEN_TOWER, features_apart=False
+            "Qwen3-VL", "qwen3_vl", "vig.models.pixels:PATCHES", PATCHES, vision_tower=QWEN_TOWER,
+            features_apart=False,
         ),
-        Family("Idefics3", "idefics3", "vig.models.pixels:MASKED_TILES"),
-        Family("SmolVLM", "smolvlm", "vig.models.pixels:MASKED_TILES"),
-        Family("InternVL", "internvl", "vig.models.pixels:OPTIMAL_CANVAS"),
-        Family("Gemma 3", "gemma3", "vig.models.pixels:PLAIN", two_way_images=True),
+        Family("Idefics3", "idefics3", "vig.models.pixels:MASKED_TILES", TILES_OF_SAMPLES, MASKED),
+        Family("SmolVLM", "smolvlm", "vig.models.pixels:MASKED_TILES", TILES_OF_SAMPLES, MASKED),
+        Family(
+            "InternVL", "internvl", "vig.models.pixels:OPTIMAL_CANVAS",
+            "`(tiles, 3, H, W)`, each image's tiles and then its thumbnail",
+        ),
+        Family("Gemma 3", "gemma3", "vig.models.pixels:PLAIN", ONE_PICTURE, two_way_images=True),
         # bidirectional over images and question: what stands in the prefix depends on what follows it
-        Family("PaliGemma", "paligemma", "vig.models.pixels:PLAIN", shares_prefix=False),
+        Family("PaliGemma, PaliGemma 2", "paligemma", "vig.models.pixels:PLAIN", ONE_PICTURE, shares_prefix=False),
     )
-}
+}  # fmt: skip
 
 
 def family_of(config: Any) -> Family:

@@ -25,9 +25,9 @@ class Null(NamedTuple):
 
     stage: str
     caption: str  # what it is, below its picture in a report
-    function: str | None = (
-        None  # of the stage "pixels": import path of f(pictures, settings, pixel_range, seeds)
-    )
+    shows: str  # what the model sees, for docs/null-images.md
+    purpose: str  # what it is good for, likewise
+    function: str | None = None  # stage "pixels": import path of f(pictures, settings, pixel_range, seeds)
     parameters: tuple[str, ...] = ()  # fields of `NullSettings` that it uses, stored with the scores
     fixed: dict[str, Any] = {}  # noqa: RUF012 - stored beside them; never written to
 
@@ -36,15 +36,48 @@ NULLS: dict[str, Null] = {
     "blur": Null(
         "pixels",
         "blurred",
+        f"the image, blurred with sigma = `--sigma` ({BLUR_SIGMA}) of its shorter side in model pixels, radius "
+        "ceil(3 sigma), reflected border",
+        "scoring; the default",
         "vig.models.null_pixels:blur",
         ("sigma",),
         {"truncate": 3.0, "border": "reflect"},
     ),
-    "mean": Null("pixels", "its mean colour", "vig.models.null_pixels:mean"),
-    "black": Null("pixels", "black", "vig.models.null_pixels:black"),
-    "noise": Null("pixels", "noise", "vig.models.null_pixels:noise"),
-    "shuffle": Null("image", "another image", fixed={"donor": "next different image of the window"}),
-    "drop": Null("prompt", "no image"),
+    "mean": Null(
+        "pixels",
+        "its mean colour",
+        "the image's own mean colour",
+        "a null without any shape",
+        "vig.models.null_pixels:mean",
+    ),
+    "black": Null(
+        "pixels",
+        "black",
+        "what the processor makes of a black picture",
+        "comparison with work that uses it",
+        "vig.models.null_pixels:black",
+    ),
+    "noise": Null(
+        "pixels",
+        "noise",
+        "uniform noise, seeded by the image's content",
+        "a control; far from what models have seen",
+        "vig.models.null_pixels:noise",
+    ),
+    "shuffle": Null(
+        "image",
+        "another image",
+        "the next different image of the window (8,192 records in reading order; behind its last comes its first), "
+        "resized to fit; all questions about an image share it",
+        "a null that is a natural picture",
+        fixed={"donor": "next different image of the window"},
+    ),
+    "drop": Null(
+        "prompt",
+        "no image",
+        "no image tokens at all",
+        "the language prior alone; answers keep their tokens, positions shift",
+    ),
 }
 
 

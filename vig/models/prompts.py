@@ -35,6 +35,7 @@ from vig.models.answer_spans import (
     overlapping,
     turn_ends,
 )
+from vig.models.end_of_turn import check_end_of_turn
 from vig.models.image_tokens import (
     has_bidirectional_prefix,
     image_token_id,
@@ -44,7 +45,6 @@ from vig.models.image_tokens import (
 )
 from vig.models.lm_head import IGNORE
 
-END_OF_TURN = ("template", "add", "drop")
 TOKEN_LEVEL = ("mm_token_type_ids", "token_type_ids")  # processor outputs of shape (1, T)
 NOT_MODEL_INPUT = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
 MAX_OUTSIDE = 8  # characters that the boundary tokens of an answer may hold from outside it
@@ -77,12 +77,6 @@ class Encoded:
         none can be left out.
         """
         return max(self.answer_index[-1] + 1, self.image_end)
-
-
-def check_end_of_turn(end_of_turn: str) -> None:
-    """Raises ValueError for what is none of END_OF_TURN."""
-    if end_of_turn not in END_OF_TURN:
-        raise ValueError(f"end_of_turn = {end_of_turn!r}, expected one of {', '.join(END_OF_TURN)}")
 
 
 class Encoder:

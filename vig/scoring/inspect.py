@@ -10,8 +10,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from vig.data.records import CAPTION_QUESTION, IMAGE_MARK, sample_from_record
 from vig.data.sample import BrokenRecord, DataError, Sample, SampleError
-from vig.data.samples import CAPTION_QUESTION, IMAGE_MARK, read_samples, sample_from_record
+from vig.data.samples import read_samples
 from vig.models.null_pixels import as_image
 from vig.models.prompts import Encoded
 from vig.scoring import batching

@@ -18,8 +18,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vig.data.images import open_image, open_images
+from vig.data.records import check_sample
 from vig.data.sample import BrokenRecord, Sample, SampleError
-from vig.data.samples import check_sample
 from vig.data.workers import prefetch
 from vig.models.prompts import Encoded, Encoder, PromptError, without_images
 from vig.scoring import batching

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vig.data.files import StoreError, whole_file
-from vig.data.readers import JSON, read_rows
+from vig.data.formats import format_of
+from vig.data.rows import read_rows
 from vig.data.sample import writable
 from vig.selection.select import Selection
 from vig.store.fingerprints import data_fingerprint
@@ -26,11 +27,13 @@ from vig.store.folder import score_files
 from vig.store.rows import segment_means
 from vig.store.scores import score_metadata
 
+WRITTEN = (".json", ".jsonl")  # an array, one record a line
+
 
 def check_export(path: str | Path) -> None:
     """Raises ValueError where the name does not say whether to write an array or lines."""
-    if Path(path).suffix not in JSON:
-        raise ValueError(f"{path} is not the name of a .json or .jsonl file")
+    if Path(path).suffix not in WRITTEN:
+        raise ValueError(f"{path} is not the name of a {' or '.join(WRITTEN)} file")
 
 
 def export_records(selection: Selection, path: str | Path, *, data: str | Path | None = None) -> int:
@@ -73,7 +76,8 @@ def _json_files(selection: Selection, moved: str | Path | None) -> dict[str, Pat
         if moved is None and name is None:
             raise StoreError("the scores do not name their data. Give it with --data (data=)")
         data = Path(name if moved is None else moved)
-        if data.suffix not in JSON:
+        form = format_of(data)
+        if form is None or not form.as_json:
             continue
         if not data.is_file():
             raise StoreError(f"the scored data is not at {data}. Give it with --data (data=)")
@@ -101,7 +105,7 @@ def _records(selection: Selection, files: dict[str, Path]) -> Iterator[Any]:
         def wanted(row: int, marks: bytearray = marks) -> bool:
             return row < len(marks) and marks[row] == 1
 
-        for row in read_rows(files[name], wanted):
+        for row in read_rows(files[name], format_of(files[name]), wanted):
             if wanted(row.number) and row.problem is None:
                 missing -= 1
                 yield row.record

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vig.data.readers import data_files
-from vig.data.samples import PHOTOGRAPHS
+from vig.data.locate import locate
+from vig.data.photographs import photographs
 
 
 def text_hash(text: str) -> str:
@@ -43,9 +43,10 @@ def data_fingerprint(path: str | Path) -> str:
     Of a file above 1 GiB: of its size and 64 MiB, spread evenly, so that scoring may begin."""
     path = Path(path)
     if path.is_dir():
-        names = [(file.name, file.stat().st_size) for file in data_files(path)] or sorted(
-            file.name for file in path.iterdir() if file.suffix.lower() in PHOTOGRAPHS
-        )
+        data = locate(path)
+        if data.format.whole_folder:
+            return text_hash(json.dumps([file.name for file in photographs(path)]))
+        names = [(file.name, file.stat().st_size) for file in data.paths]
         return text_hash(json.dumps(names))
     digest = hashlib.sha256()
     if path.stat().st_size > WHOLE:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vig.data.records import sample_from_record
 from vig.data.sample import BrokenRecord, ImageSource, Sample, SampleError
-from vig.data.samples import sample_from_record
 from vig.models.lm_head import IGNORE, count_kept
 from vig.models.prompts import Encoded, Encoder
 from vig.selection.select import Selection

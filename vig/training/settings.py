@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from vig.models.prompts import END_OF_TURN
+from vig.models.end_of_turn import END_OF_TURN
 
 SCHEDULES = (  # those of transformers.SchedulerType that need no settings of their own
     "cosine",

@@ -1,0 +1,59 @@
+"""The tables of these pages that are made from the package's own: `python docs/make_tables.py` writes them anew.
+
+A table stands in its page between `<!-- table: NAME -->` and `<!-- /table: NAME -->`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from vig.models.families import FAMILIES
+from vig.models.null_image import NULLS
+
+DOCS = Path(__file__).parent
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def null_images() -> str:
+    rows = ([f"`{name}`", null.stage, null.shows, null.purpose] for name, null in NULLS.items())
+    return markdown(["name", "stage", "what the model sees", "use it for"], rows)
+
+
+def families() -> str:
+    rows = ([row.name, f"`{row.model_type}`", row.shape, row.padding] for row in FAMILIES.values())
+    return markdown(["family", "model_type", "where its pixels lie", "left alone"], rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "null images": ("null-images.md", null_images),
+    "families": ("families.md", families),
+}  # name -> its page and what makes it
+
+
+def made(page: str) -> str:
+    """The text of a page with its tables made anew. Raises ValueError where a table has no marks."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for name, (home, make) in TABLES.items():
+        if home != page:
+            continue
+        first, last = f"<!-- table: {name} -->\n", f"<!-- /table: {name} -->"
+        if first not in text or last not in text:
+            raise ValueError(f"{page} has no marks {first.strip()} and {last} around a table")
+        before, _, rest = text.partition(first)
+        text = f"{before}{first}{make()}{last}{rest.partition(last)[2]}"
+    return text
+
+
+def main() -> None:
+    for page in dict.fromkeys(page for page, _ in TABLES.values()):
+        (DOCS / page).write_text(made(page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
