@@ -11,9 +11,9 @@ import torch
 
 from vig.data.sample import BrokenRecord, DataError, Sample
 from vig.data.samples import read_samples
+from vig.models.end_of_turn import check_end_of_turn
 from vig.models.loading import check_dtype, device_named
 from vig.models.null_image import BLUR_SIGMA, NullSettings
-from vig.models.prompts import check_end_of_turn
 from vig.scoring import batching
 from vig_kernels.dispatch import named
 
