@@ -38,7 +38,7 @@ def is_excepted(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
                for one in decorators)  # fmt: skip
 
 
-PUBLIC = {*vig.__all__, *vig_kernels.__all__}
+PUBLIC = {*vig.__all__, *vig_kernels.__all__, "score_dataset_on_ray", "selective_loss"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

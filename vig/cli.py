@@ -6,14 +6,10 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not b
 
 from __future__ import annotations
 
-import faulthandler
-import io
 import math
-import signal
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,9 +20,6 @@ from vig.data.formats import expected
 from vig.models.end_of_turn import END_OF_TURN
 from vig.models.families import FAMILIES
 from vig.models.null_image import BLUR_SIGMA, NULLS
-
-if TYPE_CHECKING:
-    from vig.scoring.scorer import Progress
 
 app = typer.Typer(
     help="Visual Information Gain: score, select, train, look. Source: arXiv 2602.17186.",
@@ -200,25 +193,23 @@ def score(
     if engine == "ray" and not dry_run:
         from vig.scoring.run_ray import Actors, Job, run_scoring_on_ray
 
-        job = Job(model, settings, run, str(folder))
         with terminal.progress(err, "scoring") as on_progress:
-            done = run_scoring_on_ray(job, Actors(actors), on_progress)
-        terminal.show_scores(out, folder, done)
-        _exit_for(done)
-        return
-    with terminal.waiting(err, f"loading {model}"):
-        scorer = Scorer(model, **vars(settings))
-    with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
-        if dry_run:
-            estimate = run_dry(scorer, run, on_progress)
-            done = estimate.progress
-        else:
-            done = run_scoring(scorer, run, folder, on_progress)
+            done = run_scoring_on_ray(Job(model, settings, run, str(folder)), Actors(actors), on_progress)
+    else:
+        with terminal.waiting(err, f"loading {model}"):
+            scorer = Scorer(model, **vars(settings))
+        with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
+            if dry_run:
+                estimate = run_dry(scorer, run, on_progress)
+                done = estimate.progress
+            else:
+                done = run_scoring(scorer, run, folder, on_progress)
     if dry_run:
         terminal.show_estimate(out, estimate)
     else:
         terminal.show_scores(out, folder, done)
-    _exit_for(done)
+    if done.failed or done.failed_before:
+        raise typer.Exit(SOME_FAILED)
 
 
 @app.command()
@@ -264,15 +255,10 @@ def select(
             scores[0] if len(scores) == 1 else scores, p, level=level, out=folder, tau_floor=tau_floor,
             clip=lowest, seed=seed, overwrite=overwrite, progress=on_share,
         )  # fmt: skip
-    for line in chosen.figures():
-        out.print(line, markup=False)
-    out.print(f"selection: {folder}", markup=False)
+    terminal.show_selection(out, folder, chosen)
     if export is not None:
         out.print(f"{export_records(chosen, export, data=data):,} records: {export}", markup=False)
-    if chosen.unfinished:
-        err.print("vig: the scores are not complete, and neither is this selection")
-    for line in chosen.warnings:
-        err.print(f"warning: {line}", markup=False)
+    terminal.show_warnings(err, chosen)
     if chosen.unfinished:
         raise typer.Exit(SOME_FAILED)
 
@@ -383,14 +369,8 @@ def report(
     terminal.quiet_libraries()
     given = None if processor is None else AutoProcessor.from_pretrained(processor)
     write(
-        scores,
-        page,
-        selection=selection,
-        data=data,
-        processor=given,
-        image_root=image_root,
-        samples=samples,
-    )
+        scores, page, selection=selection, data=data, processor=given, image_root=image_root, samples=samples
+    )  # fmt: skip
     out.print(f"report: {page}", markup=False)
 
 
@@ -415,34 +395,6 @@ def _usage(check, *values: Any, **named: Any) -> Any:
         raise typer.BadParameter(str(error)) from None
 
 
-def _exit_for(done: Progress) -> None:
-    if done.failed or done.failed_before:
-        raise typer.Exit(SOME_FAILED)
-
-
-def _stopped(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Runs the command line; what a user can mend is one line on stderr and exit code 1, or the error's own."""
-    if sys.platform == "win32":
-        err.print("vig: Windows is not supported. Use Linux, or WSL")
-        sys.exit(1)
-    signal.signal(signal.SIGTERM, _stopped)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show ends no run
-    if sys.__stderr__ is not None:
-        faulthandler.enable(sys.__stderr__)  # says where native code crashed
-    try:
-        app()
-    except SystemExit as end:
-        if end.code == STOPPED:  # what typer makes of Ctrl-C
-            err.print("vig: stopped. What is finished is kept, and the same command goes on from there")
-        raise
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if terminal.wants_traceback():
-            raise
-        err.print(f"[bold red]vig: {type(error).__name__}:[/] ", end="")
-        err.print(str(error), markup=False)
-        sys.exit(getattr(error, "exit_code", 1))
+    terminal.run_program(app, err, STOPPED)

@@ -1,8 +1,12 @@
-"""What the commands print: progress with rate and time left, summaries, one sample with its answer coloured."""
+"""What the commands print and how they end: progress with rate and time left, summaries, one sample with its answer."""
 
 from __future__ import annotations
 
+import faulthandler
+import io
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from vig.scoring.inspect import Inspection
     from vig.scoring.run import Estimate
     from vig.scoring.scorer import Progress
+    from vig.selection.select import Selection
     from vig.training.train import TrainProgress, TrainResult
 
 LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
@@ -29,6 +34,37 @@ SHOWN_ERRORS = 10
 def wants_traceback() -> bool:
     """VIG_TRACEBACK=1 shows where an error came from."""
     return os.environ.get("VIG_TRACEBACK", "") not in ("", "0")
+
+
+def run_program(app: Callable[[], None], err: Console, stopped: int) -> None:
+    """Runs a command line to its end; what a user can mend is one line on `err` and exit code 1, or the error's own.
+
+    stopped: the exit code of Ctrl-C, and of SIGTERM, which is taken for it.
+    """
+    if sys.platform == "win32":
+        err.print("vig: Windows is not supported. Use Linux, or WSL")
+        sys.exit(1)
+    signal.signal(signal.SIGTERM, _stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show ends no run
+    if sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # says where native code crashed
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == stopped:  # what typer makes of Ctrl-C
+            err.print("vig: stopped. What is finished is kept, and the same command goes on from there")
+        raise
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if wants_traceback():
+            raise
+        err.print(f"[bold red]vig: {type(error).__name__}:[/] ", end="")
+        err.print(str(error), markup=False)
+        sys.exit(getattr(error, "exit_code", 1))
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def quiet_libraries() -> None:
@@ -182,6 +218,21 @@ def show_scores(console: Console, folder: Path, state: Progress) -> None:
         console.print(f"{state.splits:,} batches did not fit into memory and were halved")
     show_errors(console, state)
     console.print(f"scores: {folder}", markup=False)
+
+
+def show_selection(console: Console, folder: Path, chosen: Selection) -> None:
+    """The summary of `vig select`."""
+    for line in chosen.figures():
+        console.print(line, markup=False)
+    console.print(f"selection: {folder}", markup=False)
+
+
+def show_warnings(console: Console, chosen: Selection) -> None:
+    """What a reader of the selection should know."""
+    if chosen.unfinished:
+        console.print("vig: the scores are not complete, and neither is this selection")
+    for line in chosen.warnings:
+        console.print(f"warning: {line}", markup=False)
 
 
 def show_errors(console: Console, state: Progress) -> None:
