@@ -23,8 +23,7 @@ from benchmarks import static_counts, static_floors, static_kernels
 from benchmarks.static_kernels import TARGETS, Variant
 from vig_kernels.kernels.triton import gaussian_blur as gaussian_blur_triton
 from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
-from vig_kernels.kernels.triton import linear_nll as linear_nll_triton
-from vig_kernels.kernels.triton import linear_nll_backward, logit_tiles, target_residual
+from vig_kernels.kernels.triton import logit_fold, logit_gradients, logit_tiles, target_residual
 from vig_kernels.kernels.triton.tile_configs import BLUR, HEAD, IRREGULAR, TileConfig
 
 STORE = Path(__file__).parent / "results" / "static.json"
@@ -118,9 +117,7 @@ def ast_source(entry: dict):
     variant, tile = Variant(**entry["options"]), TileConfig(**entry["tile"])
     target, dtype, kernel = entry["target"], entry["dtype"], entry["kernel"]
     if kernel in HEAD_VARIANTS:
-        function = (
-            linear_nll_backward.gradient_kernel if kernel == "gradient" else linear_nll_triton.fold_kernel
-        )
+        function = logit_gradients.gradient_kernel if kernel == "gradient" else logit_fold.fold_kernel
         return static_kernels.head_source(function, variant, dtype, tile, precision(target, dtype))
     if kernel.startswith("blur"):
         fast = entry["products"] == "float16"
@@ -144,10 +141,10 @@ def compile_row(entry: dict) -> dict:
 
 
 MODULES = {
-    "fold": (logit_tiles, linear_nll_triton),
-    "store": (logit_tiles, linear_nll_triton),
-    "gradient": (logit_tiles, linear_nll_backward),
-    "combine": (linear_nll_triton,),
+    "fold": (logit_tiles, logit_fold),
+    "store": (logit_tiles, logit_fold),
+    "gradient": (logit_tiles, logit_gradients),
+    "combine": (logit_fold,),
     "finish": (linear_cross_entropy_triton,),
     "mend hidden": (target_residual,),
     "mend weight": (target_residual,),

@@ -9,8 +9,7 @@ from triton.compiler import ASTSource
 
 from vig_kernels.kernels.triton import gaussian_blur as gaussian_blur_triton
 from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
-from vig_kernels.kernels.triton import linear_nll as linear_nll_triton
-from vig_kernels.kernels.triton import linear_nll_backward, target_residual
+from vig_kernels.kernels.triton import logit_fold, logit_gradients, target_residual
 from vig_kernels.kernels.triton.tile_configs import TileConfig
 
 TARGETS = {
@@ -74,7 +73,7 @@ def head_source(kernel, variant: Variant, dtype: str, config: TileConfig, precis
 
 def block_type(kernel, variant: Variant, dtype: str) -> str | None:
     """The gradient block has the operands' type; the fold leaves float16 weights for 16-bit operands."""
-    if kernel is linear_nll_backward.gradient_kernel:
+    if kernel is logit_gradients.gradient_kernel:
         return "*" + POINTER[dtype]
     return ("*fp32" if dtype == "float32" else "*fp16") if variant.store else None
 
@@ -114,7 +113,7 @@ def combine_source(variant: Variant, part: int) -> ASTSource:
         "nll_image": "*fp32" if variant.pair else None,
         "vig": "*fp32" if variant.pair else None,
     }
-    return source(linear_nll_triton.combine_kernel, types, {"PART": part, "BLOCK_N": 32, "BLOCK_T": 32})
+    return source(logit_fold.combine_kernel, types, {"PART": part, "BLOCK_N": 32, "BLOCK_T": 32})
 
 
 def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:

@@ -21,7 +21,7 @@ OPTIONS = {"bias": None, "logit_scale": 1.0, "logit_softcap": None}
 
 def load(package: str) -> SimpleNamespace:
     """The modules of a package of kernels."""
-    names = ("linear_nll", "linear_nll_backward", "linear_vig", "linear_cross_entropy", "target_residual",
+    names = ("linear_nll", "linear_vig", "linear_cross_entropy", "logit_fold", "logit_gradients", "target_residual",
              "gaussian_blur")  # fmt: skip
     found = {name: importlib.import_module(f"{package}.{name}") for name in names}
     return SimpleNamespace(**found, tile_configs=importlib.import_module(f"{package}.tile_configs"))
@@ -107,12 +107,12 @@ def check_chunks_and_company(k):
     """The bits of a row depend on neither the chunk it falls in nor the rows beside it."""
     hidden, weight, target, _ = problem(N=40)
     whole, sinks = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, STATS)
-    kept, k.linear_nll.PARTIALS_BYTES = k.linear_nll.PARTIALS_BYTES, 2000
+    kept, k.logit_fold.PARTIALS_BYTES = k.logit_fold.PARTIALS_BYTES, 2000
     try:
         again, again_sinks = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, STATS)
         _, image, _ = k.linear_vig.forward(hidden, hidden + 1, weight, target, None, 1.0, None, -100)
     finally:
-        k.linear_nll.PARTIALS_BYTES = kept
+        k.logit_fold.PARTIALS_BYTES = kept
     assert torch.equal(whole, again) and torch.equal(image, whole), "chunks change bits"
     assert all(torch.equal(sinks[name], again_sinks[name]) for name in STATS)
     for some in (slice(3, 4), slice(7, 30)):
@@ -176,7 +176,7 @@ def check_gradients(k, dtype=torch.float32, kinds=("nll", "lse", "entropy"), cap
     saved = k.linear_nll.forward(hidden, weight, target, bias, 1.3, cap, -100, stats)[1]
     up, entropy = with_rest(up.values(), saved["entropy"], saved["lse_rest"])
     arguments = (*up, saved["lse"], entropy, hidden, weight, target, bias, 1.3, cap, -100)
-    module = k.linear_nll_backward
+    module = k.linear_nll
     limits = (module.HIDDEN_BYTES, module.row_chunk, module.vocab_chunk)
     try:
         if chunks:  # 3 chunks of the vocabulary, 3 of the rows, and no room for both float32 sums
@@ -285,7 +285,7 @@ def check_what_16_bits_lose(k):
     )[1:3]
     saved = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))[1]["lse"]
     sums = []
-    module = k.linear_nll_backward
+    module = k.linear_nll
     kept, module.settle = module.settle, lambda gradient, total, unscale: sums.append(total.clone())
     try:
         module.backward(
@@ -397,13 +397,13 @@ def check_large_offsets_of_operands(k):
             (True, False, False),
         )
         near = (up, None, None, sinks["lse"], None, h.clone(), w.clone(), target, None, 1.0, None, -100)
-        gradient = k.linear_nll_backward.backward(*arguments)[0]
-        assert torch.equal(gradient, k.linear_nll_backward.backward(*near, (True, False, False))[0])
+        gradient = k.linear_nll.backward(*arguments)[0]
+        assert torch.equal(gradient, k.linear_nll.backward(*near, (True, False, False))[0])
 
 
 def check_large_offsets_of_partials(k):
     """Partials whose rows lie so far apart that part 1 and later start beyond 2^31 elements."""
-    module, config = k.linear_nll, k.tile_configs.INTERPRETER
+    module, config = k.logit_fold, k.tile_configs.INTERPRETER
     hidden, weight, target, _ = problem(N=3, D=8, V=40, ignored=False)
     order, count = torch.arange(3), torch.tensor(3)
     rows = 2**30 + 16  # of which the three that `count` names exist

@@ -24,7 +24,7 @@ import torch
 from vig_kernels.kernels.triton import tile_configs
 
 SOURCE = Path(tile_configs.__file__).parent
-TILES, NLL, BACKWARD = "logit_tiles", "linear_nll", "linear_nll_backward"
+TILES, FOLD, GRADIENTS, NLL = "logit_tiles", "logit_fold", "logit_gradients", "linear_nll"
 LOSS, BLUR, RESIDUAL = "linear_cross_entropy", "gaussian_blur", "target_residual"
 
 
@@ -52,7 +52,7 @@ MUTATIONS = [
         ("series of tanh cut", "(-1.0 / 3.0 + x2 *", "(-1.0 / 3.0 + 0.0 *"),
     ),
     *_faults(
-        "fold", NLL,
+        "fold", FOLD,
         ("maximum started at 0", "top = tl.max(z, axis=1)", "top = tl.maximum(tl.max(z, axis=1), 0.0)"),
         ("last tile of the vocabulary dropped", "triton.cdiv(V, config.block_v)\n", "max(1, V // config.block_v)\n"),
         ("second half folded as the first", "left if half == 0 else right, bias, vocab_tile", "left, bias, vocab_tile"),
@@ -65,13 +65,13 @@ MUTATIONS = [
         isolated=True,
     ),
     *_faults(
-        "fold", NLL,
+        "fold", FOLD,
         ("int32 offset of hidden", "row_offset = row *", "row_offset = row.to(tl.int32) *"),
         ("int32 offset of partials", "at = part.to(tl.int64) * partial_stride", "at = part * partial_stride"),
         isolated=True,
     ),
     *_faults(
-        "combine", NLL,
+        "combine", FOLD,
         ("rescale omitted", "total += part_sum * rescale", "total += part_sum"),
         ("maximum started at 0", 'top = tl.full((BLOCK_T, BLOCK_N), -float("inf")',
          "top = tl.full((BLOCK_T, BLOCK_N), 0.0"),
@@ -82,12 +82,12 @@ MUTATIONS = [
         ("rest of lse dropped", 'float("inf")), rest, 0.0)', 'float("inf")), 0.0, 0.0)'),
     ),
     *_faults(
-        "combine", NLL,
+        "combine", FOLD,
         ("int32 offset of partials", "part.to(tl.int64)[:, None] * partial_stride", "part[:, None] * partial_stride"),
         isolated=True,
     ),
     *_faults(
-        "vig", NLL,
+        "vig", FOLD,
         ("second pass reads the first", "tl.where(second, hidden_second, hidden)", "hidden"),
         ("second pass with the first's stride", "tl.where(second, stride_hidden_second, stride_hidden)",
          "stride_hidden"),
@@ -97,7 +97,7 @@ MUTATIONS = [
         ("second pass not launched", "(row_tiles * passes * vocab_tiles,)", "(row_tiles * vocab_tiles,)"),
     ),
     *_faults(
-        "gradient", BACKWARD,
+        "gradient", GRADIENTS,
         ("target's term halved", "g -= tl.where(column", "g -= 0.5 * tl.where(column"),
         ("slope of the cap dropped", "g *= slopes(", "_ = slopes("),
         ("upstream of lse dropped", "up += tl.load(grad_lse", "_ = tl.load(grad_lse"),
@@ -106,12 +106,15 @@ MUTATIONS = [
         ("ignored rows kept", "g = tl.where(live[:, None] &", "g = tl.where(inside[:, None] &"),
         ("gain omitted", "g *= tl.load(gain)", "g *= 1.0"),
         ("residual of a wrong word", "g - stored.to(tl.float32), 0.0)", "0.0, 0.0)"),
-        ("residual of hidden forgotten", "residual.mend_hidden(hidden_sum, weight, first)", "pass"),
-        ("residual of weight forgotten", "residual.mend_weight(weight_sum, hidden, first_vocab=v)", "pass"),
         ("later chunks overwrite", "torch.addmm(total, a, b, out=total)", "total.copy_(a @ b)"),
     ),
     *_faults(
-        "gradient", BACKWARD,
+        "gradient", NLL,
+        ("residual of hidden forgotten", "residual.mend_hidden(hidden_sum, weight, first)", "pass"),
+        ("residual of weight forgotten", "residual.mend_weight(weight_sum, hidden, first_vocab=v)", "pass"),
+    ),
+    *_faults(
+        "gradient", GRADIENTS,
         ("int32 offset of hidden", "row * stride_hidden", "row.to(tl.int32) * stride_hidden"),
         isolated=True,
     ),

@@ -79,7 +79,7 @@ def test_ignored_rows_cost_nothing_in_any_chunk(small_tiles):
     hidden, weight, target, _ = checks.problem(N=40, ignored=False)
     target[20:] = -100
     order, count = launch.keep_order(target, -100)
-    module, config = KERNELS.linear_nll, tile_configs.INTERPRETER
+    module, config = KERNELS.logit_fold, tile_configs.INTERPRETER
     for first, rows in ((0, 16), (16, 16), (32, 8)):
         partials = module.Partials(rows, 1, 75, config, (), hidden.device)
         partials.max.fill_(7.0)  # no logit of these
@@ -159,7 +159,7 @@ def test_tiny_float16_gradients_are_not_lost(small_tiles):
     """Upstream gradients of 1e-9, which float16 cannot hold, leave the sums whole before the last cast."""
     hidden, weight, target, _ = checks.problem(dtype=torch.float16, ignored=False)
     sums = []
-    module = KERNELS.linear_nll_backward
+    module = KERNELS.linear_nll
     settle, module.settle = (
         module.settle,
         lambda gradient, total, unscale: sums.append(total.mul_(unscale).clone()),
@@ -195,7 +195,7 @@ def test_float16_blocks_hold_a_large_upstream_of_the_entropy(small_tiles):
     exact = reference.linear_nll(*leaves, target, stats=("entropy",))[1]["entropy"].sum() * 3000.0
     exact = torch.autograd.grad(exact, leaves)
     _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse", "entropy"))
-    found = KERNELS.linear_nll_backward.backward(
+    found = KERNELS.linear_nll.backward(
         None, None, torch.full((21,), 3000.0), sinks["lse"], sinks["entropy"], hidden, weight, target, None, 1.0,
         None, -100, (True, True, False),
     )  # fmt: skip
@@ -217,7 +217,7 @@ def test_no_host_synchronisation(small_tiles):
     with NoReadback():
         _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, bias, 1.0, None, -100, checks.STATS)
         up = torch.ones(21)
-        KERNELS.linear_nll_backward.backward(
+        KERNELS.linear_nll.backward(
             up,
             up,
             up,
@@ -349,7 +349,7 @@ def test_autotune_searches_every_kernel(monkeypatch, capsys):
     hidden, weight, target, _ = checks.problem(N=6, D=16, V=20, ignored=False)
     needs = (True, True, False)
     _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
-    KERNELS.linear_nll_backward.backward(
+    KERNELS.linear_nll.backward(
         sinks["lse"], None, None, sinks["lse"], None, hidden, weight, target, None, 1.0, None, -100, needs
     )
     KERNELS.linear_cross_entropy.forward_backward(

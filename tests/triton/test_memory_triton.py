@@ -126,7 +126,7 @@ def test_recomputed_gradients(shape, dtype, share, gpu):
     N, D, V = shape
     row = torch.empty(N)
     extra = extra_mib(
-        lambda: KERNELS.linear_nll_backward.backward(
+        lambda: KERNELS.linear_nll.backward(
             row, row, row, row, row, hidden, weight, target, bias, 1.0, 30.0, -100, (True, True, True),
             None if share is None else int(share * N),
         ),

@@ -16,8 +16,8 @@ class Tiles:
         self.flop = 0
         self.launches = 0
         for module, name, columns in (
-            (KERNELS.linear_nll, "fold_kernel", "V"),
-            (KERNELS.linear_nll_backward, "gradient_kernel", "columns"),
+            (KERNELS.logit_fold, "fold_kernel", "V"),
+            (KERNELS.logit_gradients, "gradient_kernel", "columns"),
         ):
             monkeypatch.setattr(module, name, Counted(getattr(module, name), self, columns))
 
@@ -54,8 +54,8 @@ def test_ignored_rows_have_no_tiles(monkeypatch):
     monkeypatch.setattr(tile_configs, "INTERPRETER", tile_configs.TileConfig(16, 32, 16, 1, 1, parts=2))
     hidden, weight, target, _ = checks.problem(N=40, ignored=False)
     target[8:] = -100
-    products, dot_tile = [], KERNELS.linear_nll.dot_tile
-    monkeypatch.setattr(KERNELS.linear_nll, "dot_tile", lambda *a: products.append(1) or dot_tile(*a))
+    products, dot_tile = [], KERNELS.logit_fold.dot_tile
+    monkeypatch.setattr(KERNELS.logit_fold, "dot_tile", lambda *a: products.append(1) or dot_tile(*a))
     KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ())
     assert len(products) == 3  # the tiles of the vocabulary, for one row tile
 
@@ -83,7 +83,7 @@ def test_three_gemms_to_train_and_four_to_recompute(monkeypatch):
         with FlopCounterMode(display=False) as vendor:
             _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
             assert tiles.flop == 2 * 40 * 75 * 50
-            KERNELS.linear_nll_backward.backward(
+            KERNELS.linear_nll.backward(
                 torch.ones(40), None, None, sinks["lse"], None, hidden, weight, target, None, 1.0, None, -100,
                 (True, True, False), num_kept,
             )  # fmt: skip

@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import dense, device_guard, keep_order, silence, why_not
-from .linear_nll import Partials, combine, fold, sweep
-from .linear_nll_backward import accumulate, block_gain
+from .linear_nll import sweep
+from .logit_fold import Partials, combine, fold
+from .logit_gradients import accumulate, block_gain
 from .logit_tiles import narrow
 from .target_residual import TargetResidual
 from .tile_configs import head_config

@@ -1,7 +1,6 @@
-"""The recomputing backward of linear_nll: right for any upstream gradient, four GEMMs with the forward's.
+"""Gradients of the logits: `gradient_kernel` makes each tile once more and turns it into a block of d loss / d y.
 
-`gradient_kernel` makes each logit tile once more and turns it into d loss / d y in a block that fits the memory
-promise; the vendor's GEMM takes the block to the gradients of hidden and weight, summed in float32.
+The vendor's GEMM takes a block to the gradients of hidden and weight, summed in float32.
 """
 
 from __future__ import annotations
@@ -13,26 +12,9 @@ from torch import Tensor
 
 from vig_kernels.kernels.torch.precision import FLOAT32_SUMS, float32_products
 
-from .launch import (
-    compute_precision,
-    dense,
-    device_guard,
-    keep_order,
-    operand,
-    silence,
-)
+from .launch import compute_precision, operand
 from .logit_tiles import dot_tile, halves, logits, narrow, slopes, tile_position
-from .target_residual import TargetResidual
 from .tile_configs import head_config, regular
-
-# of the promised 256 MiB; float32 gradients are summed in place, and leave all of it to the block
-EXTRA_BYTES = 240 * 2**20
-HIDDEN_BYTES = 160 * 2**20  # float32 sums of a 16-bit hidden gradient, at most
-# float32 sums of a vocabulary chunk's weight gradient, more where little else is held; what is then left for the block
-WEIGHT_BYTES, BLOCK_BYTES = 48 * 2**20, 64 * 2**20
-GATHERED_BYTES = (
-    80 * 2**20
-)  # kept rows of hidden and their gradient, at most; the float32 sums beside them are as much
 
 
 @triton.jit
@@ -214,169 +196,6 @@ def block_gain(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tuple[T
     _, exponent = torch.frexp(bound.max() * abs(logit_scale))
     power = torch.exp2((10 - exponent).clamp(-100, 100).float())
     return power * logit_scale, 1 / power
-
-
-def vocab_chunk(V: int, D: int, taken: int) -> int:
-    """Vocabulary entries of a chunk, by the bytes that their float32 weight gradient may take beside those `taken`."""
-    room = max(WEIGHT_BYTES, EXTRA_BYTES - BLOCK_BYTES - taken)
-    return min(V, max(128, room // (4 * D) // 128 * 128))
-
-
-def row_chunk(N: int, D: int, columns: int, dtype: torch.dtype, needs, held: int, silent: bool) -> int:
-    """Rows of a block of d loss / d y of so many columns: EXTRA_BYTES less the float32 sums and what is held."""
-    free = EXTRA_BYTES - 64 * N - held
-    if dtype != torch.float32:
-        free -= min(4 * N * D, HIDDEN_BYTES) * needs[0] + 4 * columns * D * needs[1]
-    copied = 0 if silent or not needs[1] else D
-    return max(1, min(N, free // ((columns + copied) * dtype.itemsize)))
-
-
-def backward(
-    grad_nll: Tensor | None,  # (N,) float32, like the next four
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    lse: Tensor,  # from the forward
-    entropy: Tensor | None,
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    target: Tensor,  # (N,) int64
-    bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    logit_softcap: float | None,
-    ignore_index: int,
-    needs: tuple[bool, bool, bool],
-    num_kept: int | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias in the inputs' dtypes; None, and no work, for what is not needed.
-
-    Where the float32 sums of both a long hidden gradient and the weight gradient would break the memory promise,
-    each has a sweep of its own (five GEMMs instead of four). Ignored rows are multiplied as zeros, unless `num_kept`
-    tells how many rows are not ignored and these are few enough to be gathered.
-    """
-    upstream = dense(grad_nll, grad_lse, grad_entropy, lse, entropy)
-    target, bias = dense(target, bias)
-    options = (bias, logit_scale, logit_softcap, ignore_index)
-    gathered = 2 * hidden.element_size() * (num_kept or 0) * hidden.shape[1]  # hidden and its gradient
-    if num_kept is not None and num_kept < target.shape[0] and gathered <= GATHERED_BYTES:
-        return gathered_sweep(upstream, hidden, weight, target, options, needs, num_kept, gathered)
-    long = hidden.dtype != torch.float32 and 4 * hidden.numel() > HIDDEN_BYTES
-    if long and needs[0] and (needs[1] or needs[2]):
-        grad_hidden, _, _ = gradient_sweep(upstream, hidden, weight, target, *options, (True, False, False))
-        rest = gradient_sweep(upstream, hidden, weight, target, *options, (False, *needs[1:]))
-        return grad_hidden, *rest[1:]
-    return gradient_sweep(upstream, hidden, weight, target, *options, needs)
-
-
-def gathered_sweep(upstream, hidden, weight, target, options, needs, num_kept, gathered):
-    """`gradient_sweep` of the rows that are not ignored. More of them than `num_kept` give NaN, as in the loss."""
-    bias, *_, ignore_index = options
-    order, count = keep_order(target, ignore_index)
-    picked = order[:num_kept]
-    poison = torch.where(count > num_kept, torch.nan, 1.0)
-    grads, saved = upstream[:3], upstream[3:]
-    upstream = [None if x is None else x[picked] * poison for x in grads]
-    upstream += [None if x is None else x[picked] for x in saved]
-    if not num_kept:
-        zeros = (hidden, weight, bias)
-        return tuple(
-            torch.zeros_like(x).mul_(poison) if need else None for x, need in zip(zeros, needs, strict=True)
-        )
-    target = target[picked]
-    rows = silence(hidden[picked], target, ignore_index)
-    grad_hidden, grad_weight, grad_bias = gradient_sweep(
-        upstream, rows, weight, target, *options, needs, gathered, silent=True
-    )
-    if grad_hidden is not None:
-        grad_hidden = torch.zeros_like(hidden).index_copy_(0, picked, grad_hidden)
-    return grad_hidden, grad_weight, grad_bias
-
-
-def gradient_sweep(
-    upstream,
-    hidden,
-    weight,
-    target,
-    bias,
-    logit_scale,
-    logit_softcap,
-    ignore_index,
-    needs,
-    held=0,
-    silent=False,
-):
-    """One sweep over (vocabulary chunk x row chunk) blocks; what is summed is float32 and cast once.
-
-    held: bytes of the memory promise that are taken already. silent: ignored rows of hidden are zeros; else the
-    product with a chunk's rows takes a copy of them in which they are.
-    """
-    (N, D), V, wide = hidden.shape, weight.shape[0], hidden.dtype == torch.float32
-    grad_nll, grad_lse, grad_entropy, lse, entropy = upstream
-    bound = sum((g.abs() for g in (grad_nll, grad_lse) if g is not None), torch.zeros_like(lse))
-    if grad_entropy is not None:
-        bound = bound + grad_entropy.abs() * (1 + entropy)
-    gain, unscale = block_gain(bound, logit_scale, hidden.dtype)
-
-    hidden_sums = 0 if wide or not needs[0] else min(4 * N * D, HIDDEN_BYTES)
-    columns = vocab_chunk(V, D, 64 * N + held + hidden_sums)
-    rows = row_chunk(N, D, columns, hidden.dtype, needs, held, silent)
-    stretch = N if wide or not needs[0] else max(1, min(N, HIDDEN_BYTES // (4 * D)))
-    block = hidden.new_empty(min(rows, stretch), columns)
-    residual = None if wide or not any(needs[:2]) else TargetResidual(target, ignore_index)
-    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
-    grad_bias = torch.zeros(V, dtype=torch.float32, device=weight.device) if needs[2] else None
-    with device_guard(hidden.device):
-        for first in range(0, N, stretch):
-            span = range(first, min(first + stretch, N), block.shape[0])
-            chunks = [slice(r, min(r + block.shape[0], first + stretch, N)) for r in span]
-            orders = [keep_order(target[chunk], ignore_index) for chunk in chunks]
-            hidden_sum = sums(grad_hidden, slice(first, min(first + stretch, N)))
-            for v in range(0, V, columns):
-                vocab = slice(v, min(v + columns, V))
-                weight_sum = sums(grad_weight, vocab)
-                for chunk, order in zip(chunks, orders, strict=True):
-                    g = block[: chunk.stop - chunk.start, : vocab.stop - v]
-                    bias_sums = gradient_block(
-                        g, upstream, hidden, weight, target, bias, order, chunk, vocab, gain,
-                        logit_scale, logit_softcap, needs[2], residual,
-                    )  # fmt: skip
-                    if needs[0]:
-                        accumulate(hidden_sum[chunk.start - first : chunk.stop - first], g, weight[vocab])
-                    if needs[1]:
-                        rows_of_chunk = hidden[chunk]
-                        if not silent:
-                            rows_of_chunk = silence(rows_of_chunk.clone(), target[chunk], ignore_index)
-                        accumulate(weight_sum, g.T, rows_of_chunk)
-                        del rows_of_chunk
-                    if needs[2]:
-                        grad_bias[vocab] += bias_sums
-                if needs[1]:
-                    if residual is not None:
-                        residual.mend_weight(weight_sum, hidden, first_vocab=v)
-                    settle(grad_weight[vocab], weight_sum, unscale)
-                    weight_sum = None  # freed before its successor is made
-            if needs[0]:
-                if residual is not None:
-                    residual.mend_hidden(hidden_sum, weight, first)
-                settle(grad_hidden[first : first + stretch], hidden_sum, unscale)
-                hidden_sum = None
-    return grad_hidden, grad_weight, grad_bias.mul_(logit_scale).to(bias.dtype) if needs[2] else None
-
-
-def sums(gradient: Tensor | None, part: slice) -> Tensor | None:
-    """Zeroed float32 sums of a part of a gradient: the part itself where it is float32."""
-    if gradient is None:
-        return None
-    part = gradient[part]
-    return part.zero_() if part.dtype == torch.float32 else torch.zeros_like(part, dtype=torch.float32)
-
-
-def settle(gradient: Tensor, total: Tensor, unscale: Tensor | None) -> None:
-    """Write float32 sums to their place in the gradient, cast once."""
-    if unscale is not None:
-        total.mul_(unscale)
-    if gradient.dtype != torch.float32:  # float32 sums are the gradient itself
-        gradient.copy_(total)
 
 
 def gradient_block(
