@@ -45,15 +45,12 @@ def forward_backward(
     row_weight = None if row_weight is None else row_weight.float().contiguous()
     loss = native.module().linear_cross_entropy(
         described,
-        native.rows_view(hidden),
-        target.data_ptr(),
-        native.address(row_weight),
+        native.rows_view(hidden, target),
         ignore_index,
+        native.address(row_weight),
         z_loss,
-        native.address(grad_hidden),
-        native.address(grad_weight),
+        [native.address(x) for x in (grad_hidden, grad_weight, grad_bias)],
         stored == torch.bfloat16,
-        native.address(grad_bias),
         torch.get_num_threads(),
     )
     del kept_bias  # read until here

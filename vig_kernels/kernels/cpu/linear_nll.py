@@ -37,14 +37,12 @@ def forward(
     target = target.contiguous()
     native.module().linear_nll(
         described,
-        [native.rows_view(hidden)],
-        target.data_ptr(),
+        [native.rows_view(hidden, target)],
         ignore_index,
-        nll.data_ptr(),
-        native.address(sinks.get("lse")),
-        native.address(sinks.get("lse_rest")),
-        native.address(sinks.get("entropy")),
-        native.address(sinks.get("argmax")),
+        [
+            nll.data_ptr(),
+            *(native.address(sinks.get(name)) for name in ("lse", "lse_rest", "entropy", "argmax")),
+        ],
         torch.get_num_threads(),
     )
     del kept_bias  # read until here
@@ -84,13 +82,11 @@ def backward(
     target = target.contiguous()
     native.module().linear_nll_backward(
         described,
-        native.rows_view(hidden),
-        target.data_ptr(),
+        native.rows_view(hidden, target),
         ignore_index,
-        [native.address(x) for x in upstream],
-        native.address(grad_hidden),
-        native.address(grad_weight),
-        native.address(grad_bias),
+        [native.address(x) for x in upstream[:3]],
+        [native.address(x) for x in upstream[3:]],
+        [native.address(x) for x in (grad_hidden, grad_weight, grad_bias)],
         torch.get_num_threads(),
     )
     del kept_bias  # read until here

@@ -30,14 +30,9 @@ def forward(
     target = target.contiguous()
     native.module().linear_nll(
         described,
-        [native.rows_view(hidden_image), native.rows_view(hidden_null)],
-        target.data_ptr(),
+        [native.rows_view(hidden_image, target), native.rows_view(hidden_null, target)],
         ignore_index,
-        nll.data_ptr(),
-        0,
-        0,
-        0,
-        0,
+        [nll.data_ptr(), 0, 0, 0, 0],
         torch.get_num_threads(),
     )
     del kept_bias  # read until here

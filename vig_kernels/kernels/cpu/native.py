@@ -15,7 +15,7 @@ from torch import Tensor
 RECORD = Path(__file__).parents[2] / "_build.json"
 KEPT_OUTPUT_BYTES = 8 << 20  # smaller results are left to the allocator
 BUILD = (
-    "install a C++17 compiler and run `pip install .` (or `pip install -e .`) in a checkout of vig-kernels"
+    "install a C++20 compiler and run `pip install .` (or `pip install -e .`) in a checkout of vig-kernels"
 )
 
 
@@ -141,9 +141,14 @@ def empty_gradient(like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(like.shape)
 
 
-def rows_view(tensor: Tensor) -> tuple[int, int, int]:
-    """(address, rows, bytes from row to row) of an (N, D) tensor whose rows are contiguous."""
-    return tensor.data_ptr(), tensor.shape[0], tensor.stride(0) * tensor.element_size()
+def rows_view(hidden: Tensor, target: Tensor) -> tuple[int, int, int, int]:
+    """(address, rows, bytes from row to row, address of the targets) of hidden (N, D) and contiguous target (N,)."""
+    return (
+        hidden.data_ptr(),
+        hidden.shape[0],
+        hidden.stride(0) * hidden.element_size(),
+        target.data_ptr(),
+    )
 
 
 def address(tensor: Tensor | None) -> int:
