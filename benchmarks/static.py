@@ -29,7 +29,7 @@ from vig_kernels.kernels.triton.tile_configs import BLUR, HEAD, IRREGULAR, TileC
 STORE = Path(__file__).parent / "results" / "static.json"
 
 PLAIN = Variant("plain")
-SINKS = Variant("bias, softcap, entropy, argmax", softcap=True, bias=True, entropy=True, argmax=True)
+STATS = Variant("bias, softcap, entropy, argmax", softcap=True, bias=True, entropy=True, argmax=True)
 RAGGED = Variant("bias, softcap, any D and stride", softcap=True, bias=True, even_k=False)
 TRAIN = Variant("bias, block", bias=True, store=True)
 TRAIN_CAPPED = Variant("bias, softcap, block", softcap=True, bias=True, store=True)
@@ -40,9 +40,9 @@ ANY = Variant("any D and stride", even_k=False)
 
 # what the wide, narrow and irregular tiles are launched with (tile_configs.head_config); less code is not counted
 HEAD_VARIANTS = {
-    "fold": ((PLAIN, SINKS), (SINKS,), (RAGGED,)),
+    "fold": ((PLAIN, STATS), (STATS,), (RAGGED,)),
     "store": ((TRAIN,), (TRAIN_CAPPED,), (TRAIN_RAGGED,)),
-    "gradient": ((SINKS,), (SINKS,), (RAGGED,)),
+    "gradient": ((STATS,), (STATS,), (RAGGED,)),
 }
 
 
@@ -85,10 +85,10 @@ def small_rows(target: str) -> list[dict]:
     found = []
     for kind, dtypes in DTYPES.items():
         fold, store = (parts(kernel, target, kind) for kernel in ("fold", "store"))
-        found += [small("combine", variant, "float32", part) for part in fold for variant in (PAIR, SINKS)]
+        found += [small("combine", variant, "float32", part) for part in fold for variant in (PAIR, STATS)]
         found += [small("combine", TRAIN_CAPPED, "float32", part) for part in store]
         found += [small("finish", TRAIN_CAPPED, dtype, part) for part in store for dtype in dtypes]
-    for kernel in ("mend hidden", "mend weight"):
+    for kernel in ("correct hidden", "correct weight"):
         found += [small(kernel, variant, dtype) for variant in (PLAIN, ANY) for dtype in DTYPES["16-bit"]]
     return found
 
@@ -125,8 +125,8 @@ def ast_source(entry: dict):
         return static_kernels.blur_source(kernel == "blur read", dtype, fast, tile, how)
     if kernel == "combine":
         return static_kernels.combine_source(variant, tile.block_v)
-    if kernel.startswith("mend"):
-        return static_kernels.mend_source(kernel, variant, dtype)
+    if kernel.startswith("correct"):
+        return static_kernels.correct_source(kernel, variant, dtype)
     return static_kernels.finish_source(variant, dtype, tile.block_v)
 
 
@@ -146,8 +146,8 @@ MODULES = {
     "gradient": (logit_tiles, logit_gradients),
     "combine": (logit_fold,),
     "finish": (linear_cross_entropy_triton,),
-    "mend hidden": (target_residual,),
-    "mend weight": (target_residual,),
+    "correct hidden": (target_residual,),
+    "correct weight": (target_residual,),
     "blur read": (gaussian_blur_triton,),
     "blur write": (gaussian_blur_triton,),
 }

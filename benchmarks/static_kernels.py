@@ -22,7 +22,7 @@ POINTER = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u
 
 INT64 = ("target", "order", "count", "place", "row_of")
 FLOAT32 = (
-    "partial_max", "partial_sum", "target_logit", "target_slope", "lse", "lse_rest", "nll", "gain", "row_weight",
+    "partial_max", "partial_sum", "target_logit", "target_slope", "lse", "lse_lo", "nll", "loss_scale", "row_weight",
     "grad_nll", "residual", "total", "centre_of", "factor_of",
 )  # fmt: skip
 FLOATS = ("logit_scale", "logit_softcap", "z_loss")
@@ -107,7 +107,7 @@ def combine_source(variant: Variant, part: int) -> ASTSource:
         "partial_dot": "*fp32" if variant.entropy else None,
         "partial_arg": "*i32" if variant.argmax else None,
         "lse": "*fp32" if variant.entropy or variant.store else None,
-        "lse_rest": "*fp32" if variant.entropy or variant.store else None,
+        "lse_lo": "*fp32" if variant.entropy or variant.store else None,
         "entropy": "*fp32" if variant.entropy else None,
         "argmax": "*i64" if variant.argmax else None,
         "nll_image": "*fp32" if variant.pair else None,
@@ -128,8 +128,8 @@ def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:
     return source(linear_cross_entropy_triton.finish_kernel, types, constants)
 
 
-def mend_source(kernel: str, variant: Variant, dtype: str) -> ASTSource:
-    """mend_hidden_kernel ("mend hidden") or mend_weight_kernel ("mend weight"); float32 blocks have no residual."""
+def correct_source(kernel: str, variant: Variant, dtype: str) -> ASTSource:
+    """correct_hidden_kernel or correct_weight_kernel, by its name in the tables; float32 blocks have no residual."""
     function = getattr(target_residual, kernel.replace(" ", "_") + "_kernel")
     data = "*" + POINTER[dtype]
     sizes = {name: getattr(target_residual, name) for name in ("ENTRIES", "BLOCK_N", "BLOCK_R")}

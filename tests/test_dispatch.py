@@ -91,9 +91,9 @@ def test_backends_lists_every_op():
 def test_reference_runs_like_any_backend():
     hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.bfloat16().float().requires_grad_()
     options = {"stats": ("lse", "argmax"), "backend": "reference"}
-    nll, sinks = linear_nll(hidden, weight, TARGET, **options)
+    nll, values = linear_nll(hidden, weight, TARGET, **options)
     exact = reference.linear_nll(hidden, weight, TARGET)
-    assert nll.dtype == sinks["lse"].dtype == torch.float32 and torch.equal(nll, exact.float())
+    assert nll.dtype == values["lse"].dtype == torch.float32 and torch.equal(nll, exact.float())
     nll.sum().backward()
     assert hidden.grad.dtype == torch.float32 and hidden.grad.any()
     loss = linear_cross_entropy(hidden, weight, TARGET, backend="reference")

@@ -156,7 +156,7 @@ def test_more_rows_than_a_chunk(dtype, monkeypatch):
 
 @pytest.mark.parametrize("depth", [16, 137, 4100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_panels_packed_beside_products_have_the_bits_of_others(isa, dtype, depth):
+def test_interleaved_packing_changes_no_bits(isa, dtype, depth):
     """Few rows and many are packed for in two ways; weight rows with gaps, D of broken lines, a broken last panel."""
     random = torch.Generator().manual_seed(depth)
     vocab = 9001 if depth < 4096 else 300
@@ -236,8 +236,8 @@ def test_gradients_against_float64(isa):
             leaf.grad = None
         upstream = torch.randn(3, len(target), generator=torch.Generator().manual_seed(2))
         stats = ("lse", "entropy")
-        exact, sinks = reference.linear_nll(*leaves[:2], target, stats=stats, **options)
-        (torch.stack([exact, *sinks.values()]) * upstream).sum().backward()
+        exact, values = reference.linear_nll(*leaves[:2], target, stats=stats, **options)
+        (torch.stack([exact, *values.values()]) * upstream).sum().backward()
         _, saved = linear_nll_cpu.forward(hidden, weight, target, bias, scale, cap, -100, stats)
         again = linear_nll_cpu.backward(
             *upstream, *saved.values(), hidden, weight, target, bias, scale, cap, -100, needs
@@ -292,8 +292,8 @@ def test_every_chunk_takes_its_own_weights_upstreams_and_bias():
     factors[:, some] = torch.rand(4, len(some), generator=random) + 0.5
     options = (1.0, None, -100)
     leaves = [x.double().requires_grad_() for x in (hidden[some], weight, bias)]
-    nll, sinks = reference.linear_nll(*leaves[:2], target[some], bias=leaves[2], stats=("lse", "entropy"))
-    values = (nll, sinks["lse"], sinks["entropy"], nll + 0.01 * sinks["lse"].square())
+    nll, values = reference.linear_nll(*leaves[:2], target[some], bias=leaves[2], stats=("lse", "entropy"))
+    values = (nll, values["lse"], values["entropy"], nll + 0.01 * values["lse"].square())
     losses = [(value * factor[some]).sum() for value, factor in zip(values, factors, strict=True)]
 
     def compare(found, loss):

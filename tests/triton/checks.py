@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 
 from vig_kernels import reference
-from vig_kernels.ops.linear_nll import with_rest
+from vig_kernels.ops.linear_nll import with_lse_lo
 
 STATS = ("lse", "entropy", "argmax")
 OPTIONS = {"bias": None, "logit_scale": 1.0, "logit_softcap": None}
@@ -56,18 +56,18 @@ def bound(hidden, weight, options) -> torch.Tensor:
 def assert_forward(k, hidden, weight, target, options):
     """nll, lse, entropy and argmax against float64, and linear_vig with the bits of linear_nll."""
     arguments = (options["bias"], options["logit_scale"], options["logit_softcap"], -100)
-    nll, sinks = k.linear_nll.forward(hidden, weight, target, *arguments, STATS)
-    exact, exact_sinks = reference.linear_nll(hidden, weight, target, **options, stats=STATS)
+    nll, values = k.linear_nll.forward(hidden, weight, target, *arguments, STATS)
+    exact, exact_stats = reference.linear_nll(hidden, weight, target, **options, stats=STATS)
     limit = bound(hidden, weight, options)
     assert nll.dtype == torch.float32
     assert ((nll - exact).abs() <= limit).all(), "nll"
-    assert ((sinks["lse"] - exact_sinks["lse"]).abs() <= limit).all(), "lse"
-    assert ((sinks["entropy"] - exact_sinks["entropy"]).abs() <= 4 * limit).all(), "entropy"
+    assert ((values["lse"] - exact_stats["lse"]).abs() <= limit).all(), "lse"
+    assert ((values["entropy"] - exact_stats["entropy"]).abs() <= 4 * limit).all(), "entropy"
     live = target != -100
     logits = reference.linear_logits(hidden, weight, **options)
-    chosen = logits[live].gather(1, sinks["argmax"][live, None]).squeeze(1)
+    chosen = logits[live].gather(1, values["argmax"][live, None]).squeeze(1)
     assert (chosen >= logits[live].amax(1) - 2 * limit[live]).all(), "argmax"
-    assert (nll[~live] == 0).all() and (sinks["argmax"][~live] == -1).all(), "ignored rows"
+    assert (nll[~live] == 0).all() and (values["argmax"][~live] == -1).all(), "ignored rows"
     other = hidden.new_empty(len(hidden), hidden.shape[1] + 8)[:, : hidden.shape[1]].copy_(hidden.flip(0))
     vig, image, null = k.linear_vig.forward(hidden, other, weight, target, *arguments)
     assert torch.equal(vig, null - image), "vig"
@@ -86,8 +86,8 @@ def check_first_of_equal_maxima(k):
     weight = torch.zeros(75, 16)
     weight[[17, 20, 40, 70]] = 1.0
     target = torch.zeros(2, dtype=torch.long)
-    sinks = k.linear_nll.forward(torch.ones(2, 16), weight, target, None, 1.0, None, -100, ("argmax",))[1]
-    assert sinks["argmax"].tolist() == [17, 17]
+    values = k.linear_nll.forward(torch.ones(2, 16), weight, target, None, 1.0, None, -100, ("argmax",))[1]
+    assert values["argmax"].tolist() == [17, 17]
 
 
 def check_bad_targets_and_masked_words(k):
@@ -96,8 +96,8 @@ def check_bad_targets_and_masked_words(k):
     target[:] = 60
     exact = reference.linear_nll(hidden, weight[40:], target - 40, bias=bias[40:])
     target[5], target[6] = 75, -7
-    nll, sinks = k.linear_nll.forward(hidden, weight, target, bias, 1.0, None, -100, STATS)
-    assert nll[[5, 6]].isnan().all() and not sinks["lse"].isnan().any()
+    nll, values = k.linear_nll.forward(hidden, weight, target, bias, 1.0, None, -100, STATS)
+    assert nll[[5, 6]].isnan().all() and not values["lse"].isnan().any()
     fine = [n for n in range(len(nll)) if n not in (5, 6)]
     options = OPTIONS | {"bias": bias[40:]}
     assert ((nll - exact).abs() <= bound(hidden, weight[40:], options))[fine].all()
@@ -106,15 +106,15 @@ def check_bad_targets_and_masked_words(k):
 def check_chunks_and_company(k):
     """The bits of a row depend on neither the chunk it falls in nor the rows beside it."""
     hidden, weight, target, _ = problem(N=40)
-    whole, sinks = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, STATS)
+    whole, values = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, STATS)
     kept, k.logit_fold.PARTIALS_BYTES = k.logit_fold.PARTIALS_BYTES, 2000
     try:
-        again, again_sinks = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, STATS)
+        again, again_stats = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, STATS)
         _, image, _ = k.linear_vig.forward(hidden, hidden + 1, weight, target, None, 1.0, None, -100)
     finally:
         k.logit_fold.PARTIALS_BYTES = kept
     assert torch.equal(whole, again) and torch.equal(image, whole), "chunks change bits"
-    assert all(torch.equal(sinks[name], again_sinks[name]) for name in STATS)
+    assert all(torch.equal(values[name], again_stats[name]) for name in STATS)
     for some in (slice(3, 4), slice(7, 30)):
         part = k.linear_nll.forward(hidden[some], weight, target[some], None, 1.0, None, -100, ())[0]
         assert torch.equal(part, whole[some]), "company changes bits"
@@ -160,8 +160,8 @@ def check_gradients(k, dtype=torch.float32, kinds=("nll", "lse", "entropy"), cap
     hidden[4] = 1e4  # an ignored row whose exp overflows
     leaves = [t.double().requires_grad_() for t in (hidden, weight, bias)]
     options = {"bias": leaves[2], "logit_scale": 1.3, "logit_softcap": cap}
-    nll, sinks = reference.linear_nll(*leaves[:2], target, **options, stats=("lse", "entropy"))
-    values = {"nll": nll, **sinks}
+    nll, values = reference.linear_nll(*leaves[:2], target, **options, stats=("lse", "entropy"))
+    values = {"nll": nll, **values}
     draw = torch.Generator().manual_seed(3)
     up = {kind: torch.randn(len(target), generator=draw) if kind in kinds else None for kind in values}
     exact = torch.autograd.grad(sum((values[kind] * up[kind]).sum() for kind in kinds), leaves)
@@ -172,9 +172,9 @@ def check_gradients(k, dtype=torch.float32, kinds=("nll", "lse", "entropy"), cap
         return sum((value * up[kind][live]).sum() for kind, value in pairs if kind in kinds)
 
     eager = eager_gradients(upstream, hidden, weight, bias, target, 1.3, cap)
-    stats = ("lse", "entropy", "lse_rest")
+    stats = ("lse", "entropy", "lse_lo")
     saved = k.linear_nll.forward(hidden, weight, target, bias, 1.3, cap, -100, stats)[1]
-    up, entropy = with_rest(up.values(), saved["entropy"], saved["lse_rest"])
+    up, entropy = with_lse_lo(up.values(), saved["entropy"], saved["lse_lo"])
     arguments = (*up, saved["lse"], entropy, hidden, weight, target, bias, 1.3, cap, -100)
     module = k.linear_nll
     limits = (module.HIDDEN_BYTES, module.row_chunk, module.vocab_chunk)
@@ -237,7 +237,7 @@ def check_training(k, dtype=torch.float32, num_kept=True, cap=4.0, chunk_rows=16
 
 
 def check_target_residual(k):
-    """The mending kernels against float64: targets that repeat, are ignored or unknown, several blocks of D."""
+    """The correction kernels against float64: targets that repeat, are ignored or unknown, several blocks of D."""
     draw = torch.Generator().manual_seed(6)
     N, D, V = 36, 20, 40
     target = torch.randint(0, V, (N,), generator=draw)
@@ -253,19 +253,19 @@ def check_target_residual(k):
         at = target.clamp(0, V - 1)
         total = torch.randn(N, D, generator=draw)
         found = total.clone()
-        residual.mend_hidden(found[:19], weight)
-        residual.mend_hidden(found[19:], weight, 19)
+        residual.correct_hidden(found[:19], weight)
+        residual.correct_hidden(found[19:], weight, 19)
         assert norm_error(found, total + lost * weight.double()[at]) < 1e-6, "hidden"
         for first, last in ((0, V), (9, 30)):
             total = torch.randn(V, D, generator=draw)
             exact = total.double().index_add(0, at, lost * hidden.double())[first:last]
             found = total.clone()[: last - first].copy_(total[first:last])  # with room behind it for a fault
-            residual.mend_weight(found, hidden, first_vocab=first)
+            residual.correct_weight(found, hidden, first_vocab=first)
             assert norm_error(found, exact) < 1e-6, "weight"
         rows = torch.randperm(N, generator=draw)  # the residual's rows stand elsewhere in `hidden`
         found, elsewhere = torch.zeros(V, D), torch.empty_like(hidden)
         elsewhere[rows] = hidden
-        residual.mend_weight(found, elsewhere, rows)
+        residual.correct_weight(found, elsewhere, rows)
         exact = torch.zeros(V, D, dtype=torch.float64).index_add(0, at, lost * hidden.double())
         assert norm_error(found, exact) < 1e-6, "weight, rows elsewhere"
     finally:
@@ -313,16 +313,16 @@ def check_what_16_bits_lose(k):
             )  # 8e-4 and more without the residual
 
 
-def check_rest_of_lse(k):
-    """lse + lse_rest is the log-sum-exp far beyond float32, and formed gradients use both."""
+def check_low_part_of_lse(k):
+    """lse + lse_lo is the log-sum-exp far beyond float32, and formed gradients use both."""
     words = torch.linspace(0.01, 1.0, 9)[:, None]
     shift = torch.full((2,), -(2.0**20))  # float32 steps by 1/16 around there
-    _, sinks = k.linear_nll.forward(
-        words, torch.ones(2, 1), torch.zeros(9).long(), shift, 1.0, None, -100, ("lse", "lse_rest")
+    _, values = k.linear_nll.forward(
+        words, torch.ones(2, 1), torch.zeros(9).long(), shift, 1.0, None, -100, ("lse", "lse_lo")
     )
     exact = (words[:, 0] + shift[0]).double() + torch.tensor(2.0).double().log()
-    found = sinks["lse"].double() + sinks["lse_rest"]
-    assert (found - exact).abs().max() < 1e-6, "lse_rest"
+    found = values["lse"].double() + values["lse_lo"]
+    assert (found - exact).abs().max() < 1e-6, "lse_lo"
 
     block, one, two = torch.ones(2, 8), torch.ones(2), torch.full((2,), 2.0)
     k.linear_cross_entropy.finish_kernel[(1,)](
@@ -331,7 +331,7 @@ def check_rest_of_lse(k):
     )  # fmt: skip
     exact = torch.full((2, 8), -1.0).exp()
     exact[0, 3] -= 1.0  # nll = 1; the other row's target is no word
-    assert (block - exact).abs().max() < 1e-6, "rest of lse in a formed gradient"
+    assert (block - exact).abs().max() < 1e-6, "low part of lse in a formed gradient"
 
 
 def check_blur(k, dtype=torch.float32, precision="float32", shape=(2, 2, 45, 38), border="reflect"):
@@ -378,14 +378,14 @@ def check_large_offsets_of_operands(k):
         else:
             w = far_apart(40, 8, BEYOND, torch.bfloat16).copy_(weight.bfloat16())
             h = hidden.bfloat16()
-        nll, sinks = k.linear_nll.forward(h, w, target, None, 1.0, None, -100, ("lse",))
+        nll, values = k.linear_nll.forward(h, w, target, None, 1.0, None, -100, ("lse",))
         assert (nll - exact).abs().max() <= 1e-3, f"offsets of {where}"
         up = torch.ones(5)
         arguments = (
             up,
             None,
             None,
-            sinks["lse"],
+            values["lse"],
             None,
             h,
             w,
@@ -396,7 +396,7 @@ def check_large_offsets_of_operands(k):
             -100,
             (True, False, False),
         )
-        near = (up, None, None, sinks["lse"], None, h.clone(), w.clone(), target, None, 1.0, None, -100)
+        near = (up, None, None, values["lse"], None, h.clone(), w.clone(), target, None, 1.0, None, -100)
         gradient = k.linear_nll.backward(*arguments)[0]
         assert torch.equal(gradient, k.linear_nll.backward(*near, (True, False, False))[0])
 
@@ -454,7 +454,7 @@ def check_large_offsets_of_blocks(k):
 
 
 def check_large_offsets_of_residuals(k):
-    """The mending kernels on gradients, weights and hidden states whose rows lie far apart."""
+    """The correction kernels on gradients, weights and hidden states whose rows lie far apart."""
     target = torch.tensor([0, 4, 4])
     near = torch.arange(40.0).reshape(5, 8).sin()
     for far_source in (False, True):
@@ -466,10 +466,10 @@ def check_large_offsets_of_residuals(k):
             total = torch.zeros(size, 8) if far_source else far_apart(size, 8, BEYOND).fill_(0.0)
             exact = torch.zeros(size, 8, dtype=torch.float64)
             if size == 3:
-                residual.mend_hidden(total, source)
+                residual.correct_hidden(total, source)
                 exact += residual.lost.double()[:, None] * source.double()[target]
             else:
                 rows = torch.tensor([0, 1, 4])
-                residual.mend_weight(total, source, rows)
+                residual.correct_weight(total, source, rows)
                 exact.index_add_(0, target, residual.lost.double()[:, None] * source.double()[rows])
             assert norm_error(total, exact) < 1e-6, "offsets of residuals"

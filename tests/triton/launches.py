@@ -89,8 +89,8 @@ def heads() -> None:
         }
         vig_kernels.linear_nll(hidden, weight, target, backend="triton").sum().backward()
         stats = ("lse", "entropy", "argmax")
-        nll, sinks = vig_kernels.linear_nll(hidden, weight, target, stats=stats, backend="triton", **options)
-        (nll + sinks["lse"] + sinks["entropy"]).sum().backward()
+        nll, values = vig_kernels.linear_nll(hidden, weight, target, stats=stats, backend="triton", **options)
+        (nll + values["lse"] + values["entropy"]).sum().backward()
         vig_kernels.linear_vig(hidden, hidden, weight, target, backend="triton")
         more = {"z_loss": 1e-4, "token_weight": torch.rand(N)} | options
         for memory, extra in (("fast", {}), ("fast", more), ("low", {})):

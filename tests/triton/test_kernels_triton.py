@@ -78,7 +78,7 @@ def test_chunks_and_company_change_no_bits(small_tiles):
 def test_ignored_rows_cost_nothing_in_any_chunk(small_tiles):
     hidden, weight, target, _ = checks.problem(N=40, ignored=False)
     target[20:] = -100
-    order, count = launch.keep_order(target, -100)
+    order, count = launch.compaction_order(target, -100)
     module, config = KERNELS.logit_fold, tile_configs.INTERPRETER
     for first, rows in ((0, 16), (16, 16), (32, 8)):
         partials = module.Partials(rows, 1, 75, config, (), hidden.device)
@@ -133,7 +133,7 @@ def test_what_16_bits_lose_is_given_back(small_tiles):
 
 
 def test_log_sum_exp_is_two_floats(small_tiles):
-    checks.check_rest_of_lse(KERNELS)
+    checks.check_low_part_of_lse(KERNELS)
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
@@ -166,9 +166,9 @@ def test_tiny_float16_gradients_are_not_lost(small_tiles):
     )
     try:
         for up in (1.0, 1e-9):
-            _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
+            _, values = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
             module.backward(
-                torch.full((21,), up), None, None, sinks["lse"], None, hidden, weight, target, None, 1.0, None, -100,
+                torch.full((21,), up), None, None, values["lse"], None, hidden, weight, target, None, 1.0, None, -100,
                 (True, False, False),
             )  # fmt: skip
     finally:
@@ -194,9 +194,9 @@ def test_float16_blocks_hold_a_large_upstream_of_the_entropy(small_tiles):
     leaves = [x.double().requires_grad_() for x in (hidden, weight)]
     exact = reference.linear_nll(*leaves, target, stats=("entropy",))[1]["entropy"].sum() * 3000.0
     exact = torch.autograd.grad(exact, leaves)
-    _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse", "entropy"))
+    _, values = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse", "entropy"))
     found = KERNELS.linear_nll.backward(
-        None, None, torch.full((21,), 3000.0), sinks["lse"], sinks["entropy"], hidden, weight, target, None, 1.0,
+        None, None, torch.full((21,), 3000.0), values["lse"], values["entropy"], hidden, weight, target, None, 1.0,
         None, -100, (True, True, False),
     )  # fmt: skip
     for mine, truth in zip(found[:2], exact, strict=True):
@@ -215,14 +215,14 @@ class NoReadback(TorchDispatchMode):
 def test_no_host_synchronisation(small_tiles):
     hidden, weight, target, bias = checks.problem(bias=True)
     with NoReadback():
-        _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, bias, 1.0, None, -100, checks.STATS)
+        _, values = KERNELS.linear_nll.forward(hidden, weight, target, bias, 1.0, None, -100, checks.STATS)
         up = torch.ones(21)
         KERNELS.linear_nll.backward(
             up,
             up,
             up,
-            sinks["lse"],
-            sinks["entropy"],
+            values["lse"],
+            values["entropy"],
             hidden,
             weight,
             target,
@@ -348,9 +348,21 @@ def test_autotune_searches_every_kernel(monkeypatch, capsys):
     monkeypatch.setattr(tile_configs, "_tuned", {})
     hidden, weight, target, _ = checks.problem(N=6, D=16, V=20, ignored=False)
     needs = (True, True, False)
-    _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
+    _, values = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
     KERNELS.linear_nll.backward(
-        sinks["lse"], None, None, sinks["lse"], None, hidden, weight, target, None, 1.0, None, -100, needs
+        values["lse"],
+        None,
+        None,
+        values["lse"],
+        None,
+        hidden,
+        weight,
+        target,
+        None,
+        1.0,
+        None,
+        -100,
+        needs,
     )
     KERNELS.linear_cross_entropy.forward_backward(
         hidden, weight, target, None, None, 1.0, None, -100, 0.0, None, needs

@@ -81,10 +81,10 @@ def test_three_gemms_to_train_and_four_to_recompute(monkeypatch):
     for num_kept, rows in ((None, 40), (kept, kept)):
         tiles.flop = 0
         with FlopCounterMode(display=False) as vendor:
-            _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
+            _, values = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
             assert tiles.flop == 2 * 40 * 75 * 50
             KERNELS.linear_nll.backward(
-                torch.ones(40), None, None, sinks["lse"], None, hidden, weight, target, None, 1.0, None, -100,
+                torch.ones(40), None, None, values["lse"], None, hidden, weight, target, None, 1.0, None, -100,
                 (True, True, False), num_kept,
             )  # fmt: skip
         assert tiles.flop + vendor.get_total_flops() == (40 + 3 * rows) * 2 * 75 * 50, (

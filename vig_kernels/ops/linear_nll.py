@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
 
-SINKS = (*check.STATS, "lse_rest")  # what a backend's forward may be asked for beside nll
+OUTPUTS = (*check.STATS, "lse_lo")  # what a backend's forward may be asked for beside nll
 
 
 def linear_nll(
@@ -82,8 +82,8 @@ def nll_values(
     if backend == "reference":
         check.target_range(target, weight.shape[0], ignore_index)
         options = {"bias": bias, "logit_scale": scale, "logit_softcap": softcap, "ignore_index": ignore_index}
-        nll, sinks = reference.linear_nll(hidden, weight, target, **options, stats=("lse", *stats))
-        return {"nll": nll.float()} | {k: v if k == "argmax" else v.float() for k, v in sinks.items()}
+        nll, values = reference.linear_nll(hidden, weight, target, **options, stats=("lse", *stats))
+        return {"nll": nll.float()} | {k: v if k == "argmax" else v.float() for k, v in values.items()}
     check.forward_mode(hidden, weight, bias)
     grad = torch.is_grad_enabled() and any(map(check.wants_grad, (hidden, weight, bias)))
     nll, lse, entropy, argmax, _ = nll_forward_op(
@@ -123,9 +123,9 @@ def nll_forward_op(
     hidden, weight, target, bias, scale, softcap, ignore_index, with_lse, with_entropy, with_argmax, backend,
     num_kept=None,
 ):  # fmt: skip
-    """(nll, lse, entropy, argmax, lse_rest); the ones not asked for have no elements: ops cannot return None.
+    """(nll, lse, entropy, argmax, lse_lo); the ones not asked for have no elements: ops cannot return None.
 
-    lse + lse_rest is the log-sum-exp beyond float32's precision: at lse = 200 float32 rounds by 8e-6, and every
+    lse + lse_lo is the log-sum-exp beyond float32's precision: at lse = 200 float32 rounds by 8e-6, and every
     p = exp(z - lse) of the row by as much.
     """
     check.target_range(target, weight.shape[0], ignore_index)
@@ -145,12 +145,12 @@ def nll_forward_op(
     )
     if target.numel() == 0:
         return outputs
-    asked = zip(SINKS, (with_lse, with_entropy, with_argmax, with_lse), strict=True)
+    asked = zip(OUTPUTS, (with_lse, with_entropy, with_argmax, with_lse), strict=True)
     stats = tuple(stat for stat, wanted in asked if wanted)
     run = dispatch.module("linear_nll", backend).forward
     with torch.autocast(hidden.device.type, enabled=False):
-        nll, sinks = run(hidden, weight, target, bias, scale, softcap, ignore_index, stats)
-    return nll, *(sinks.get(stat, empty) for stat, empty in zip(SINKS, outputs[1:], strict=True))
+        nll, values = run(hidden, weight, target, bias, scale, softcap, ignore_index, stats)
+    return nll, *(values.get(stat, empty) for stat, empty in zip(OUTPUTS, outputs[1:], strict=True))
 
 
 @nll_forward_op.register_fake
@@ -170,14 +170,14 @@ def _save(ctx, inputs, output):
     hidden, weight, target, bias, ctx.scale, ctx.softcap, ctx.ignore_index, *_, ctx.backend, ctx.num_kept = (
         inputs
     )
-    _, lse, entropy, argmax, lse_rest = output
-    ctx.save_for_backward(hidden, weight, target, bias, lse, entropy, lse_rest)
-    ctx.mark_non_differentiable(argmax, lse_rest)
+    _, lse, entropy, argmax, lse_lo = output
+    ctx.save_for_backward(hidden, weight, target, bias, lse, entropy, lse_lo)
+    ctx.mark_non_differentiable(argmax, lse_lo)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_nll, grad_lse, grad_entropy, *_):
-    hidden, weight, target, bias, lse, entropy, lse_rest = ctx.saved_tensors
+    hidden, weight, target, bias, lse, entropy, lse_lo = ctx.saved_tensors
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     grads = [
         grad if grad is not None and grad.numel() else None for grad in (grad_nll, grad_lse, grad_entropy)
@@ -192,7 +192,7 @@ def _backward(ctx, grad_nll, grad_lse, grad_entropy, *_):
         found = nll_backward_op(
             *grads,
             lse,
-            lse_rest,
+            lse_lo,
             entropy,
             hidden,
             weight,
@@ -217,7 +217,7 @@ nll_forward_op.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op(
     "vig_kernels::linear_nll_backward",
     mutates_args=(),
-    schema="(Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor lse_rest, "
+    schema="(Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor lse_lo, "
     "Tensor entropy, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float? softcap, "
     "int ignore_index, bool[] needs, str backend, SymInt? num_kept=None) -> (Tensor, Tensor, Tensor)",
 )
@@ -226,7 +226,7 @@ def nll_backward_op(
     grad_lse,
     grad_entropy,
     lse,
-    lse_rest,
+    lse_lo,
     entropy,
     hidden,
     weight,
@@ -242,7 +242,7 @@ def nll_backward_op(
     """Gradients of hidden, weight and bias, empty where not needed. It has no gradient of its own: a second
     differentiation raises instead of being wrong."""
     grads = [None if g is None else g.contiguous() for g in (grad_nll, grad_lse, grad_entropy)]
-    grads, entropy = with_rest(grads, entropy, lse_rest)
+    grads, entropy = with_lse_lo(grads, entropy, lse_lo)
     run = dispatch.module("linear_nll", backend).backward
     with torch.autocast(hidden.device.type, enabled=False):
         found = run(
@@ -262,21 +262,21 @@ def nll_backward_op(
     return tuple(hidden.new_empty(0) if g is None else g for g in found)
 
 
-def with_rest(grads, entropy, lse_rest):
-    """(gradients, entropy) for a backward that knows lse alone: p = exp(z - lse) exp(-lse_rest).
+def with_lse_lo(grads, entropy, lse_lo):
+    """(gradients, entropy) for a backward that knows lse alone: p = exp(z - lse) exp(-lse_lo).
 
-    d loss / d z_v = p_v (g_nll + g_lse - g_entropy (z_v - lse - lse_rest + entropy)) - [v = target] g_nll, so that
-    the factor exp(-lse_rest) goes into g_lse and g_entropy, and the rest beside it into the entropy.
+    d loss / d z_v = p_v (g_nll + g_lse - g_entropy (z_v - lse - lse_lo + entropy)) - [v = target] g_nll, so that
+    the factor exp(-lse_lo) goes into g_lse and g_entropy, and lse_lo itself into the entropy.
     """
     grad_nll, grad_lse, grad_entropy = grads
-    shrink = torch.expm1(-lse_rest)  # small: what it multiplies keeps its bits where the rest is 0
+    shrink = torch.expm1(-lse_lo)  # small: what it multiplies keeps its bits where lse_lo is 0
     softmax = [grad for grad in (grad_nll, grad_lse) if grad is not None]
     if softmax:
         change = sum(softmax) * shrink
         grad_lse = change if grad_lse is None else grad_lse + change
     if grad_entropy is None:
         return (grad_nll, grad_lse, None), None
-    return (grad_nll, grad_lse, grad_entropy + grad_entropy * shrink), entropy - lse_rest
+    return (grad_nll, grad_lse, grad_entropy + grad_entropy * shrink), entropy - lse_lo
 
 
 @nll_backward_op.register_fake
@@ -285,7 +285,7 @@ def _backward_fake(
     grad_lse,
     grad_entropy,
     lse,
-    lse_rest,
+    lse_lo,
     entropy,
     hidden,
     weight,

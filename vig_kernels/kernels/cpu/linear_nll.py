@@ -25,12 +25,12 @@ def forward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(nll (N,) float32 in nats, {"lse": ..., "entropy": ..., "argmax": ...} as asked); ignored rows 0.0 and -1.
 
-    "lse_rest" is what float32 cannot hold of lse.
+    "lse_lo" is what float32 cannot hold of lse.
     Ignored rows are left out before any work. The bits of a row depend on neither threads nor other rows.
     """
     rows = hidden.shape[0]
     nll = hidden.new_zeros(rows, dtype=torch.float32)
-    sinks = {
+    values = {
         name: target.new_full((rows,), -1) if name == "argmax" else torch.zeros_like(nll) for name in stats
     }
     described, kept_bias = native.head(hidden, weight, bias, logit_scale, logit_softcap)
@@ -41,12 +41,12 @@ def forward(
         ignore_index,
         [
             nll.data_ptr(),
-            *(native.address(sinks.get(name)) for name in ("lse", "lse_rest", "entropy", "argmax")),
+            *(native.address(values.get(name)) for name in ("lse", "lse_lo", "entropy", "argmax")),
         ],
         torch.get_num_threads(),
     )
     del kept_bias  # read until here
-    return nll, sinks
+    return nll, values
 
 
 def backward(

@@ -38,7 +38,7 @@ def _read_record() -> str:
         return f"the CPU kernels have not been built: {BUILD}"
     if record.get("built"):
         return f"the CPU kernels were built for another Python: {BUILD}"
-    return f"the CPU kernels could not be built: {record.get('reason')}; to mend it, {record.get('cure')}"
+    return f"the CPU kernels could not be built: {record.get('reason')}; to fix it, {record.get('cure')}"
 
 
 def module() -> ModuleType | None:

@@ -32,7 +32,7 @@ BUFFER_BYTES = 128 << 20  # one float32 gradient that cannot be accumulated in i
 
 
 class RunningRows:
-    """Per-row state of the sweep over the vocabulary: max, sum exp(z - max) and the sinks asked for."""
+    """Per-row state of the sweep over the vocabulary: max, sum exp(z - max) and the statistics asked for."""
 
     def __init__(self, target: Tensor, stats: tuple[str, ...]):
         size = target.shape[0]
@@ -74,7 +74,7 @@ class RunningRows:
         # max - logit first: both may be large, their difference is small where it matters
         lse = self.top + log_total
         values = {"nll": (self.top - self.target_logit) + log_total, "lse": lse}
-        values["lse_rest"] = rounding_of_sum(self.top, log_total, lse)
+        values["lse_lo"] = rounding_of_sum(self.top, log_total, lse)
         if self.spread is not None:
             values["entropy"] = (log_total - self.spread / self.total).clamp_(min=0.0)
         if self.best is not None:
@@ -125,7 +125,7 @@ def sweep(
 
 
 def forward(hidden, weight, target, bias, logit_scale, logit_softcap, ignore_index, stats):
-    """See API: nll (N,) float32 and the sinks in `stats`; ignored rows cost no products on a CPU."""
+    """See API: nll (N,) float32 and the statistics in `stats`; ignored rows cost no products on a CPU."""
     head = Head(weight, bias, logit_scale, logit_softcap)
     (values,) = sweep([hidden], head, target, ignore_index, stats)
     return values.pop("nll"), values

@@ -80,5 +80,5 @@ def finite_or_zero(top: Tensor) -> Tensor:
 def rounding_of_sum(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
     """a + b - total for total = a + b as float32 rounds it, exactly (Knuth); 0 where total is not finite."""
     b_part = total - a
-    rest = (a - (total - b_part)) + (b - b_part)
-    return torch.where(total.isfinite(), rest, 0.0)
+    low = (a - (total - b_part)) + (b - b_part)
+    return torch.where(total.isfinite(), low, 0.0)

@@ -85,7 +85,7 @@ def silence(rows: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return rows.masked_fill_((target == ignore_index)[:, None], 0.0)
 
 
-def keep_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def compaction_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """order (N,) int64, the kept rows first and each group in its own order, and count () int64, on the device.
 
     Nothing is read back: a kernel learns from `count` which of its tiles have nothing to do.

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dense, device_guard, keep_order, silence, why_not
+from .launch import compaction_order, dense, device_guard, silence, why_not
 from .linear_nll import sweep
 from .logit_fold import Partials, combine, fold
-from .logit_gradients import accumulate, block_gain
+from .logit_gradients import accumulate, loss_scale_of
 from .logit_tiles import narrow
 from .target_residual import TargetResidual
 from .tile_configs import head_config
@@ -31,17 +31,17 @@ LSE_MARGIN = 100.0  # what |lse| is taken to be where float16's range is set; 64
 @triton.jit(do_not_specialize=["first_row", "rows", "parts", "V"])
 def finish_kernel(
     weights,  # (rows, V): exp(z - partial_max) * dz/dy, float32 or float16
-    block,  # the same memory, in the type of hidden: gain * d loss / d y
+    block,  # the same memory, in the type of hidden: loss_scale * d loss / d y
     partial_max,  # (parts, rows) float32
     target_slope,  # (rows,) float32: dz/dy of the target
     nll,  # (N,) float32
     lse,  # (N,) float32
-    lse_rest,  # (N,) float32: what float32 cannot hold of lse
+    lse_lo,  # (N,) float32: what float32 cannot hold of lse
     row_weight,  # (N,) float32 or None
     target,  # (N,) int64
     order,  # (N,) int64
     count,  # () int64
-    gain,  # () float32
+    loss_scale,  # () float32
     partial_bias,  # (row tiles, V) float32 or None: sums of d loss / d y over the tile's rows
     residual,  # (rows,) float32 or None: what `block` loses at the target (target_residual.py)
     stride_block,
@@ -66,13 +66,13 @@ def finish_kernel(
     if row_weight is not None:
         w = tl.load(row_weight + row, mask=live, other=0.0)
     row_lse = tl.load(lse + row, mask=live, other=0.0)
-    row_rest = tl.load(lse_rest + row, mask=live, other=0.0)
+    row_lse_lo = tl.load(lse_lo + row, mask=live, other=0.0)
     slope = w * (1.0 + 2.0 * z_loss * row_lse)  # d loss / d log-sum-exp
     top = tl.load(partial_max + part.to(tl.int64) * rows + local, mask=live, other=0.0)
     at = local.to(tl.int64)[:, None] * stride_block + column[None, :]
     writable = inside[:, None] & (column < V)[None, :]
     e = tl.load(weights + at, mask=live[:, None] & (column < V)[None, :], other=0.0).to(tl.float32)
-    g = e * (tl.exp((top - row_lse) - row_rest) * slope)[:, None]
+    g = e * (tl.exp((top - row_lse) - row_lse_lo) * slope)[:, None]
 
     # at the target from nll, not from a weight that may have been rounded to 16 bits: w (p (1 + 2 z_loss lse) - 1)
     wanted = tl.load(target + row, mask=live, other=-1)
@@ -88,7 +88,7 @@ def finish_kernel(
     if partial_bias is not None:
         sums = row_tile.to(tl.int64) * V + column
         tl.store(partial_bias + sums, tl.sum(g, axis=0), mask=column < V)
-    g *= tl.load(gain)
+    g *= tl.load(loss_scale)
     stored = narrow(g, block.dtype.element_ty)
     tl.store(block + at, stored, mask=writable)
     if residual is not None:
@@ -118,26 +118,26 @@ def forward_backward(
     """
     N, (V, D) = target.shape[0], weight.shape
     target, bias, row_weight = dense(target, bias, row_weight)
-    order, count = keep_order(target, ignore_index)
+    order, count = compaction_order(target, ignore_index)
     nll, lse, rest = (torch.zeros(N, dtype=torch.float32, device=target.device) for _ in range(3))
     grads = [
         torch.zeros(shape, dtype=torch.float32, device=target.device) if need else None
         for shape, need in zip(((N, D), (V, D), (V,)), needs, strict=True)
     ]
     if not any(needs):
-        nll, sinks = sweep(
+        nll, values = sweep(
             (hidden,), weight, target, bias, logit_scale, logit_softcap, ignore_index, ("lse",)
         )[0]
-        lse = sinks["lse"]
+        lse = values["lse"]
     else:
         bound = torch.ones_like(nll[:1]) if row_weight is None else row_weight.abs()
         bound = bound * (1 + 2 * abs(z_loss) * LSE_MARGIN)
-        gain, unscale = block_gain(bound, logit_scale, hidden.dtype)
+        loss_scale, unscale = loss_scale_of(bound, logit_scale, hidden.dtype)
         options = (bias, row_weight, logit_scale, logit_softcap, ignore_index, z_loss)
         with device_guard(hidden.device):
             kept = N if num_kept is None else min(N, num_kept)
-            values = {"nll": nll, "lse": lse, "lse_rest": rest}
-            train_chunks(hidden, weight, target, order, count, kept, gain, values, grads, options)
+            values = {"nll": nll, "lse": lse, "lse_lo": rest}
+            train_chunks(hidden, weight, target, order, count, kept, loss_scale, values, grads, options)
         for gradient in grads[:2]:
             if gradient is not None and unscale is not None:
                 gradient.mul_(unscale)
@@ -174,8 +174,8 @@ def padded(V: int) -> int:
     return triton.cdiv(V, 16) * 16
 
 
-def train_chunks(hidden, weight, target, order, count, kept, gain, values, grads, options):
-    """Fill `values` (nll, lse, lse_rest) and add to the gradients, over the first `kept` rows of `order`."""
+def train_chunks(hidden, weight, target, order, count, kept, loss_scale, values, grads, options):
+    """Fill `values` (nll, lse, lse_lo) and add to the gradients, over the first `kept` rows of `order`."""
     bias, row_weight, logit_scale, logit_softcap, ignore_index, z_loss = options
     (V, D), (grad_hidden, grad_weight, grad_bias) = weight.shape, grads
     wide = hidden.dtype == torch.float32
@@ -214,14 +214,14 @@ def train_chunks(hidden, weight, target, order, count, kept, gain, values, grads
         picked = order[first : first + rows]
         residual = None if wide else TargetResidual(target[picked], ignore_index)
         bias_sums = finish(
-            weights, block, partials, values, row_weight, target, order, count, gain, first,
+            weights, block, partials, values, row_weight, target, order, count, loss_scale, first,
             logit_softcap is not None, z_loss, grad_bias is not None, residual,
         )  # fmt: skip
         if grad_hidden is not None:
             total = torch.zeros(rows, D, dtype=torch.float32, device=hidden.device)
             accumulate(total, block, weight)
             if residual is not None:
-                residual.mend_hidden(total, weight)
+                residual.correct_hidden(total, weight)
             grad_hidden.index_copy_(0, picked, total)
             del total  # before the rows of hidden are gathered
         if grad_weight is not None:
@@ -229,14 +229,14 @@ def train_chunks(hidden, weight, target, order, count, kept, gain, values, grads
             accumulate(grad_weight, block.T, rows_of_chunk)
             del rows_of_chunk
             if residual is not None:
-                residual.mend_weight(grad_weight, hidden, picked)
+                residual.correct_weight(grad_weight, hidden, picked)
         if grad_bias is not None:
             grad_bias += bias_sums
         partials = residual = bias_sums = None  # freed before their successors are made
 
 
 def finish(
-    weights, block, partials, values, row_weight, target, order, count, gain, first, softcap, z_loss, bias_sums,
+    weights, block, partials, values, row_weight, target, order, count, loss_scale, first, softcap, z_loss, bias_sums,
     residual,
 ):  # fmt: skip
     """Launch `finish_kernel`; returns the column sums of d loss / d y, or None."""
@@ -244,8 +244,8 @@ def finish(
     row_tiles = triton.cdiv(rows, FINISH_ROWS)
     partial = torch.empty(row_tiles, V, dtype=torch.float32, device=block.device) if bias_sums else None
     finish_kernel[(row_tiles * partials.parts,)](
-        weights, block, partials.max, partials.target[1], values["nll"], values["lse"], values["lse_rest"],
-        row_weight, target, order, count, gain, partial, None if residual is None else residual.lost,
+        weights, block, partials.max, partials.target[1], values["nll"], values["lse"], values["lse_lo"],
+        row_weight, target, order, count, loss_scale, partial, None if residual is None else residual.lost,
         block.stride(0), first, rows, partials.parts, V, z_loss,
         PART=partials.part, BLOCK_N=FINISH_ROWS, SOFTCAP=softcap, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import dense, device_guard, keep_order, silence, why_not
+from .launch import compaction_order, dense, device_guard, silence, why_not
 from .logit_fold import Partials, combine, fold
-from .logit_gradients import accumulate, block_gain, gradient_block
+from .logit_gradients import accumulate, gradient_block, loss_scale_of
 from .target_residual import TargetResidual
 from .tile_configs import head_config
 
@@ -29,9 +29,9 @@ GATHERED_BYTES = (
 
 
 def sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_index, stats):
-    """(nll, sinks) of every pass, from one sweep of the weight: the body of linear_nll and of linear_vig.
+    """(nll, values) of every pass, from one sweep of the weight: the body of linear_nll and of linear_vig.
 
-    The sinks of a second pass hold "vig", its nll less the first's, beside those of `stats`.
+    The values of a second pass hold "vig", its nll less the first's, beside those of `stats`.
 
     hiddens: one or two (N, D) tensors that share `target` (N,). Every row of every pass goes through the same
     kernel with the same tiles, so its bits are the same alone, paired, and in any company.
@@ -45,7 +45,7 @@ def sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_inde
     results = [(output("nll"), {name: output(name) for name in stats}) for _ in hiddens]
     if passes == 2:
         results[1][1]["vig"] = output("vig")
-    order, count = keep_order(target, ignore_index)
+    order, count = compaction_order(target, ignore_index)
 
     def run(first, rows, partials, config):
         fold(hiddens, weight, target, bias, order, count, first, rows, partials, None,
@@ -65,9 +65,20 @@ def sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_inde
                 partials = None  # freed before its successor is made
                 partials = Partials(rows, passes, V, config, stats, target.device)
             run(first, rows, partials, config)
-            for index, (nll, sinks) in enumerate(results):
+            for index, (nll, values) in enumerate(results):
                 combine(
-                    partials, target, order, count, nll, sinks, first, rows, index, passes, V, results[0][0]
+                    partials,
+                    target,
+                    order,
+                    count,
+                    nll,
+                    values,
+                    first,
+                    rows,
+                    index,
+                    passes,
+                    V,
+                    results[0][0],
                 )
     return results
 
@@ -82,7 +93,7 @@ def forward(
     ignore_index: int,
     stats: tuple[str, ...],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """nll (N,) float32 and the sinks {"lse", "entropy", "lse_rest": (N,) float32, "argmax": (N,) int64}.
+    """nll (N,) float32 and the statistics {"lse", "entropy", "lse_lo": (N,) float32, "argmax": (N,) int64}.
 
     z = softcap(scale * (hidden weight^T + bias)); nll = (max z - z[target]) + log sum exp(z - max z). Ignored rows
     cost no tile and give 0, 0, 0 and -1; a target outside [0, V) gives NaN and is never read with. Extra memory:
@@ -145,7 +156,7 @@ def backward(
 def gathered_sweep(upstream, hidden, weight, target, options, needs, num_kept, gathered):
     """`gradient_sweep` of the rows that are not ignored. More of them than `num_kept` give NaN, as in the loss."""
     bias, *_, ignore_index = options
-    order, count = keep_order(target, ignore_index)
+    order, count = compaction_order(target, ignore_index)
     picked = order[:num_kept]
     poison = torch.where(count > num_kept, torch.nan, 1.0)
     grads, saved = upstream[:3], upstream[3:]
@@ -189,30 +200,30 @@ def gradient_sweep(
     bound = sum((g.abs() for g in (grad_nll, grad_lse) if g is not None), torch.zeros_like(lse))
     if grad_entropy is not None:
         bound = bound + grad_entropy.abs() * (1 + entropy)
-    gain, unscale = block_gain(bound, logit_scale, hidden.dtype)
+    loss_scale, unscale = loss_scale_of(bound, logit_scale, hidden.dtype)
 
     hidden_sums = 0 if wide or not needs[0] else min(4 * N * D, HIDDEN_BYTES)
     columns = vocab_chunk(V, D, 64 * N + held + hidden_sums)
     rows = row_chunk(N, D, columns, hidden.dtype, needs, held, silent)
-    stretch = N if wide or not needs[0] else max(1, min(N, HIDDEN_BYTES // (4 * D)))
-    block = hidden.new_empty(min(rows, stretch), columns)
+    segment = N if wide or not needs[0] else max(1, min(N, HIDDEN_BYTES // (4 * D)))
+    block = hidden.new_empty(min(rows, segment), columns)
     residual = None if wide or not any(needs[:2]) else TargetResidual(target, ignore_index)
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     grad_bias = torch.zeros(V, dtype=torch.float32, device=weight.device) if needs[2] else None
     with device_guard(hidden.device):
-        for first in range(0, N, stretch):
-            span = range(first, min(first + stretch, N), block.shape[0])
-            chunks = [slice(r, min(r + block.shape[0], first + stretch, N)) for r in span]
-            orders = [keep_order(target[chunk], ignore_index) for chunk in chunks]
-            hidden_sum = sums(grad_hidden, slice(first, min(first + stretch, N)))
+        for first in range(0, N, segment):
+            span = range(first, min(first + segment, N), block.shape[0])
+            chunks = [slice(r, min(r + block.shape[0], first + segment, N)) for r in span]
+            orders = [compaction_order(target[chunk], ignore_index) for chunk in chunks]
+            hidden_sum = sums(grad_hidden, slice(first, min(first + segment, N)))
             for v in range(0, V, columns):
                 vocab = slice(v, min(v + columns, V))
                 weight_sum = sums(grad_weight, vocab)
                 for chunk, order in zip(chunks, orders, strict=True):
                     g = block[: chunk.stop - chunk.start, : vocab.stop - v]
                     bias_sums = gradient_block(
-                        g, upstream, hidden, weight, target, bias, order, chunk, vocab, gain,
+                        g, upstream, hidden, weight, target, bias, order, chunk, vocab, loss_scale,
                         logit_scale, logit_softcap, needs[2], residual,
                     )  # fmt: skip
                     if needs[0]:
@@ -227,13 +238,13 @@ def gradient_sweep(
                         grad_bias[vocab] += bias_sums
                 if needs[1]:
                     if residual is not None:
-                        residual.mend_weight(weight_sum, hidden, first_vocab=v)
+                        residual.correct_weight(weight_sum, hidden, first_vocab=v)
                     settle(grad_weight[vocab], weight_sum, unscale)
                     weight_sum = None  # freed before its successor is made
             if needs[0]:
                 if residual is not None:
-                    residual.mend_hidden(hidden_sum, weight, first)
-                settle(grad_hidden[first : first + stretch], hidden_sum, unscale)
+                    residual.correct_hidden(hidden_sum, weight, first)
+                settle(grad_hidden[first : first + segment], hidden_sum, unscale)
                 hidden_sum = None
     return grad_hidden, grad_weight, grad_bias.mul_(logit_scale).to(bias.dtype) if needs[2] else None
 

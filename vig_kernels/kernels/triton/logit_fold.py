@@ -1,7 +1,7 @@
 """Logits folded away: a tile kernel that reduces them, and a kernel that joins the tiles of a row.
 
 `fold_kernel` reduces each tile of BLOCK_N rows x BLOCK_V vocabulary entries to one (max, sum of exp) a row, with
-the optional sinks; `combine_kernel` joins them in the order of the vocabulary. No locks, no atomics: the bits of
+the statistics asked for; `combine_kernel` joins them in the order of the vocabulary. No locks, no atomics: the bits of
 a row depend on nothing but the row. Rows run in chunks whose partials stay under 48 MiB.
 """
 
@@ -41,7 +41,7 @@ def fold_part(
     PART: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Reduce one part of a tile to a partial a row, and feed the sinks that are there."""
+    """Reduce one part of a tile to a partial a row, and store the statistics that are asked for."""
     lane = tl.arange(0, PART)
     column = part * PART + lane
     live = live & (local * 0 + part * PART < V)  # the right half of the last tile may lie wholly beyond V
@@ -160,7 +160,7 @@ def combine_kernel(
     lse,  # (N,) float32 or None
     entropy,  # (N,) float32 or None
     argmax,  # (N,) int64 or None
-    lse_rest,  # (N,) float32 or None: what float32 cannot hold of lse
+    lse_lo,  # (N,) float32 or None: what float32 cannot hold of lse
     nll_image,  # (N,) float32 or None: nll of the first pass, of which vig is the difference to
     vig,  # (N,) float32 or None
     first_row,
@@ -223,10 +223,10 @@ def combine_kernel(
     whole = m + log_s
     if lse is not None:
         tl.store(lse + row, tl.where(live, whole, 0.0), mask=inside)
-    if lse_rest is not None:
+    if lse_lo is not None:
         log_part = whole - m
-        rest = (m - (whole - log_part)) + (log_s - log_part)  # m + log_s - whole, exactly
-        tl.store(lse_rest + row, tl.where(live & (tl.abs(whole) < float("inf")), rest, 0.0), mask=inside)
+        low = (m - (whole - log_part)) + (log_s - log_part)  # m + log_s - whole, exactly
+        tl.store(lse_lo + row, tl.where(live & (tl.abs(whole) < float("inf")), low, 0.0), mask=inside)
     if entropy is not None:
         tl.store(entropy + row, tl.where(live, log_s - tl.sum(dot, axis=0) / s, 0.0), mask=inside)
     if argmax is not None:
@@ -288,12 +288,12 @@ def fold(
     )  # fmt: skip
 
 
-def combine(partials, target, order, count, nll, sinks, first, rows, pass_index, passes, V, nll_image=None):
-    """Launch `combine_kernel` for one pass of a chunk; `sinks` holds the tensors that are wanted beside nll."""
+def combine(partials, target, order, count, nll, values, first, rows, pass_index, passes, V, nll_image=None):
+    """Launch `combine_kernel` for one pass of a chunk; `values` holds the tensors that are wanted beside nll."""
     BLOCK_N = 16 if interpreted() else 32
     combine_kernel[(triton.cdiv(rows, BLOCK_N),)](
         partials.max, partials.sum, partials.dot, partials.arg, partials.target, target, order, count,
-        nll, *(sinks.get(name) for name in ("lse", "entropy", "argmax", "lse_rest")), nll_image, sinks.get("vig"),
+        nll, *(values.get(name) for name in ("lse", "entropy", "argmax", "lse_lo")), nll_image, values.get("vig"),
         first, rows, pass_index * rows, rows * passes, partials.parts, V,
         PART=partials.part, BLOCK_N=BLOCK_N, BLOCK_T=32, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -32,7 +32,7 @@ def gradient_part(
     inside,  # (BLOCK_N,): a row of the chunk
     place,  # (BLOCK_N,): row of `block`
     row_tile,
-    gain,
+    loss_scale,
     block,
     partial_bias,
     residual_at,  # (BLOCK_N,) pointers or None
@@ -63,7 +63,7 @@ def gradient_part(
         tl.store(
             partial_bias + row_tile.to(tl.int64) * columns + column, tl.sum(g, axis=0), mask=column < columns
         )
-    g *= tl.load(gain)
+    g *= tl.load(loss_scale)
     stored = narrow(g, block.dtype.element_ty)
     at = block + place[:, None] * stride_block + column[None, :]
     tl.store(at, stored, mask=inside[:, None] & (column < columns)[None, :])
@@ -88,7 +88,7 @@ def gradient_kernel(
     grad_nll,  # (N,) float32 or None
     grad_lse,  # (N,) float32 or None
     grad_entropy,  # (N,) float32 or None
-    gain,  # () float32: the block is stored multiplied by it
+    loss_scale,  # () float32: the block is stored multiplied by it
     block,  # (rows of the chunk, columns of the chunk): d loss / d y, at the rows' original places
     partial_bias,  # (row_tiles, columns of the chunk) float32 or None: sums over the tile's rows
     residual,  # (N,) float32 or None: what `block` loses at the target (target_residual.py)
@@ -159,16 +159,16 @@ def gradient_kernel(
         residual_at = residual + row
     if PARTS == 1:
         gradient_part(
-            dot, bias, vocab_tile, wanted, row_lse, up, up_nll, up_entropy, h, live, inside, place, row_tile, gain,
-            block, partial_bias, residual_at, stride_block, first_vocab, columns, V, logit_scale, logit_softcap,
-            grad_entropy is not None, BLOCK_V, SOFTCAP,
+            dot, bias, vocab_tile, wanted, row_lse, up, up_nll, up_entropy, h, live, inside, place, row_tile,
+            loss_scale, block, partial_bias, residual_at, stride_block, first_vocab, columns, V, logit_scale,
+            logit_softcap, grad_entropy is not None, BLOCK_V, SOFTCAP,
         )  # fmt: skip
     else:
         left, right = halves(dot, BLOCK_N, BLOCK_V)
         for half in tl.static_range(2):
             gradient_part(
                 left if half == 0 else right, bias, vocab_tile * 2 + half, wanted, row_lse, up, up_nll, up_entropy, h,
-                live, inside, place, row_tile, gain, block, partial_bias, residual_at, stride_block, first_vocab,
+                live, inside, place, row_tile, loss_scale, block, partial_bias, residual_at, stride_block, first_vocab,
                 columns, V, logit_scale, logit_softcap, grad_entropy is not None, BLOCK_V // 2, SOFTCAP,
             )  # fmt: skip
 
@@ -185,10 +185,10 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a.float(), b.float(), out=total)
 
 
-def block_gain(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(gain, unscale): what a block of d loss / d y is stored multiplied by, and what its products are to be.
+def loss_scale_of(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(loss_scale, unscale): what a block of d loss / d y is stored multiplied by, and what its products are to be.
 
-    gain holds logit_scale, the factor between y and hidden @ weight.T. For float16 also a power of two that moves
+    loss_scale holds logit_scale, the factor between y and hidden @ weight.T. For float16 also a power of two that moves
     entries of at most `bound` to 2^10 and leaves the range below to small probabilities; unscale takes it back.
     """
     if dtype != torch.float16:
@@ -208,13 +208,13 @@ def gradient_block(
     order,
     chunk,
     vocab,
-    gain,
+    loss_scale,
     logit_scale,
     logit_softcap,
     bias_sums,
     residual,
 ):
-    """Fill `block` with gain * d loss / d y of rows `chunk` and vocabulary `vocab`; return its column sums / gain."""
+    """Fill `block` with loss_scale * d loss / d y of a block; return the column sums of d loss / d y."""
     grad_nll, grad_lse, grad_entropy, lse, entropy = upstream
     (V, D), (rows, columns) = weight.shape, block.shape
 
@@ -226,8 +226,8 @@ def gradient_block(
         )
         gradient_kernel[(row_tiles * vocab_tiles,)](
             hidden, operand(weight, config) if descriptor else weight, bias, target, *order,
-            lse, entropy if grad_entropy is not None else None, grad_nll, grad_lse, grad_entropy, gain, block, partial,
-            None if residual is None else residual.lost, hidden.stride(0), weight.stride(0), block.stride(0),
+            lse, entropy if grad_entropy is not None else None, grad_nll, grad_lse, grad_entropy, loss_scale, block,
+            partial, None if residual is None else residual.lost, hidden.stride(0), weight.stride(0), block.stride(0),
             chunk.start, rows, row_tiles, vocab.start, columns, vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
             BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
             GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
