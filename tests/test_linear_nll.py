@@ -12,6 +12,7 @@ from vig_kernels.kernels.torch import linear_cross_entropy as linear_cross_entro
 from vig_kernels.kernels.torch import linear_nll as linear_nll_torch
 from vig_kernels.kernels.torch import precision
 from vig_kernels.ops.linear_nll import with_lse_lo
+from vig_kernels.problem import HeadProblem, Needs, Saved, Upstream
 
 STATS = ("lse", "entropy", "argmax")
 RUNNERS = runners("linear_nll")
@@ -347,9 +348,7 @@ def test_logits_are_summed_in_blocks():
             return func(*args, **(kwargs or {}))
 
     with Steps():
-        linear_nll_torch.forward(
-            torch.randn(3, 700), torch.randn(9, 700), torch.arange(3), None, 1.0, None, -100, ()
-        )
+        linear_nll_torch.forward(HeadProblem(torch.randn(3, 700), torch.randn(9, 700), torch.arange(3)), ())
     assert seen == {256, 700 - 512}
 
 
@@ -372,8 +371,8 @@ def test_the_low_part_of_lse_goes_into_every_upstream(given):
         entropy = 0.0 if entropy is None else entropy[:, None]
         return log_p.exp() * (nll + lse - spread * (log_p + entropy)) - hit * nll
 
-    corrected = with_lse_lo(grads, entropy, lse_lo)
-    found = gradient(corrected[0], z - lse[:, None], corrected[1])
+    upstream, saved = with_lse_lo(Upstream(*grads), Saved(lse, entropy), lse_lo)
+    found = gradient(upstream, z - saved.lse[:, None], saved.entropy)
     torch.testing.assert_close(found, gradient(grads, z.log_softmax(1), entropy), rtol=1e-12, atol=1e-12)
 
 
@@ -381,7 +380,7 @@ def test_the_low_part_of_lse_goes_into_every_upstream(given):
 def test_ignored_rows_where_counting_them_would_stall(softcap, monkeypatch):
     """On a GPU that is not told `num_kept` the torch backend takes all rows along: they may hold anything."""
     for module in (linear_nll_torch, linear_cross_entropy_torch):
-        monkeypatch.setattr(module, "compact", lambda target, ignore_index, num_kept=None: None)
+        monkeypatch.setattr(module, "compact", lambda problem: None)
     inputs = make(Case("dead", N=9, D=16, V=50, bias=True), torch.float32)
     hidden, weight, target, bias = inputs.hidden, inputs.weight, inputs.target, inputs.options["bias"]
     live = target != -100
@@ -389,7 +388,8 @@ def test_ignored_rows_where_counting_them_would_stall(softcap, monkeypatch):
     hidden[~live], bias[0] = float("nan"), -float("inf")
     target[live] = target[live].clamp_min(1)
     upstream = torch.rand(3, 9, generator=torch.Generator().manual_seed(2))
-    options, stats, needs = (bias, 1.3, softcap, -100), ("lse", "entropy"), (True, True, True)
+    problem = HeadProblem(hidden, weight, target, bias, 1.3, softcap)
+    stats, needs = ("lse", "entropy"), Needs()
 
     leaves = [x.double().requires_grad_() for x in (hidden[live], weight[1:], bias[1:])]  # word 0 is masked
     exact_options = {"bias": leaves[2], "logit_scale": 1.3, "logit_softcap": softcap}
@@ -406,18 +406,16 @@ def test_ignored_rows_where_counting_them_would_stall(softcap, monkeypatch):
             torch.testing.assert_close(mine, truth.float(), rtol=1e-4, atol=1e-5)
         assert not found[0][~live].any() and not found[1][:first].any()
 
-    nll, saved = linear_nll_torch.forward(hidden, weight, target, *options[:3], -100, stats)
+    nll, saved = linear_nll_torch.forward(problem, stats)
     for mine, truth in zip((nll, *saved.values()), (exact, *values.values()), strict=True):
         torch.testing.assert_close(mine[live], truth.float(), rtol=1e-5, atol=3e-5)
         assert not mine[~live].any()
-    found = linear_nll_torch.backward(*upstream, *saved.values(), hidden, weight, target, *options, needs)
+    found = linear_nll_torch.backward(Upstream(*upstream), Saved(*saved.values()), problem, needs)
     compare(
         found,
         sum((x * up[live]).sum() for x, up in zip((exact, *values.values()), upstream, strict=True)),
     )
-    loss, *found = linear_cross_entropy_torch.forward_backward(
-        hidden, weight, target, bias, upstream[0], *options[1:], 0.01, None, needs
-    )
+    loss, *found = linear_cross_entropy_torch.forward_backward(problem, upstream[0], 0.01, needs)
     wanted = (upstream[0, live] * (exact + 0.01 * values["lse"].square())).sum()
     torch.testing.assert_close(loss, wanted.float())
     compare(found, wanted)

@@ -92,7 +92,7 @@ MUTATIONS = [
         ("second pass with the first's stride", "tl.where(second, stride_hidden_second, stride_hidden)",
          "stride_hidden"),
         ("passes share their partials", "slot = local + second.to(tl.int32) * rows", "slot = local"),
-        ("second pass combined from the first", "first, rows, pass_index * rows", "first, rows, 0"),
+        ("second pass combined from the first", "chunk.first, rows, pass_index * rows", "chunk.first, rows, 0"),
         ("difference turned round", "loss - image", "image - loss"),
         ("second pass not launched", "(row_tiles * passes * vocab_tiles,)", "(row_tiles * vocab_tiles,)"),
     ),

@@ -10,8 +10,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .launch import compute_precision, interpreted, operand
+from vig_kernels.problem import HeadProblem
+
+from .launch import RowChunk, compute_precision, interpreted, operand
 from .logit_tiles import dot_tile, halves, logits, narrow, slopes, tile_position
 from .tile_configs import TileConfig, regular
 
@@ -239,6 +242,7 @@ class Partials:
     """What one chunk of rows leaves behind for `combine_kernel`."""
 
     def __init__(self, rows: int, passes: int, V: int, config: TileConfig, stats: tuple[str, ...], device):
+        self.passes = passes
         self.part = config.block_v // config.parts
         self.parts = triton.cdiv(V, self.part)
         shape = (self.parts, rows * passes)
@@ -258,42 +262,45 @@ class Partials:
 
 
 def fold(
-    hiddens,
-    weight,
-    target,
-    bias,
-    order,
-    count,
-    first,
-    rows,
-    partials,
-    block,
-    logit_scale,
-    logit_softcap,
-    config,
-):
-    """Launch `fold_kernel` on rows [first, first + rows) of `order`, for one or two passes."""
-    (V, D), passes = weight.shape, len(hiddens)
+    problem: HeadProblem,
+    hidden_null: Tensor | None,  # (N, D): the second pass of linear_vig
+    chunk: RowChunk,
+    partials: Partials,
+    config: TileConfig,
+    block: Tensor | None = None,  # (rows, V): receives exp(z - partial max) * dz/dy, for linear_cross_entropy
+) -> None:
+    """Launch `fold_kernel` on the rows of a chunk, for one or two passes."""
+    weight, passes, rows = problem.weight, partials.passes, chunk.rows
+    first, second = problem.hidden, problem.hidden if hidden_null is None else hidden_null
+    V, D = weight.shape
     descriptor = config.descriptor and regular(weight, config)
     row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(V, config.block_v)
     fold_kernel[(row_tiles * passes * vocab_tiles,)](
-        hiddens[0], hiddens[-1], operand(weight, config) if descriptor else weight, bias, target, order, count,
-        partials.max, partials.sum, partials.dot, partials.arg, partials.target, block,
-        hiddens[0].stride(0), hiddens[-1].stride(0), weight.stride(0), block.stride(0) if block is not None else 0,
-        first, rows, row_tiles, passes, vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
+        first, second, operand(weight, config) if descriptor else weight, problem.bias, problem.target,
+        chunk.order, chunk.count, partials.max, partials.sum, partials.dot, partials.arg, partials.target, block,
+        first.stride(0), second.stride(0), weight.stride(0), block.stride(0) if block is not None else 0,
+        chunk.first, rows, row_tiles, passes, vocab_tiles, V, D, problem.logit_scale, problem.logit_softcap or 0.0,
         BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
         GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
-        SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight),
+        SOFTCAP=problem.logit_softcap is not None, PRECISION=compute_precision(weight),
         **config.launch_options,
     )  # fmt: skip
 
 
-def combine(partials, target, order, count, nll, values, first, rows, pass_index, passes, V, nll_image=None):
-    """Launch `combine_kernel` for one pass of a chunk; `values` holds the tensors that are wanted beside nll."""
-    BLOCK_N = 16 if interpreted() else 32
+def combine(
+    problem: HeadProblem,
+    chunk: RowChunk,
+    partials: Partials,
+    values: dict[str, Tensor],  # "nll", and what else is wanted of lse, entropy, argmax, lse_lo and vig
+    pass_index: int = 0,
+    nll_image: Tensor | None = None,  # of which "vig" is the difference
+) -> None:
+    """Launch `combine_kernel` for one pass of a chunk; the tensors of `values` are (N,)."""
+    BLOCK_N, rows = 16 if interpreted() else 32, chunk.rows
+    statistics = (values.get(name) for name in ("lse", "entropy", "argmax", "lse_lo"))
     combine_kernel[(triton.cdiv(rows, BLOCK_N),)](
-        partials.max, partials.sum, partials.dot, partials.arg, partials.target, target, order, count,
-        nll, *(values.get(name) for name in ("lse", "entropy", "argmax", "lse_lo")), nll_image, values.get("vig"),
-        first, rows, pass_index * rows, rows * passes, partials.parts, V,
+        partials.max, partials.sum, partials.dot, partials.arg, partials.target, problem.target, chunk.order,
+        chunk.count, values["nll"], *statistics, nll_image, values.get("vig"),
+        chunk.first, rows, pass_index * rows, rows * partials.passes, partials.parts, problem.weight.shape[0],
         PART=partials.part, BLOCK_N=BLOCK_N, BLOCK_T=32, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

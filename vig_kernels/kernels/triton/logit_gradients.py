@@ -5,15 +5,19 @@ The vendor's GEMM takes a block to the gradients of hidden and weight, summed in
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vig_kernels.kernels.torch.precision import FLOAT32_SUMS, float32_products
+from vig_kernels.problem import HeadProblem, Saved, Upstream
 
 from .launch import compute_precision, operand
 from .logit_tiles import dot_tile, halves, logits, narrow, slopes, tile_position
+from .target_residual import TargetResidual
 from .tile_configs import head_config, regular
 
 
@@ -198,42 +202,40 @@ def loss_scale_of(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tupl
     return power * logit_scale, 1 / power
 
 
-def gradient_block(
-    block,
-    upstream,
-    hidden,
-    weight,
-    target,
-    bias,
-    order,
-    chunk,
-    vocab,
-    loss_scale,
-    logit_scale,
-    logit_softcap,
-    bias_sums,
-    residual,
-):
-    """Fill `block` with loss_scale * d loss / d y of a block; return the column sums of d loss / d y."""
-    grad_nll, grad_lse, grad_entropy, lse, entropy = upstream
-    (V, D), (rows, columns) = weight.shape, block.shape
+class Block(NamedTuple):
+    """Where d loss / d y of rows [first_row, ...) x words [first_vocab, ...) goes."""
+
+    values: Tensor  # (rows, columns): loss_scale * d loss / d y
+    first_row: int
+    first_vocab: int
+    order: Tensor  # (rows,) int64, of the block's rows: the kept ones first
+    count: Tensor  # () int64: how many of them are kept
+    loss_scale: Tensor  # () float32
+    residual: TargetResidual | None  # receives what `values` loses at the targets
+
+
+def fill_block(
+    block: Block, problem: HeadProblem, upstream: Upstream, saved: Saved, bias_sums: bool
+) -> Tensor | None:
+    """Launch `gradient_kernel` on a block. With `bias_sums` the column sums of d loss / d y are returned."""
+    hidden, weight, softcap = problem.hidden, problem.weight, problem.logit_softcap
+    (V, D), (rows, columns) = weight.shape, block.values.shape
 
     def run(config):
         descriptor = config.descriptor and regular(weight, config)
         row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(columns, config.block_v)
-        partial = (
-            torch.empty(row_tiles, columns, dtype=torch.float32, device=block.device) if bias_sums else None
-        )
+        partial = hidden.new_empty(row_tiles, columns, dtype=torch.float32) if bias_sums else None
         gradient_kernel[(row_tiles * vocab_tiles,)](
-            hidden, operand(weight, config) if descriptor else weight, bias, target, *order,
-            lse, entropy if grad_entropy is not None else None, grad_nll, grad_lse, grad_entropy, loss_scale, block,
-            partial, None if residual is None else residual.lost, hidden.stride(0), weight.stride(0), block.stride(0),
-            chunk.start, rows, row_tiles, vocab.start, columns, vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
+            hidden, operand(weight, config) if descriptor else weight, problem.bias, problem.target, block.order,
+            block.count, saved.lse, saved.entropy if upstream.entropy is not None else None, *upstream,
+            block.loss_scale, block.values, partial, None if block.residual is None else block.residual.lost,
+            hidden.stride(0), weight.stride(0), block.values.stride(0), block.first_row, rows, row_tiles,
+            block.first_vocab, columns, vocab_tiles, V, D, problem.logit_scale, softcap or 0.0,
             BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
             GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
-            SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight),
+            SOFTCAP=softcap is not None, PRECISION=compute_precision(weight),
             **config.launch_options,
         )  # fmt: skip
         return partial.sum(0) if bias_sums else None
 
-    return run(head_config("gradient", weight, logit_softcap is not None, run))
+    return run(head_config("gradient", weight, softcap is not None, run))

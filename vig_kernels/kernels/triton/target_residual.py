@@ -6,7 +6,7 @@ residual = exact - rounded of that one entry, and what it owes,
 
     grad_hidden[n] += residual[n] weight[target[n]]          grad_weight[target[n]] += residual[n] hidden[n],
 
-is N x D work beside N x D x V. Rows of one target are added one after the other by one program: no atomics.
+is N x D work, against N x D x V. Rows of one target are added one after the other by one program: no atomics.
 """
 
 from __future__ import annotations
