@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 TAIL = 1500  # characters of the compiler's message that are kept
 CURE = (
-    "install a C++17 compiler (Debian and Ubuntu: `apt-get install g++`; macOS: `xcode-select --install`), "
+    "install a C++20 compiler (Debian and Ubuntu: `apt-get install g++`; macOS: `xcode-select --install`), "
     "then run `pip install --force-reinstall --no-deps vig-kernels` (or `pip install .` in a checkout)"
 )
 

@@ -23,14 +23,13 @@ from benchmarks import static_counts, static_floors, static_kernels
 from benchmarks.static_kernels import TARGETS, Variant
 from vig_kernels.kernels.triton import gaussian_blur as gaussian_blur_triton
 from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
-from vig_kernels.kernels.triton import linear_nll as linear_nll_triton
-from vig_kernels.kernels.triton import linear_nll_backward, logit_tiles, target_residual
+from vig_kernels.kernels.triton import logit_fold, logit_gradients, logit_tiles, target_residual
 from vig_kernels.kernels.triton.tile_configs import BLUR, HEAD, IRREGULAR, TileConfig
 
 STORE = Path(__file__).parent / "results" / "static.json"
 
 PLAIN = Variant("plain")
-SINKS = Variant("bias, softcap, entropy, argmax", softcap=True, bias=True, entropy=True, argmax=True)
+STATS = Variant("bias, softcap, entropy, argmax", softcap=True, bias=True, entropy=True, argmax=True)
 RAGGED = Variant("bias, softcap, any D and stride", softcap=True, bias=True, even_k=False)
 TRAIN = Variant("bias, block", bias=True, store=True)
 TRAIN_CAPPED = Variant("bias, softcap, block", softcap=True, bias=True, store=True)
@@ -41,9 +40,9 @@ ANY = Variant("any D and stride", even_k=False)
 
 # what the wide, narrow and irregular tiles are launched with (tile_configs.head_config); less code is not counted
 HEAD_VARIANTS = {
-    "fold": ((PLAIN, SINKS), (SINKS,), (RAGGED,)),
+    "fold": ((PLAIN, STATS), (STATS,), (RAGGED,)),
     "store": ((TRAIN,), (TRAIN_CAPPED,), (TRAIN_RAGGED,)),
-    "gradient": ((SINKS,), (SINKS,), (RAGGED,)),
+    "gradient": ((STATS,), (STATS,), (RAGGED,)),
 }
 
 
@@ -86,10 +85,10 @@ def small_rows(target: str) -> list[dict]:
     found = []
     for kind, dtypes in DTYPES.items():
         fold, store = (parts(kernel, target, kind) for kernel in ("fold", "store"))
-        found += [small("combine", variant, "float32", part) for part in fold for variant in (PAIR, SINKS)]
+        found += [small("combine", variant, "float32", part) for part in fold for variant in (PAIR, STATS)]
         found += [small("combine", TRAIN_CAPPED, "float32", part) for part in store]
         found += [small("finish", TRAIN_CAPPED, dtype, part) for part in store for dtype in dtypes]
-    for kernel in ("mend hidden", "mend weight"):
+    for kernel in ("correct hidden", "correct weight"):
         found += [small(kernel, variant, dtype) for variant in (PLAIN, ANY) for dtype in DTYPES["16-bit"]]
     return found
 
@@ -118,9 +117,7 @@ def ast_source(entry: dict):
     variant, tile = Variant(**entry["options"]), TileConfig(**entry["tile"])
     target, dtype, kernel = entry["target"], entry["dtype"], entry["kernel"]
     if kernel in HEAD_VARIANTS:
-        function = (
-            linear_nll_backward.gradient_kernel if kernel == "gradient" else linear_nll_triton.fold_kernel
-        )
+        function = logit_gradients.gradient_kernel if kernel == "gradient" else logit_fold.fold_kernel
         return static_kernels.head_source(function, variant, dtype, tile, precision(target, dtype))
     if kernel.startswith("blur"):
         fast = entry["products"] == "float16"
@@ -128,8 +125,8 @@ def ast_source(entry: dict):
         return static_kernels.blur_source(kernel == "blur read", dtype, fast, tile, how)
     if kernel == "combine":
         return static_kernels.combine_source(variant, tile.block_v)
-    if kernel.startswith("mend"):
-        return static_kernels.mend_source(kernel, variant, dtype)
+    if kernel.startswith("correct"):
+        return static_kernels.correct_source(kernel, variant, dtype)
     return static_kernels.finish_source(variant, dtype, tile.block_v)
 
 
@@ -144,13 +141,13 @@ def compile_row(entry: dict) -> dict:
 
 
 MODULES = {
-    "fold": (logit_tiles, linear_nll_triton),
-    "store": (logit_tiles, linear_nll_triton),
-    "gradient": (logit_tiles, linear_nll_backward),
-    "combine": (linear_nll_triton,),
+    "fold": (logit_tiles, logit_fold),
+    "store": (logit_tiles, logit_fold),
+    "gradient": (logit_tiles, logit_gradients),
+    "combine": (logit_fold,),
     "finish": (linear_cross_entropy_triton,),
-    "mend hidden": (target_residual,),
-    "mend weight": (target_residual,),
+    "correct hidden": (target_residual,),
+    "correct weight": (target_residual,),
     "blur read": (gaussian_blur_triton,),
     "blur write": (gaussian_blur_triton,),
 }

@@ -9,8 +9,7 @@ from triton.compiler import ASTSource
 
 from vig_kernels.kernels.triton import gaussian_blur as gaussian_blur_triton
 from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
-from vig_kernels.kernels.triton import linear_nll as linear_nll_triton
-from vig_kernels.kernels.triton import linear_nll_backward, target_residual
+from vig_kernels.kernels.triton import logit_fold, logit_gradients, target_residual
 from vig_kernels.kernels.triton.tile_configs import TileConfig
 
 TARGETS = {
@@ -23,7 +22,7 @@ POINTER = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u
 
 INT64 = ("target", "order", "count", "place", "row_of")
 FLOAT32 = (
-    "partial_max", "partial_sum", "target_logit", "target_slope", "lse", "lse_rest", "nll", "gain", "row_weight",
+    "partial_max", "partial_sum", "target_logit", "target_slope", "lse", "lse_lo", "nll", "loss_scale", "row_weight",
     "grad_nll", "residual", "total", "centre_of", "factor_of",
 )  # fmt: skip
 FLOATS = ("logit_scale", "logit_softcap", "z_loss")
@@ -74,7 +73,7 @@ def head_source(kernel, variant: Variant, dtype: str, config: TileConfig, precis
 
 def block_type(kernel, variant: Variant, dtype: str) -> str | None:
     """The gradient block has the operands' type; the fold leaves float16 weights for 16-bit operands."""
-    if kernel is linear_nll_backward.gradient_kernel:
+    if kernel is logit_gradients.gradient_kernel:
         return "*" + POINTER[dtype]
     return ("*fp32" if dtype == "float32" else "*fp16") if variant.store else None
 
@@ -108,13 +107,13 @@ def combine_source(variant: Variant, part: int) -> ASTSource:
         "partial_dot": "*fp32" if variant.entropy else None,
         "partial_arg": "*i32" if variant.argmax else None,
         "lse": "*fp32" if variant.entropy or variant.store else None,
-        "lse_rest": "*fp32" if variant.entropy or variant.store else None,
+        "lse_lo": "*fp32" if variant.entropy or variant.store else None,
         "entropy": "*fp32" if variant.entropy else None,
         "argmax": "*i64" if variant.argmax else None,
         "nll_image": "*fp32" if variant.pair else None,
         "vig": "*fp32" if variant.pair else None,
     }
-    return source(linear_nll_triton.combine_kernel, types, {"PART": part, "BLOCK_N": 32, "BLOCK_T": 32})
+    return source(logit_fold.combine_kernel, types, {"PART": part, "BLOCK_N": 32, "BLOCK_T": 32})
 
 
 def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:
@@ -129,8 +128,8 @@ def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:
     return source(linear_cross_entropy_triton.finish_kernel, types, constants)
 
 
-def mend_source(kernel: str, variant: Variant, dtype: str) -> ASTSource:
-    """mend_hidden_kernel ("mend hidden") or mend_weight_kernel ("mend weight"); float32 blocks have no residual."""
+def correct_source(kernel: str, variant: Variant, dtype: str) -> ASTSource:
+    """correct_hidden_kernel or correct_weight_kernel, by its name in the tables; float32 blocks have no residual."""
     function = getattr(target_residual, kernel.replace(" ", "_") + "_kernel")
     data = "*" + POINTER[dtype]
     sizes = {name: getattr(target_residual, name) for name in ("ENTRIES", "BLOCK_N", "BLOCK_R")}

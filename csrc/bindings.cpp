@@ -1,5 +1,5 @@
 // All of pybind11, and no arithmetic: addresses, sizes and strides in, nothing but numbers out.
-// The Python modules vig_kernels/*_cpu.py are the only callers and check every shape before they come here.
+// The Python modules vig_kernels/kernels/cpu/*.py are the only callers and check every shape before they come here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -27,26 +27,38 @@ vig::Dtype dtype_of(const std::string& name) {
   throw py::type_error("expected dtype float32, bfloat16, float16 or uint8, got " + name);
 }
 
-vig::ImageView image_view(uintptr_t data, const std::array<int64_t, 4>& stride) {
-  return {pointer<char>(data), {stride[0], stride[1], stride[2], stride[3]}};
+using Shape = std::array<int64_t, 4>;
+using Images = std::tuple<uintptr_t, Shape>;  // (address, byte strides)
+
+vig::ImageView image_view(const Images& images) {
+  const auto& [data, stride] = images;
+  return {.data = pointer<char>(data), .stride = {stride[0], stride[1], stride[2], stride[3]}};
 }
 
-void gaussian_blur(const std::string& isa, const std::string& dtype, const std::array<int64_t, 4>& shape,
-                   uintptr_t images, const std::array<int64_t, 4>& images_stride, uintptr_t out,
-                   const std::array<int64_t, 4>& out_stride, const std::vector<double>& sigma_y,
-                   const std::vector<double>& sigma_x, double truncate, bool replicate, int threads) {
+// sigmas: (vertical, horizontal), each a number for each image.
+void gaussian_blur(const std::string& isa, const std::string& dtype, const Shape& shape, const Images& images,
+                   const Images& out, const std::array<std::vector<double>, 2>& sigmas, double truncate, bool replicate,
+                   int threads) {
+  const auto& [sigma_y, sigma_x] = sigmas;
   const vig::Kernels& kernels = vig::select_kernels(isa.c_str());
   const vig::Dtype kind = dtype_of(dtype);
   if (static_cast<int64_t>(sigma_y.size()) != shape[0] || static_cast<int64_t>(sigma_x.size()) != shape[0]) {
     throw py::value_error("expected a sigma for each of " + std::to_string(shape[0]) + " images");
   }
   py::gil_scoped_release released;
-  vig::gaussian_blur(kernels, image_view(images, images_stride), image_view(out, out_stride), shape.data(), kind,
-                     sigma_y.data(), sigma_x.data(), truncate, replicate, threads);
+  vig::gaussian_blur(
+      kernels,
+      {.images = image_view(images), .out = image_view(out), .shape = shape.data(), .dtype = kind},
+      {.sigma_y = sigma_y.data(), .sigma_x = sigma_x.data(), .truncate = truncate, .replicate = replicate}, threads);
 }
 
-// (address, number of rows, bytes from row to row)
-using RowsView = std::tuple<uintptr_t, int64_t, int64_t>;
+// Of hidden rows and their targets: (address, number of rows, bytes from row to row, address of the targets).
+using Rows = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t>;
+
+void add_rows(vig::KeptRows& kept, const Rows& rows, int64_t ignore_index) {
+  const auto& [hidden, count, stride, target] = rows;
+  kept.add(pointer<char>(hidden), stride, pointer<int64_t>(target), count, ignore_index);
+}
 
 struct HeadArgs {
   std::string isa, dtype;
@@ -57,55 +69,72 @@ struct HeadArgs {
   double scale, cap;  // cap 0: none
 
   vig::Head head() const {
-    return {vig::select_kernels(isa.c_str()), dtype_of(dtype), depth, vocab, pointer<char>(weight), weight_stride,
-            pointer<float>(bias), static_cast<float>(scale), static_cast<float>(cap), false};
+    return {.kernels = vig::select_kernels(isa.c_str()),
+            .dtype = dtype_of(dtype),
+            .depth = depth,
+            .vocab = vocab,
+            .weight = pointer<char>(weight),
+            .weight_stride = weight_stride,
+            .bias = pointer<float>(bias),
+            .scale = static_cast<float>(scale),
+            .cap = static_cast<float>(cap)};
   }
 };
 
-void linear_nll(const HeadArgs& args, const std::vector<RowsView>& hidden, uintptr_t target, int64_t ignore_index,
-                uintptr_t nll, uintptr_t lse, uintptr_t lse_rest, uintptr_t entropy, uintptr_t argmax, int threads) {
+// out: addresses of nll, lse, lse_lo, entropy and argmax (0: not wanted; nll is).
+void linear_nll(const HeadArgs& args, const std::vector<Rows>& passes, int64_t ignore_index,
+                const std::array<uintptr_t, 5>& out, int threads) {
   const vig::Head head = args.head();
   py::gil_scoped_release released;
   vig::KeptRows kept;
-  for (const auto& [data, rows, stride] : hidden) {
-    kept.add(pointer<char>(data), stride, pointer<int64_t>(target), rows, ignore_index);
-  }
+  for (const Rows& rows : passes) add_rows(kept, rows, ignore_index);
+  const auto [nll, lse, lse_lo, entropy, argmax] = out;
   vig::linear_nll(head, kept,
-                  {pointer<float>(nll), pointer<float>(lse), pointer<float>(lse_rest), pointer<float>(entropy),
-                   pointer<int64_t>(argmax)},
+                  {.nll = pointer<float>(nll),
+                   .lse = pointer<float>(lse),
+                   .lse_lo = pointer<float>(lse_lo),
+                   .entropy = pointer<float>(entropy),
+                   .argmax = pointer<int64_t>(argmax)},
                   threads);
 }
 
-double linear_cross_entropy(const HeadArgs& args, const RowsView& hidden, uintptr_t target, uintptr_t row_weight,
-                            int64_t ignore_index, double z_loss, uintptr_t grad_hidden, uintptr_t grad_weight,
-                            bool rounded, uintptr_t grad_bias, int threads) {
+// gradients: addresses of those of hidden, weight and bias (0: not needed), here and below.
+double linear_cross_entropy(const HeadArgs& args, const Rows& rows, int64_t ignore_index, uintptr_t row_weight,
+                            double z_loss, const std::array<uintptr_t, 3>& gradients, bool rounded, int threads) {
   const vig::Head head = args.head();
   py::gil_scoped_release released;
-  const auto [data, rows, stride] = hidden;
   vig::KeptRows kept;
-  kept.add(pointer<char>(data), stride, pointer<int64_t>(target), rows, ignore_index);
+  add_rows(kept, rows, ignore_index);
   std::vector<float> weights(kept.size(), 1.0f);
   for (int64_t n = 0; row_weight != 0 && n < kept.size(); ++n) weights[n] = pointer<float>(row_weight)[kept.slot(n)];
+  const auto [hidden, weight, bias] = gradients;
   return vig::linear_cross_entropy(head, kept, weights.data(), z_loss,
-                                   {pointer<char>(grad_hidden), pointer<char>(grad_weight), rounded,
-                                    pointer<float>(grad_bias)},
+                                   {.hidden = pointer<char>(hidden),
+                                    .weight = pointer<char>(weight),
+                                    .rounded = rounded,
+                                    .bias = pointer<float>(bias)},
                                    threads);
 }
 
-// upstream: addresses of the gradients of nll, lse and entropy, then of the forward's lse and entropy (0: none).
-void linear_nll_backward(const HeadArgs& args, const RowsView& hidden, uintptr_t target, int64_t ignore_index,
-                         const std::array<uintptr_t, 5>& upstream, uintptr_t grad_hidden, uintptr_t grad_weight,
-                         uintptr_t grad_bias, int threads) {
+// upstream: addresses of the gradients of nll, lse and entropy (0: none); saved: of the forward's lse and entropy.
+void linear_nll_backward(const HeadArgs& args, const Rows& rows, int64_t ignore_index,
+                         const std::array<uintptr_t, 3>& upstream, const std::array<uintptr_t, 2>& saved,
+                         const std::array<uintptr_t, 3>& gradients, int threads) {
   const vig::Head head = args.head();
   py::gil_scoped_release released;
-  const auto [data, rows, stride] = hidden;
   vig::KeptRows kept;
-  kept.add(pointer<char>(data), stride, pointer<int64_t>(target), rows, ignore_index);
-  vig::linear_nll_backward(head, kept,
-                           {pointer<float>(upstream[0]), pointer<float>(upstream[1]), pointer<float>(upstream[2]),
-                            pointer<float>(upstream[3]), pointer<float>(upstream[4])},
-                           {pointer<char>(grad_hidden), pointer<char>(grad_weight), pointer<float>(grad_bias)},
-                           threads);
+  add_rows(kept, rows, ignore_index);
+  const auto [nll, lse, entropy] = upstream;
+  const auto [saved_lse, saved_entropy] = saved;
+  const auto [hidden, weight, bias] = gradients;
+  vig::linear_nll_backward(
+      head, kept,
+      {.nll = pointer<float>(nll),
+       .lse = pointer<float>(lse),
+       .entropy = pointer<float>(entropy),
+       .saved_lse = pointer<float>(saved_lse),
+       .saved_entropy = pointer<float>(saved_entropy)},
+      {.hidden = pointer<char>(hidden), .weight = pointer<char>(weight), .bias = pointer<float>(bias)}, threads);
 }
 
 // Memory of a result, seen by Python as so many writable bytes; given back with the last reference.
@@ -149,15 +178,12 @@ PYBIND11_MODULE(_native, m) {
       .def_buffer([](Output& output) {
         return py::buffer_info(reinterpret_cast<uint8_t*>(output.memory.get()), output.bytes);
       });
-  m.def("linear_nll", linear_nll, py::arg("head"), py::arg("hidden"), py::arg("target"), py::arg("ignore_index"),
-        py::arg("nll"), py::arg("lse"), py::arg("lse_rest"), py::arg("entropy"), py::arg("argmax"), py::arg("threads"));
-  m.def("linear_cross_entropy", linear_cross_entropy, py::arg("head"), py::arg("hidden"), py::arg("target"),
-        py::arg("row_weight"), py::arg("ignore_index"), py::arg("z_loss"), py::arg("grad_hidden"),
-        py::arg("grad_weight"), py::arg("rounded"), py::arg("grad_bias"), py::arg("threads"));
-  m.def("linear_nll_backward", linear_nll_backward, py::arg("head"), py::arg("hidden"), py::arg("target"),
-        py::arg("ignore_index"), py::arg("upstream"), py::arg("grad_hidden"), py::arg("grad_weight"),
-        py::arg("grad_bias"), py::arg("threads"));
+  m.def("linear_nll", linear_nll, py::arg("head"), py::arg("passes"), py::arg("ignore_index"), py::arg("out"),
+        py::arg("threads"));
+  m.def("linear_cross_entropy", linear_cross_entropy, py::arg("head"), py::arg("rows"), py::arg("ignore_index"),
+        py::arg("row_weight"), py::arg("z_loss"), py::arg("gradients"), py::arg("rounded"), py::arg("threads"));
+  m.def("linear_nll_backward", linear_nll_backward, py::arg("head"), py::arg("rows"), py::arg("ignore_index"),
+        py::arg("upstream"), py::arg("saved"), py::arg("gradients"), py::arg("threads"));
   m.def("gaussian_blur", gaussian_blur, py::arg("isa"), py::arg("dtype"), py::arg("shape"), py::arg("images"),
-        py::arg("images_stride"), py::arg("out"), py::arg("out_stride"), py::arg("sigma_y"), py::arg("sigma_x"),
-        py::arg("truncate"), py::arg("replicate"), py::arg("threads"));
+        py::arg("out"), py::arg("sigmas"), py::arg("truncate"), py::arg("replicate"), py::arg("threads"));
 }

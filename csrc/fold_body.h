@@ -1,6 +1,6 @@
-// Logits folded in cache: running (reference, sum) of each row, a lane at a time, and the gradient of kept logits.
-// Included once per instruction set, inside its anonymous namespace. The reference is subtracted from the logits as they
-// are: a conversion to another base ahead of that would round large logits once more.
+// Logits folded in cache: running (max, sum) of each row, a lane at a time, and the gradient of kept logits. Included
+// once per instruction set, inside its anonymous namespace. The running max is subtracted from the logits as they are:
+// a conversion to another base before that would round large logits once more.
 
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -49,8 +49,8 @@ inline Vec::F softcap_of(Vec::F x, Vec::F cap) {
   return Vec::select(Vec::greater(size, Vec::set1(0.625f)), Vec::with_sign(far, x), near);
 }
 
-// How far logits may rise above the reference of their row before its sums are rebased to a new one: rebasing at every
-// new maximum costs as much again as folding.
+// How far logits may rise above the running max of their row before its sums are rebased to a new one: rebasing at
+// every new maximum costs as much again as folding.
 constexpr float kSlack = 4.0f;
 
 inline float highest_lane(Vec::F x) {
@@ -80,8 +80,8 @@ inline void rebase(Vec::F from, Vec::F to, Vec::F& sum, Vec::F& moment) {
 }
 
 template <bool Stats>
-inline void gather(Vec::F y, Vec::F reference, Vec::F& sum, Vec::F& moment) {
-  const Vec::F below = Vec::sub(y, reference), e = exp_of(below);
+inline void gather(Vec::F y, Vec::F running_max, Vec::F& sum, Vec::F& moment) {
+  const Vec::F below = Vec::sub(y, running_max), e = exp_of(below);
   sum = Vec::add(sum, e);
   if constexpr (Stats) moment = Vec::fma(e, bounded(below), moment);
 }
@@ -110,7 +110,7 @@ void fold_tile(const FoldArgs& f) {
       Vec::store(f.keep + n * kPanel, left);
       Vec::store(f.keep + n * kPanel + W, right);
     }
-    Vec::F reference = f.fresh ? Vec::set1(kLowest) : Vec::load(lanes);
+    Vec::F running_max = f.fresh ? Vec::set1(kLowest) : Vec::load(lanes);
     Vec::F sum = f.fresh ? Vec::zero() : Vec::load(lanes + W), moment = Vec::zero();
     const Vec::F highest = Vec::max(left, right);
     if constexpr (Stats) {
@@ -123,14 +123,14 @@ void fold_tile(const FoldArgs& f) {
       Vec::store(lanes + 3 * W, Vec::max(highest, greatest));
       Vec::istore(lanes + 4 * W, column);
     }
-    if (f.fresh || Vec::any(Vec::greater(highest, Vec::add(reference, Vec::set1(kSlack))))) {
-      const Vec::F raised = Vec::set1(highest_lane(Vec::max(highest, reference)));
-      rebase<Stats>(reference, raised, sum, moment);
-      reference = raised;
-      Vec::store(lanes, reference);
+    if (f.fresh || Vec::any(Vec::greater(highest, Vec::add(running_max, Vec::set1(kSlack))))) {
+      const Vec::F raised = Vec::set1(highest_lane(Vec::max(highest, running_max)));
+      rebase<Stats>(running_max, raised, sum, moment);
+      running_max = raised;
+      Vec::store(lanes, running_max);
     }
-    gather<Stats>(left, reference, sum, moment);
-    gather<Stats>(right, reference, sum, moment);
+    gather<Stats>(left, running_max, sum, moment);
+    gather<Stats>(right, running_max, sum, moment);
     Vec::store(lanes + W, sum);
     if constexpr (Stats) Vec::store(lanes + 2 * W, moment);
   }
@@ -141,17 +141,17 @@ void fold(const FoldArgs& f) {
   f.stats ? fold_tile<false, true>(f) : fold_tile<false, false>(f);
 }
 
-// One step of a sum over parts of a row that have references of their own, W rows at a time.
+// One step of a sum over parts of a row that have running maxima of their own, W rows at a time.
 template <bool Stats>
-inline void add_part(Vec::F part_reference, Vec::F part_sum, Vec::F part_moment, Vec::F reference, Vec::F& sum,
+inline void add_part(Vec::F part_max, Vec::F part_sum, Vec::F part_moment, Vec::F running_max, Vec::F& sum,
                      Vec::F& moment) {
-  rebase<Stats>(part_reference, reference, part_sum, part_moment);
+  rebase<Stats>(part_max, running_max, part_sum, part_moment);
   sum = Vec::add(sum, part_sum);
   if constexpr (Stats) moment = Vec::add(moment, part_moment);
 }
 
-inline void store_sums(const Partials& out, int64_t n, Vec::F reference, Vec::F sum, Vec::F moment) {
-  Vec::store(out.reference + n, reference);
+inline void store_sums(const Partials& out, int64_t n, Vec::F running_max, Vec::F sum, Vec::F moment) {
+  Vec::store(out.running_max + n, running_max);
   Vec::store(out.sum + n, sum);
   Vec::store(out.moment + n, moment);
 }
@@ -186,12 +186,12 @@ void reduce_rows(const float* lanes, int64_t rows, const Partials& out) {
       for (int i = 0; i < W; ++i) field[f][i] = Vec::load(lanes + ((n + i) * kFields + f) * W);
       Vec::transpose(field[f]);
     }
-    Vec::F reference = field[0][0], sum = Vec::zero(), moment = Vec::zero();
-    for (int i = 1; i < W; ++i) reference = Vec::max(field[0][i], reference);
+    Vec::F running_max = field[0][0], sum = Vec::zero(), moment = Vec::zero();
+    for (int i = 1; i < W; ++i) running_max = Vec::max(field[0][i], running_max);
     for (int i = 0; i < W; ++i) {
-      add_part<Stats>(field[0][i], field[1][i], field[Stats ? 2 : 0][i], reference, sum, moment);
+      add_part<Stats>(field[0][i], field[1][i], field[Stats ? 2 : 0][i], running_max, sum, moment);
     }
-    store_sums(out, n, reference, sum, moment);
+    store_sums(out, n, running_max, sum, moment);
     if constexpr (Stats) store_first_greatest(field[3], field[4], out, n);
   }
 }
@@ -203,13 +203,13 @@ void reduce_lanes(const float* lanes, int64_t rows, bool stats, const Partials& 
 // Rows [first, first + W) over all groups, in the groups' order.
 template <bool Stats>
 void combine_rows(const Partials* groups, int64_t count, int64_t first, const Partials& out) {
-  Vec::F reference = Vec::load(groups[0].reference + first), sum = Vec::zero(), moment = Vec::zero();
-  for (int64_t g = 1; g < count; ++g) reference = Vec::max(Vec::load(groups[g].reference + first), reference);
+  Vec::F running_max = Vec::load(groups[0].running_max + first), sum = Vec::zero(), moment = Vec::zero();
+  for (int64_t g = 1; g < count; ++g) running_max = Vec::max(Vec::load(groups[g].running_max + first), running_max);
   for (int64_t g = 0; g < count; ++g) {
-    add_part<Stats>(Vec::load(groups[g].reference + first), Vec::load(groups[g].sum + first),
-                    Vec::load(groups[g].moment + first), reference, sum, moment);
+    add_part<Stats>(Vec::load(groups[g].running_max + first), Vec::load(groups[g].sum + first),
+                    Vec::load(groups[g].moment + first), running_max, sum, moment);
   }
-  store_sums(out, first, reference, sum, moment);
+  store_sums(out, first, running_max, sum, moment);
   if constexpr (Stats) {
     Vec::F greatest = Vec::load(groups[0].greatest + first);
     Vec::I column = Vec::iload(groups[0].column + first);
@@ -230,7 +230,7 @@ void combine(const Partials* groups, int64_t count, int64_t first, bool stats, c
 // d(upstream) / d(product) of W columns of row n; `plain` adds up the gradient before the scale.
 inline Vec::F gradient_of(const GradArgs& g, int64_t n, const float* logit, int first, Vec::F& plain) {
   const Vec::F y = Vec::load(logit);
-  const Vec::F below = Vec::sub(Vec::sub(y, Vec::set1(g.lse[n])), Vec::set1(g.lse_rest[n]));
+  const Vec::F below = Vec::sub(Vec::sub(y, Vec::set1(g.lse[n])), Vec::set1(g.lse_lo[n]));
   const Vec::F p = exact_exp_of(below);
   Vec::F upstream = Vec::set1(g.weight[n]);
   if (g.moment != nullptr) {  // dH/dlogit = -p * (logit - lse + H)
@@ -261,11 +261,11 @@ inline Vec::F gradient_of(const GradArgs& g, int64_t n, const float* logit, int 
   return slope;
 }
 
-// total + rest += x, with what the addition to `total` rounds off in `rest` (Knuth's TwoSum): one running sum over
+// total + low += x, with what the addition to `total` rounds off in `low` (Knuth's TwoSum): one running sum over
 // thousands of rows, most of which cancel, is off by more than eager PyTorch's.
-inline void add_exactly(Vec::F& total, Vec::F& rest, Vec::F x) {
+inline void add_exactly(Vec::F& total, Vec::F& low, Vec::F x) {
   const Vec::F sum = Vec::add(total, x), added = Vec::sub(sum, total);
-  rest = Vec::add(rest, Vec::add(Vec::sub(total, Vec::sub(sum, added)), Vec::sub(x, added)));
+  low = Vec::add(low, Vec::add(Vec::sub(total, Vec::sub(sum, added)), Vec::sub(x, added)));
   total = sum;
 }
 
@@ -273,12 +273,12 @@ void gradient(const GradArgs& g) {
   constexpr int W = Vec::W;
   constexpr int kRowsOfSum = 32;
   Vec::F plain[2] = {Vec::zero(), Vec::zero()}, total[2] = {Vec::zero(), Vec::zero()};
-  Vec::F rest[2] = {Vec::zero(), Vec::zero()};
+  Vec::F low[2] = {Vec::zero(), Vec::zero()};
   uint16_t two[2][kPanel] = {};
   for (int64_t n = 0; n < g.rows; ++n) {
     if (n % kRowsOfSum == 0) {
       for (int half = 0; half < 2; ++half) {
-        add_exactly(total[half], rest[half], plain[half]);
+        add_exactly(total[half], low[half], plain[half]);
         plain[half] = Vec::zero();
       }
     }
@@ -300,7 +300,7 @@ void gradient(const GradArgs& g) {
   }
   if (g.column_sum == nullptr) return;
   for (int half = 0; half < 2; ++half) {
-    add_exactly(total[half], rest[half], plain[half]);
-    Vec::store(g.column_sum + half * W, Vec::add(total[half], rest[half]));
+    add_exactly(total[half], low[half], plain[half]);
+    Vec::store(g.column_sum + half * W, Vec::add(total[half], low[half]));
   }
 }

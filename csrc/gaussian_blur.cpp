@@ -50,10 +50,9 @@ struct Filter {
 // Blurs planes [first, first + count) of one image size; plane p is (image p / C, channel p % C).
 class Blur {
  public:
-  Blur(const Kernels& kernels, const ImageView& images, const ImageView& out, const int64_t shape[4], Dtype dtype,
-       int threads)
-      : kernels_(kernels), images_(images), out_(out), dtype_(dtype), threads_(threads), channels_(shape[1]),
-        height_(shape[2]), width_(shape[3]), columns_(2 * kernels.lanes),
+  Blur(const Kernels& kernels, const ImagePair& pair, int threads)
+      : kernels_(kernels), images_(pair.images), out_(pair.out), dtype_(pair.dtype), threads_(threads),
+        channels_(pair.shape[1]), height_(pair.shape[2]), width_(pair.shape[3]), columns_(2 * kernels.lanes),
         half_stride_(round_up(height_, kernels.lanes)), wide_(round_up(width_, columns_)),
         strip_floats_((height_ + round_up(width_, kernels.lanes)) * columns_),
         strips_(make_buffer(strip_floats_ * threads)) {}
@@ -99,10 +98,24 @@ class Blur {
       at = reinterpret_cast<const float*>(from);
       stride = images_.stride[2] / 4;
     } else {
-      kernels_.load_strip({from, height_, columns, images_.stride[2], images_.stride[3], dtype_, strip, columns_});
+      kernels_.load_strip({.from = from,
+                           .rows = height_,
+                           .columns = columns,
+                           .row_stride = images_.stride[2],
+                           .column_stride = images_.stride[3],
+                           .dtype = dtype_,
+                           .strip = strip,
+                           .strip_columns = columns_});
     }
-    kernels_.blur({at, stride, height_, columns, filter.index.data(), filter.taps.data(), filter.radius,
-                   half_.get() + p * plane_floats() + x * half_stride_, half_stride_});
+    kernels_.blur({.strip = at,
+                   .strip_stride = stride,
+                   .length = height_,
+                   .columns = columns,
+                   .index = filter.index.data(),
+                   .taps = filter.taps.data(),
+                   .radius = filter.radius,
+                   .out = half_.get() + p * plane_floats() + x * half_stride_,
+                   .out_stride = half_stride_});
   }
 
   // Rows [y, y + columns) of the result: columns of the half-blurred plane, filtered along x and turned upright.
@@ -114,8 +127,15 @@ class Blur {
     const bool direct = dense_floats(out_) && rows % lanes == 0 && width_ % lanes == 0;
     float* upright = direct ? reinterpret_cast<float*>(to) : strip + height_ * columns_;
     const int64_t stride = direct ? out_.stride[2] / 4 : round_up(width_, lanes);
-    kernels_.blur({from, half_stride_, width_, rows, filter.index.data(), filter.taps.data(), filter.radius, upright,
-                   stride});
+    kernels_.blur({.strip = from,
+                   .strip_stride = half_stride_,
+                   .length = width_,
+                   .columns = rows,
+                   .index = filter.index.data(),
+                   .taps = filter.taps.data(),
+                   .radius = filter.radius,
+                   .out = upright,
+                   .out_stride = stride});
     if (direct) return;
     for (int64_t i = 0; i < rows; ++i) store(upright + i * stride, to + i * out_.stride[2]);
   }
@@ -128,27 +148,26 @@ class Blur {
   Buffer strips_, half_;
 };
 
-std::vector<Filter> make_filters(const double* sigma, int64_t images, double truncate, int64_t length, bool replicate,
+// One for each image, or one for all where their sigmas are equal.
+std::vector<Filter> make_filters(const double* sigma, int64_t images, const BlurSettings& settings, int64_t length,
                                  int blur_rows) {
   const bool same = std::all_of(sigma, sigma + images, [&](double s) { return s == sigma[0]; });
   std::vector<Filter> filters;
   for (int64_t l = 0; l < (same ? 1 : images); ++l) {
-    filters.emplace_back(sigma[l], truncate, length, replicate, blur_rows);
+    filters.emplace_back(sigma[l], settings.truncate, length, settings.replicate, blur_rows);
   }
   return filters;
 }
 
 }  // namespace
 
-void gaussian_blur(const Kernels& kernels, const ImageView& images, const ImageView& out, const int64_t shape[4],
-                   Dtype dtype, const double* sigma_y, const double* sigma_x, double truncate, bool replicate,
-                   int threads) {
-  const int64_t planes = shape[0] * shape[1];
+void gaussian_blur(const Kernels& kernels, const ImagePair& pair, const BlurSettings& settings, int threads) {
+  const int64_t *shape = pair.shape, planes = shape[0] * shape[1];
   if (planes == 0 || shape[2] == 0 || shape[3] == 0) return;
-  const auto down = make_filters(sigma_y, shape[0], truncate, shape[2], replicate, kernels.blur_rows);
-  const auto across = make_filters(sigma_x, shape[0], truncate, shape[3], replicate, kernels.blur_rows);
+  const auto down = make_filters(settings.sigma_y, shape[0], settings, shape[2], kernels.blur_rows);
+  const auto across = make_filters(settings.sigma_x, shape[0], settings, shape[3], kernels.blur_rows);
   threads = static_cast<int>(std::min<int64_t>(threads, planes * shape[2] * shape[3] / kPixelsPerThread + 1));
-  Blur blur(kernels, images, out, shape, dtype, threads);
+  Blur blur(kernels, pair, threads);
   const int64_t batch = std::clamp<int64_t>(kScratchFloats / blur.plane_floats(), 1, planes);
   for (int64_t first = 0; first < planes; first += batch) {
     blur.run(first, std::min(batch, planes - first), down, across);

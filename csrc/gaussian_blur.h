@@ -11,11 +11,21 @@ struct ImageView {
   int64_t stride[4];
 };
 
-// out[l, c] = Gaussian of (sigma_y[l], sigma_x[l]) pixels over images[l, c], radius ceil(truncate * sigma), weights
-// normalised to 1. Borders mirror without repeating the edge pixel (as often as the radius needs) or replicate it.
-// uint8 is rounded half to even. `out` may not overlap `images`.
-void gaussian_blur(const Kernels& kernels, const ImageView& images, const ImageView& out, const int64_t shape[4],
-                   Dtype dtype, const double* sigma_y, const double* sigma_x, double truncate, bool replicate,
-                   int threads);
+// The images that are read and the ones that are written, which may not overlap: one shape (L, C, H, W), one dtype.
+struct ImagePair {
+  ImageView images, out;
+  const int64_t* shape;
+  Dtype dtype;
+};
+
+struct BlurSettings {
+  const double *sigma_y, *sigma_x;  // (L,) pixels
+  double truncate;
+  bool replicate;  // the edge pixel; else borders mirror without repeating it, as often as the radius needs
+};
+
+// out[l, c] = Gaussian of (sigma_y[l], sigma_x[l]) over images[l, c], radius ceil(truncate * sigma), weights normalised
+// to 1. uint8 is rounded half to even.
+void gaussian_blur(const Kernels& kernels, const ImagePair& pair, const BlurSettings& settings, int threads);
 
 }  // namespace vig

@@ -11,14 +11,14 @@ namespace {
 constexpr int64_t kPanelWords = 4096;  // words of D packed at a time: 512 KiB of an AVX-512 panel, half of an L2
 constexpr int64_t kSmallGroups = 208;  // 48 large groups of 4, and 16
 constexpr int64_t kPackedWords = 96 << 10;  // of several shallow panels together: 384 KiB
-constexpr int64_t kHalfWords = 24 << 10;    // the same where the next ones are packed beside them
+constexpr int64_t kHalfWords = 24 << 10;    // the same where the next ones are packed meanwhile
 constexpr int64_t kFewTiles = 5;            // multiplied faster than the weight comes from memory: nothing to gain
 constexpr int64_t kManyTiles = 170;         // packing is under half a percent of the products
 
-// Hands out the weight rows of the next panels, a share with every tile, for the tile to ask the cache for.
-class Ahead {
+// Hands out the weight rows of the next panels, a share with every tile, for the tile to prefetch.
+class Prefetch {
  public:
-  Ahead(const Head& head, int64_t panel, int64_t panels, int64_t tiles) {
+  Prefetch(const Head& head, int64_t panel, int64_t panels, int64_t tiles) {
     const int64_t row_bytes = head.depth * (head.dtype == Dtype::kFloat32 ? 4 : 2);
     if (panel >= head.panels() || head.weight_stride != row_bytes) return;  // rows with gaps: left to the hardware
     const int64_t first = panel * head.kernels.panel;
@@ -39,19 +39,23 @@ class Ahead {
   int64_t share_ = 0;
 };
 
-// Packs the panels after those that are multiplied, a share with every tile.
-class Beside {
+// Interleaved packing: the panels after those that are multiplied, a share with every tile.
+class InterleavedPacking {
  public:
-  Beside() = default;
+  InterleavedPacking() = default;
 
-  Beside(const Head& head, int64_t begin, int64_t end, uint32_t* to, int64_t tiles, bool first)
-      : packing_{head.weight + begin * head.kernels.panel * head.weight_stride, to, head.weight_stride, head.words(),
-                 head.words() / kLineWords, kLinesAhead * kLineBytes},
+  InterleavedPacking(const Head& head, int64_t begin, int64_t end, uint32_t* to, int64_t tiles, bool first)
+      : packing_{.from = head.weight + begin * head.kernels.panel * head.weight_stride,
+                 .to = to,
+                 .stride = head.weight_stride,
+                 .words = head.words(),
+                 .lines = head.words() / kLineWords,
+                 .prefetch_bytes = kPrefetchLines * kLineBytes},
         left_((end - begin) * head.kernels.panel * packing_.lines), share_((left_ + tiles - 1) / tiles) {
     if (!first) return;  // the panels before have asked for the first lines
-    for (int64_t i = 0; i < head.kernels.panel * kLinesAhead; ++i) {
-      const char* row = packing_.from + i / kLinesAhead * packing_.stride;
-      __builtin_prefetch(row + i % kLinesAhead * kLineBytes, 0, 2);
+    for (int64_t i = 0; i < head.kernels.panel * kPrefetchLines; ++i) {
+      const char* row = packing_.from + i / kPrefetchLines * packing_.stride;
+      __builtin_prefetch(row + i % kPrefetchLines * kLineBytes, 0, 2);
     }
   }
 
@@ -103,30 +107,38 @@ RowChunk::RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_
     const int unit = static_cast<int>(tile / 3), padded = (width + unit - 1) / unit * unit;
     const char* rows_of_tile[64];
     for (int r = 0; r < padded; ++r) rows_of_tile[r] = hidden[row + std::min(r, width - 1)];
-    head.kernels.pack({reinterpret_cast<uint32_t*>(packed.get()) + i * tile * words, rows_of_tile, padded, head.dtype,
-                       head.pairs(), 0, words, head.depth});
+    head.kernels.pack({.out = reinterpret_cast<uint32_t*>(packed.get()) + i * tile * words,
+                       .rows = rows_of_tile,
+                       .width = padded,
+                       .dtype = head.dtype,
+                       .pairs = head.pairs(),
+                       .begin = 0,
+                       .end = words,
+                       .depth = head.depth});
   });
 }
 
 PanelSweep::PanelSweep(const Head& head, int64_t max_rows, bool stats)
-    : head_(head), stats_(stats), beside_(packs_beside(head, max_rows)), together_(panels_together(head, beside_)),
-      packed_(make_buffer(std::min(head.words(), kPanelWords) * head.kernels.panel * together_ * (beside_ ? 2 : 1))),
+    : head_(head), stats_(stats), interleaved_(interleaves_packing(head, max_rows)),
+      together_(panels_together(head, interleaved_)),
+      packed_(make_buffer(std::min(head.words(), kPanelWords) * head.kernels.panel * together_ *
+                          (interleaved_ ? 2 : 1))),
       product_(make_buffer((head.words() > kPanelWords ? round_up(max_rows, head.kernels.tile) : head.kernels.tile) *
                            head.kernels.panel)),
       lanes_(make_buffer(padded_rows(head, max_rows) * lane_floats(head.kernels.lanes, stats))),
       bias_(make_buffer(head.kernels.panel * together_)), rows_(head.kernels.panel) {}
 
-bool PanelSweep::packs_beside(const Head& head, int64_t rows) {
+bool PanelSweep::interleaves_packing(const Head& head, int64_t rows) {
   const int64_t tiles = rows / head.kernels.tile;
   const bool words_as_they_stand = head.dtype == Dtype::kFloat32 || head.pairs();
-  return head.kernels.packs_beside && words_as_they_stand && head.words() >= kLineWords &&
+  return head.kernels.interleaves_packing && words_as_they_stand && head.words() >= kLineWords &&
          head.words() <= kPanelWords && tiles > kFewTiles && tiles <= kManyTiles;
 }
 
-int64_t PanelSweep::panels_together(const Head& head, bool beside) {
+int64_t PanelSweep::panels_together(const Head& head, bool interleaved) {
   if (head.words() > kPanelWords) return 1;  // packed block by block of D
   const int64_t panel_words = std::max<int64_t>(head.words(), 1) * head.kernels.panel;
-  return std::clamp<int64_t>((beside ? kHalfWords : kPackedWords) / panel_words, 1, 16);
+  return std::clamp<int64_t>((interleaved ? kHalfWords : kPackedWords) / panel_words, 1, 16);
 }
 
 int64_t PanelSweep::bytes_per_row(const Head& head, bool stats) {
@@ -158,7 +170,14 @@ void PanelSweep::pack(int64_t panel, uint32_t* to, int64_t begin, int64_t end) {
   for (int i = 0; i < k.panel; ++i) {
     rows_[i] = head_.weight + std::min(panel * k.panel + i, head_.vocab - 1) * head_.weight_stride;
   }
-  k.pack({to, rows_.data(), k.panel, head_.dtype, head_.pairs(), begin, end, head_.depth});
+  k.pack({.out = to,
+          .rows = rows_.data(),
+          .width = k.panel,
+          .dtype = head_.dtype,
+          .pairs = head_.pairs(),
+          .begin = begin,
+          .end = end,
+          .depth = head_.depth});
 }
 
 void PanelSweep::set_bias(int64_t panel, int64_t place) {
@@ -176,25 +195,37 @@ void PanelSweep::fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64
   const int64_t words = head_.words(), panel_words = words * k.panel;
   const int64_t tiles = (end - begin) * ((chunk.rows + k.tile - 1) / k.tile);
   const int64_t coming = std::min(end + together_, group_end);
-  const bool swap = beside_ && coming > end && coming * k.panel <= head_.vocab;  // the last rows are left to pack()
+  // The last rows are left to pack().
+  const bool swap = interleaved_ && coming > end && coming * k.panel <= head_.vocab;
   for (int64_t panel = begin; panel < end; ++panel) {
-    if (!packed_beside_) pack(panel, packed(half_) + (panel - begin) * panel_words, 0, words);
+    if (!packed_already_) pack(panel, packed(half_) + (panel - begin) * panel_words, 0, words);
     set_bias(panel, panel - begin);
   }
-  Beside beside = swap ? Beside(head_, end, coming, packed(1 - half_), tiles, !packed_beside_) : Beside();
-  Ahead ahead(head_, swap ? head_.panels() : next, end - begin, tiles);
+  InterleavedPacking packer =
+      swap ? InterleavedPacking(head_, end, coming, packed(1 - half_), tiles, !packed_already_) : InterleavedPacking();
+  Prefetch prefetch(head_, swap ? head_.panels() : next, end - begin, tiles);
   for (int64_t row = 0; row < chunk.rows; row += k.tile) {
     const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk.rows - row));
     const uint32_t* a = reinterpret_cast<const uint32_t*>(chunk.packed.get()) + row * words;
     for (int64_t panel = begin; panel < end; ++panel) {
       const uint32_t* b = packed(half_) + (panel - begin) * panel_words;
-      const auto [from, to] = ahead.take();
-      const auto [packing, lines] = beside.take();
-      k.multiply({a, b, product_.get(), k.panel, words, 1, 0, rows, false, from, to, packing, lines}, head_.pairs());
+      const auto [from, to] = prefetch.take();
+      const auto [packing, lines] = packer.take();
+      k.multiply({.a = a,
+                  .b = b,
+                  .c = product_.get(),
+                  .ldc = k.panel,
+                  .words = words,
+                  .rows = rows,
+                  .prefetch = from,
+                  .prefetch_end = to,
+                  .packing = packing,
+                  .lines = lines},
+                 head_.pairs());
       fold_tile(chunk, panel, panel - begin, row, rows, product_.get(), picked, keep);
     }
   }
-  packed_beside_ = swap;
+  packed_already_ = swap;
   if (!swap) return;
   half_ = 1 - half_;
   const int64_t whole = words / kLineWords * kLineWords;
@@ -207,7 +238,7 @@ void PanelSweep::fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64
 void PanelSweep::fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t next, float* picked, KeptLogits keep) {
   const Kernels& k = head_.kernels;
   const int64_t words = head_.words(), blocks = (words + kPanelWords - 1) / kPanelWords;
-  Ahead ahead(head_, next, 1, blocks * ((chunk.rows + k.tile - 1) / k.tile));
+  Prefetch prefetch(head_, next, 1, blocks * ((chunk.rows + k.tile - 1) / k.tile));
   for (int64_t begin = 0; begin < words; begin += kPanelWords) {
     const int64_t end = std::min(words, begin + kPanelWords);
     pack(panel, packed(0), begin, end);
@@ -217,8 +248,17 @@ void PanelSweep::fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t n
       const int unit = k.tile / 3, padded = (rows + unit - 1) / unit * unit;
       const uint32_t* a = reinterpret_cast<const uint32_t*>(chunk.packed.get()) + row * words + begin * padded;
       float* product = product_.get() + row * k.panel;
-      const auto [from, to] = ahead.take();
-      k.multiply({a, packed(0), product, k.panel, end - begin, 1, 0, rows, begin > 0, from, to}, head_.pairs());
+      const auto [from, to] = prefetch.take();
+      k.multiply({.a = a,
+                  .b = packed(0),
+                  .c = product,
+                  .ldc = k.panel,
+                  .words = end - begin,
+                  .rows = rows,
+                  .accumulate = begin > 0,
+                  .prefetch = from,
+                  .prefetch_end = to},
+                 head_.pairs());
       if (end == words) fold_tile(chunk, panel, 0, row, rows, product, picked, keep);
     }
   }
@@ -228,10 +268,20 @@ void PanelSweep::fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, 
                            const float* product, float* picked, KeptLogits keep) {
   const Kernels& k = head_.kernels;
   const int64_t first = panel * k.panel;
-  k.fold({product, rows, static_cast<int>(std::min<int64_t>(k.panel, head_.vocab - first)), first,
-          chunk.target.data() + row, picked + row, lanes_.get() + row * lane_floats(k.lanes, stats_), stats_,
-          fresh_ && place == 0, head_.scale, bias_.get() + place * k.panel, head_.cap,
-          keep.data == nullptr ? nullptr : keep.data + ((panel - keep.first) * chunk.padded + row) * k.panel});
+  k.fold({.product = product,
+          .rows = rows,
+          .columns = static_cast<int>(std::min<int64_t>(k.panel, head_.vocab - first)),
+          .first_column = first,
+          .target = chunk.target.data() + row,
+          .picked = picked + row,
+          .lanes = lanes_.get() + row * lane_floats(k.lanes, stats_),
+          .stats = stats_,
+          .fresh = fresh_ && place == 0,
+          .scale = head_.scale,
+          .bias = bias_.get() + place * k.panel,
+          .cap = head_.cap,
+          .keep = keep.data == nullptr ? nullptr
+                                       : keep.data + ((panel - keep.first) * chunk.padded + row) * k.panel});
 }
 
 void PanelSweep::finish(int64_t rows, const Partials& out) const {
@@ -247,7 +297,11 @@ PartialTable::PartialTable(int64_t groups, int64_t rows)
     : memory_(make_buffer((groups + 1) * rows * 5)), groups_(groups + 1) {
   for (int64_t g = 0; g <= groups; ++g) {
     float* at = memory_.get() + g * rows * 5;
-    groups_[g] = {at, at + rows, at + 2 * rows, at + 3 * rows, reinterpret_cast<int32_t*>(at + 4 * rows)};
+    groups_[g] = {.running_max = at,
+                  .sum = at + rows,
+                  .moment = at + 2 * rows,
+                  .greatest = at + 3 * rows,
+                  .column = reinterpret_cast<int32_t*>(at + 4 * rows)};
   }
 }
 
@@ -257,12 +311,14 @@ void PartialTable::combine(const Head& head, int64_t first, bool stats) {
 
 RowTotal PartialTable::total(int64_t row) const {
   const Partials& all = groups_.back();
-  return {all.reference[row], std::log(static_cast<double>(all.sum[row])),
-          static_cast<double>(all.moment[row]) / all.sum[row], all.column[row]};
+  return {.running_max = all.running_max[row],
+          .log_sum = std::log(static_cast<double>(all.sum[row])),
+          .mean_above = static_cast<double>(all.moment[row]) / all.sum[row],
+          .column = all.column[row]};
 }
 
-double RowTotal::nll(float picked) const { return (reference - picked) + log_sum; }
-double RowTotal::lse() const { return reference + log_sum; }
+double RowTotal::nll(float picked) const { return (running_max - picked) + log_sum; }
+double RowTotal::lse() const { return running_max + log_sum; }
 double RowTotal::entropy() const { return log_sum - mean_above; }
 
 }  // namespace vig

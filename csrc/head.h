@@ -88,8 +88,8 @@ class PanelSweep {
   static int64_t bytes_per_row(const Head& head, bool stats);
 
  private:
-  static bool packs_beside(const Head& head, int64_t rows);
-  static int64_t panels_together(const Head& head, bool beside);
+  static bool interleaves_packing(const Head& head, int64_t rows);
+  static int64_t panels_together(const Head& head, bool interleaved);
   uint32_t* packed(int64_t half) {
     return reinterpret_cast<uint32_t*>(packed_.get()) + half * together_ * head_.words() * head_.kernels.panel;
   }
@@ -102,11 +102,11 @@ class PanelSweep {
                  float* picked, KeptLogits keep);
 
   const Head& head_;
-  const bool stats_, beside_;  // beside: the panels after these are packed beside their products, in the other half
+  const bool stats_, interleaved_;  // interleaved: the next panels are packed between products, in the other half
   const int64_t together_;
   bool fresh_ = true;
   int64_t half_ = 0;
-  bool packed_beside_ = false;  // the panels that are next stand packed in this half
+  bool packed_already_ = false;  // the panels that are next stand packed in this half
   Buffer packed_, product_, lanes_, bias_;
   std::vector<const char*> rows_;
 };
@@ -125,8 +125,8 @@ struct PanelGroups {
 
 // A row's values over all groups, in nats.
 struct RowTotal {
-  double reference, log_sum, mean_above;  // mean_above: softmax mean of (logit - reference)
-  int32_t column;                         // of the first greatest logit
+  double running_max, log_sum, mean_above;  // mean_above: softmax mean of (logit - running_max)
+  int32_t column;                           // of the first greatest logit
   double nll(float picked) const;
   double lse() const;
   double entropy() const;

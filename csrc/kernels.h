@@ -11,8 +11,8 @@ enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kUInt8 = 3 }
 
 constexpr int kBlock = 256;         // steps of one running sum; block sums are added up in float32
 constexpr int kLineWords = 16;      // of 64 bytes
-constexpr int kLinesAhead = 4;      // of each row, between asking the cache for a line and copying it
-constexpr float kLowest = -3.40282347e38f;  // the reference of nothing: finite, so that -inf minus it is not NaN
+constexpr int kPrefetchLines = 4;   // of each row, between asking the cache for a line and copying it
+constexpr float kLowest = -3.40282347e38f;  // the maximum of nothing: finite, so that -inf minus it is not NaN
 
 // Matrix operands are stored as 32-bit words: one float32, or (pairs) two bfloat16 that one instruction multiplies.
 
@@ -27,14 +27,14 @@ struct PackArgs {
   int64_t depth;             // D
 };
 
-// Whole lines of weight rows on their way into packed panels, [word][panel], beside the products of other panels: word
-// by word, through integer registers, which those leave alone.
+// Interleaved packing: whole lines of weight rows go into packed panels, [word][panel], while the products of other
+// panels are formed: word by word, through integer registers, which those leave alone.
 struct Packing {
   const char* from;          // the next line: kLineWords words of one row
   uint32_t* to;              // where its first word goes
   int64_t stride;            // bytes from row to row
   int64_t words, lines;      // of a row; words past the last whole line are left out
-  int64_t soon;              // bytes from `from` to the line that the cache is asked for
+  int64_t prefetch_bytes;    // from `from` to the line that the cache is asked for
   int64_t line = 0, row = 0;
 };
 
@@ -44,11 +44,12 @@ struct MultiplyArgs {
   const uint32_t* b;         // [segments * words][panel]
   float* c;
   int64_t ldc;
-  int64_t words, segments, a_segment;
-  int rows;                  // 1 .. tile
-  bool accumulate;
-  const char* ahead = nullptr;      // memory that will be wanted soon: asked for line by line, up to ahead_end
-  const char* ahead_end = nullptr;
+  int64_t words;
+  int64_t segments = 1, a_segment = 0;
+  int rows;                         // 1 .. tile
+  bool accumulate = false;
+  const char* prefetch = nullptr;   // memory that will be wanted soon: asked for line by line, up to prefetch_end
+  const char* prefetch_end = nullptr;
   Packing* packing = nullptr;       // lines of it are copied on the way, as many as `lines` says
   int64_t lines = 0;
 };
@@ -61,7 +62,7 @@ struct FoldArgs {
   int64_t first_column;
   const int64_t* target;     // (rows)
   float* picked;             // (rows) logit of the target, written by the panel that holds it
-  float* lanes;              // [rows][lane_floats]: reference, sum (, moment, greatest logit, its column): see Partials
+  float* lanes;              // [rows][lane_floats]: running max, sum (, moment, greatest logit, its column)
   bool stats;
   bool fresh;                // the first panel: what stands in `lanes` is not read
   float scale;               // logit = scale * product + bias, then the cap
@@ -70,22 +71,22 @@ struct FoldArgs {
   float* keep;               // [rows][panel] logits, or null
 };
 
-// What rows have gathered: arrays over rows. sum = sum of e^(logit - reference), moment the same times
-// (logit - reference). The reference is a logit, or a little below the greatest: see fold_body.h.
+// What rows have gathered: arrays over rows. sum = sum of e^(logit - running_max), moment the same times
+// (logit - running_max). The running max may lag a little behind the greatest logit: see fold_body.h.
 struct Partials {
-  float *reference, *sum, *moment, *greatest;
+  float *running_max, *sum, *moment, *greatest;
   int32_t* column;  // the first that holds the greatest logit
 };
 
 // Gradients of a panel's logits, from the logits that the sweep kept.
 struct GradArgs {
-  float* logits;             // [rows][panel] in; overwritten by the gradient unless `pair_rows` is set
+  float* logits;             // [rows][panel] in; overwritten by the gradient where no pairs are asked for
   int64_t rows;
   int columns;
   int64_t first_column;
   const int64_t* target;
-  const float* lse;          // (rows), and what float32 cannot hold of it
-  const float* lse_rest;
+  const float* lse;          // (rows): lse + lse_lo is the log-sum-exp beyond float32's precision
+  const float* lse_lo;
   const float* weight;       // (rows) factor of the softmax
   const float* onehot;       // (rows) subtracted at the target
   const float* moment;       // (rows) upstream of the entropy, or null
@@ -124,7 +125,7 @@ struct Kernels {
   int tile;         // rows of the largest register tile; smaller tiles are 1/3 and 2/3 of it
   int blur_rows;    // outputs of one blur step
   bool pairs;       // has the bfloat16 dot product
-  bool packs_beside;  // `multiply` heeds MultiplyArgs::packing
+  bool interleaves_packing;  // `multiply` heeds MultiplyArgs::packing
   void (*pack)(const PackArgs&);
   // Rows kept in order, [panel columns][row][panel] (pairs: two rows a word); begin and end are columns.
   void (*pack_rows)(const PackArgs&);

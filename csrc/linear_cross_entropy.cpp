@@ -35,7 +35,7 @@ int64_t rows_within(const Head& head, int64_t bytes, int64_t columns, int64_t ke
   return std::min(kept, std::max<int64_t>(bytes / row / unit, 1) * unit);
 }
 
-// Gradients of a float32 hidden are summed where they are wanted; others beside, and rounded at the end.
+// Gradients of a float32 hidden are summed where they are wanted; others in a buffer, and rounded at the end.
 class HiddenSums {
  public:
   HiddenSums(const Head& head, const KeptRows& kept, char* out)
@@ -81,19 +81,19 @@ double forward_chunk(const Head& head, const RowChunk& chunk, const float* weigh
   parallel_for(groups.count, threads, [&](int64_t group, int worker) {
     sweeps[worker]->start(chunk.rows);
     sweeps[worker]->fold_panels(chunk, groups.begin(group), groups.end(group), groups.begin(group + threads),
-                                picked.get(), {logits, 0});
+                                picked.get(), {.data = logits, .first = 0});
     sweeps[worker]->finish(chunk.rows, table.group(group));
   });
   for (int64_t first = 0; first < chunk.rows; first += head.kernels.lanes) table.combine(head, first, false);
   double loss = 0;
   const std::vector<float> zeros(chunk.rows);
-  slopes = {zeros, zeros, zeros, zeros, {}, {}};
+  slopes = {.lse = zeros, .lse_lo = zeros, .weight = zeros, .onehot = zeros, .moment = {}, .entropy = {}};
   for (int64_t n = 0; n < chunk.rows; ++n) {
     const RowTotal total = table.total(n);
     const double w = weight[n], lse = total.lse();
     if (w != 0.0) loss += w * (total.nll(picked[n]) + z_loss * lse * lse);
     slopes.lse[n] = static_cast<float>(lse);
-    slopes.lse_rest[n] = static_cast<float>(lse - slopes.lse[n]);
+    slopes.lse_lo[n] = static_cast<float>(lse - slopes.lse[n]);
     slopes.weight[n] = static_cast<float>(w * (1.0 + 2.0 * z_loss * lse));
     slopes.onehot[n] = static_cast<float>(w);
   }
@@ -102,7 +102,12 @@ double forward_chunk(const Head& head, const RowChunk& chunk, const float* weigh
 
 RowSlopes slopes_of(const KeptRows& kept, int64_t begin, int64_t rows, const Upstream& up) {
   const std::vector<float> zeros(rows);
-  RowSlopes slopes = {zeros, zeros, zeros, zeros, std::vector<float>(up.entropy == nullptr ? 0 : rows), zeros};
+  RowSlopes slopes = {.lse = zeros,
+                      .lse_lo = zeros,
+                      .weight = zeros,
+                      .onehot = zeros,
+                      .moment = std::vector<float>(up.entropy == nullptr ? 0 : rows),
+                      .entropy = zeros};
   for (int64_t n = 0; n < rows; ++n) {
     const int64_t slot = kept.slot(begin + n);
     const float nll = up.nll == nullptr ? 0.0f : up.nll[slot];
@@ -134,7 +139,7 @@ void clear(T* data, int64_t count) {
 double linear_cross_entropy(const Head& given, const KeptRows& kept, const float* row_weight, double z_loss,
                             const LossGradients& out, int threads) {
   const Head head = head_for(given, kept);
-  const Needs needs = {out.hidden != nullptr, out.weight != nullptr, out.bias != nullptr};
+  const Needs needs = {.hidden = out.hidden != nullptr, .weight = out.weight != nullptr, .bias = out.bias != nullptr};
   const Dtype stored = out.rounded ? Dtype::kBFloat16 : Dtype::kFloat32;
   const int64_t weight_bytes = head.vocab * head.depth * size_of(stored);
   if (kept.size() == 0) {
@@ -157,7 +162,13 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
     RowSlopes slopes;
     loss += forward_chunk(head, chunk, row_weight + begin, z_loss, sweeps, logits.get(), slopes, threads);
     ChunkGradients gradients(head, chunk, needs, threads);
-    gradients.run({0, head.panels(), grad_weight, grad_rounded, out.bias, begin > 0}, slopes, logits.get());
+    gradients.run({.begin = 0,
+                   .end = head.panels(),
+                   .grad_weight = grad_weight,
+                   .grad_rounded = grad_rounded,
+                   .grad_bias = out.bias,
+                   .add = begin > 0},
+                  slopes, logits.get());
     if (!needs.hidden) continue;
     for (int64_t n = 0; n < chunk.rows; ++n) {
       gradients.read_hidden(n, row.get());
@@ -176,15 +187,16 @@ void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream&
   const int64_t most = std::max<int64_t>(kHiddenBytes / (4 * head.depth), 1);
   if (out.hidden != nullptr && head.dtype != Dtype::kFloat32 && kept.size() > most) {  // so many rows at a time
     if (out.weight != nullptr || out.bias != nullptr) {
-      linear_nll_backward(head, kept, upstream, {nullptr, out.weight, out.bias}, threads);
+      linear_nll_backward(head, kept, upstream, {.hidden = nullptr, .weight = out.weight, .bias = out.bias}, threads);
     }
     for (int64_t begin = 0; begin < kept.size(); begin += most) {
-      linear_nll_backward(head, kept.part(begin, most), upstream, {out.hidden, nullptr, nullptr}, threads);
+      linear_nll_backward(head, kept.part(begin, most), upstream,
+                          {.hidden = out.hidden, .weight = nullptr, .bias = nullptr}, threads);
     }
     return;
   }
   const Head exact = head_for(head, kept);  // for the products; logits are formed as the forward formed them
-  const Needs needs = {out.hidden != nullptr, out.weight != nullptr, out.bias != nullptr};
+  const Needs needs = {.hidden = out.hidden != nullptr, .weight = out.weight != nullptr, .bias = out.bias != nullptr};
   const int64_t width = head.kernels.panel, depth = head.depth;
   if (kept.size() == 0) {
     clear(out.weight, head.vocab * depth * size_of(head.dtype));
@@ -211,13 +223,16 @@ void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream&
         const int64_t panel = first + i * together;
         sweeps[worker]->start(chunk.rows);
         sweeps[worker]->fold_panels(chunk, panel, std::min(panel + together, last), head.panels(), picked.get(),
-                                    {logits.get(), first});
+                                    {.data = logits.get(), .first = first});
       });
       ChunkGradients gradients(exact, chunk, needs, threads);
       char* stored = needs.weight ? out.weight + first * width * depth * size_of(head.dtype) : nullptr;
-      gradients.run({first, last, direct ? reinterpret_cast<float*>(stored) : sums.get(),
-                     rounded ? reinterpret_cast<uint16_t*>(stored) : nullptr,
-                     needs.bias ? out.bias + first * width : nullptr, begin > 0},
+      gradients.run({.begin = first,
+                     .end = last,
+                     .grad_weight = direct ? reinterpret_cast<float*>(stored) : sums.get(),
+                     .grad_rounded = rounded ? reinterpret_cast<uint16_t*>(stored) : nullptr,
+                     .grad_bias = needs.bias ? out.bias + first * width : nullptr,
+                     .add = begin > 0},
                     slopes_of(kept, begin, chunk.rows, upstream), logits.get());
       grad_hidden.add(gradients, begin, chunk.rows);
     }

@@ -30,7 +30,7 @@ void finish_rows(const Head& head, const KeptRows& kept, int64_t begin, int64_t 
       out.nll[slot] = static_cast<float>(total.nll(picked[n]));
       const double lse = total.lse();
       if (out.lse != nullptr) out.lse[slot] = static_cast<float>(lse);
-      if (out.lse_rest != nullptr) out.lse_rest[slot] = static_cast<float>(lse - static_cast<float>(lse));
+      if (out.lse_lo != nullptr) out.lse_lo[slot] = static_cast<float>(lse - static_cast<float>(lse));
       if (out.entropy != nullptr) out.entropy[slot] = static_cast<float>(total.entropy());
       if (out.argmax != nullptr) out.argmax[slot] = total.column;
     }
@@ -56,7 +56,7 @@ void linear_nll(const Head& head, const KeptRows& kept, const NllOutputs& out, i
       PanelSweep& sweep = *sweeps[worker];
       sweep.start(rows);
       sweep.fold_panels(chunk, groups.begin(group), groups.end(group), groups.begin(group + threads), picked.get(),
-                        {nullptr, 0});
+                        {.data = nullptr, .first = 0});
       sweep.finish(rows, table.group(group));
     });
     finish_rows(head, kept, begin, rows, table, picked.get(), out, stats, threads);

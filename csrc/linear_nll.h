@@ -7,7 +7,7 @@ namespace vig {
 struct NllOutputs {
   float* nll;
   float* lse;
-  float* lse_rest;  // what float32 cannot hold of lse
+  float* lse_lo;  // lse + lse_lo is the log-sum-exp beyond float32's precision
   float* entropy;
   int64_t* argmax;
 };

@@ -24,9 +24,14 @@ ChunkGradients::ChunkGradients(const Head& head, const RowChunk& chunk, Needs ne
   if (needs.weight) {
     hidden_ = make_buffer(columns * words * width);
     parallel_for(columns, threads, [&](int64_t column, int) {
-      head.kernels.pack_rows({reinterpret_cast<uint32_t*>(hidden_.get()) + column * words * width,
-                              chunk.hidden.data(), static_cast<int>(chunk.rows), head.dtype, pairs_, column * width,
-                              std::min((column + 1) * width, head.depth), head.depth});
+      head.kernels.pack_rows({.out = reinterpret_cast<uint32_t*>(hidden_.get()) + column * words * width,
+                              .rows = chunk.hidden.data(),
+                              .width = static_cast<int>(chunk.rows),
+                              .dtype = head.dtype,
+                              .pairs = pairs_,
+                              .begin = column * width,
+                              .end = std::min((column + 1) * width, head.depth),
+                              .depth = head.depth});
     });
   }
   for (int64_t n = 0; pairs_ && needs.weight && n < chunk.rows; ++n) by_target_.emplace_back(chunk.target[n], n);
@@ -62,10 +67,23 @@ void ChunkGradients::panel_gradient(const PanelRange& range, int64_t panel, cons
   // bfloat16 gradients take half the place of the logits, and never overtake the row that is read.
   uint16_t* column_pairs = pairs_ ? reinterpret_cast<uint16_t*>(logits) : nullptr;
   float sums[64];
-  const float* moment = slopes.moment.empty() ? nullptr : slopes.moment.data();
-  k.gradient({logits, chunk_.rows, columns, first, chunk_.target.data(), slopes.lse.data(), slopes.lse_rest.data(),
-              slopes.weight.data(), slopes.onehot.data(), moment, slopes.entropy.data(), head_.scale, head_.cap,
-              row_pairs, column_pairs, pairs_ ? residual_.data() : nullptr, needs_.bias ? sums : nullptr});
+  k.gradient({.logits = logits,
+              .rows = chunk_.rows,
+              .columns = columns,
+              .first_column = first,
+              .target = chunk_.target.data(),
+              .lse = slopes.lse.data(),
+              .lse_lo = slopes.lse_lo.data(),
+              .weight = slopes.weight.data(),
+              .onehot = slopes.onehot.data(),
+              .moment = slopes.moment.empty() ? nullptr : slopes.moment.data(),
+              .entropy = slopes.entropy.data(),
+              .scale = head_.scale,
+              .cap = head_.cap,
+              .row_pairs = row_pairs,
+              .column_pairs = column_pairs,
+              .residual = pairs_ ? residual_.data() : nullptr,
+              .column_sum = needs_.bias ? sums : nullptr});
   if (needs_.bias) {
     float* out = range.grad_bias + (panel - range.begin) * k.panel;
     for (int i = 0; i < columns; ++i) out[i] = (range.add ? out[i] : 0.0f) + sums[i] * head_.scale;
@@ -85,16 +103,17 @@ void ChunkGradients::weight_product(const PanelRange& range, int64_t panel, cons
     const uint32_t* b = reinterpret_cast<const uint32_t*>(hidden_.get()) + column * words * width;
     for (int64_t v = 0; v < valid; v += k.tile) {
       const int rows = static_cast<int>(std::min<int64_t>(k.tile, width - v));
-      k.multiply_columns({gradient + v, b, tile + v * width, width, words, 1, 0, rows, false}, pairs_);
+      k.multiply_columns(
+          {.a = gradient + v, .b = b, .c = tile + v * width, .ldc = width, .words = words, .rows = rows}, pairs_);
     }
-    if (pairs_) mend_tile(panel, column, tile);
+    if (pairs_) correct_tile(panel, column, tile);
     write_tile(range, panel, column, tile);
   }
   k.fence();
 }
 
 // tile[target] += residual * hidden, row after row, for the targets within the panel.
-void ChunkGradients::mend_tile(int64_t panel, int64_t column, float* tile) const {
+void ChunkGradients::correct_tile(int64_t panel, int64_t column, float* tile) const {
   const int64_t width = head_.kernels.panel, first = panel * width, begin = column * width;
   const int64_t wide = std::min(width, head_.depth - begin);
   auto at = std::lower_bound(by_target_.begin(), by_target_.end(), std::make_pair(first, int64_t{0}));
@@ -135,8 +154,14 @@ void ChunkGradients::pack_weight(int64_t panel, int64_t rows, int64_t column, in
   for (int64_t i = 0; i < rows; ++i) {
     at[i] = head_.weight + std::min(panel * width + i, head_.vocab - 1) * head_.weight_stride;
   }
-  head_.kernels.pack_rows({packed, at, static_cast<int>(rows), head_.dtype, pairs_, column * width,
-                           std::min((column + columns) * width, head_.depth), head_.depth});
+  head_.kernels.pack_rows({.out = packed,
+                           .rows = at,
+                           .width = static_cast<int>(rows),
+                           .dtype = head_.dtype,
+                           .pairs = pairs_,
+                           .begin = column * width,
+                           .end = std::min((column + columns) * width, head_.depth),
+                           .depth = head_.depth});
 }
 
 // grad_hidden[n, slice of D] += sum_v gradient[n, v] weight[v, slice], kBlock words of v at a time.
@@ -176,7 +201,16 @@ void ChunkGradients::hidden_block(const PanelRange& range, const float* logits, 
     for (int64_t i = 0; i < columns; ++i) {
       const uint32_t* b = packed + i * panels * row_words * width;
       float* out = grad_hidden_.get() + (column + i) * panel_words + row * width;
-      k.multiply_rows({a + row * row_words, b, out, width, row_words, panels, panel_words, rows, true}, pairs_);
+      k.multiply_rows({.a = a + row * row_words,
+                       .b = b,
+                       .c = out,
+                       .ldc = width,
+                       .words = row_words,
+                       .segments = panels,
+                       .a_segment = panel_words,
+                       .rows = rows,
+                       .accumulate = true},
+                      pairs_);
     }
   }
 }

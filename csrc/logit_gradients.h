@@ -11,7 +11,7 @@ struct Needs {
 // What is known of each row of a chunk once its log-sum-exp is.
 struct RowSlopes {
   std::vector<float> lse;
-  std::vector<float> lse_rest;  // what float32 cannot hold of it
+  std::vector<float> lse_lo;   // lse + lse_lo: beyond float32's precision
   std::vector<float> weight;   // factor of the softmax
   std::vector<float> onehot;   // subtracted at the target
   std::vector<float> moment;   // upstream of the entropy; empty: none
@@ -47,7 +47,7 @@ class ChunkGradients {
                     const uint32_t* packed);
   void pack_weight(int64_t panel, int64_t rows, int64_t column, int64_t columns, uint32_t* packed) const;
   int64_t scratch_words() const;
-  void mend_tile(int64_t panel, int64_t column, float* tile) const;
+  void correct_tile(int64_t panel, int64_t column, float* tile) const;
   void write_tile(const PanelRange& range, int64_t panel, int64_t column, const float* tile) const;
   // Words of a column over the chunk's rows: two rows a word for pairs.
   int64_t row_words() const { return pairs_ ? (chunk_.rows + 1) / 2 : chunk_.rows; }

@@ -5,8 +5,9 @@ constexpr int kPanel = 2 * Vec::W;             // columns of a tile
 constexpr int kUnit = Vec::kRegisters == 32 ? 4 : 2;  // rows of the smallest tile; the others have 2 and 3 units
 constexpr int kTile = 3 * kUnit;
 
-constexpr bool kPacksBeside = kUnit == 4 && !Vec::kTakesLanes;  // where a word of the product leaves slots for copying
-constexpr int kAhead = 24;                     // words that the tile asks the cache for ahead of their use
+// Where a word of the product leaves slots for copying.
+constexpr bool kInterleavesPacking = kUnit == 4 && !Vec::kTakesLanes;
+constexpr int kPrefetchWords = 24;             // from a word in use to the one that the tile asks the cache for
 
 enum class Layout { kPacked, kColumns, kRows };  // where a[i][k] stands: see Kernels
 
@@ -28,7 +29,7 @@ inline void add_by_lane(const float* a, typename V::F left, typename V::F right,
 
 // Line by line over the rows, so that what they fill together is in cache together.
 inline void copy_line(Packing& p) {
-  __builtin_prefetch(p.from + p.soon, 0, 2);
+  __builtin_prefetch(p.from + p.prefetch_bytes, 0, 2);
 #pragma GCC unroll 16
   for (int i = 0; i < kLineWords; ++i) {
     uint32_t word;
@@ -49,7 +50,7 @@ inline void copy_line(Packing& p) {
     p.from += next_panel;
     p.to += (p.words - p.lines * kLineWords) * kPanel;
   }
-  p.soon = kLinesAhead * kBytes + (p.line + kLinesAhead < p.lines ? 0 : next_panel);
+  p.prefetch_bytes = kPrefetchLines * kBytes + (p.line + kPrefetchLines < p.lines ? 0 : next_panel);
 }
 
 // The strides of `a` are constants of the instance, so that they become displacements.
@@ -67,7 +68,7 @@ void multiply_tile(const MultiplyArgs& m) {
       __builtin_prefetch(m.c + i * m.ldc + kPanel - 1, 1);
     }
   }
-  const char* ahead = m.ahead;
+  const char* prefetch = m.prefetch;
   [[maybe_unused]] Packing packing = Packs ? *m.packing : Packing{};
   [[maybe_unused]] int64_t lines = m.lines;
   [[maybe_unused]] const int64_t lines_together = Packs ? lines / ((m.words + 7) / 8) + 1 : 0;
@@ -78,16 +79,16 @@ void multiply_tile(const MultiplyArgs& m) {
     for (int64_t done = 0; done < m.words;) {
       const int64_t steps = m.words - done < kBlock ? m.words - done : kBlock;
       for (int64_t k = 0; k < steps;) {
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += ahead < m.ahead_end ? 64 : 0;
+        __builtin_prefetch(prefetch, 0, 2);
+        prefetch += prefetch < m.prefetch_end ? 64 : 0;
         if constexpr (Packs) {
           for (int64_t n = 0; n < lines_together && lines > 0; ++n, --lines) copy_line(packing);
         }
         for (const int64_t stop = k + 8 < steps ? k + 8 : steps; k < stop; ++k) {
           const Vec::F left = Vec::load(b), right = Vec::load(b + Vec::W);
-          __builtin_prefetch(b + kAhead * kPanel);
-          __builtin_prefetch(b + kAhead * kPanel + Vec::W);
-          if constexpr (L != Layout::kRows) __builtin_prefetch(a + kAhead * kWord);
+          __builtin_prefetch(b + kPrefetchWords * kPanel);
+          __builtin_prefetch(b + kPrefetchWords * kPanel + Vec::W);
+          if constexpr (L != Layout::kRows) __builtin_prefetch(a + kPrefetchWords * kWord);
           if constexpr (Vec::kTakesLanes && kRow == 1) {
             add_by_lane<Rows, Pairs>(a, left, right, sum);
           } else {
@@ -132,7 +133,7 @@ void multiply_rows_of(const MultiplyArgs& m) {
 
 template <Layout L, bool Pairs>
 void multiply_any(const MultiplyArgs& m) {
-  if constexpr (kPacksBeside && L == Layout::kPacked) {
+  if constexpr (kInterleavesPacking && L == Layout::kPacked) {
     if (m.packing != nullptr) return multiply_rows_of<L, Pairs, true>(m);
   }
   multiply_rows_of<L, Pairs, false>(m);

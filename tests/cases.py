@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vig_kernels import dispatch
+from vig_kernels import backend_table, dispatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,7 +109,7 @@ def runners(op: str) -> list:
     return [
         (backend, device.type)
         for device in dispatch.devices()
-        for backend in dispatch.BACKENDS
+        for backend in backend_table.names()
         if backend != "reference" and dispatch.why_not(op, backend, device) is None
     ]
 

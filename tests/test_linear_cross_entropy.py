@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vig_kernels import linear_cross_entropy, reference
 from vig_kernels.kernels.torch import linear_cross_entropy as linear_cross_entropy_torch
 from vig_kernels.kernels.torch import linear_nll as linear_nll_torch
+from vig_kernels.problem import HeadProblem, Needs, Saved, Upstream
 
 every = pytest.mark.parametrize(("backend", "device"), runners("linear_cross_entropy"))
 PLAIN = Case("plain", N=9, D=16, V=50, bias=True)
@@ -201,7 +202,7 @@ def test_products_are_counted():
     inputs = make(Case("count", N=12, D=16, V=100), torch.float32)
     kept = int((inputs.target >= 0).sum())
     product = 2 * kept * 16 * 100
-    head = (inputs.hidden, inputs.weight, inputs.target, None)
+    head = HeadProblem(inputs.hidden, inputs.weight, inputs.target)
 
     def flops(call):
         with ProductCounter() as counter:
@@ -209,13 +210,13 @@ def test_products_are_counted():
         return counter.total / product
 
     def form(needs):
-        return linear_cross_entropy_torch.forward_backward(*head, None, 1.0, None, -100, 0.0, None, needs)
+        return linear_cross_entropy_torch.forward_backward(head, None, 0.0, Needs(*needs))
 
     def recompute(needs):
         ones = torch.ones(12)
-        return linear_nll_torch.backward(ones, None, None, ones, None, *head, 1.0, None, -100, needs)
+        return linear_nll_torch.backward(Upstream(ones), Saved(ones), head, Needs(*needs))
 
-    assert flops(lambda: linear_nll_torch.forward(*head, 1.0, None, -100, ())) == 1
+    assert flops(lambda: linear_nll_torch.forward(head, ())) == 1
     assert flops(lambda: form((True, True, False))) == 3
     assert flops(lambda: form((True, False, False))) == flops(lambda: form((False, True, False))) == 2
     assert flops(lambda: recompute((True, True, False))) == 3

@@ -11,7 +11,8 @@ from vig_kernels import gaussian_blur, linear_cross_entropy, linear_nll, linear_
 from vig_kernels.kernels.torch import linear_cross_entropy as linear_cross_entropy_torch
 from vig_kernels.kernels.torch import linear_nll as linear_nll_torch
 from vig_kernels.kernels.torch import precision
-from vig_kernels.ops.linear_nll import with_rest
+from vig_kernels.ops.linear_nll import with_lse_lo
+from vig_kernels.problem import HeadProblem, Needs, Saved, Upstream
 
 STATS = ("lse", "entropy", "argmax")
 RUNNERS = runners("linear_nll")
@@ -24,18 +25,18 @@ every = pytest.mark.parametrize(("backend", "device"), RUNNERS)
 def test_values(case, dtype, backend, device):
     inputs = make(case, dtype, device)
     args = (inputs.hidden, inputs.weight, inputs.target)
-    nll, sinks = linear_nll(*args, **inputs.options, stats=STATS, backend=backend)
-    exact, exact_sinks = reference.linear_nll(*args, **inputs.options, stats=STATS)
+    nll, values = linear_nll(*args, **inputs.options, stats=STATS, backend=backend)
+    exact, exact_stats = reference.linear_nll(*args, **inputs.options, stats=STATS)
     limit = bound(inputs)
-    assert nll.dtype == sinks["lse"].dtype == sinks["entropy"].dtype == torch.float32
+    assert nll.dtype == values["lse"].dtype == values["entropy"].dtype == torch.float32
     assert ((nll - exact).abs() <= limit).all()
-    assert ((sinks["lse"] - exact_sinks["lse"]).abs() <= limit).all()
+    assert ((values["lse"] - exact_stats["lse"]).abs() <= limit).all()
     # d entropy = sum p (z - <z>) dz: at most twice the bound times the spread of z under p
-    assert ((sinks["entropy"] - exact_sinks["entropy"]).abs() <= 4 * limit).all()
+    assert ((values["entropy"] - exact_stats["entropy"]).abs() <= 4 * limit).all()
     ignored = inputs.target == inputs.options.get("ignore_index", -100)
-    assert (nll[ignored] == 0).all() and (sinks["argmax"][ignored] == -1).all()
-    assert_argmax(inputs, sinks["argmax"], limit)
-    assert torch.equal(nll, linear_nll(*args, **inputs.options, backend=backend)), "sinks change bits"
+    assert (nll[ignored] == 0).all() and (values["argmax"][ignored] == -1).all()
+    assert_argmax(inputs, values["argmax"], limit)
+    assert torch.equal(nll, linear_nll(*args, **inputs.options, backend=backend)), "values change bits"
 
 
 def assert_argmax(inputs, argmax, limit):
@@ -54,8 +55,8 @@ def test_argmax_of_a_row_of_nan_is_a_column(V, backend, device):
     hidden, weight = torch.randn(3, 16, device=device), torch.randn(V, 16, device=device)
     hidden[1] = torch.nan
     target = torch.zeros(3, dtype=torch.long, device=device)
-    nll, sinks = linear_nll(hidden, weight, target, stats=("argmax",), backend=backend)
-    assert nll[1].isnan() and sinks["argmax"][1] in range(V)
+    nll, values = linear_nll(hidden, weight, target, stats=("argmax",), backend=backend)
+    assert nll[1].isnan() and values["argmax"][1] in range(V)
 
 
 @every
@@ -64,10 +65,10 @@ def test_argmax_takes_the_first_of_equal_columns(equal, backend, device):
     hidden = torch.ones(3, 16, device=device)
     weight = torch.zeros(5000, 16, device=device)
     weight[equal] = 1.0
-    _, sinks = linear_nll(
+    _, values = linear_nll(
         hidden, weight, torch.zeros(3, dtype=torch.long, device=device), stats=("argmax",), backend=backend
     )
-    assert sinks["argmax"].tolist() == [17, 17, 17]
+    assert values["argmax"].tolist() == [17, 17, 17]
 
 
 @every
@@ -82,9 +83,9 @@ def test_gradients_with_random_upstream(case, dtype, backend, device):
     inputs = make(case, dtype, device, grad=True)
     args = (inputs.hidden, inputs.weight, inputs.target)
     stats = ("lse", "entropy")
-    nll, sinks = linear_nll(*args, **inputs.options, stats=stats, backend=backend)
+    nll, values = linear_nll(*args, **inputs.options, stats=stats, backend=backend)
     precise = inputs.double()
-    exact, exact_sinks = reference.linear_nll(
+    exact, exact_stats = reference.linear_nll(
         precise.hidden, precise.weight, precise.target, **precise.options, stats=stats
     )
     log_p = eager_logits(inputs).log_softmax(-1)
@@ -97,8 +98,8 @@ def test_gradients_with_random_upstream(case, dtype, backend, device):
         -(log_p.exp() * log_p).sum(-1).masked_fill(ignored, 0),
     )
     assert_gradients(
-        gradients((nll, sinks["lse"], sinks["entropy"]), inputs),
-        gradients((exact, exact_sinks["lse"], exact_sinks["entropy"]), precise),
+        gradients((nll, values["lse"], values["entropy"]), inputs),
+        gradients((exact, exact_stats["lse"], exact_stats["entropy"]), precise),
         gradients(eager, inputs),
     )
 
@@ -118,8 +119,8 @@ def test_shapes_and_integer_targets(backend, device):
     hidden = torch.randn(2, 3, 8, device=device)
     weight = torch.randn(11, 8, device=device)
     target = torch.tensor([[1, -100, 10], [0, 4, -100]], device=device)
-    nll, sinks = linear_nll(hidden, weight, target.int(), stats=("lse",), backend=backend)
-    assert nll.shape == sinks["lse"].shape == (2, 3)
+    nll, values = linear_nll(hidden, weight, target.int(), stats=("lse",), backend=backend)
+    assert nll.shape == values["lse"].shape == (2, 3)
     assert torch.equal(nll[target == -100], torch.zeros(2, device=device))
     flat = linear_nll(hidden.reshape(6, 8), weight, target.reshape(6), backend=backend)
     assert torch.equal(flat.reshape(2, 3), nll)
@@ -171,13 +172,17 @@ def test_minus_infinity_masks_words(backend, device):
     inputs.options["bias"][:64] = float("-inf")
     hidden, weight, bias = (leaf.requires_grad_() for leaf in inputs.leaves())
     target = torch.full((5,), 66, device=device)
-    nll, sinks = linear_nll(hidden, weight, target, bias=bias, stats=("entropy",), backend=backend)
-    exact, exact_sinks = reference.linear_nll(
+    nll, values = linear_nll(hidden, weight, target, bias=bias, stats=("entropy",), backend=backend)
+    exact, exact_stats = reference.linear_nll(
         hidden, weight[64:], target - 64, bias=bias[64:], stats=("entropy",)
     )
-    found = (nll, sinks["entropy"], *torch.autograd.grad((nll + sinks["entropy"]).sum(), inputs.leaves()))
-    loss = (exact + exact_sinks["entropy"]).sum()
-    truth = (exact, exact_sinks["entropy"], *torch.autograd.grad(loss, inputs.leaves()))
+    found = (
+        nll,
+        values["entropy"],
+        *torch.autograd.grad((nll + values["entropy"]).sum(), inputs.leaves()),
+    )
+    loss = (exact + exact_stats["entropy"]).sum()
+    truth = (exact, exact_stats["entropy"], *torch.autograd.grad(loss, inputs.leaves()))
     for mine, wanted in zip(found, truth, strict=True):
         torch.testing.assert_close(mine, wanted.float(), rtol=1e-4, atol=1e-5)
 
@@ -187,16 +192,16 @@ def test_minus_infinity_masks_words(backend, device):
 def test_logits_as_large_as_float32_holds(size, backend, device):
     hidden, target = torch.full((3, 1), size, device=device), torch.tensor([0, 2, 69], device=device)
     weight = torch.full((70, 1), 1.0, device=device)
-    nll, sinks = linear_nll(hidden, weight, target, stats=("lse", "entropy", "argmax"), backend=backend)
-    for flat in (nll, sinks["entropy"]):
+    nll, values = linear_nll(hidden, weight, target, stats=("lse", "entropy", "argmax"), backend=backend)
+    for flat in (nll, values["entropy"]):
         torch.testing.assert_close(flat, torch.full_like(flat, 70.0).log())
-    torch.testing.assert_close(sinks["lse"], hidden[:, 0])
-    assert not sinks["argmax"].any()
+    torch.testing.assert_close(values["lse"], hidden[:, 0])
+    assert not values["argmax"].any()
     weight[40] = 0.999  # far the best word of negative logits, far the worst of positive ones
-    nll, sinks = linear_nll(hidden, weight, target, stats=("entropy", "argmax"), backend=backend)
+    nll, values = linear_nll(hidden, weight, target, stats=("entropy", "argmax"), backend=backend)
     best, words = (40, 1.0) if size < 0 else (0, 69.0)
-    assert (sinks["argmax"] == best).all()
-    torch.testing.assert_close(sinks["entropy"], torch.full_like(nll, words).log())
+    assert (values["argmax"] == best).all()
+    torch.testing.assert_close(values["entropy"], torch.full_like(nll, words).log())
 
 
 @every
@@ -205,9 +210,9 @@ def test_the_lowest_finite_logit_beats_minus_infinity(backend, device):
     bias[37] = torch.finfo(torch.float32).min
     hidden, weight = torch.zeros(2, 4, device=device), torch.ones(70, 4, device=device)
     target = torch.tensor([37, 0], device=device)
-    nll, sinks = linear_nll(hidden, weight, target, bias=bias, stats=("entropy", "argmax"), backend=backend)
+    nll, values = linear_nll(hidden, weight, target, bias=bias, stats=("entropy", "argmax"), backend=backend)
     assert nll.tolist() == [0.0, float("inf")]
-    assert sinks["argmax"].tolist() == [37, 37] and sinks["entropy"].tolist() == [0.0, 0.0]
+    assert values["argmax"].tolist() == [37, 37] and values["entropy"].tolist() == [0.0, 0.0]
 
 
 @every
@@ -285,10 +290,10 @@ def test_reference_passes_gradcheck():
     target = torch.tensor([0, 5, -100, 2])
 
     def values(hidden, weight, bias):
-        nll, sinks = reference.linear_nll(
+        nll, values = reference.linear_nll(
             hidden, weight, target, bias=bias, logit_scale=0.8, logit_softcap=2.0, stats=("lse", "entropy")
         )
-        return nll, sinks["lse"], sinks["entropy"]
+        return nll, values["lse"], values["entropy"]
 
     assert torch.autograd.gradcheck(values, [t.requires_grad_() for t in (hidden, weight, bias)])
 
@@ -343,19 +348,17 @@ def test_logits_are_summed_in_blocks():
             return func(*args, **(kwargs or {}))
 
     with Steps():
-        linear_nll_torch.forward(
-            torch.randn(3, 700), torch.randn(9, 700), torch.arange(3), None, 1.0, None, -100, ()
-        )
+        linear_nll_torch.forward(HeadProblem(torch.randn(3, 700), torch.randn(9, 700), torch.arange(3)), ())
     assert seen == {256, 700 - 512}
 
 
 @pytest.mark.parametrize("given", ["nll", "lse", "entropy", "all"])
-def test_the_rest_of_lse_goes_into_every_upstream(given):
-    """What a backward makes of lse alone, with the upstreams of `with_rest`, is the gradient at lse + lse_rest."""
+def test_the_low_part_of_lse_goes_into_every_upstream(given):
+    """What a backward makes of lse alone, with the upstreams of `with_lse_lo`, is the gradient at lse + lse_lo."""
     draw = torch.Generator().manual_seed(3)
     z = torch.randn(5, 7, generator=draw).double()
-    rest = torch.randn(5, generator=draw).double() / 10
-    lse, entropy = z.logsumexp(1) - rest, -(z.softmax(1) * z.log_softmax(1)).sum(1)
+    lse_lo = torch.randn(5, generator=draw).double() / 10
+    lse, entropy = z.logsumexp(1) - lse_lo, -(z.softmax(1) * z.log_softmax(1)).sum(1)
     hit = torch.nn.functional.one_hot(torch.arange(5), 7)
     grads = [torch.randn(5, generator=draw).double() for _ in range(3)]
     if given != "all":
@@ -368,8 +371,8 @@ def test_the_rest_of_lse_goes_into_every_upstream(given):
         entropy = 0.0 if entropy is None else entropy[:, None]
         return log_p.exp() * (nll + lse - spread * (log_p + entropy)) - hit * nll
 
-    mended = with_rest(grads, entropy, rest)
-    found = gradient(mended[0], z - lse[:, None], mended[1])
+    upstream, saved = with_lse_lo(Upstream(*grads), Saved(lse, entropy), lse_lo)
+    found = gradient(upstream, z - saved.lse[:, None], saved.entropy)
     torch.testing.assert_close(found, gradient(grads, z.log_softmax(1), entropy), rtol=1e-12, atol=1e-12)
 
 
@@ -377,7 +380,7 @@ def test_the_rest_of_lse_goes_into_every_upstream(given):
 def test_ignored_rows_where_counting_them_would_stall(softcap, monkeypatch):
     """On a GPU that is not told `num_kept` the torch backend takes all rows along: they may hold anything."""
     for module in (linear_nll_torch, linear_cross_entropy_torch):
-        monkeypatch.setattr(module, "compact", lambda target, ignore_index, num_kept=None: None)
+        monkeypatch.setattr(module, "compact", lambda problem: None)
     inputs = make(Case("dead", N=9, D=16, V=50, bias=True), torch.float32)
     hidden, weight, target, bias = inputs.hidden, inputs.weight, inputs.target, inputs.options["bias"]
     live = target != -100
@@ -385,7 +388,8 @@ def test_ignored_rows_where_counting_them_would_stall(softcap, monkeypatch):
     hidden[~live], bias[0] = float("nan"), -float("inf")
     target[live] = target[live].clamp_min(1)
     upstream = torch.rand(3, 9, generator=torch.Generator().manual_seed(2))
-    options, stats, needs = (bias, 1.3, softcap, -100), ("lse", "entropy"), (True, True, True)
+    problem = HeadProblem(hidden, weight, target, bias, 1.3, softcap)
+    stats, needs = ("lse", "entropy"), Needs()
 
     leaves = [x.double().requires_grad_() for x in (hidden[live], weight[1:], bias[1:])]  # word 0 is masked
     exact_options = {"bias": leaves[2], "logit_scale": 1.3, "logit_softcap": softcap}
@@ -393,7 +397,7 @@ def test_ignored_rows_where_counting_them_would_stall(softcap, monkeypatch):
         leaves = [x.double().requires_grad_() for x in (hidden[live], weight, bias.clamp_min(-1e30))]
         exact_options["bias"] = leaves[2]
     first = 50 - len(leaves[1])
-    exact, sinks = reference.linear_nll(*leaves[:2], target[live] - first, stats=stats, **exact_options)
+    exact, values = reference.linear_nll(*leaves[:2], target[live] - first, stats=stats, **exact_options)
 
     def compare(found, loss):
         rows, *rest = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -402,18 +406,17 @@ def test_ignored_rows_where_counting_them_would_stall(softcap, monkeypatch):
             torch.testing.assert_close(mine, truth.float(), rtol=1e-4, atol=1e-5)
         assert not found[0][~live].any() and not found[1][:first].any()
 
-    nll, saved = linear_nll_torch.forward(hidden, weight, target, *options[:3], -100, stats)
-    for mine, truth in zip((nll, *saved.values()), (exact, *sinks.values()), strict=True):
+    nll, saved = linear_nll_torch.forward(problem, stats)
+    for mine, truth in zip((nll, *saved.values()), (exact, *values.values()), strict=True):
         torch.testing.assert_close(mine[live], truth.float(), rtol=1e-5, atol=3e-5)
         assert not mine[~live].any()
-    found = linear_nll_torch.backward(*upstream, *saved.values(), hidden, weight, target, *options, needs)
+    found = linear_nll_torch.backward(Upstream(*upstream), Saved(*saved.values()), problem, needs)
     compare(
-        found, sum((x * up[live]).sum() for x, up in zip((exact, *sinks.values()), upstream, strict=True))
+        found,
+        sum((x * up[live]).sum() for x, up in zip((exact, *values.values()), upstream, strict=True)),
     )
-    loss, *found = linear_cross_entropy_torch.forward_backward(
-        hidden, weight, target, bias, upstream[0], *options[1:], 0.01, None, needs
-    )
-    wanted = (upstream[0, live] * (exact + 0.01 * sinks["lse"].square())).sum()
+    loss, *found = linear_cross_entropy_torch.forward_backward(problem, upstream[0], 0.01, needs)
+    wanted = (upstream[0, live] * (exact + 0.01 * values["lse"].square())).sum()
     torch.testing.assert_close(loss, wanted.float())
     compare(found, wanted)
 

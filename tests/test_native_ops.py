@@ -18,6 +18,7 @@ from vig_kernels.kernels.cpu import linear_cross_entropy as linear_cross_entropy
 from vig_kernels.kernels.cpu import linear_nll as linear_nll_cpu
 from vig_kernels.kernels.cpu import linear_vig as linear_vig_cpu
 from vig_kernels.kernels.cpu import native
+from vig_kernels.problem import Gaussian, HeadProblem, Needs, Saved, Upstream
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=str(native.why_not()))
 ISAS = [name for name, reason in native.isas().items() if reason is None]
@@ -74,7 +75,7 @@ def test_values_against_float64(isa):
     def run(head):
         hidden, weight, target, bias, scale, cap = head
         stats = ("lse", "entropy", "argmax")
-        nll, found = linear_nll_cpu.forward(hidden, weight, target, bias, scale, cap, -100, stats)
+        nll, found = linear_nll_cpu.forward(HeadProblem(hidden, weight, target, bias, scale, cap), stats)
         exact_nll, exact = reference.linear_nll(
             hidden, weight, target, bias=bias, logit_scale=scale, logit_softcap=cap, stats=stats
         )
@@ -101,24 +102,18 @@ def test_bits_depend_on_neither_threads_nor_other_rows(isa, dtype, threads):
     row_weight = torch.rand(61, generator=random)
 
     def everything():
-        nll, stats = linear_nll_cpu.forward(hidden, weight, target, *rest, ("lse", "entropy", "argmax"))
-        pair = linear_vig_cpu.forward(hidden, hidden.flip(0), weight, target, *rest)[
-            1:
-        ]  # nll_image, nll_null
+        nll, stats = linear_nll_cpu.forward(
+            HeadProblem(hidden, weight, target, *rest), ("lse", "entropy", "argmax")
+        )
+        pair = linear_vig_cpu.forward(HeadProblem(hidden, weight, target, *rest), hidden.flip(0))[1:]
         formed = linear_cross_entropy_cpu.forward_backward(
-            hidden, weight, target, None, row_weight, 1.0, None, -100, 0.1, None, (True, True, False)
+            HeadProblem(hidden, weight, target), row_weight, 0.1, Needs(True, True, False)
         )
         again = linear_nll_cpu.backward(
-            row_weight,
-            None,
-            row_weight,
-            stats["lse"],
-            stats["entropy"],
-            hidden,
-            weight,
-            target,
-            *rest,
-            (True,) * 3,
+            Upstream(row_weight, None, row_weight),
+            Saved(stats["lse"], stats["entropy"]),
+            HeadProblem(hidden, weight, target, *rest),
+            Needs(),
         )
         return [nll, *stats.values(), *pair, *formed[:3], *again[:2]]
 
@@ -130,7 +125,9 @@ def test_bits_depend_on_neither_threads_nor_other_rows(isa, dtype, threads):
         assert all(torch.equal(a, b) for a, b in zip(alone, everything(), strict=True))
     assert torch.equal(alone[4], nll)  # linear_vig has the bits of linear_nll
     for rows in (slice(0, 1), slice(3, 20), slice(5, None, 3)):
-        subset, _ = linear_nll_cpu.forward(hidden[rows], weight, target[rows].contiguous(), *rest, ())
+        subset, _ = linear_nll_cpu.forward(
+            HeadProblem(hidden[rows], weight, target[rows].contiguous(), *rest), ()
+        )
         assert torch.equal(subset, nll[rows])
 
 
@@ -142,21 +139,21 @@ def test_more_rows_than_a_chunk(dtype, monkeypatch):
     hidden = torch.randn(4200, 6, generator=random).to(dtype)
     weight = torch.randn(40, 6, generator=random).to(dtype)
     target = torch.randint(0, 40, (4200,), generator=random)
-    nll, _ = linear_nll_cpu.forward(hidden, weight, target, None, 1.0, None, -100, ())
-    tail, _ = linear_nll_cpu.forward(hidden[4190:], weight, target[4190:], None, 1.0, None, -100, ())
+    nll, _ = linear_nll_cpu.forward(HeadProblem(hidden, weight, target), ())
+    tail, _ = linear_nll_cpu.forward(HeadProblem(hidden[4190:], weight, target[4190:]), ())
     assert torch.equal(nll[4190:], tail)
     deep, wide = (
         torch.randn(14, 9001, generator=random).to(dtype),
         torch.randn(33, 9001, generator=random).to(dtype),
     )
-    nll, _ = linear_nll_cpu.forward(deep, wide, target[:14] % 33, None, 0.01, None, -100, ())
+    nll, _ = linear_nll_cpu.forward(HeadProblem(deep, wide, target[:14] % 33, None, 0.01), ())
     exact = reference.linear_nll(deep, wide, target[:14] % 33, logit_scale=0.01)
     assert ((nll - exact).abs() <= bound(deep, wide, None, 0.01)).all()
 
 
 @pytest.mark.parametrize("depth", [16, 137, 4100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_panels_packed_beside_products_have_the_bits_of_others(isa, dtype, depth):
+def test_interleaved_packing_changes_no_bits(isa, dtype, depth):
     """Few rows and many are packed for in two ways; weight rows with gaps, D of broken lines, a broken last panel."""
     random = torch.Generator().manual_seed(depth)
     vocab = 9001 if depth < 4096 else 300
@@ -166,19 +163,19 @@ def test_panels_packed_beside_products_have_the_bits_of_others(isa, dtype, depth
     bias = torch.randn(vocab, generator=random).to(dtype)
     rest = (bias, 0.5, None, -100)
     stats = ("lse", "entropy", "argmax")
-    nll, found = linear_nll_cpu.forward(hidden, weight, target, *rest, stats)
-    few, few_found = linear_nll_cpu.forward(hidden[40:50], weight, target[40:50], *rest, stats)
+    nll, found = linear_nll_cpu.forward(HeadProblem(hidden, weight, target, *rest), stats)
+    few, few_found = linear_nll_cpu.forward(HeadProblem(hidden[40:50], weight, target[40:50], *rest), stats)
     assert torch.equal(nll[40:50], few)
     assert all(torch.equal(found[name][40:50], few_found[name]) for name in stats)
     exact = reference.linear_nll(hidden, weight, target, bias=bias, logit_scale=0.5)
     assert ((nll - exact).abs() <= bound(hidden, weight, bias, 0.5)).all()
     ones, zeros = torch.ones(85), torch.zeros(85)
-    upstream = (ones, None, zeros, found["lse"], found["entropy"])
-    grads = linear_nll_cpu.backward(*upstream, hidden, weight, target, *rest, (True, False, False))
-    few_grads = linear_nll_cpu.backward(
-        *(None if value is None else value[40:50] for value in upstream),
-        *(hidden[40:50], weight, target[40:50], *rest, (True, False, False)),
-    )
+    head, needs = HeadProblem(hidden, weight, target, *rest), Needs(True, False, False)
+    upstream, saved = Upstream(ones, None, zeros), Saved(found["lse"], found["entropy"])
+    grads = linear_nll_cpu.backward(upstream, saved, head, needs)
+    some = slice(40, 50)
+    few_upstream, few_saved = Upstream(ones[some], None, zeros[some]), Saved(*(x[some] for x in saved))
+    few_grads = linear_nll_cpu.backward(few_upstream, few_saved, head.take(some), needs)
     close = torch.testing.assert_close
     close(grads[0][40:50].float(), few_grads[0].float(), rtol=1e-2, atol=1e-4)
 
@@ -191,7 +188,7 @@ def test_groups_of_more_panels_than_are_packed_together(isa, dtype):
         torch.randn(9001, 700, generator=random).to(dtype),
     )
     target, stats = torch.tensor([0, 8999, 4321]), ("lse", "entropy", "argmax")
-    nll, found = linear_nll_cpu.forward(hidden, weight, target, None, 0.1, None, -100, stats)
+    nll, found = linear_nll_cpu.forward(HeadProblem(hidden, weight, target, None, 0.1), stats)
     exact_nll, exact = reference.linear_nll(hidden, weight, target, logit_scale=0.1, stats=stats)
     allowed = bound(hidden, weight, None, 0.1)
     assert ((nll - exact_nll).abs() <= allowed).all()
@@ -228,7 +225,7 @@ def test_gradients_against_float64(isa):
         )
         loss.backward()
         found_loss, *found = linear_cross_entropy_cpu.forward_backward(
-            hidden, weight, target, bias, row_weight, scale, cap, -100, 0.01, None, needs
+            HeadProblem(hidden, weight, target, bias, scale, cap), row_weight, 0.01, Needs(*needs)
         )
         assert abs(found_loss - loss) <= 1e-5 + 1e-5 * abs(loss)
         compare(found[: len(leaves)], leaves, dtype)
@@ -236,11 +233,14 @@ def test_gradients_against_float64(isa):
             leaf.grad = None
         upstream = torch.randn(3, len(target), generator=torch.Generator().manual_seed(2))
         stats = ("lse", "entropy")
-        exact, sinks = reference.linear_nll(*leaves[:2], target, stats=stats, **options)
-        (torch.stack([exact, *sinks.values()]) * upstream).sum().backward()
-        _, saved = linear_nll_cpu.forward(hidden, weight, target, bias, scale, cap, -100, stats)
+        exact, values = reference.linear_nll(*leaves[:2], target, stats=stats, **options)
+        (torch.stack([exact, *values.values()]) * upstream).sum().backward()
+        _, saved = linear_nll_cpu.forward(HeadProblem(hidden, weight, target, bias, scale, cap), stats)
         again = linear_nll_cpu.backward(
-            *upstream, *saved.values(), hidden, weight, target, bias, scale, cap, -100, needs
+            Upstream(*upstream),
+            Saved(*saved.values()),
+            HeadProblem(hidden, weight, target, bias, scale, cap),
+            Needs(*needs),
         )
         compare(again[: len(leaves)], leaves, dtype)
 
@@ -253,11 +253,11 @@ def test_gradients_of_more_rows_and_words_than_a_chunk(dtype):
     random = torch.Generator().manual_seed(8)
     hidden, weight = (torch.randn(n, 33, generator=random).div(3).to(dtype) for n in (2300, 20011))
     target = torch.randint(0, 20011, (2300,), generator=random)
-    ones, options = torch.ones(2300), (None, 1.0, None, -100)
+    ones = torch.ones(2300)
 
     def formed(rows):
         return linear_cross_entropy_cpu.forward_backward(
-            hidden[rows], weight, target[rows], None, None, 1.0, None, -100, 0.0, None, (True, True, False)
+            HeadProblem(hidden[rows], weight, target[rows]), None, 0.0, Needs(True, True, False)
         )
 
     whole, parts = formed(slice(None)), [formed(slice(0, 1000)), formed(slice(1000, None))]
@@ -269,10 +269,10 @@ def test_gradients_of_more_rows_and_words_than_a_chunk(dtype):
     stored = 1e-4 if dtype == torch.float32 else 2**-7  # the parts and their sum are rounded
     allowed = stored * (first.abs() + second.abs()) + 1e-4
     assert ((whole[2].float() - first - second).abs() <= allowed).all()
-    many = hidden.repeat(2, 1), weight, target.repeat(2)
-    _, stats = linear_nll_cpu.forward(*many, *options, ("lse",))
+    many = HeadProblem(hidden.repeat(2, 1), weight, target.repeat(2))
+    _, stats = linear_nll_cpu.forward(many, ("lse",))
     again = linear_nll_cpu.backward(
-        ones.repeat(2), None, None, stats["lse"], None, *many, *options, (True, True, False)
+        Upstream(ones.repeat(2)), Saved(stats["lse"]), many, Needs(True, True, False)
     )
     torch.testing.assert_close(again[0][:2300].float(), whole[1].float(), rtol=rounding, atol=rounding)
     torch.testing.assert_close(again[0][2300:], again[0][:2300], rtol=rounding, atol=rounding)
@@ -292,8 +292,8 @@ def test_every_chunk_takes_its_own_weights_upstreams_and_bias():
     factors[:, some] = torch.rand(4, len(some), generator=random) + 0.5
     options = (1.0, None, -100)
     leaves = [x.double().requires_grad_() for x in (hidden[some], weight, bias)]
-    nll, sinks = reference.linear_nll(*leaves[:2], target[some], bias=leaves[2], stats=("lse", "entropy"))
-    values = (nll, sinks["lse"], sinks["entropy"], nll + 0.01 * sinks["lse"].square())
+    nll, values = reference.linear_nll(*leaves[:2], target[some], bias=leaves[2], stats=("lse", "entropy"))
+    values = (nll, values["lse"], values["entropy"], nll + 0.01 * values["lse"].square())
     losses = [(value * factor[some]).sum() for value, factor in zip(values, factors, strict=True)]
 
     def compare(found, loss):
@@ -303,13 +303,16 @@ def test_every_chunk_takes_its_own_weights_upstreams_and_bias():
             assert (mine.double() - truth).norm() <= 2e-5 * truth.norm()
 
     loss, *formed = linear_cross_entropy_cpu.forward_backward(
-        hidden, weight, target, bias, factors[3], *options, 0.01, None, (True,) * 3
+        HeadProblem(hidden, weight, target, bias, *options), factors[3], 0.01, Needs()
     )
     assert abs(loss - losses[3]) <= 1e-5 * losses[3]
     compare(formed, losses[3])
-    _, saved = linear_nll_cpu.forward(hidden, weight, target, bias, *options, ("lse", "entropy"))
+    _, saved = linear_nll_cpu.forward(HeadProblem(hidden, weight, target, bias, *options), ("lse", "entropy"))
     again = linear_nll_cpu.backward(
-        *factors[:3], *saved.values(), hidden, weight, target, bias, *options, (True,) * 3
+        Upstream(*factors[:3]),
+        Saved(*saved.values()),
+        HeadProblem(hidden, weight, target, bias, *options),
+        Needs(),
     )
     compare(again, sum(losses[:3]))
 
@@ -331,11 +334,14 @@ def test_bias_gradients_of_many_rows(isa):
     options, needs = (1.0, None, -100), (False, False, True)
     ones, exact = torch.ones(6000), eager(torch.float64)
     *_, formed = linear_cross_entropy_cpu.forward_backward(
-        hidden, weight, target, bias, ones, *options, 0.0, None, needs
+        HeadProblem(hidden, weight, target, bias, *options), ones, 0.0, Needs(*needs)
     )
-    _, stats = linear_nll_cpu.forward(hidden, weight, target, bias, *options, ("lse",))
+    _, stats = linear_nll_cpu.forward(HeadProblem(hidden, weight, target, bias, *options), ("lse",))
     *_, again = linear_nll_cpu.backward(
-        ones, None, None, stats["lse"], None, hidden, weight, target, bias, *options, needs
+        Upstream(ones),
+        Saved(stats["lse"]),
+        HeadProblem(hidden, weight, target, bias, *options),
+        Needs(*needs),
     )
     allowed = 2 * (eager(torch.float32) - exact).norm()
     assert all((found - exact).norm() <= allowed for found in (formed, again))
@@ -352,12 +358,15 @@ def test_what_bfloat16_loses_of_a_gradient_at_its_target_comes_back(isa):
     leaves = [x.double().requires_grad_() for x in (hidden, weight)]
     exact = torch.autograd.grad((reference.linear_nll(*leaves, target) * sign).sum(), leaves)
     options, needs = (1.0, None, -100), (True, True, False)
-    _, stats = linear_nll_cpu.forward(hidden, weight, target, None, *options, ("lse",))
+    _, stats = linear_nll_cpu.forward(HeadProblem(hidden, weight, target, None, *options), ("lse",))
     again = linear_nll_cpu.backward(
-        sign, None, None, stats["lse"], None, hidden, weight, target, None, *options, needs
+        Upstream(sign),
+        Saved(stats["lse"]),
+        HeadProblem(hidden, weight, target, None, *options),
+        Needs(*needs),
     )
     formed = linear_cross_entropy_cpu.forward_backward(
-        hidden, weight, target, None, sign, *options, 0.0, None, needs
+        HeadProblem(hidden, weight, target, None, *options), sign, 0.0, Needs(*needs)
     )
     for found in (again[:2], formed[1:3]):
         for mine, truth in zip(found, exact, strict=True):
@@ -367,11 +376,11 @@ def test_what_bfloat16_loses_of_a_gradient_at_its_target_comes_back(isa):
 def test_what_is_not_needed_is_none(isa):
     hidden, weight, target = torch.randn(40, 20), torch.randn(50, 20), torch.arange(40)
     full = linear_cross_entropy_cpu.forward_backward(
-        hidden, weight, target, None, None, 1.0, None, -100, 0.0, None, (True, True, False)
+        HeadProblem(hidden, weight, target), None, 0.0, Needs(True, True, False)
     )
     for needs in ((True, False, False), (False, True, False), (False, False, False)):
         some = linear_cross_entropy_cpu.forward_backward(
-            hidden, weight, target, None, None, 1.0, None, -100, 0.0, None, needs
+            HeadProblem(hidden, weight, target), None, 0.0, Needs(*needs)
         )
         assert torch.equal(some[0], full[0])
         for wanted, mine, all_of_it in zip(needs, some[1:], full[1:], strict=True):
@@ -399,7 +408,7 @@ def test_blur_against_float64(isa):
         images = images[..., 1:-1, 1:-1] if layout == "cropped" else images
         sigma_y, sigma_x = torch.tensor([down, 1.5]).double(), torch.tensor([across, 2.5]).double()
         out = torch.empty_like(images.mT.contiguous().mT if layout == "cropped" else images)
-        found = gaussian_blur_cpu.forward(images, sigma_y, sigma_x, 3.0, border, "float32", out)
+        found = gaussian_blur_cpu.forward(images, Gaussian(sigma_y, sigma_x, 3.0, border, "float32"), out)
         assert found is out
         for i in range(2):
             sigma = (sigma_y[i].item(), sigma_x[i].item())
@@ -427,11 +436,9 @@ def test_blur_in_place_and_on_threads(isa, threads):
     images = torch.rand(3, 2, 50, 40)
     sigma = torch.full((3,), 4.0, dtype=torch.float64)
     threads(1)
-    once = gaussian_blur_cpu.forward(
-        images, sigma, sigma, 3.0, "reflect", "float32", torch.empty_like(images)
-    )
+    once = gaussian_blur_cpu.forward(images, Gaussian(sigma, sigma), torch.empty_like(images))
     threads(5)
-    assert gaussian_blur_cpu.forward(images, sigma, sigma, 3.0, "reflect", "float32", images) is images
+    assert gaussian_blur_cpu.forward(images, Gaussian(sigma, sigma), images) is images
     assert torch.equal(once, images)
 
 
@@ -444,9 +451,7 @@ def test_blur_of_more_planes_than_are_held_together(isa):
 
     def blur(part):
         out = torch.empty_like(images[part])
-        return gaussian_blur_cpu.forward(
-            images[part], sigma_y[part], sigma_x[part], 3.0, "reflect", "float32", out
-        )
+        return gaussian_blur_cpu.forward(images[part], Gaussian(sigma_y[part], sigma_x[part]), out)
 
     assert torch.equal(blur(slice(None)), torch.cat([blur(slice(i, i + 1)) for i in range(5)]))
 
@@ -466,29 +471,25 @@ def test_offsets_beyond_two_to_the_31st():
     far = [far_apart(x) for x in near]
     found = []
     for hidden, weight in (near, (far[0], near[1]), (near[0], far[1])):
-        head = (hidden, weight, target, None)
-        nll, stats = linear_nll_cpu.forward(*head, 1.0, None, -100, ("lse",))
-        again = linear_nll_cpu.backward(
-            ones, None, None, stats["lse"], None, *head, 1.0, None, -100, (True, True, False)
-        )
-        formed = linear_cross_entropy_cpu.forward_backward(
-            *head, None, 1.0, None, -100, 0.0, None, (True, True, False)
-        )
+        head = HeadProblem(hidden, weight, target)
+        nll, stats = linear_nll_cpu.forward(head, ("lse",))
+        again = linear_nll_cpu.backward(Upstream(ones), Saved(stats["lse"]), head, Needs(True, True, False))
+        formed = linear_cross_entropy_cpu.forward_backward(head, None, 0.0, Needs(True, True, False))
         found.append([nll, *again[:2], *formed[:3]])
     for some in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(some, found[0], strict=True))
     images, sigma = torch.rand(2, 1, 8, 8, generator=random), torch.ones(2).double()
     apart = far_apart(images.reshape(2, 64).bfloat16()).unflatten(1, (1, 8, 8))
     blurred = [
-        gaussian_blur_cpu.forward(x, sigma, sigma, 3.0, "reflect", "float32", out)
+        gaussian_blur_cpu.forward(x, Gaussian(sigma, sigma), out)
         for x, out in ((apart, torch.empty(2, 1, 8, 8).bfloat16()), (images.bfloat16(), apart))
     ]
     assert torch.equal(*blurred)
     picture = torch.rand(1, 1, 8, 32, generator=random)
     rows = far_apart(picture[0, 0])[None, None]  # read where they stand
     straight, out = (torch.empty_like(picture) for _ in range(2))
-    gaussian_blur_cpu.forward(picture, sigma[:1], sigma[:1], 3.0, "reflect", "float32", straight)
-    gaussian_blur_cpu.forward(rows, sigma[:1], sigma[:1], 3.0, "reflect", "float32", out)
+    gaussian_blur_cpu.forward(picture, Gaussian(sigma[:1], sigma[:1]), straight)
+    gaussian_blur_cpu.forward(rows, Gaussian(sigma[:1], sigma[:1]), out)
     assert torch.equal(out, straight)
 
 
@@ -501,17 +502,17 @@ def test_a_forced_instruction_set_that_is_missing_raises(monkeypatch):
     monkeypatch.setenv("VIG_FORCE_ISA", "sse9")
     with pytest.raises(ValueError, match=r"sse9.*portable"):
         linear_nll_cpu.forward(
-            torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.long), None, 1.0, None, -100, ()
+            HeadProblem(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.long)), ()
         )
 
 
 def test_a_forked_child_has_threads_of_its_own(threads):
     threads(2)
     hidden, weight, target = torch.randn(20, 8), torch.randn(600, 8), torch.arange(20)
-    expected, _ = linear_nll_cpu.forward(hidden, weight, target, None, 1.0, None, -100, ())
+    expected, _ = linear_nll_cpu.forward(HeadProblem(hidden, weight, target), ())
     child = os.fork()
     if child == 0:
-        found, _ = linear_nll_cpu.forward(hidden, weight, target, None, 1.0, None, -100, ())
+        found, _ = linear_nll_cpu.forward(HeadProblem(hidden, weight, target), ())
         os._exit(0 if torch.equal(found, expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
@@ -531,21 +532,17 @@ def test_an_earlier_call_leaves_no_trace(isa, dtype):
 
     def run(hidden):
         options = (None, 1.0, None, -100)
-        nll, stats = linear_nll_cpu.forward(hidden, weight, target, *options, ("lse", "entropy", "argmax"))
+        nll, stats = linear_nll_cpu.forward(
+            HeadProblem(hidden, weight, target, *options), ("lse", "entropy", "argmax")
+        )
         formed = linear_cross_entropy_cpu.forward_backward(
-            hidden, weight, target, None, None, 1.0, None, -100, 0.0, None, (True, True, False)
+            HeadProblem(hidden, weight, target), None, 0.0, Needs(True, True, False)
         )
         again = linear_nll_cpu.backward(
-            nll,
-            nll,
-            nll,
-            stats["lse"],
-            stats["entropy"],
-            hidden,
-            weight,
-            target,
-            *options,
-            (True, True, False),
+            Upstream(nll, nll, nll),
+            Saved(stats["lse"], stats["entropy"]),
+            HeadProblem(hidden, weight, target, *options),
+            Needs(True, True, False),
         )
         return [nll, *stats.values(), *formed[:3], *again[:2]]
 
@@ -607,10 +604,13 @@ def test_a_hidden_gradient_too_large_to_sum_at_once_has_the_same_bits(dtype):
 
     def gradients(part):
         options = (target[part], None, 0.05, None, -100)
-        _, stats = linear_nll_cpu.forward(hidden[part], weight, *options, ("lse",))
+        _, stats = linear_nll_cpu.forward(HeadProblem(hidden[part], weight, *options), ("lse",))
         upstream = torch.ones(target[part].shape)
         return linear_nll_cpu.backward(
-            upstream, None, None, stats["lse"], None, hidden[part], weight, *options, (True, True, False)
+            Upstream(upstream),
+            Saved(stats["lse"]),
+            HeadProblem(hidden[part], weight, *options),
+            Needs(True, True, False),
         )
 
     whole, halves = gradients(slice(None)), [gradients(slice(0, 20_000)), gradients(slice(20_000, None))]

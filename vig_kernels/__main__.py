@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 
-import torch
-
 import vig_kernels
-from vig_kernels import dispatch
-from vig_kernels.kernels.cpu import native
+from vig_kernels import backend_table
 
 
 def compiled_part() -> list[str]:
     """What the C++ part of the package offers here, or what is missing."""
+    from vig_kernels.kernels.cpu import native
+
     if native.module() is None:
         return [f"compiled part: missing: {native.why_not()}"]
     try:
@@ -28,6 +27,8 @@ def compiled_part() -> list[str]:
 
 def environment() -> list[str]:
     """What VIG_BACKEND does to backend="auto", if it is set."""
+    from vig_kernels import dispatch
+
     if not os.environ.get("VIG_BACKEND"):
         return []
     try:
@@ -37,14 +38,29 @@ def environment() -> list[str]:
     return [f'VIG_BACKEND={os.environ["VIG_BACKEND"]} stands for "auto"']
 
 
+def rows() -> str:
+    """The backends and where they run, best first."""
+    return "backends, best first:\n" + "\n".join(
+        f"  {backend.name:<10} {backend.runs_on}" for backend in backend_table.BACKENDS
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
-        "python -m vig_kernels", description=__doc__.partition(": ")[2].capitalize()
+        "python -m vig_kernels",
+        description=__doc__.partition(": ")[2].capitalize(),
+        epilog=rows(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vig-kernels {vig_kernels.__version__}")
     parser.parse_args()
+    import torch  # help and version do not wait for it
+
+    from vig_kernels import dispatch
+
     print(f"torch {torch.__version__}; devices: {', '.join(device.type for device in dispatch.devices())}")
     print("\n".join(compiled_part() + environment()))
+    print(rows())
     print(dispatch.backends())
 
 

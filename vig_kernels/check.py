@@ -1,4 +1,4 @@
-"""Checks of the ops' arguments, and their flat form. Every message shows the value that is wrong."""
+"""Checks of the ops' arguments, which become one value. Every message shows what is wrong."""
 
 from __future__ import annotations
 
@@ -6,24 +6,16 @@ import math
 import numbers
 import operator
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from vig_kernels.problem import HeadProblem
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STATS = ("lse", "entropy", "argmax")
 SMALLEST_CAP, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-
-
-class Flat(NamedTuple):
-    """Arguments of a linear op as the backends take them."""
-
-    hiddens: tuple[Tensor, ...]  # (N, D) each, last stride 1
-    weight: Tensor  # (V, D), last stride 1
-    target: Tensor  # (N,) int64
-    bias: Tensor | None  # (V,)
 
 
 def require(condition: bool, kind: type[Exception], message: str) -> None:
@@ -123,8 +115,15 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
-def linear(hiddens: dict[str, Tensor], weight, target, bias) -> Flat:
-    """Check shapes, dtypes and devices of a linear op (one hidden or two), apply autocast, flatten to (N, D)."""
+def linear(
+    hiddens: dict[str, Tensor], weight, target, *, bias, logit_scale, logit_softcap, ignore_index
+) -> tuple[HeadProblem, ...]:
+    """Check the arguments of a linear op, apply autocast and flatten to (N, D): a problem for each hidden."""
+    options = (
+        number("logit_scale", logit_scale),
+        softcap(logit_softcap),
+        integer("ignore_index", ignore_index),
+    )
     for name, hidden in hiddens.items():
         tensor(name, hidden, FLOATS)
         require(hidden.ndim >= 1, ValueError, f"expected {name} (..., D), got a 0-d tensor")
@@ -161,12 +160,9 @@ def linear(hiddens: dict[str, Tensor], weight, target, bias) -> Flat:
     for name, value in (*zip(hiddens, cast, strict=True), ("target", target), ("bias", bias)):
         if value is not None and value.device != weight.device:
             raise ValueError(f"expected {name} on {weight.device} with weight, got {value.device}")
-    return Flat(
-        hiddens=tuple(rows(hidden.reshape(-1, width)) for hidden in cast),
-        weight=rows(weight),
-        target=target.reshape(-1).long(),
-        bias=None if bias is None else bias.contiguous(),
-    )
+    bias = None if bias is None else bias.contiguous()
+    shared = rows(weight), target.reshape(-1).long(), bias, *options
+    return tuple(HeadProblem(rows(hidden.reshape(-1, width)), *shared) for hidden in cast)
 
 
 def rows(matrix: Tensor) -> Tensor:
@@ -174,7 +170,7 @@ def rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
-def target_range(target: Tensor, vocabulary: int, ignore_index: int) -> None:
+def target_range(problem: HeadProblem) -> None:
     """ValueError for the first target outside [0, V), counted over the flattened rows.
 
     Reading values back would stall a GPU, so there the check runs only with VIG_CHECK_TARGETS=1. A compiled graph
@@ -182,6 +178,7 @@ def target_range(target: Tensor, vocabulary: int, ignore_index: int) -> None:
     """
     if torch.compiler.is_compiling():
         return
+    target, vocabulary, ignore_index = problem.target, problem.weight.shape[0], problem.ignore_index
     if target.device.type != "cpu" and os.environ.get("VIG_CHECK_TARGETS") != "1":
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
@@ -190,3 +187,12 @@ def target_range(target: Tensor, vocabulary: int, ignore_index: int) -> None:
         raise ValueError(
             f"target[{at}] = {int(target[at])} is not in [0, {vocabulary}) and is not ignore_index={ignore_index}"
         )
+
+
+def num_kept(problem: HeadProblem) -> None:
+    """ValueError for a wrong number of kept rows, where looking costs no wait for a GPU."""
+    if problem.num_kept is None or problem.target.device.type != "cpu":
+        return
+    found = int((problem.target != problem.ignore_index).sum())
+    if problem.num_kept != found:
+        raise ValueError(f"num_kept={problem.num_kept}, but target has {found} rows that are not ignored")

@@ -1,4 +1,4 @@
-"""Which backend runs an op: one table per op, best first, and one rule for choosing.
+"""Which backend runs an op: one table (backend_table.py), best first, and one rule for choosing.
 
 `backend="auto"` takes the first row whose `why_not(device)` is None. A named backend runs or raises
 BackendUnavailable with the reason: it is never replaced in silence. The environment variable VIG_BACKEND
@@ -10,14 +10,12 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
-OPS = ("linear_nll", "linear_vig", "linear_cross_entropy", "gaussian_blur")
-BACKENDS = ("triton", "cpu", "torch", "reference")  # best first
+from vig_kernels import backend_table
 
 
 class BackendUnavailable(RuntimeError):
@@ -25,30 +23,33 @@ class BackendUnavailable(RuntimeError):
 
 
 @functools.cache
+def _package(backend: str) -> ModuleType:
+    path = next(row.package for row in backend_table.BACKENDS if row.name == backend)
+    return importlib.import_module(path)
+
+
+@functools.cache
 def _load(op: str, backend: str) -> ModuleType | str:
-    """The module `vig_kernels.kernels.<backend>.<op>`, or the reason why there is none."""
-    if backend == "reference":
-        return importlib.import_module("vig_kernels.reference")
-    name = f"vig_kernels.kernels.{backend}.{op}"
-    if find_spec(f"vig_kernels.kernels.{backend}") is None or find_spec(name) is None:
+    """The module of an op in the package of a backend, or the reason why there is none."""
+    package = _package(backend)
+    if not hasattr(package, "__path__"):  # a module that holds all ops: the reference
+        return package
+    name = f"{package.__name__}.{op}"
+    if find_spec(name) is None:
         return "not part of this build"
     try:
         return importlib.import_module(name)
-    except ImportError as error:  # an optional package (triton) is absent or does not fit this machine
+    except ImportError as error:  # something that it needs does not fit this machine
         return f"cannot be imported: {error}"
 
 
 def why_not(op: str, backend: str, device: torch.device) -> str | None:
     """None when `backend` can run `op` on tensors of `device`, else the reason."""
+    reason = _package(backend).why_not(device)
+    if reason is not None:
+        return reason
     module = _load(op, backend)
-    return module if isinstance(module, str) else module.why_not(device)
-
-
-def table(op: str) -> list[tuple[str, Callable[[torch.device], str | None], Callable[[], ModuleType | str]]]:
-    """Rows (name, why_not, load), best first."""
-    return [
-        (name, functools.partial(why_not, op, name), functools.partial(_load, op, name)) for name in BACKENDS
-    ]
+    return module if isinstance(module, str) else None
 
 
 def module(op: str, backend: str) -> ModuleType:
@@ -65,8 +66,8 @@ def named(backend: str) -> tuple[str, str]:
     if backend == "auto" and os.environ.get("VIG_BACKEND"):
         backend = os.environ["VIG_BACKEND"]
         source = f"VIG_BACKEND={backend}"
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"{source} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    if backend != "auto" and backend not in backend_table.names():
+        raise ValueError(f"{source} is not one of 'auto', {', '.join(map(repr, backend_table.names()))}")
     return backend, source
 
 
@@ -74,7 +75,7 @@ def named(backend: str) -> tuple[str, str]:
 def resolve(op: str, backend: str, device: torch.device) -> str:
     """The name of the backend to run `op` with on `device`; BackendUnavailable when there is none."""
     backend, source = named(backend)
-    names = BACKENDS if backend == "auto" else (backend,)
+    names = backend_table.names() if backend == "auto" else (backend,)
     reasons = []
     for name in names:
         reason = why_not(op, name, device)
@@ -119,9 +120,9 @@ def backends() -> Availability:
     """Which op runs on which backend and device here, and why not where it does not."""
     return Availability(
         {
-            (op, name, device.type): reason_of(device)
-            for op in OPS
-            for name, reason_of, _ in table(op)
+            (op, name, device.type): why_not(op, name, device)
+            for op in backend_table.OPS
+            for name in backend_table.names()
             for device in devices()
         }
     )

@@ -38,12 +38,12 @@ def linear_nll(
     nll = torch.where(ignored, 0.0, nll)
     if not stats:
         return nll
-    sinks = {
+    statistics = {
         "lse": lambda: torch.where(ignored, 0.0, logits.logsumexp(-1)),
         "entropy": lambda: torch.where(ignored, 0.0, -(log_p.exp() * log_p.clamp_min(-1e300)).sum(-1)),
         "argmax": lambda: logits.argmax(-1).masked_fill(ignored, -1),
     }
-    return nll, {name: sinks[name]() for name in stats}
+    return nll, {name: statistics[name]() for name in stats}
 
 
 def linear_vig(hidden_image, hidden_null, weight, target, **options):
@@ -66,10 +66,10 @@ def linear_cross_entropy(
     **options,
 ):
     """sum_n w_n (nll_n + z_loss lse_n^2) / divisor; divisor: num_items, else sum of w over valid rows; 0/0 = 0."""
-    nll, sinks = linear_nll(hidden, weight, target, ignore_index=ignore_index, stats=("lse",), **options)
+    nll, statistics = linear_nll(hidden, weight, target, ignore_index=ignore_index, stats=("lse",), **options)
     valid = (target != ignore_index).double()
     row_weight = valid if token_weight is None else torch.where(valid > 0, token_weight.double(), 0.0)
-    losses = row_weight * (nll + z_loss * sinks["lse"] ** 2)
+    losses = row_weight * (nll + z_loss * statistics["lse"] ** 2)
     if reduction == "none":
         return losses
     divisor = 1.0

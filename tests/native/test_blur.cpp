@@ -38,7 +38,8 @@ void check_plane(const vig::Kernels& kernels, int64_t height, int64_t width, dou
   const int64_t shape[4] = {1, 1, height, width};
   const vig::ImageView from = {reinterpret_cast<char*>(const_cast<float*>(image.data())), {0, 0, width * 4, 4}};
   const vig::ImageView to = {reinterpret_cast<char*>(out.data()), {0, 0, width * 4, 4}};
-  vig::gaussian_blur(kernels, from, to, shape, vig::Dtype::kFloat32, &sigma, &sigma, 3.0, replicate, threads);
+  vig::gaussian_blur(kernels, {.images = from, .out = to, .shape = shape, .dtype = vig::Dtype::kFloat32},
+                     {.sigma_y = &sigma, .sigma_x = &sigma, .truncate = 3.0, .replicate = replicate}, threads);
   std::vector<double> exact(image.begin(), image.end());
   exact = blur_lines(exact, width, height, 1, width, sigma, replicate);
   exact = blur_lines(exact, height, width, width, 1, sigma, replicate);

@@ -43,6 +43,22 @@ struct Inputs {
   }
 };
 
+vig::Head head_of(const vig::Kernels& kernels, const Problem& p, const Inputs& in) {
+  return {.kernels = kernels,
+          .dtype = p.dtype,
+          .depth = p.depth,
+          .vocab = p.vocab,
+          .weight = in.weight.data(),
+          .weight_stride = p.depth * vig::size_of(p.dtype),
+          .bias = p.bias ? in.bias.data() : nullptr,
+          .scale = p.scale,
+          .cap = p.cap};
+}
+
+vig::NllOutputs only_nll(std::vector<float>& nll) {
+  return {.nll = nll.data(), .lse = nullptr, .lse_lo = nullptr, .entropy = nullptr, .argmax = nullptr};
+}
+
 // Row n's logits in double.
 std::vector<double> logits_of(const Problem& p, const Inputs& in, int64_t n) {
   std::vector<double> logits(p.vocab);
@@ -67,14 +83,19 @@ bool close(double found, double exact, double tolerance) { return std::fabs(foun
 void check_problem(const vig::Kernels& kernels, const Problem& p) {
   const Inputs in(p);
   const int64_t size = vig::size_of(p.dtype);
-  const vig::Head head = {kernels,           p.dtype, p.depth, p.vocab, in.weight.data(), p.depth * size,
-                          p.bias ? in.bias.data() : nullptr, p.scale, p.cap};
+  const vig::Head head = head_of(kernels, p, in);
   vig::KeptRows kept;
   kept.add(in.hidden.data(), p.depth * size, in.target.data(), p.rows, -100);
   std::vector<float> nll(p.rows), lse(p.rows), entropy(p.rows), again(p.rows);
   std::vector<int64_t> argmax(p.rows);
-  vig::linear_nll(head, kept, {nll.data(), lse.data(), nullptr, entropy.data(), argmax.data()}, 1);
-  vig::linear_nll(head, kept, {again.data(), nullptr, nullptr, nullptr, nullptr}, 3);
+  vig::linear_nll(head, kept,
+                  {.nll = nll.data(),
+                   .lse = lse.data(),
+                   .lse_lo = nullptr,
+                   .entropy = entropy.data(),
+                   .argmax = argmax.data()},
+                  1);
+  vig::linear_nll(head, kept, only_nll(again), 3);
   const double tolerance = 1e-5 + 1e-6 * p.depth + (p.dtype == vig::Dtype::kFloat16 ? 2e-3 * p.depth : 0);
   std::vector<double> grad_hidden(p.rows * p.depth), grad_weight(p.vocab * p.depth);
   double loss = 0, largest = 0;
@@ -99,9 +120,11 @@ void check_problem(const vig::Kernels& kernels, const Problem& p) {
   std::vector<float> hidden(p.rows * p.depth), weight(p.vocab * p.depth), bias(p.vocab);
   const std::vector<float> ones(p.rows, 1.0f);
   const double found = vig::linear_cross_entropy(head, kept, ones.data(), 0.0,
-                                                 {reinterpret_cast<char*>(hidden.data()),
-                                                  reinterpret_cast<char*>(weight.data()), false,
-                                                  p.bias ? bias.data() : nullptr}, 2);
+                                                 {.hidden = reinterpret_cast<char*>(hidden.data()),
+                                                  .weight = reinterpret_cast<char*>(weight.data()),
+                                                  .rounded = false,
+                                                  .bias = p.bias ? bias.data() : nullptr},
+                                                 2);
   CHECK(close(found, loss, tolerance * p.rows), "%s loss %g, not %g", kernels.name, found, loss);
   const double slack = p.dtype == vig::Dtype::kFloat32 ? 1e-5 : 2e-2;
   for (double g : grad_weight) largest = std::max(largest, std::fabs(g));
@@ -116,28 +139,37 @@ void check_problem(const vig::Kernels& kernels, const Problem& p) {
   if (p.dtype == vig::Dtype::kBFloat16) {
     std::vector<uint16_t> rounded_hidden(hidden.size()), rounded_weight(weight.size());
     vig::linear_cross_entropy(head, kept, ones.data(), 0.0,
-                              {reinterpret_cast<char*>(rounded_hidden.data()),
-                               reinterpret_cast<char*>(rounded_weight.data()), true, nullptr}, 2);
+                              {.hidden = reinterpret_cast<char*>(rounded_hidden.data()),
+                               .weight = reinterpret_cast<char*>(rounded_weight.data()),
+                               .rounded = true,
+                               .bias = nullptr},
+                              2);
     for (size_t i = 0; i < weight.size(); ++i) {
       CHECK(rounded_weight[i] == vig::to_bfloat16(weight[i]), "%s dW %zu is not the rounded sum", kernels.name, i);
     }
   }
   std::vector<char> stored_hidden(p.rows * p.depth * size), stored_weight(p.vocab * p.depth * size);
-  vig::linear_nll_backward(head, kept, {ones.data(), nullptr, ones.data(), lse.data(), entropy.data()},
-                           {stored_hidden.data(), stored_weight.data(), bias.data()}, 2);
+  vig::linear_nll_backward(
+      head, kept,
+      {.nll = ones.data(),
+       .lse = nullptr,
+       .entropy = ones.data(),
+       .saved_lse = lse.data(),
+       .saved_entropy = entropy.data()},
+      {.hidden = stored_hidden.data(), .weight = stored_weight.data(), .bias = bias.data()}, 2);
 }
 
-// Rows enough for panels to be packed beside products, groups of several panels, the last of them not whole.
+// Rows enough for interleaved packing, groups of several panels, the last of them not whole.
 void check_many_rows(const vig::Kernels& kernels, const Problem& p) {
   const Inputs in(p);
   const int64_t row_bytes = p.depth * vig::size_of(p.dtype), few = 10;
-  const vig::Head head = {kernels, p.dtype, p.depth, p.vocab, in.weight.data(), row_bytes, nullptr, p.scale, p.cap};
+  const vig::Head head = head_of(kernels, p, in);
   std::vector<float> nll(p.rows), alone(few);
   vig::KeptRows kept, first;
   kept.add(in.hidden.data(), row_bytes, in.target.data(), p.rows, -100);
   first.add(in.hidden.data(), row_bytes, in.target.data(), few, -100);
-  vig::linear_nll(head, kept, {nll.data(), nullptr, nullptr, nullptr, nullptr}, 2);
-  vig::linear_nll(head, first, {alone.data(), nullptr, nullptr, nullptr, nullptr}, 1);
+  vig::linear_nll(head, kept, only_nll(nll), 2);
+  vig::linear_nll(head, first, only_nll(alone), 1);
   for (int64_t i = 0; i < first.size(); ++i) {
     const int64_t n = first.slot(i);
     CHECK(nll[n] == alone[n], "%s: other rows change bits of row %ld", kernels.name, long(n));

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import torch
 
 from vig_kernels import reference
-from vig_kernels.ops.linear_nll import with_rest
+from vig_kernels.ops.linear_nll import with_lse_lo
+from vig_kernels.problem import Gaussian, HeadProblem, Needs, Saved, Upstream
 
 STATS = ("lse", "entropy", "argmax")
 OPTIONS = {"bias": None, "logit_scale": 1.0, "logit_softcap": None}
@@ -21,7 +22,7 @@ OPTIONS = {"bias": None, "logit_scale": 1.0, "logit_softcap": None}
 
 def load(package: str) -> SimpleNamespace:
     """The modules of a package of kernels."""
-    names = ("linear_nll", "linear_nll_backward", "linear_vig", "linear_cross_entropy", "target_residual",
+    names = ("linear_nll", "linear_vig", "linear_cross_entropy", "logit_fold", "logit_gradients", "target_residual",
              "gaussian_blur")  # fmt: skip
     found = {name: importlib.import_module(f"{package}.{name}") for name in names}
     return SimpleNamespace(**found, tile_configs=importlib.import_module(f"{package}.tile_configs"))
@@ -56,23 +57,23 @@ def bound(hidden, weight, options) -> torch.Tensor:
 def assert_forward(k, hidden, weight, target, options):
     """nll, lse, entropy and argmax against float64, and linear_vig with the bits of linear_nll."""
     arguments = (options["bias"], options["logit_scale"], options["logit_softcap"], -100)
-    nll, sinks = k.linear_nll.forward(hidden, weight, target, *arguments, STATS)
-    exact, exact_sinks = reference.linear_nll(hidden, weight, target, **options, stats=STATS)
+    nll, values = k.linear_nll.forward(HeadProblem(hidden, weight, target, *arguments), STATS)
+    exact, exact_stats = reference.linear_nll(hidden, weight, target, **options, stats=STATS)
     limit = bound(hidden, weight, options)
     assert nll.dtype == torch.float32
     assert ((nll - exact).abs() <= limit).all(), "nll"
-    assert ((sinks["lse"] - exact_sinks["lse"]).abs() <= limit).all(), "lse"
-    assert ((sinks["entropy"] - exact_sinks["entropy"]).abs() <= 4 * limit).all(), "entropy"
+    assert ((values["lse"] - exact_stats["lse"]).abs() <= limit).all(), "lse"
+    assert ((values["entropy"] - exact_stats["entropy"]).abs() <= 4 * limit).all(), "entropy"
     live = target != -100
     logits = reference.linear_logits(hidden, weight, **options)
-    chosen = logits[live].gather(1, sinks["argmax"][live, None]).squeeze(1)
+    chosen = logits[live].gather(1, values["argmax"][live, None]).squeeze(1)
     assert (chosen >= logits[live].amax(1) - 2 * limit[live]).all(), "argmax"
-    assert (nll[~live] == 0).all() and (sinks["argmax"][~live] == -1).all(), "ignored rows"
+    assert (nll[~live] == 0).all() and (values["argmax"][~live] == -1).all(), "ignored rows"
     other = hidden.new_empty(len(hidden), hidden.shape[1] + 8)[:, : hidden.shape[1]].copy_(hidden.flip(0))
-    vig, image, null = k.linear_vig.forward(hidden, other, weight, target, *arguments)
+    vig, image, null = k.linear_vig.forward(HeadProblem(hidden, weight, target, *arguments), other)
     assert torch.equal(vig, null - image), "vig"
     assert torch.equal(image, nll), "nll_image has other bits than linear_nll"
-    alone = k.linear_nll.forward(other, weight, target, *arguments, ())[0]
+    alone = k.linear_nll.forward(HeadProblem(other, weight, target, *arguments), ())[0]
     assert torch.equal(null, alone), "nll_null has other bits than linear_nll"
 
 
@@ -86,8 +87,8 @@ def check_first_of_equal_maxima(k):
     weight = torch.zeros(75, 16)
     weight[[17, 20, 40, 70]] = 1.0
     target = torch.zeros(2, dtype=torch.long)
-    sinks = k.linear_nll.forward(torch.ones(2, 16), weight, target, None, 1.0, None, -100, ("argmax",))[1]
-    assert sinks["argmax"].tolist() == [17, 17]
+    values = k.linear_nll.forward(HeadProblem(torch.ones(2, 16), weight, target), ("argmax",))[1]
+    assert values["argmax"].tolist() == [17, 17]
 
 
 def check_bad_targets_and_masked_words(k):
@@ -96,8 +97,8 @@ def check_bad_targets_and_masked_words(k):
     target[:] = 60
     exact = reference.linear_nll(hidden, weight[40:], target - 40, bias=bias[40:])
     target[5], target[6] = 75, -7
-    nll, sinks = k.linear_nll.forward(hidden, weight, target, bias, 1.0, None, -100, STATS)
-    assert nll[[5, 6]].isnan().all() and not sinks["lse"].isnan().any()
+    nll, values = k.linear_nll.forward(HeadProblem(hidden, weight, target, bias), STATS)
+    assert nll[[5, 6]].isnan().all() and not values["lse"].isnan().any()
     fine = [n for n in range(len(nll)) if n not in (5, 6)]
     options = OPTIONS | {"bias": bias[40:]}
     assert ((nll - exact).abs() <= bound(hidden, weight[40:], options))[fine].all()
@@ -106,17 +107,17 @@ def check_bad_targets_and_masked_words(k):
 def check_chunks_and_company(k):
     """The bits of a row depend on neither the chunk it falls in nor the rows beside it."""
     hidden, weight, target, _ = problem(N=40)
-    whole, sinks = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, STATS)
-    kept, k.linear_nll.PARTIALS_BYTES = k.linear_nll.PARTIALS_BYTES, 2000
+    whole, values = k.linear_nll.forward(HeadProblem(hidden, weight, target), STATS)
+    kept, k.logit_fold.PARTIALS_BYTES = k.logit_fold.PARTIALS_BYTES, 2000
     try:
-        again, again_sinks = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, STATS)
-        _, image, _ = k.linear_vig.forward(hidden, hidden + 1, weight, target, None, 1.0, None, -100)
+        again, again_stats = k.linear_nll.forward(HeadProblem(hidden, weight, target), STATS)
+        _, image, _ = k.linear_vig.forward(HeadProblem(hidden, weight, target), hidden + 1)
     finally:
-        k.linear_nll.PARTIALS_BYTES = kept
+        k.logit_fold.PARTIALS_BYTES = kept
     assert torch.equal(whole, again) and torch.equal(image, whole), "chunks change bits"
-    assert all(torch.equal(sinks[name], again_sinks[name]) for name in STATS)
+    assert all(torch.equal(values[name], again_stats[name]) for name in STATS)
     for some in (slice(3, 4), slice(7, 30)):
-        part = k.linear_nll.forward(hidden[some], weight, target[some], None, 1.0, None, -100, ())[0]
+        part = k.linear_nll.forward(HeadProblem(hidden[some], weight, target[some]), ())[0]
         assert torch.equal(part, whole[some]), "company changes bits"
 
 
@@ -160,8 +161,8 @@ def check_gradients(k, dtype=torch.float32, kinds=("nll", "lse", "entropy"), cap
     hidden[4] = 1e4  # an ignored row whose exp overflows
     leaves = [t.double().requires_grad_() for t in (hidden, weight, bias)]
     options = {"bias": leaves[2], "logit_scale": 1.3, "logit_softcap": cap}
-    nll, sinks = reference.linear_nll(*leaves[:2], target, **options, stats=("lse", "entropy"))
-    values = {"nll": nll, **sinks}
+    nll, values = reference.linear_nll(*leaves[:2], target, **options, stats=("lse", "entropy"))
+    values = {"nll": nll, **values}
     draw = torch.Generator().manual_seed(3)
     up = {kind: torch.randn(len(target), generator=draw) if kind in kinds else None for kind in values}
     exact = torch.autograd.grad(sum((values[kind] * up[kind]).sum() for kind in kinds), leaves)
@@ -172,17 +173,17 @@ def check_gradients(k, dtype=torch.float32, kinds=("nll", "lse", "entropy"), cap
         return sum((value * up[kind][live]).sum() for kind, value in pairs if kind in kinds)
 
     eager = eager_gradients(upstream, hidden, weight, bias, target, 1.3, cap)
-    stats = ("lse", "entropy", "lse_rest")
-    saved = k.linear_nll.forward(hidden, weight, target, bias, 1.3, cap, -100, stats)[1]
-    up, entropy = with_rest(up.values(), saved["entropy"], saved["lse_rest"])
-    arguments = (*up, saved["lse"], entropy, hidden, weight, target, bias, 1.3, cap, -100)
-    module = k.linear_nll_backward
+    stats = ("lse", "entropy", "lse_lo")
+    head = HeadProblem(hidden, weight, target, bias, 1.3, cap)
+    found = k.linear_nll.forward(head, stats)[1]
+    up = with_lse_lo(Upstream(*up.values()), Saved(found["lse"], found["entropy"]), found["lse_lo"])
+    module = k.linear_nll
     limits = (module.HIDDEN_BYTES, module.row_chunk, module.vocab_chunk)
     try:
         if chunks:  # 3 chunks of the vocabulary, 3 of the rows, and no room for both float32 sums
             module.HIDDEN_BYTES = 4 * 50 * 9
             module.row_chunk, module.vocab_chunk = lambda *_: 8, lambda V, D, taken: 64
-        found = module.backward(*arguments, (True, True, True))
+        found = module.backward(*up, head, Needs())
     finally:
         module.HIDDEN_BYTES, module.row_chunk, module.vocab_chunk = limits
     names = ("hidden", "weight", "bias")
@@ -192,12 +193,13 @@ def check_gradients(k, dtype=torch.float32, kinds=("nll", "lse", "entropy"), cap
         assert mine.dtype == leaf.dtype and mine.shape == leaf.shape
         assert_gradient(name, mine, truth, theirs, dtype, cap)
     assert not found[0][~live].any(), "an ignored row has a gradient"
-    told = module.backward(*arguments, (True, True, True), int(live.sum()))
+    told = module.backward(*up, head._replace(num_kept=int(live.sum())), Needs())
     for name, mine, truth, theirs in zip(names, told, exact, eager, strict=True):
         assert_gradient(f"{name}, rows gathered", mine, truth, theirs, dtype, cap)
     assert not told[0][~live].any(), "an ignored row has a gradient"
-    assert all(x.isnan().any() for x in module.backward(*arguments, (True, True, True), int(live.sum()) - 1))
-    only = module.backward(*arguments, (False, True, False))
+    few = head._replace(num_kept=int(live.sum()) - 1)
+    assert all(x.isnan().any() for x in module.backward(*up, few, Needs()))
+    only = module.backward(*up, head, Needs(False, True, False))
     assert only[0] is None and only[2] is None
     assert_gradient("weight alone", only[1], exact[1], eager[1], dtype, cap)
 
@@ -219,25 +221,26 @@ def check_training(k, dtype=torch.float32, num_kept=True, cap=4.0, chunk_rows=16
         hidden, weight, bias, target, 0.8, cap,
     )  # fmt: skip
     kept = int((target != -100).sum()) if num_kept else None
-    arguments = (hidden, weight, target, bias, row_weight, 0.8, cap, -100, 0.02)
+    head, terms = HeadProblem(hidden, weight, target, bias, 0.8, cap, num_kept=kept), (row_weight, 0.02)
     module = k.linear_cross_entropy
     kept_rule, module.chunk_rows = module.chunk_rows, lambda kept, *_: min(kept, chunk_rows)
     try:
-        loss, *found = module.forward_backward(*arguments, kept, (True, True, True))
+        loss, *found = module.forward_backward(head, *terms, Needs())
         if num_kept:
-            assert module.forward_backward(*arguments, kept - 1, (True, False, False))[0].isnan()
+            few = head._replace(num_kept=kept - 1)
+            assert module.forward_backward(few, *terms, Needs(True, False, False))[0].isnan()
     finally:
         module.chunk_rows = kept_rule
     assert abs(loss.double() - exact_loss) <= 2e-6 * exact_loss.abs() + 1e-4
     for name, mine, truth, theirs in zip(("hidden", "weight", "bias"), found, exact, eager, strict=True):
         assert mine.dtype == torch.float32
         assert_gradient(name, mine, truth, theirs, dtype, cap)
-    alone, *nothing = module.forward_backward(*arguments, kept, (False, False, False))
+    alone, *nothing = module.forward_backward(head, *terms, Needs(False, False, False))
     assert nothing == [None] * 3 and abs(alone - loss) <= 1e-6 * abs(loss) + 1e-4
 
 
 def check_target_residual(k):
-    """The mending kernels against float64: targets that repeat, are ignored or unknown, several blocks of D."""
+    """The correction kernels against float64: targets that repeat, are ignored or unknown, several blocks of D."""
     draw = torch.Generator().manual_seed(6)
     N, D, V = 36, 20, 40
     target = torch.randint(0, V, (N,), generator=draw)
@@ -253,19 +256,19 @@ def check_target_residual(k):
         at = target.clamp(0, V - 1)
         total = torch.randn(N, D, generator=draw)
         found = total.clone()
-        residual.mend_hidden(found[:19], weight)
-        residual.mend_hidden(found[19:], weight, 19)
+        residual.correct_hidden(found[:19], weight)
+        residual.correct_hidden(found[19:], weight, 19)
         assert norm_error(found, total + lost * weight.double()[at]) < 1e-6, "hidden"
         for first, last in ((0, V), (9, 30)):
             total = torch.randn(V, D, generator=draw)
             exact = total.double().index_add(0, at, lost * hidden.double())[first:last]
             found = total.clone()[: last - first].copy_(total[first:last])  # with room behind it for a fault
-            residual.mend_weight(found, hidden, first_vocab=first)
+            residual.correct_weight(found, hidden, first_vocab=first)
             assert norm_error(found, exact) < 1e-6, "weight"
         rows = torch.randperm(N, generator=draw)  # the residual's rows stand elsewhere in `hidden`
         found, elsewhere = torch.zeros(V, D), torch.empty_like(hidden)
         elsewhere[rows] = hidden
-        residual.mend_weight(found, elsewhere, rows)
+        residual.correct_weight(found, elsewhere, rows)
         exact = torch.zeros(V, D, dtype=torch.float64).index_add(0, at, lost * hidden.double())
         assert norm_error(found, exact) < 1e-6, "weight, rows elsewhere"
     finally:
@@ -281,27 +284,18 @@ def check_what_16_bits_lose(k):
     exact = [t.double().requires_grad_() for t in (hidden, weight)]
     exact = torch.autograd.grad(reference.linear_nll(*exact, target).sum(), exact)
     formed = k.linear_cross_entropy.forward_backward(
-        hidden, weight, target, None, None, 1.0, None, -100, 0.0, None, (True, True, False)
+        HeadProblem(hidden, weight, target), None, 0.0, Needs(True, True, False)
     )[1:3]
-    saved = k.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))[1]["lse"]
+    saved = k.linear_nll.forward(HeadProblem(hidden, weight, target), ("lse",))[1]["lse"]
     sums = []
-    module = k.linear_nll_backward
+    module = k.linear_nll
     kept, module.settle = module.settle, lambda gradient, total, unscale: sums.append(total.clone())
     try:
         module.backward(
-            torch.ones(6),
-            None,
-            None,
-            saved,
-            None,
-            hidden,
-            weight,
-            target,
-            None,
-            1.0,
-            None,
-            -100,
-            (True, True, False),
+            Upstream(torch.ones(6)),
+            Saved(saved),
+            HeadProblem(hidden, weight, target),
+            Needs(True, True, False),
         )
     finally:
         module.settle = kept
@@ -313,16 +307,16 @@ def check_what_16_bits_lose(k):
             )  # 8e-4 and more without the residual
 
 
-def check_rest_of_lse(k):
-    """lse + lse_rest is the log-sum-exp far beyond float32, and formed gradients use both."""
+def check_low_part_of_lse(k):
+    """lse + lse_lo is the log-sum-exp far beyond float32, and formed gradients use both."""
     words = torch.linspace(0.01, 1.0, 9)[:, None]
     shift = torch.full((2,), -(2.0**20))  # float32 steps by 1/16 around there
-    _, sinks = k.linear_nll.forward(
-        words, torch.ones(2, 1), torch.zeros(9).long(), shift, 1.0, None, -100, ("lse", "lse_rest")
+    _, values = k.linear_nll.forward(
+        HeadProblem(words, torch.ones(2, 1), torch.zeros(9).long(), shift), ("lse", "lse_lo")
     )
     exact = (words[:, 0] + shift[0]).double() + torch.tensor(2.0).double().log()
-    found = sinks["lse"].double() + sinks["lse_rest"]
-    assert (found - exact).abs().max() < 1e-6, "lse_rest"
+    found = values["lse"].double() + values["lse_lo"]
+    assert (found - exact).abs().max() < 1e-6, "lse_lo"
 
     block, one, two = torch.ones(2, 8), torch.ones(2), torch.full((2,), 2.0)
     k.linear_cross_entropy.finish_kernel[(1,)](
@@ -331,7 +325,7 @@ def check_rest_of_lse(k):
     )  # fmt: skip
     exact = torch.full((2, 8), -1.0).exp()
     exact[0, 3] -= 1.0  # nll = 1; the other row's target is no word
-    assert (block - exact).abs().max() < 1e-6, "rest of lse in a formed gradient"
+    assert (block - exact).abs().max() < 1e-6, "low part of lse in a formed gradient"
 
 
 def check_blur(k, dtype=torch.float32, precision="float32", shape=(2, 2, 45, 38), border="reflect"):
@@ -342,7 +336,7 @@ def check_blur(k, dtype=torch.float32, precision="float32", shape=(2, 2, 45, 38)
     images = images.to(memory_format=torch.channels_last)
     sigma_y, sigma_x = torch.tensor([[2.0, 5.5], [4.0, 0.7]], dtype=torch.float64)[:, : shape[0]]
     out = torch.empty(shape, dtype=dtype)
-    k.gaussian_blur.forward(images, sigma_y, sigma_x, 3.0, border, precision, out)
+    k.gaussian_blur.forward(images, Gaussian(sigma_y, sigma_x, 3.0, border, precision), out)
     pairs = zip(images, sigma_y.tolist(), sigma_x.tolist(), strict=True)
     exact = torch.stack([reference.gaussian_blur(image, (y, x), border=border) for image, y, x in pairs])
     span = float(images.double().max() - images.double().min())
@@ -378,32 +372,17 @@ def check_large_offsets_of_operands(k):
         else:
             w = far_apart(40, 8, BEYOND, torch.bfloat16).copy_(weight.bfloat16())
             h = hidden.bfloat16()
-        nll, sinks = k.linear_nll.forward(h, w, target, None, 1.0, None, -100, ("lse",))
+        nll, values = k.linear_nll.forward(HeadProblem(h, w, target), ("lse",))
         assert (nll - exact).abs().max() <= 1e-3, f"offsets of {where}"
-        up = torch.ones(5)
-        arguments = (
-            up,
-            None,
-            None,
-            sinks["lse"],
-            None,
-            h,
-            w,
-            target,
-            None,
-            1.0,
-            None,
-            -100,
-            (True, False, False),
-        )
-        near = (up, None, None, sinks["lse"], None, h.clone(), w.clone(), target, None, 1.0, None, -100)
-        gradient = k.linear_nll_backward.backward(*arguments)[0]
-        assert torch.equal(gradient, k.linear_nll_backward.backward(*near, (True, False, False))[0])
+        upstream, saved, needs = Upstream(torch.ones(5)), Saved(values["lse"]), Needs(True, False, False)
+        far, near = HeadProblem(h, w, target), HeadProblem(h.clone(), w.clone(), target)
+        gradient = k.linear_nll.backward(upstream, saved, far, needs)[0]
+        assert torch.equal(gradient, k.linear_nll.backward(upstream, saved, near, needs)[0])
 
 
 def check_large_offsets_of_partials(k):
     """Partials whose rows lie so far apart that part 1 and later start beyond 2^31 elements."""
-    module, config = k.linear_nll, k.tile_configs.INTERPRETER
+    module, config = k.logit_fold, k.tile_configs.INTERPRETER
     hidden, weight, target, _ = problem(N=3, D=8, V=40, ignored=False)
     order, count = torch.arange(3), torch.tensor(3)
     rows = 2**30 + 16  # of which the three that `count` names exist
@@ -434,10 +413,8 @@ def check_large_offsets_of_blocks(k):
     image = torch.randn(2, 1, 9, 8, generator=draw)
     far = torch.empty(BEYOND + 72).as_strided((2, 1, 9, 8), (BEYOND, 72, 8, 1)).copy_(image)
     sigma = torch.tensor([1.0, 1.0], dtype=torch.float64)
-    near_out = k.gaussian_blur.forward(
-        image, sigma, sigma, 3.0, "reflect", "float32", torch.empty_like(image)
-    )
-    assert torch.equal(k.gaussian_blur.forward(far, sigma, sigma, 3.0, "reflect", "float32", far), near_out)
+    near_out = k.gaussian_blur.forward(image, Gaussian(sigma, sigma), torch.empty_like(image))
+    assert torch.equal(k.gaussian_blur.forward(far, Gaussian(sigma, sigma), far), near_out)
 
     rows, V, part = 5, 40, 16
     stride = 2**29 + 16
@@ -454,7 +431,7 @@ def check_large_offsets_of_blocks(k):
 
 
 def check_large_offsets_of_residuals(k):
-    """The mending kernels on gradients, weights and hidden states whose rows lie far apart."""
+    """The correction kernels on gradients, weights and hidden states whose rows lie far apart."""
     target = torch.tensor([0, 4, 4])
     near = torch.arange(40.0).reshape(5, 8).sin()
     for far_source in (False, True):
@@ -466,10 +443,10 @@ def check_large_offsets_of_residuals(k):
             total = torch.zeros(size, 8) if far_source else far_apart(size, 8, BEYOND).fill_(0.0)
             exact = torch.zeros(size, 8, dtype=torch.float64)
             if size == 3:
-                residual.mend_hidden(total, source)
+                residual.correct_hidden(total, source)
                 exact += residual.lost.double()[:, None] * source.double()[target]
             else:
                 rows = torch.tensor([0, 1, 4])
-                residual.mend_weight(total, source, rows)
+                residual.correct_weight(total, source, rows)
                 exact.index_add_(0, target, residual.lost.double()[:, None] * source.double()[rows])
             assert norm_error(total, exact) < 1e-6, "offsets of residuals"

@@ -18,15 +18,16 @@ from triton.runtime.jit import JITFunction
 
 import vig_kernels
 from benchmarks.static_kernels import TARGETS
+from vig_kernels.kernels import triton as triton_backend
 from vig_kernels.kernels.triton import gaussian_blur as gaussian_blur_triton
-from vig_kernels.kernels.triton import launch, linear_nll_backward, target_residual, tile_configs
+from vig_kernels.kernels.triton import launch, logit_fold, logit_gradients, target_residual, tile_configs
 from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
 from vig_kernels.kernels.triton import linear_nll as linear_nll_triton
 from vig_kernels.kernels.triton import linear_vig as linear_vig_triton
 
 MODULES = (
-    gaussian_blur_triton, launch, linear_cross_entropy_triton, linear_nll_backward, linear_nll_triton,
-    linear_vig_triton, target_residual, tile_configs,
+    gaussian_blur_triton, launch, linear_cross_entropy_triton, linear_nll_triton, linear_vig_triton, logit_fold,
+    logit_gradients, target_residual, tile_configs, triton_backend,
 )  # fmt: skip
 HEADS = (  # dtype, N, D, V, elements between rows
     (torch.bfloat16, 40, 64, 304, 0),  # what tensor descriptors and loads without masks are for
@@ -89,8 +90,8 @@ def heads() -> None:
         }
         vig_kernels.linear_nll(hidden, weight, target, backend="triton").sum().backward()
         stats = ("lse", "entropy", "argmax")
-        nll, sinks = vig_kernels.linear_nll(hidden, weight, target, stats=stats, backend="triton", **options)
-        (nll + sinks["lse"] + sinks["entropy"]).sum().backward()
+        nll, values = vig_kernels.linear_nll(hidden, weight, target, stats=stats, backend="triton", **options)
+        (nll + values["lse"] + values["entropy"]).sum().backward()
         vig_kernels.linear_vig(hidden, hidden, weight, target, backend="triton")
         more = {"z_loss": 1e-4, "token_weight": torch.rand(N)} | options
         for memory, extra in (("fast", {}), ("fast", more), ("low", {})):

@@ -24,7 +24,7 @@ import torch
 from vig_kernels.kernels.triton import tile_configs
 
 SOURCE = Path(tile_configs.__file__).parent
-TILES, NLL, BACKWARD = "logit_tiles", "linear_nll", "linear_nll_backward"
+TILES, FOLD, GRADIENTS, NLL = "logit_tiles", "logit_fold", "logit_gradients", "linear_nll"
 LOSS, BLUR, RESIDUAL = "linear_cross_entropy", "gaussian_blur", "target_residual"
 
 
@@ -52,7 +52,7 @@ MUTATIONS = [
         ("series of tanh cut", "(-1.0 / 3.0 + x2 *", "(-1.0 / 3.0 + 0.0 *"),
     ),
     *_faults(
-        "fold", NLL,
+        "fold", FOLD,
         ("maximum started at 0", "top = tl.max(z, axis=1)", "top = tl.maximum(tl.max(z, axis=1), 0.0)"),
         ("last tile of the vocabulary dropped", "triton.cdiv(V, config.block_v)\n", "max(1, V // config.block_v)\n"),
         ("second half folded as the first", "left if half == 0 else right, bias, vocab_tile", "left, bias, vocab_tile"),
@@ -65,13 +65,13 @@ MUTATIONS = [
         isolated=True,
     ),
     *_faults(
-        "fold", NLL,
+        "fold", FOLD,
         ("int32 offset of hidden", "row_offset = row *", "row_offset = row.to(tl.int32) *"),
         ("int32 offset of partials", "at = part.to(tl.int64) * partial_stride", "at = part * partial_stride"),
         isolated=True,
     ),
     *_faults(
-        "combine", NLL,
+        "combine", FOLD,
         ("rescale omitted", "total += part_sum * rescale", "total += part_sum"),
         ("maximum started at 0", 'top = tl.full((BLOCK_T, BLOCK_N), -float("inf")',
          "top = tl.full((BLOCK_T, BLOCK_N), 0.0"),
@@ -79,52 +79,55 @@ MUTATIONS = [
         ("shift of the entropy dropped", "(part_dot + part_sum * shift)", "part_dot"),
         ("part of the argmax dropped", "part[:, None] * PART + part_arg", "part_arg + 0 * part[:, None]"),
         ("ignored rows not zeroed", "tl.where(live, loss, 0.0)", "tl.where(live, loss, 1.0)"),
-        ("rest of lse dropped", 'float("inf")), rest, 0.0)', 'float("inf")), 0.0, 0.0)'),
+        ("low part of lse dropped", 'float("inf")), low, 0.0)', 'float("inf")), 0.0, 0.0)'),
     ),
     *_faults(
-        "combine", NLL,
+        "combine", FOLD,
         ("int32 offset of partials", "part.to(tl.int64)[:, None] * partial_stride", "part[:, None] * partial_stride"),
         isolated=True,
     ),
     *_faults(
-        "vig", NLL,
+        "vig", FOLD,
         ("second pass reads the first", "tl.where(second, hidden_second, hidden)", "hidden"),
         ("second pass with the first's stride", "tl.where(second, stride_hidden_second, stride_hidden)",
          "stride_hidden"),
         ("passes share their partials", "slot = local + second.to(tl.int32) * rows", "slot = local"),
-        ("second pass combined from the first", "first, rows, pass_index * rows", "first, rows, 0"),
+        ("second pass combined from the first", "chunk.first, rows, pass_index * rows", "chunk.first, rows, 0"),
         ("difference turned round", "loss - image", "image - loss"),
         ("second pass not launched", "(row_tiles * passes * vocab_tiles,)", "(row_tiles * vocab_tiles,)"),
     ),
     *_faults(
-        "gradient", BACKWARD,
+        "gradient", GRADIENTS,
         ("target's term halved", "g -= tl.where(column", "g -= 0.5 * tl.where(column"),
         ("slope of the cap dropped", "g *= slopes(", "_ = slopes("),
         ("upstream of lse dropped", "up += tl.load(grad_lse", "_ = tl.load(grad_lse"),
         ("entropy's own term dropped", "p * (log_p + entropy[:, None])", "p * log_p"),
         ("chunk of the vocabulary forgotten", "wanted - first_vocab, -1)", "wanted, -1)"),
         ("ignored rows kept", "g = tl.where(live[:, None] &", "g = tl.where(inside[:, None] &"),
-        ("gain omitted", "g *= tl.load(gain)", "g *= 1.0"),
+        ("loss_scale omitted", "g *= tl.load(loss_scale)", "g *= 1.0"),
         ("residual of a wrong word", "g - stored.to(tl.float32), 0.0)", "0.0, 0.0)"),
-        ("residual of hidden forgotten", "residual.mend_hidden(hidden_sum, weight, first)", "pass"),
-        ("residual of weight forgotten", "residual.mend_weight(weight_sum, hidden, first_vocab=v)", "pass"),
         ("later chunks overwrite", "torch.addmm(total, a, b, out=total)", "total.copy_(a @ b)"),
     ),
     *_faults(
-        "gradient", BACKWARD,
+        "gradient", NLL,
+        ("residual of hidden forgotten", "residual.correct_hidden(hidden_sum, weight, first)", "pass"),
+        ("residual of weight forgotten", "residual.correct_weight(weight_sum, hidden, first_vocab=v)", "pass"),
+    ),
+    *_faults(
+        "gradient", GRADIENTS,
         ("int32 offset of hidden", "row * stride_hidden", "row.to(tl.int32) * stride_hidden"),
         isolated=True,
     ),
     *_faults(
         "finish", LOSS,
-        ("rescale omitted", "tl.exp((top - row_lse) - row_rest)", "tl.exp(-row_lse - row_rest)"),
-        ("rest of lse dropped", "tl.exp((top - row_lse) - row_rest)", "tl.exp(top - row_lse)"),
+        ("rescale omitted", "tl.exp((top - row_lse) - row_lse_lo)", "tl.exp(-row_lse - row_lse_lo)"),
+        ("low part of lse dropped", "tl.exp((top - row_lse) - row_lse_lo)", "tl.exp(top - row_lse)"),
         ("z loss dropped", "(1.0 + 2.0 * z_loss * row_lse)", "1.0"),
         ("target taken from the rounded weight", "g = tl.where(hit, pull[:, None], g)",
          "g = tl.where(hit, g - w[:, None], g)"),
         ("residual dropped", "tl.where(hit, g - stored.to(tl.float32), 0.0)", "tl.where(hit, 0.0, 0.0)"),
-        ("residual of hidden forgotten", "residual.mend_hidden(total, weight)", "pass"),
-        ("residual of weight forgotten", "residual.mend_weight(grad_weight, hidden, picked)", "pass"),
+        ("residual of hidden forgotten", "residual.correct_hidden(total, weight)", "pass"),
+        ("residual of weight forgotten", "residual.correct_weight(grad_weight, hidden, picked)", "pass"),
         ("row weight dropped", "w = tl.load(row_weight", "_ = tl.load(row_weight"),
         ("slope of the target dropped", "pull *= tl.load(target_slope", "_ = tl.load(target_slope"),
         ("ignored rows kept", "live = inside & (local < tl.load(count) - first_row)", "live = inside"),
@@ -136,7 +139,7 @@ MUTATIONS = [
         isolated=True,
     ),
     *_faults(
-        "mend hidden", RESIDUAL,
+        "correct hidden", RESIDUAL,
         ("unknown targets kept", "known = (word >= 0) & (word < V)", "known = (word >= 0) & (word <= V)"),
         ("sign turned round", "lost[:, None] * w, mask", "-lost[:, None] * w, mask"),
         ("sums overwritten", "tl.load(to, mask=mask, other=0.0) + lost", "lost"),
@@ -146,7 +149,7 @@ MUTATIONS = [
         ("rows of another chunk", "self.target[first:]", "self.target"),
     ),
     *_faults(
-        "mend weight", RESIDUAL,
+        "correct weight", RESIDUAL,
         ("every row adds its target's", " & (word != before)", ""),
         ("later rows dropped", "tl.where(more, start + BLOCK_R, entries)", "entries"),
         ("sums overwritten", "tl.load(to, mask=column < D, other=0.0) + sums", "sums"),
@@ -156,13 +159,13 @@ MUTATIONS = [
         ("residuals taken unsorted", "residual + row, mask=same", "residual + entry, mask=same"),
     ),
     *_faults(
-        "mend hidden", RESIDUAL,
+        "correct hidden", RESIDUAL,
         ("int32 offset of weight", "word[:, None] * stride_weight", "word[:, None].to(tl.int32) * stride_weight"),
         ("int32 offset of the gradient", "row[:, None] * stride_total", "row[:, None].to(tl.int32) * stride_total"),
         isolated=True,
     ),
     *_faults(
-        "mend weight", RESIDUAL,
+        "correct weight", RESIDUAL,
         ("int32 offset of hidden", "row[:, None] * stride_hidden", "row[:, None].to(tl.int32) * stride_hidden"),
         ("int32 offset of the gradient", "(word - low) * stride_total", "(word - low).to(tl.int32) * stride_total"),
         isolated=True,
@@ -193,7 +196,7 @@ def many_parts(k) -> None:
 
 CHECKS = {
     "fold": (checks.check_fold_and_combine, checks.check_first_of_equal_maxima),
-    "combine": (checks.check_rest_of_lse, checks.check_fold_and_combine, many_parts),
+    "combine": (checks.check_low_part_of_lse, checks.check_fold_and_combine, many_parts),
     "vig": (checks.check_fold_and_combine,),
     "gradient": (
         checks.check_what_16_bits_lose,
@@ -201,13 +204,13 @@ CHECKS = {
         lambda k: checks.check_gradients(k, cap=None),
     ),
     "finish": (
-        checks.check_rest_of_lse,
+        checks.check_low_part_of_lse,
         checks.check_what_16_bits_lose,
         checks.check_training,
         lambda k: checks.check_training(k, num_kept=False),
     ),
-    "mend hidden": (checks.check_target_residual,),
-    "mend weight": (checks.check_target_residual,),
+    "correct hidden": (checks.check_target_residual,),
+    "correct weight": (checks.check_target_residual,),
     "blur": (
         checks.check_blur,
         lambda k: checks.check_blur(k, torch.uint8),
@@ -219,8 +222,8 @@ OFFSETS = {
     "combine": (checks.check_large_offsets_of_partials,),
     "gradient": (checks.check_large_offsets_of_operands,),
     "finish": (checks.check_large_offsets_of_blocks,),
-    "mend hidden": (checks.check_large_offsets_of_residuals,),
-    "mend weight": (checks.check_large_offsets_of_residuals,),
+    "correct hidden": (checks.check_large_offsets_of_residuals,),
+    "correct weight": (checks.check_large_offsets_of_residuals,),
     "blur": (checks.check_large_offsets_of_blocks,),
 }
 

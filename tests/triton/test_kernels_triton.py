@@ -10,8 +10,10 @@ from cases import CASES, Case, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vig_kernels import reference
+from vig_kernels.kernels import triton as triton_backend
 from vig_kernels.kernels.triton import launch, tile_configs
 from vig_kernels.kernels.triton.tile_configs import TileConfig
+from vig_kernels.problem import Gaussian, HeadProblem, Needs, Saved, Upstream
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = TileConfig(16, 32, 16, 1, 1, parts=2, group=2)
@@ -78,23 +80,20 @@ def test_chunks_and_company_change_no_bits(small_tiles):
 def test_ignored_rows_cost_nothing_in_any_chunk(small_tiles):
     hidden, weight, target, _ = checks.problem(N=40, ignored=False)
     target[20:] = -100
-    order, count = launch.keep_order(target, -100)
-    module, config = KERNELS.linear_nll, tile_configs.INTERPRETER
+    order, count = launch.compaction_order(target, -100)
+    module, config = KERNELS.logit_fold, tile_configs.INTERPRETER
     for first, rows in ((0, 16), (16, 16), (32, 8)):
         partials = module.Partials(rows, 1, 75, config, (), hidden.device)
         partials.max.fill_(7.0)  # no logit of these
-        module.fold(
-            (hidden,), weight, target, None, order, count, first, rows, partials, None, 1.0, None, config
-        )
+        chunk = launch.RowChunk(order, count, first, rows)
+        module.fold(HeadProblem(hidden, weight, target), None, chunk, partials, config)
         assert torch.equal((partials.max != 7.0).all(0), first + torch.arange(rows) < 20)
         assert (partials.max[:, first + torch.arange(rows) >= 20] == 7.0).all()
 
 
 def test_equal_passes_give_equal_values(small_tiles):
     hidden, weight, target, _ = checks.problem()
-    vig, image, null = KERNELS.linear_vig.forward(
-        hidden, hidden.clone(), weight, target, None, 1.0, None, -100
-    )
+    vig, image, null = KERNELS.linear_vig.forward(HeadProblem(hidden, weight, target), hidden.clone())
     assert torch.equal(image, null) and not vig.any()
 
 
@@ -133,14 +132,14 @@ def test_what_16_bits_lose_is_given_back(small_tiles):
 
 
 def test_log_sum_exp_is_two_floats(small_tiles):
-    checks.check_rest_of_lse(KERNELS)
+    checks.check_low_part_of_lse(KERNELS)
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_what_is_not_needed_is_not_made(needs, small_tiles):
     hidden, weight, target, bias = checks.problem(bias=True)
     found = KERNELS.linear_cross_entropy.forward_backward(
-        hidden, weight, target, bias, None, 1.0, None, -100, 0.0, None, needs
+        HeadProblem(hidden, weight, target, bias), None, 0.0, Needs(*needs)
     )
     assert tuple(gradient is not None for gradient in found[1:]) == needs
 
@@ -150,7 +149,7 @@ def test_nothing_kept(small_tiles):
     target[:] = -100
     for num_kept in (None, 0):
         loss, *gradients = KERNELS.linear_cross_entropy.forward_backward(
-            hidden, weight, target, bias, None, 1.0, 3.0, -100, 0.1, num_kept, (True, True, True)
+            HeadProblem(hidden, weight, target, bias, 1.0, 3.0, num_kept=num_kept), None, 0.1, Needs()
         )
         assert loss == 0 and not any(gradient.any() for gradient in gradients)
 
@@ -159,18 +158,20 @@ def test_tiny_float16_gradients_are_not_lost(small_tiles):
     """Upstream gradients of 1e-9, which float16 cannot hold, leave the sums whole before the last cast."""
     hidden, weight, target, _ = checks.problem(dtype=torch.float16, ignored=False)
     sums = []
-    module = KERNELS.linear_nll_backward
+    module = KERNELS.linear_nll
     settle, module.settle = (
         module.settle,
         lambda gradient, total, unscale: sums.append(total.mul_(unscale).clone()),
     )
     try:
         for up in (1.0, 1e-9):
-            _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
+            _, values = KERNELS.linear_nll.forward(HeadProblem(hidden, weight, target), ("lse",))
             module.backward(
-                torch.full((21,), up), None, None, sinks["lse"], None, hidden, weight, target, None, 1.0, None, -100,
-                (True, False, False),
-            )  # fmt: skip
+                Upstream(torch.full((21,), up)),
+                Saved(values["lse"]),
+                HeadProblem(hidden, weight, target),
+                Needs(True, False, False),
+            )
     finally:
         module.settle = settle
     assert checks.norm_error(sums[1] * 1e9, sums[0]) < 1e-3
@@ -183,7 +184,7 @@ def test_float16_blocks_hold_the_slope_of_a_large_z_loss(small_tiles):
     options = {"bias": exact[2], "z_loss": 1.0, "reduction": "sum"}
     exact = torch.autograd.grad(reference.linear_cross_entropy(*exact[:2], target, **options), exact)
     found = KERNELS.linear_cross_entropy.forward_backward(
-        hidden, weight, target, bias, None, 1.0, None, -100, 1.0, None, (True,) * 3
+        HeadProblem(hidden, weight, target, bias), None, 1.0, Needs()
     )
     for mine, truth in zip(found[1:], exact, strict=True):
         assert checks.norm_error(mine, truth) < 1e-3
@@ -194,11 +195,13 @@ def test_float16_blocks_hold_a_large_upstream_of_the_entropy(small_tiles):
     leaves = [x.double().requires_grad_() for x in (hidden, weight)]
     exact = reference.linear_nll(*leaves, target, stats=("entropy",))[1]["entropy"].sum() * 3000.0
     exact = torch.autograd.grad(exact, leaves)
-    _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse", "entropy"))
-    found = KERNELS.linear_nll_backward.backward(
-        None, None, torch.full((21,), 3000.0), sinks["lse"], sinks["entropy"], hidden, weight, target, None, 1.0,
-        None, -100, (True, True, False),
-    )  # fmt: skip
+    _, values = KERNELS.linear_nll.forward(HeadProblem(hidden, weight, target), ("lse", "entropy"))
+    found = KERNELS.linear_nll.backward(
+        Upstream(None, None, torch.full((21,), 3000.0)),
+        Saved(values["lse"], values["entropy"]),
+        HeadProblem(hidden, weight, target),
+        Needs(True, True, False),
+    )
     for mine, truth in zip(found[:2], exact, strict=True):
         assert checks.norm_error(mine, truth) < 2e-3
 
@@ -215,26 +218,17 @@ class NoReadback(TorchDispatchMode):
 def test_no_host_synchronisation(small_tiles):
     hidden, weight, target, bias = checks.problem(bias=True)
     with NoReadback():
-        _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, bias, 1.0, None, -100, checks.STATS)
+        _, values = KERNELS.linear_nll.forward(HeadProblem(hidden, weight, target, bias), checks.STATS)
         up = torch.ones(21)
-        KERNELS.linear_nll_backward.backward(
-            up,
-            up,
-            up,
-            sinks["lse"],
-            sinks["entropy"],
-            hidden,
-            weight,
-            target,
-            bias,
-            1.0,
-            None,
-            -100,
-            (True,) * 3,
+        KERNELS.linear_nll.backward(
+            Upstream(up, up, up),
+            Saved(values["lse"], values["entropy"]),
+            HeadProblem(hidden, weight, target, bias),
+            Needs(),
         )
         for num_kept in (None, 14):
             KERNELS.linear_cross_entropy.forward_backward(
-                hidden, weight, target, bias, up, 1.0, None, -100, 0.1, num_kept, (True,) * 3
+                HeadProblem(hidden, weight, target, bias, num_kept=num_kept), up, 0.1, Needs()
             )
 
 
@@ -248,7 +242,7 @@ def test_gradient_products_never_use_plain_tf32(monkeypatch):
     matmul.fp32_precision = "tf32"
     try:
         KERNELS.linear_cross_entropy.forward_backward(
-            hidden, weight, target, None, None, 1.0, None, -100, 0.0, None, (True, True, False)
+            HeadProblem(hidden, weight, target), None, 0.0, Needs(True, True, False)
         )
         assert seen == ["ieee"] * 2 and matmul.fp32_precision == "tf32"
     finally:
@@ -277,11 +271,11 @@ def test_blur_in_chunks_and_in_place(monkeypatch):
     images = torch.randn(3, 2, 20, 17)
     sigma = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     whole = KERNELS.gaussian_blur.forward(
-        images, sigma, sigma, 3.0, "reflect", "fast", torch.empty_like(images)
+        images, Gaussian(sigma, sigma, 3.0, "reflect", "fast"), torch.empty_like(images)
     )
     monkeypatch.setattr(KERNELS.gaussian_blur, "INTERMEDIATE_BYTES", 20 * 17 * 2)
     assert torch.equal(
-        KERNELS.gaussian_blur.forward(images, sigma, sigma, 3.0, "reflect", "fast", images), whole
+        KERNELS.gaussian_blur.forward(images, Gaussian(sigma, sigma, 3.0, "reflect", "fast"), images), whole
     )
 
 
@@ -292,9 +286,7 @@ def test_blur_of_qwen_patches(times):
     frames = times * temporal
     picture = torch.randn(frames, channels, rows * patch, columns * patch)
     sigma = torch.full((frames,), 2.0, dtype=torch.float64)
-    blurred = KERNELS.gaussian_blur.forward(
-        picture, sigma, sigma, 3.0, "reflect", "float32", torch.empty_like(picture)
-    )
+    blurred = KERNELS.gaussian_blur.forward(picture, Gaussian(sigma, sigma), torch.empty_like(picture))
 
     def cut(x):
         x = x.reshape(times, temporal, channels, rows // merge, merge, patch, columns // merge, merge, patch)
@@ -304,19 +296,20 @@ def test_blur_of_qwen_patches(times):
     at = KERNELS.gaussian_blur.patch_addresses(
         (times, rows, columns), patch, merge, channels, temporal, 7, pixels.device
     )
-    KERNELS.gaussian_blur.blur_at(pixels, at, pixels, at, [2.0], [2.0], 3.0, "reflect", "float32")
+    patches = KERNELS.gaussian_blur.Samples(pixels, at)
+    KERNELS.gaussian_blur.blur_at(patches, patches, Gaussian(sigma[:1], sigma[:1]))
     assert torch.equal(pixels[7:], cut(blurred)) and not pixels[:7].any()
 
 
 def test_autotune_searches_once_and_prints(monkeypatch, capsys):
     """Not at import and not without being asked: at the first call of a key, with what was found on stderr."""
     hidden, weight, target, _ = checks.problem(V=90)
-    arguments = (hidden, weight, target, None, 1.0, None, -100, ())
-    plain = KERNELS.linear_nll.forward(*arguments)[0]
+    head = HeadProblem(hidden, weight, target)
+    plain = KERNELS.linear_nll.forward(head, ())[0]
     assert "VIG_AUTOTUNE" not in capsys.readouterr().err
     monkeypatch.setenv("VIG_AUTOTUNE", "1")
     monkeypatch.setattr(tile_configs, "_tuned", {})
-    found = KERNELS.linear_nll.forward(*arguments)[0]
+    found = KERNELS.linear_nll.forward(head, ())[0]
     lines = capsys.readouterr().err.splitlines()
     assert (
         len(lines) == 2
@@ -324,9 +317,9 @@ def test_autotune_searches_once_and_prints(monkeypatch, capsys):
         and all("fold interpreter" in x for x in lines)
     )
     assert (found - plain).abs().max() <= 1e-4
-    KERNELS.linear_nll.forward(*arguments)
+    KERNELS.linear_nll.forward(head, ())
     assert capsys.readouterr().err == ""
-    KERNELS.linear_nll.forward(hidden, weight[:80], target.clamp_max(79), *arguments[3:])
+    KERNELS.linear_nll.forward(HeadProblem(hidden, weight[:80], target.clamp_max(79)), ())
     assert len(capsys.readouterr().err.splitlines()) == 2, "another vocabulary is another key"
 
 
@@ -347,16 +340,12 @@ def test_autotune_searches_every_kernel(monkeypatch, capsys):
     monkeypatch.setenv("VIG_AUTOTUNE", "1")
     monkeypatch.setattr(tile_configs, "_tuned", {})
     hidden, weight, target, _ = checks.problem(N=6, D=16, V=20, ignored=False)
-    needs = (True, True, False)
-    _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
-    KERNELS.linear_nll_backward.backward(
-        sinks["lse"], None, None, sinks["lse"], None, hidden, weight, target, None, 1.0, None, -100, needs
-    )
-    KERNELS.linear_cross_entropy.forward_backward(
-        hidden, weight, target, None, None, 1.0, None, -100, 0.0, None, needs
-    )
+    head, needs = HeadProblem(hidden, weight, target), Needs(True, True, False)
+    _, values = KERNELS.linear_nll.forward(head, ("lse",))
+    KERNELS.linear_nll.backward(Upstream(values["lse"]), Saved(values["lse"]), head, needs)
+    KERNELS.linear_cross_entropy.forward_backward(head, None, 0.0, needs)
     images, sigma = torch.rand(1, 1, 9, 7), torch.ones(1, dtype=torch.float64)
-    KERNELS.gaussian_blur.forward(images, sigma, sigma, 3.0, "reflect", "float32", torch.empty_like(images))
+    KERNELS.gaussian_blur.forward(images, Gaussian(sigma, sigma), torch.empty_like(images))
     chosen = [line for line in capsys.readouterr().err.splitlines() if line.startswith("VIG_AUTOTUNE *")]
     assert [line.split()[2] for line in chosen] == ["fold", "gradient", "store", "blur", "blur"]
 
@@ -366,11 +355,9 @@ def test_fast_blur_of_a_narrow_range_far_from_zero(low, span):
     images = low + span * torch.rand(1, 1, 9, 7)
     sigma = torch.ones(1, dtype=torch.float64)
     found = KERNELS.gaussian_blur.forward(
-        images, sigma, sigma, 3.0, "reflect", "fast", torch.empty_like(images)
+        images, Gaussian(sigma, sigma, 3.0, "reflect", "fast"), torch.empty_like(images)
     )
-    exact = KERNELS.gaussian_blur.forward(
-        images, sigma, sigma, 3.0, "reflect", "float32", torch.empty_like(images)
-    )
+    exact = KERNELS.gaussian_blur.forward(images, Gaussian(sigma, sigma), torch.empty_like(images))
     assert (found - exact).abs().max() <= 1e-3 * span + 2e-7 * low
 
 
@@ -378,7 +365,7 @@ def test_fast_blur_takes_the_range_of_each_image():
     images = torch.rand(2, 1, 9, 7) * torch.tensor([1.0, 1000.0])[:, None, None, None]
     sigma = torch.ones(2, dtype=torch.float64)
     found = KERNELS.gaussian_blur.forward(
-        images, sigma, sigma, 3.0, "reflect", "fast", torch.empty_like(images)
+        images, Gaussian(sigma, sigma, 3.0, "reflect", "fast"), torch.empty_like(images)
     )
     exact = reference.gaussian_blur(images, 1.0)
     assert (found - exact)[0].abs().max() <= 1e-3
@@ -401,7 +388,7 @@ def test_a_gpu_that_is_too_old_is_named(capability, runs, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reason = launch.why_not(torch.device("cuda"))
+    reason = triton_backend.why_not(torch.device("cuda"))
     assert reason is None if runs else "this is 7.5" in reason
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from vig_kernels.kernels.triton.tile_configs import HEAD, NARROW
 from vig_kernels.ops.linear_cross_entropy import HIDDEN_BUFFER_BYTES
+from vig_kernels.problem import HeadProblem, Needs, Saved, Upstream
 
 KERNELS = checks.load("vig_kernels.kernels.triton")
 MIB = 2**20
@@ -89,11 +90,9 @@ SHAPES = (
 def test_scoring(shape, dtype, gpu):
     hidden, weight, target, bias = inputs(*shape, dtype)
     N = shape[0]
-    options = (bias, 1.0, None, -100)
-    alone = extra_mib(
-        lambda: KERNELS.linear_nll.forward(hidden, weight, target, *options, checks.STATS), 20 * N
-    )
-    pair = extra_mib(lambda: KERNELS.linear_vig.forward(hidden, hidden, weight, target, *options), 12 * N)
+    head = HeadProblem(hidden, weight, target, bias)
+    alone = extra_mib(lambda: KERNELS.linear_nll.forward(head, checks.STATS), 20 * N)
+    pair = extra_mib(lambda: KERNELS.linear_vig.forward(head, hidden), 12 * N)
     assert max(alone, pair) <= 64, f"{alone:.0f} and {pair:.0f} MiB"
     print(f"scored {shape} {dtype}: {alone:.0f} and {pair:.0f} MiB")
 
@@ -107,10 +106,11 @@ def test_formed_gradients(shape, dtype, num_kept, gpu):
     assert size == 4 or 4 * N * D <= HIDDEN_BUFFER_BYTES, "the op recomputes for such a shape"
     gradients = size * (N * D + V * D + V)
     buffer = 4 * V * D if size == 2 else 0  # API: the float32 weight gradient
-    given = (hidden, weight, target, bias, torch.empty(N), 1.0, 30.0, -100, 1e-3)
     kept = N if num_kept == "told" else None
+    head = HeadProblem(hidden, weight, target, bias, 1.0, 30.0, num_kept=kept)
+    row_weight = torch.empty(N)
     extra = extra_mib(
-        lambda: KERNELS.linear_cross_entropy.forward_backward(*given, kept, (True, True, True)),
+        lambda: KERNELS.linear_cross_entropy.forward_backward(head, row_weight, 1e-3, Needs()),
         gradients - (2 * V * D if size == 2 else 0),  # the buffer stands for the gradient until the backward
         buffer,
     )
@@ -124,13 +124,11 @@ def test_formed_gradients(shape, dtype, num_kept, gpu):
 def test_recomputed_gradients(shape, dtype, share, gpu):
     hidden, weight, target, bias = inputs(*shape, dtype)
     N, D, V = shape
-    row = torch.empty(N)
+    row, kept = torch.empty(N), None if share is None else int(share * N)
+    head = HeadProblem(hidden, weight, target, bias, 1.0, 30.0, num_kept=kept)
     extra = extra_mib(
-        lambda: KERNELS.linear_nll_backward.backward(
-            row, row, row, row, row, hidden, weight, target, bias, 1.0, 30.0, -100, (True, True, True),
-            None if share is None else int(share * N),
-        ),
+        lambda: KERNELS.linear_nll.backward(Upstream(row, row, row), Saved(row, row), head, Needs()),
         dtype.itemsize * (N * D + V * D + V),
-    )  # fmt: skip
+    )
     assert extra <= 256, f"{extra:.0f} MiB"
     print(f"recomputed {share} {shape} {dtype}: {extra:.0f} MiB")

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vig_kernels.kernels.triton import tile_configs
+from vig_kernels.problem import HeadProblem, Needs, Saved, Upstream
 
 KERNELS = checks.load("vig_kernels.kernels.triton")
 
@@ -16,8 +17,8 @@ class Tiles:
         self.flop = 0
         self.launches = 0
         for module, name, columns in (
-            (KERNELS.linear_nll, "fold_kernel", "V"),
-            (KERNELS.linear_nll_backward, "gradient_kernel", "columns"),
+            (KERNELS.logit_fold, "fold_kernel", "V"),
+            (KERNELS.logit_gradients, "gradient_kernel", "columns"),
         ):
             monkeypatch.setattr(module, name, Counted(getattr(module, name), self, columns))
 
@@ -42,9 +43,9 @@ def test_one_pass_to_score(monkeypatch):
     hidden, weight, target, _ = checks.problem(N=40)
     tiles, gemm = Tiles(monkeypatch), 2 * 40 * 75 * 50
     with FlopCounterMode(display=False) as vendor:
-        KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, checks.STATS)
+        KERNELS.linear_nll.forward(HeadProblem(hidden, weight, target), checks.STATS)
         assert tiles.flop == gemm and tiles.launches == 1
-        KERNELS.linear_vig.forward(hidden, hidden + 1, weight, target, None, 1.0, None, -100)
+        KERNELS.linear_vig.forward(HeadProblem(hidden, weight, target), hidden + 1)
     assert tiles.flop == 3 * gemm and tiles.launches == 2, "both passes belong to one launch"
     assert vendor.get_total_flops() == 0
 
@@ -54,9 +55,9 @@ def test_ignored_rows_have_no_tiles(monkeypatch):
     monkeypatch.setattr(tile_configs, "INTERPRETER", tile_configs.TileConfig(16, 32, 16, 1, 1, parts=2))
     hidden, weight, target, _ = checks.problem(N=40, ignored=False)
     target[8:] = -100
-    products, dot_tile = [], KERNELS.linear_nll.dot_tile
-    monkeypatch.setattr(KERNELS.linear_nll, "dot_tile", lambda *a: products.append(1) or dot_tile(*a))
-    KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ())
+    products, dot_tile = [], KERNELS.logit_fold.dot_tile
+    monkeypatch.setattr(KERNELS.logit_fold, "dot_tile", lambda *a: products.append(1) or dot_tile(*a))
+    KERNELS.linear_nll.forward(HeadProblem(hidden, weight, target), ())
     assert len(products) == 3  # the tiles of the vocabulary, for one row tile
 
 
@@ -70,7 +71,7 @@ def test_three_gemms_to_train_and_four_to_recompute(monkeypatch):
         tiles.flop = 0
         with FlopCounterMode(display=False) as vendor:
             KERNELS.linear_cross_entropy.forward_backward(
-                hidden, weight, target, None, None, 1.0, None, -100, 0.0, kept, needs
+                HeadProblem(hidden, weight, target, num_kept=kept), None, 0.0, Needs(*needs)
             )
         return (tiles.flop + vendor.get_total_flops()) / gemm
 
@@ -81,12 +82,14 @@ def test_three_gemms_to_train_and_four_to_recompute(monkeypatch):
     for num_kept, rows in ((None, 40), (kept, kept)):
         tiles.flop = 0
         with FlopCounterMode(display=False) as vendor:
-            _, sinks = KERNELS.linear_nll.forward(hidden, weight, target, None, 1.0, None, -100, ("lse",))
+            _, values = KERNELS.linear_nll.forward(HeadProblem(hidden, weight, target), ("lse",))
             assert tiles.flop == 2 * 40 * 75 * 50
-            KERNELS.linear_nll_backward.backward(
-                torch.ones(40), None, None, sinks["lse"], None, hidden, weight, target, None, 1.0, None, -100,
-                (True, True, False), num_kept,
-            )  # fmt: skip
+            KERNELS.linear_nll.backward(
+                Upstream(torch.ones(40)),
+                Saved(values["lse"]),
+                HeadProblem(hidden, weight, target, num_kept=num_kept),
+                Needs(True, True, False),
+            )
         assert tiles.flop + vendor.get_total_flops() == (40 + 3 * rows) * 2 * 75 * 50, (
             "ignored rows are skipped"
         )

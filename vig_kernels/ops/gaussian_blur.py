@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
+from vig_kernels.problem import Gaussian
 
 BORDERS = ("reflect", "replicate")
 PRECISIONS = ("float32", "fast")
@@ -70,13 +71,13 @@ def gaussian_blur(
         if images.numel() == 0:
             return torch.empty_like(images) if out is None else out
         flat = images.reshape(math.prod(lead[:-1]), lead[-1], *images.shape[-2:])
-        options = (sigma_y, sigma_x, truncate, border, precision, name)
+        gaussian = Gaussian(sigma_y, sigma_x, truncate, border, precision)
         if out is None:
-            return _op(flat, *options).reshape(images.shape)
+            return _op(flat, *gaussian, name).reshape(images.shape)
         if _viewable(out, flat.shape):
-            _op_out(flat, *options, out.view(flat.shape))
+            _op_out(flat, *gaussian, name, out.view(flat.shape))
         else:
-            out.copy_(_op(flat, *options).reshape(images.shape))
+            out.copy_(_op(flat, *gaussian, name).reshape(images.shape))
         return out
 
 
@@ -121,8 +122,9 @@ def _sigmas(sigma, shape, leading: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.full((leading,), float(value), dtype=torch.float64, device="cpu") for value in pair)
 
 
-def _blur(images, sigma_y, sigma_x, truncate, border, precision, backend, out) -> None:
-    for name, sigma in (("sigma_y", sigma_y), ("sigma_x", sigma_x)):
+def _blur(images: Tensor, gaussian: Gaussian, backend: str, out: Tensor) -> None:
+    truncate = gaussian.truncate
+    for name, sigma in (("sigma_y", gaussian.sigma_y), ("sigma_x", gaussian.sigma_x)):
         for at, value in enumerate(sigma.tolist()):  # a few numbers: Python is faster than an op
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} of image {at} is {value}, not a finite number of at least 0")
@@ -132,42 +134,42 @@ def _blur(images, sigma_y, sigma_x, truncate, border, precision, backend, out) -
                     f"{truncate * value:.6g} pixels, at most {MAX_RADIUS} are possible"
                 )
     if backend == "reference":
-        for image, y, x, to in zip(images, sigma_y.tolist(), sigma_x.tolist(), out, strict=True):
-            to.copy_(reference.gaussian_blur(image, (y, x), truncate=truncate, border=border))
+        options = {"truncate": truncate, "border": gaussian.border}
+        sigmas = zip(gaussian.sigma_y.tolist(), gaussian.sigma_x.tolist(), strict=True)
+        for image, sigma, to in zip(images, sigmas, out, strict=True):
+            to.copy_(reference.gaussian_blur(image, sigma, **options))
         return
     run = dispatch.module("gaussian_blur", backend).forward
     with torch.autocast(images.device.type, enabled=False):
-        run(images, sigma_y, sigma_x, truncate, border, precision, out)
+        run(images, gaussian, out)
 
 
-@torch.library.custom_op(
-    "vig_kernels::gaussian_blur",
-    mutates_args=(),
-    schema="(Tensor images, Tensor sigma_y, Tensor sigma_x, float truncate, str border, str precision, str backend) "
-    "-> Tensor",
+SCHEMA = (
+    "Tensor images, Tensor sigma_y, Tensor sigma_x, float truncate, str border, str precision, str backend"
 )
-def _op(images, sigma_y, sigma_x, truncate, border, precision, backend):
+
+
+@torch.library.custom_op("vig_kernels::gaussian_blur", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
+def _op(images, *args):
+    *gaussian, backend = args
     out = images.new_empty(images.shape)
-    _blur(images, sigma_y, sigma_x, truncate, border, precision, backend, out)
+    _blur(images, Gaussian(*gaussian), backend, out)
     return out
 
 
 @_op.register_fake
-def _fake(images, sigma_y, sigma_x, truncate, border, precision, backend):
+def _fake(images, *args):
     return images.new_empty(images.shape)
 
 
 @torch.library.custom_op(
-    "vig_kernels::gaussian_blur_out",
-    mutates_args=("out",),
-    schema="(Tensor images, Tensor sigma_y, Tensor sigma_x, float truncate, str border, str precision, str backend, "
-    "Tensor(a!) out) -> ()",
+    "vig_kernels::gaussian_blur_out", mutates_args=("out",), schema=f"({SCHEMA}, Tensor(a!) out) -> ()"
 )
-def _op_out(images, sigma_y, sigma_x, truncate, border, precision, backend, out):
+def _op_out(images, *args):
+    *gaussian, backend, out = args
     shared = images.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
-    target = (
-        torch.empty_like(out) if shared else out
-    )  # backends never see an out that shares memory with images
-    _blur(images, sigma_y, sigma_x, truncate, border, precision, backend, target)
+    # backends never see an out that shares memory with images
+    target = torch.empty_like(out) if shared else out
+    _blur(images, Gaussian(*gaussian), backend, target)
     if shared:
         out.copy_(target)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch
-from vig_kernels.ops.linear_nll import check_num_kept, nll_values
+from vig_kernels.ops.linear_nll import nll_values
+from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs
 
 # The largest float32 copy of a 16-bit hidden gradient that the fast path may hold; on a CPU logits stand beside it.
 HIDDEN_BUFFER_BYTES, CPU_HIDDEN_BUFFER_BYTES = 240 << 20, 96 << 20
@@ -64,36 +65,47 @@ def linear_cross_entropy(
     """
     check.flag("reduction", reduction, ("mean", "sum", "none"))
     check.flag("memory", memory, ("fast", "low"))
-    scale = check.number("logit_scale", logit_scale)
-    softcap, ignore_index = check.softcap(logit_softcap), check.integer("ignore_index", ignore_index)
     z_loss = check.number("z_loss", z_loss)
-    flat = check.linear({"hidden": hidden}, weight, target, bias)
+    (problem,) = check.linear(
+        {"hidden": hidden},
+        weight,
+        target,
+        bias=bias,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index,
+    )
     row_weight = _row_weight(token_weight, target)
     num_items = _num_items(num_items)
     num_kept = None if num_kept is None else check.integer("num_kept", num_kept)
-    if num_kept is not None and not 0 <= num_kept <= flat.target.shape[0]:
-        raise ValueError(f"num_kept={num_kept} is not in [0, {flat.target.shape[0]}], the number of rows")
+    rows = problem.target.shape[0]
+    if num_kept is not None and not 0 <= num_kept <= rows:
+        raise ValueError(f"num_kept={num_kept} is not in [0, {rows}], the number of rows")
+    problem = problem._replace(num_kept=num_kept)
 
-    name = dispatch.resolve("linear_cross_entropy", backend, flat.weight.device)
-    fast = memory == "fast" and reduction != "none" and _fast(flat, row_weight, name)
+    name = dispatch.resolve("linear_cross_entropy", backend, problem.weight.device)
+    fast = memory == "fast" and reduction != "none" and _fast(problem, row_weight, name)
     if not fast:
-        name = dispatch.resolve("linear_nll", backend, flat.weight.device)
+        name = dispatch.resolve("linear_nll", backend, problem.weight.device)
     if row_weight is not None and not check.wants_grad(row_weight):
-        flat = flat._replace(target=flat.target.masked_fill(row_weight == 0, ignore_index))
-        num_kept = None if flat.target.device.type == "cpu" else num_kept  # elsewhere it may be too high
-    valid = flat.target != ignore_index
+        problem = problem._replace(
+            target=problem.target.masked_fill(row_weight == 0, problem.ignore_index),
+            num_kept=None
+            if problem.target.device.type == "cpu"
+            else num_kept,  # elsewhere it may be too high
+        )
+    valid = problem.target != problem.ignore_index
     if num_items is None and reduction == "mean":
         num_items = valid.sum() if row_weight is None else torch.where(valid, row_weight, 0.0).sum()
     if fast and name != "reference":
-        if num_items is not None and _takes_divisor(flat.weight):  # gradients then come out ready
+        if num_items is not None and _takes_divisor(problem.weight):  # gradients then come out ready
             if row_weight is None:
-                row_weight = flat.weight.new_ones(flat.target.shape, dtype=torch.float32)
+                row_weight = problem.weight.new_ones(problem.target.shape, dtype=torch.float32)
             row_weight, num_items = row_weight * _reciprocal(num_items, row_weight.device), None
-        check.forward_mode(*flat.hiddens, flat.weight, flat.bias)
-        loss = _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, name)
+        check.forward_mode(problem.hidden, problem.weight, problem.bias)
+        loss = _forward_op(*problem, row_weight, z_loss, list(_needs(problem)), name)[0]
     else:
-        stats = ("lse",) if z_loss else ()
-        values = nll_values(flat, scale, softcap, ignore_index, stats, name, num_kept)
+        values = nll_values(problem, ("lse",) if z_loss else (), name)
         losses = values["nll"] + z_loss * values["lse"].square() if z_loss else values["nll"]
         if row_weight is not None:
             losses = losses * torch.where(valid, row_weight, 0.0)
@@ -154,17 +166,17 @@ def _reciprocal(divisor: float | Tensor, device: torch.device) -> float | Tensor
     return torch.where(none, 0.0, 1.0 / torch.where(none, 1.0, divisor))
 
 
-def _needs(flat: check.Flat) -> tuple[bool, bool, bool]:
-    return tuple(map(check.wants_grad, (flat.hiddens[0], flat.weight, flat.bias)))
+def _needs(problem: HeadProblem) -> Needs:
+    return Needs(*map(check.wants_grad, (problem.hidden, problem.weight, problem.bias)))
 
 
-def _fast(flat: check.Flat, row_weight: Tensor | None, backend: str) -> bool:
+def _fast(problem: HeadProblem, row_weight: Tensor | None, backend: str) -> bool:
     """Whether to form the gradients in the forward: some are wanted, and their float32 sums are affordable."""
-    if not torch.is_grad_enabled() or not any(_needs(flat)):
+    if not torch.is_grad_enabled() or not any(_needs(problem)):
         return False
     if check.wants_grad(row_weight):
         return False
-    hidden = flat.hiddens[0]
+    hidden = problem.hidden
     if not check.wants_grad(hidden) or _grad_dtypes(backend, hidden.dtype)[0] == hidden.dtype:
         return True
     return 4 * hidden.numel() <= (
@@ -178,96 +190,51 @@ def _grad_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.d
     return stored, stored, torch.float32
 
 
-def _fast_sum(flat, row_weight, scale, softcap, ignore_index, z_loss, num_kept, backend) -> Tensor:
-    (hidden,), weight, target, bias = flat
-    needs = list(_needs(flat))
-    return _forward_op(
-        hidden,
-        weight,
-        target,
-        bias,
-        row_weight,
-        scale,
-        softcap,
-        ignore_index,
-        z_loss,
-        num_kept,
-        needs,
-        backend,
-    )[0]
-
-
 @torch.library.custom_op(
     "vig_kernels::linear_cross_entropy",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? row_weight, float scale, "
-    "float? softcap, int ignore_index, float z_loss, SymInt? num_kept, bool[] needs, str backend) "
+    schema=f"({HEAD_SCHEMA}, Tensor? row_weight, float z_loss, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _forward_op(
-    hidden, weight, target, bias, row_weight, scale, softcap, ignore_index, z_loss, num_kept, needs, backend
-):
-    """(loss_sum, float32 gradients of loss_sum, empty where not needed)."""
-    check.target_range(target, weight.shape[0], ignore_index)
-    check_num_kept(num_kept, target, ignore_index)
-    if target.numel() == 0:
-        return tuple(
-            torch.zeros_like(x)
-            for x in _forward_fake(
-                hidden,
-                weight,
-                target,
-                bias,
-                row_weight,
-                scale,
-                softcap,
-                ignore_index,
-                z_loss,
-                num_kept,
-                needs,
-                backend,
-            )
-        )
+def _forward_op(*args):
+    """(loss_sum, gradients of loss_sum as `_grad_dtypes` says, empty where not needed)."""
+    problem, (row_weight, z_loss, needs, backend) = HeadProblem(*args[:8]), args[8:]
+    check.target_range(problem)
+    check.num_kept(problem)
+    if problem.target.numel() == 0:
+        return tuple(torch.zeros_like(x) for x in _forward_fake(*args))
     run = dispatch.module("linear_cross_entropy", backend).forward_backward
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, *grads = run(
-            hidden,
-            weight,
-            target,
-            bias,
-            row_weight,
-            scale,
-            softcap,
-            ignore_index,
-            z_loss,
-            num_kept,
-            tuple(needs),
-        )
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        loss, *grads = run(problem, row_weight, z_loss, Needs(*needs))
     return loss, *(loss.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_forward_op.register_fake
-def _forward_fake(
-    hidden, weight, target, bias, row_weight, scale, softcap, ignore_index, z_loss, num_kept, needs, backend
-):
-    dtypes = _grad_dtypes(backend, hidden.dtype)
+def _forward_fake(*args):
+    problem, (_, _, needs, backend) = HeadProblem(*args[:8]), args[8:]
+    hidden = problem.hidden
     grads = [
         hidden.new_empty(x.shape if need else 0, dtype=dtype if need else torch.float32)
-        for x, need, dtype in zip((hidden, weight, bias), needs, dtypes, strict=True)
+        for x, need, dtype in zip(
+            (hidden, problem.weight, problem.bias), needs, _grad_dtypes(backend, hidden.dtype), strict=True
+        )
     ]
     return hidden.new_empty((), dtype=torch.float32), *grads
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, target, bias, row_weight, *ctx.options, ctx.num_kept, ctx.needs, ctx.backend = inputs
+    problem, (row_weight, *ctx.rest) = HeadProblem(*inputs[:8]), inputs[8:]
+    needs = Needs(*ctx.rest[1])
     _, *grads = output
     ctx.mark_non_differentiable(*grads)
     ctx.set_materialize_grads(False)
+    ctx.options = problem[4:]
     ctx.grads = grads  # held here, not saved: a float32 gradient is scaled in place and handed out
     ctx.dtypes = [
-        x.dtype if need else None for x, need in zip((hidden, weight, bias), ctx.needs, strict=True)
+        x.dtype if need else None
+        for x, need in zip((problem.hidden, problem.weight, problem.bias), needs, strict=True)
     ]
-    ctx.save_for_backward(hidden, weight, target, bias, row_weight)  # what a second backward recomputes from
+    ctx.save_for_backward(*problem[:4], row_weight)  # what a second backward recomputes from
 
 
 def _backward(ctx, grad_loss, *_):
@@ -313,9 +280,9 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, saved) -> Tensor:
 
 def _again(ctx, saved) -> list[Tensor]:
     """The sums once more, bit for bit: the first backward has given them away."""
-    options = (*ctx.options, ctx.num_kept, ctx.needs, ctx.backend)
+    *tensors, row_weight = saved
     with torch.no_grad():
-        return _forward_op(*saved, *options)[1:]
+        return _forward_op(*tensors, *ctx.options, row_weight, *ctx.rest)[1:]
 
 
 @torch.library.custom_op(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
+from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, Saved, Upstream
 
-SINKS = (*check.STATS, "lse_rest")  # what a backend's forward may be asked for beside nll
+STATS = (*check.STATS, "lse_lo")  # what a backend's forward may be asked for, besides nll
 
 
 def linear_nll(
@@ -35,7 +36,7 @@ def linear_nll(
         logit_softcap: cap * tanh(logits / cap), applied after the scale (Gemma 2).
         stats: any of "lse" (log sum exp), "entropy" (nats) and "argmax" (int64, the first maximum): further
             results of the same sweep; 0.0, 0.0 and -1 on ignored rows.
-        backend: "auto", "triton", "cpu", "torch" or "reference"; see `vig_kernels.backends()`.
+        backend: "auto", the best that can run here, or the name of one; see `vig_kernels.backends()`.
 
     Returns:
         (...) float32; with `stats` a pair (nll, {name: (...) tensor}).
@@ -49,11 +50,16 @@ def linear_nll(
         BackendUnavailable: a named backend that cannot run here.
     """
     stats = _stats(stats)
-    scale = check.number("logit_scale", logit_scale)
-    softcap, ignore_index = check.softcap(logit_softcap), check.integer("ignore_index", ignore_index)
-    flat = check.linear({"hidden": hidden}, weight, target, bias)
-    name = dispatch.resolve("linear_nll", backend, flat.weight.device)
-    values = nll_values(flat, scale, softcap, ignore_index, stats, name)
+    (problem,) = check.linear(
+        {"hidden": hidden},
+        weight,
+        target,
+        bias=bias,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index,
+    )
+    values = nll_values(problem, stats, dispatch.resolve("linear_nll", backend, problem.weight.device))
     shape = hidden.shape[:-1]
     nll = values["nll"].reshape(shape)
     return (nll, {stat: values[stat].reshape(shape) for stat in stats}) if stats else nll
@@ -71,143 +77,79 @@ def _stats(stats) -> tuple[str, ...]:
     return tuple(stats)
 
 
-def nll_values(
-    flat: check.Flat, scale, softcap, ignore_index, stats, backend, num_kept=None
-) -> dict[str, Tensor]:
-    """{"nll": (N,), stat: (N,)} of checked, flat arguments, attached to the graph.
-
-    num_kept: how many rows are not ignored, if known: the backward's products on a GPU are then of those alone.
-    """
-    (hidden,), weight, target, bias = flat
+def nll_values(problem: HeadProblem, stats: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+    """{"nll": (N,), stat: (N,)} of a problem, attached to the graph."""
+    hidden, weight, target, bias = problem[:4]
     if backend == "reference":
-        check.target_range(target, weight.shape[0], ignore_index)
-        options = {"bias": bias, "logit_scale": scale, "logit_softcap": softcap, "ignore_index": ignore_index}
-        nll, sinks = reference.linear_nll(hidden, weight, target, **options, stats=("lse", *stats))
-        return {"nll": nll.float()} | {k: v if k == "argmax" else v.float() for k, v in sinks.items()}
+        check.target_range(problem)
+        options = problem.reference_options()
+        nll, values = reference.linear_nll(hidden, weight, target, **options, stats=("lse", *stats))
+        return {"nll": nll.float()} | {k: v if k == "argmax" else v.float() for k, v in values.items()}
     check.forward_mode(hidden, weight, bias)
     grad = torch.is_grad_enabled() and any(map(check.wants_grad, (hidden, weight, bias)))
-    nll, lse, entropy, argmax, _ = nll_forward_op(
-        hidden,
-        weight,
-        target,
-        bias,
-        scale,
-        softcap,
-        ignore_index,
-        grad or "lse" in stats,
-        "entropy" in stats,
-        "argmax" in stats,
-        backend,
-        num_kept,
-    )
-    return {"nll": nll, "lse": lse, "entropy": entropy, "argmax": argmax}
-
-
-def check_num_kept(num_kept: int | None, target: Tensor, ignore_index: int) -> None:
-    """ValueError for a wrong number of kept rows, where looking costs no wait for a GPU."""
-    if num_kept is None or target.device.type != "cpu":
-        return
-    found = int((target != ignore_index).sum())
-    if num_kept != found:
-        raise ValueError(f"num_kept={num_kept}, but target has {found} rows that are not ignored")
+    wanted = grad or "lse" in stats, "entropy" in stats, "argmax" in stats
+    return dict(zip(("nll", *check.STATS), nll_forward_op(*problem, *wanted, backend), strict=False))
 
 
 @torch.library.custom_op(
     "vig_kernels::linear_nll",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float? softcap, "
-    "int ignore_index, bool with_lse, bool with_entropy, bool with_argmax, str backend, SymInt? num_kept=None) "
+    schema=f"({HEAD_SCHEMA}, bool with_lse, bool with_entropy, bool with_argmax, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def nll_forward_op(
-    hidden, weight, target, bias, scale, softcap, ignore_index, with_lse, with_entropy, with_argmax, backend,
-    num_kept=None,
-):  # fmt: skip
-    """(nll, lse, entropy, argmax, lse_rest); the ones not asked for have no elements: ops cannot return None.
+def nll_forward_op(*args):
+    """(nll, lse, entropy, argmax, lse_lo); the ones not asked for have no elements: ops cannot return None.
 
-    lse + lse_rest is the log-sum-exp beyond float32's precision: at lse = 200 float32 rounds by 8e-6, and every
+    lse + lse_lo is the log-sum-exp beyond float32's precision: at lse = 200 float32 rounds by 8e-6, and every
     p = exp(z - lse) of the row by as much.
     """
-    check.target_range(target, weight.shape[0], ignore_index)
-    check_num_kept(num_kept, target, ignore_index)
-    outputs = _forward_fake(
-        hidden,
-        weight,
-        target,
-        bias,
-        scale,
-        softcap,
-        ignore_index,
-        with_lse,
-        with_entropy,
-        with_argmax,
-        backend,
-    )
-    if target.numel() == 0:
-        return outputs
-    asked = zip(SINKS, (with_lse, with_entropy, with_argmax, with_lse), strict=True)
-    stats = tuple(stat for stat, wanted in asked if wanted)
+    problem, (*wanted, backend) = HeadProblem(*args[:8]), args[8:]
+    check.target_range(problem)
+    check.num_kept(problem)
+    if problem.target.numel() == 0:
+        return _forward_fake(*args)
+    stats = tuple(stat for stat, asked in zip(STATS, (*wanted, wanted[0]), strict=True) if asked)
     run = dispatch.module("linear_nll", backend).forward
-    with torch.autocast(hidden.device.type, enabled=False):
-        nll, sinks = run(hidden, weight, target, bias, scale, softcap, ignore_index, stats)
-    return nll, *(sinks.get(stat, empty) for stat, empty in zip(SINKS, outputs[1:], strict=True))
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        nll, values = run(problem, stats)
+    return nll, *(values[stat] if stat in values else _output(problem, stat, 0) for stat in STATS)
 
 
 @nll_forward_op.register_fake
-def _forward_fake(
-    hidden, weight, target, bias, scale, softcap, ignore_index, with_lse, with_entropy, with_argmax, backend,
-    num_kept=None,
-):  # fmt: skip
-    size = target.shape[0]
-    nll = target.new_empty(size, dtype=torch.float32)
-    lse = target.new_empty(size if with_lse else 0, dtype=torch.float32)
-    entropy = target.new_empty(size if with_entropy else 0, dtype=torch.float32)
-    argmax = target.new_empty(size if with_argmax else 0)
-    return nll, lse, entropy, argmax, torch.empty_like(lse)
+def _forward_fake(*args):
+    problem, (*wanted, _) = HeadProblem(*args[:8]), args[8:]
+    rows = problem.target.shape[0]
+    asked = zip(("nll", *STATS), (True, *wanted, wanted[0]), strict=True)
+    return tuple(_output(problem, name, rows if wanted else 0) for name, wanted in asked)
+
+
+def _output(problem: HeadProblem, name: str, rows: int) -> Tensor:
+    """An uninitialised (rows,) result: int64 for argmax, else float32."""
+    return problem.target.new_empty(rows, dtype=torch.int64 if name == "argmax" else torch.float32)
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, target, bias, ctx.scale, ctx.softcap, ctx.ignore_index, *_, ctx.backend, ctx.num_kept = (
-        inputs
-    )
-    _, lse, entropy, argmax, lse_rest = output
-    ctx.save_for_backward(hidden, weight, target, bias, lse, entropy, lse_rest)
-    ctx.mark_non_differentiable(argmax, lse_rest)
+    problem = HeadProblem(*inputs[:8])
+    _, lse, entropy, argmax, lse_lo = output
+    ctx.options, ctx.backend = problem[4:], inputs[-1]
+    ctx.save_for_backward(*problem[:4], lse, lse_lo, entropy)
+    ctx.mark_non_differentiable(argmax, lse_lo)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_nll, grad_lse, grad_entropy, *_):
-    hidden, weight, target, bias, lse, entropy, lse_rest = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    grads = [
-        grad if grad is not None and grad.numel() else None for grad in (grad_nll, grad_lse, grad_entropy)
-    ]
-    if not any(needs) or not any(grad is not None for grad in grads) or target.shape[0] == 0:
-        zeros = [
-            x.new_zeros(x.shape) if need else None
-            for x, need in zip((hidden, weight, bias), needs, strict=True)
-        ]
-        grad_hidden, grad_weight, grad_bias = zeros
+def _backward(ctx, *grads):
+    *tensors, lse, lse_lo, entropy = ctx.saved_tensors
+    problem = HeadProblem(*tensors, *ctx.options)
+    needs = Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    upstream = Upstream(*(grad if grad is not None and grad.numel() else None for grad in grads[:3]))
+    inputs = problem.hidden, problem.weight, problem.bias
+    if not any(needs) or all(grad is None for grad in upstream) or problem.target.shape[0] == 0:
+        found = [x.new_zeros(x.shape) if need else None for x, need in zip(inputs, needs, strict=True)]
     else:
-        found = nll_backward_op(
-            *grads,
-            lse,
-            lse_rest,
-            entropy,
-            hidden,
-            weight,
-            target,
-            bias,
-            ctx.scale,
-            ctx.softcap,
-            ctx.ignore_index,
-            needs,
-            ctx.backend,
-            ctx.num_kept,
-        )
-        grad_hidden, grad_weight, grad_bias = (
-            g if need else None for g, need in zip(found, needs, strict=True)
-        )
+        found = nll_backward_op(*problem, *upstream, lse, lse_lo, entropy, list(needs), ctx.backend)
+    grad_hidden, grad_weight, grad_bias = (
+        grad if need else None for grad, need in zip(found, needs, strict=True)
+    )
     return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
 
 
@@ -217,88 +159,43 @@ nll_forward_op.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op(
     "vig_kernels::linear_nll_backward",
     mutates_args=(),
-    schema="(Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor lse_rest, "
-    "Tensor entropy, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float? softcap, "
-    "int ignore_index, bool[] needs, str backend, SymInt? num_kept=None) -> (Tensor, Tensor, Tensor)",
+    schema=f"({HEAD_SCHEMA}, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor lse_lo, "
+    "Tensor entropy, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
 )
-def nll_backward_op(
-    grad_nll,
-    grad_lse,
-    grad_entropy,
-    lse,
-    lse_rest,
-    entropy,
-    hidden,
-    weight,
-    target,
-    bias,
-    scale,
-    softcap,
-    ignore_index,
-    needs,
-    backend,
-    num_kept=None,
-):
+def nll_backward_op(*args):
     """Gradients of hidden, weight and bias, empty where not needed. It has no gradient of its own: a second
     differentiation raises instead of being wrong."""
-    grads = [None if g is None else g.contiguous() for g in (grad_nll, grad_lse, grad_entropy)]
-    grads, entropy = with_rest(grads, entropy, lse_rest)
+    problem, (lse, lse_lo, entropy, needs, backend) = HeadProblem(*args[:8]), args[11:]
+    upstream = Upstream(*(None if grad is None else grad.contiguous() for grad in args[8:11]))
+    upstream, saved = with_lse_lo(upstream, Saved(lse, entropy), lse_lo)
     run = dispatch.module("linear_nll", backend).backward
-    with torch.autocast(hidden.device.type, enabled=False):
-        found = run(
-            *grads,
-            lse,
-            entropy,
-            hidden,
-            weight,
-            target,
-            bias,
-            scale,
-            softcap,
-            ignore_index,
-            tuple(needs),
-            num_kept,
-        )
-    return tuple(hidden.new_empty(0) if g is None else g for g in found)
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        found = run(upstream, saved, problem, Needs(*needs))
+    return tuple(problem.hidden.new_empty(0) if grad is None else grad for grad in found)
 
 
-def with_rest(grads, entropy, lse_rest):
-    """(gradients, entropy) for a backward that knows lse alone: p = exp(z - lse) exp(-lse_rest).
+def with_lse_lo(upstream: Upstream, saved: Saved, lse_lo: Tensor) -> tuple[Upstream, Saved]:
+    """What a backward that knows lse alone must be given: p = exp(z - lse) exp(-lse_lo).
 
-    d loss / d z_v = p_v (g_nll + g_lse - g_entropy (z_v - lse - lse_rest + entropy)) - [v = target] g_nll, so that
-    the factor exp(-lse_rest) goes into g_lse and g_entropy, and the rest beside it into the entropy.
+    d loss / d z_v = p_v (g_nll + g_lse - g_entropy (z_v - lse - lse_lo + entropy)) - [v = target] g_nll, so that
+    the factor exp(-lse_lo) goes into g_lse and g_entropy, and lse_lo itself into the entropy.
     """
-    grad_nll, grad_lse, grad_entropy = grads
-    shrink = torch.expm1(-lse_rest)  # small: what it multiplies keeps its bits where the rest is 0
-    softmax = [grad for grad in (grad_nll, grad_lse) if grad is not None]
+    shrink = torch.expm1(-lse_lo)  # small: what it multiplies keeps its bits where lse_lo is 0
+    softmax = [grad for grad in upstream[:2] if grad is not None]
     if softmax:
         change = sum(softmax) * shrink
-        grad_lse = change if grad_lse is None else grad_lse + change
-    if grad_entropy is None:
-        return (grad_nll, grad_lse, None), None
-    return (grad_nll, grad_lse, grad_entropy + grad_entropy * shrink), entropy - lse_rest
+        upstream = upstream._replace(lse=change if upstream.lse is None else upstream.lse + change)
+    if upstream.entropy is None:
+        return upstream, Saved(saved.lse)
+    upstream = upstream._replace(entropy=upstream.entropy + upstream.entropy * shrink)
+    return upstream, Saved(saved.lse, saved.entropy - lse_lo)
 
 
 @nll_backward_op.register_fake
-def _backward_fake(
-    grad_nll,
-    grad_lse,
-    grad_entropy,
-    lse,
-    lse_rest,
-    entropy,
-    hidden,
-    weight,
-    target,
-    bias,
-    scale,
-    softcap,
-    ignore_index,
-    needs,
-    backend,
-    num_kept=None,
-):
-    likes = (hidden, weight, bias)
+def _backward_fake(*args):
+    problem, (needs, _) = HeadProblem(*args[:8]), args[14:]
+    inputs = problem.hidden, problem.weight, problem.bias
     return tuple(
-        x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, needs, strict=True)
+        x.new_empty(x.shape) if need else problem.hidden.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
     )

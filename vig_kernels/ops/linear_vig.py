@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
+from vig_kernels.problem import HEAD_SCHEMA, HeadProblem
 
 
 class TokenVIG(NamedTuple):
@@ -36,20 +37,25 @@ def linear_vig(
     rows give 0.0 three times; equal hidden states give exactly 0.0. `nll_image` has the bits of `linear_nll`.
     No gradient.
     """
-    scale = check.number("logit_scale", logit_scale)
-    softcap, ignore_index = check.softcap(logit_softcap), check.integer("ignore_index", ignore_index)
-    hiddens = {"hidden_image": hidden_image, "hidden_null": hidden_null}
-    (image, null), weight, target, bias = check.linear(hiddens, weight, target, bias)
-    name = dispatch.resolve("linear_vig", backend, weight.device)
+    problem, null = check.linear(
+        {"hidden_image": hidden_image, "hidden_null": hidden_null},
+        weight,
+        target,
+        bias=bias,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index,
+    )
+    name = dispatch.resolve("linear_vig", backend, problem.weight.device)
     if name == "reference":
-        check.target_range(target, weight.shape[0], ignore_index)
-        options = {"bias": bias, "logit_scale": scale, "logit_softcap": softcap, "ignore_index": ignore_index}
-        vig, nll_image, nll_null = (
-            x.float() for x in reference.linear_vig(image, null, weight, target, **options)
+        check.target_range(problem)
+        found = reference.linear_vig(
+            problem.hidden, null.hidden, *problem[1:3], **problem.reference_options()
         )
+        vig, nll_image, nll_null = (x.float() for x in found)
     else:
-        check.forward_mode(image, null, weight, bias)
-        vig, nll_image, nll_null = _op(image, null, weight, target, bias, scale, softcap, ignore_index, name)
+        check.forward_mode(problem.hidden, null.hidden, problem.weight, problem.bias)
+        vig, nll_image, nll_null = _op(*problem, null.hidden, name)
     vig = vig.masked_fill(nll_image == nll_null, 0.0)  # also where both are infinite
     shape = hidden_image.shape[:-1]
     return TokenVIG(vig.reshape(shape), nll_image.reshape(shape), nll_null.reshape(shape))
@@ -58,18 +64,20 @@ def linear_vig(
 @torch.library.custom_op(
     "vig_kernels::linear_vig",
     mutates_args=(),
-    schema="(Tensor hidden_image, Tensor hidden_null, Tensor weight, Tensor target, Tensor? bias, float scale, "
-    "float? softcap, int ignore_index, str backend) -> (Tensor, Tensor, Tensor)",
+    schema=f"({HEAD_SCHEMA}, Tensor hidden_null, str backend) -> (Tensor, Tensor, Tensor)",
 )
-def _op(hidden_image, hidden_null, weight, target, bias, scale, softcap, ignore_index, backend):
-    check.target_range(target, weight.shape[0], ignore_index)
-    if target.numel() == 0:
-        return _fake(hidden_image, hidden_null, weight, target, bias, scale, softcap, ignore_index, backend)
+def _op(*args):
+    """(vig, nll_image, nll_null); the problem's hidden rows are those of the image pass."""
+    problem, (hidden_null, backend) = HeadProblem(*args[:8]), args[8:]
+    check.target_range(problem)
+    if problem.target.numel() == 0:
+        return _fake(*args)
     run = dispatch.module("linear_vig", backend).forward
-    with torch.autocast(weight.device.type, enabled=False):
-        return run(hidden_image, hidden_null, weight, target, bias, scale, softcap, ignore_index)
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        return run(problem, hidden_null)
 
 
 @_op.register_fake
-def _fake(hidden_image, hidden_null, weight, target, bias, scale, softcap, ignore_index, backend):
+def _fake(*args):
+    target = HeadProblem(*args[:8]).target
     return tuple(target.new_empty(target.shape, dtype=torch.float32) for _ in range(3))

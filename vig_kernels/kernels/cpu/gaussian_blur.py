@@ -6,20 +6,12 @@ import torch
 from torch import Tensor
 
 from vig_kernels.kernels.cpu import native
-
-
-def why_not(device: torch.device) -> str | None:
-    """None when this backend runs on tensors of `device`, else the reason and the cure."""
-    return native.why_not(device)
+from vig_kernels.problem import Gaussian
 
 
 def forward(
     images: Tensor,  # (L, C, H, W) uint8 | float32 | bfloat16 | float16, any strides
-    sigma_y: Tensor,  # (L,) float64, pixels
-    sigma_x: Tensor,  # (L,) float64, pixels
-    truncate: float,
-    border: str,  # "reflect" | "replicate"
-    precision: str,  # both values get the float32 result here
+    gaussian: Gaussian,  # either precision gets the float32 result here
     out: Tensor,  # (L, C, H, W) of the same dtype, any strides
 ) -> Tensor:
     """Fill `out` with the blurred images and return it: error under 2e-6 of the value range before the final cast.
@@ -31,14 +23,11 @@ def forward(
         native.forced_isa(),
         native.dtype_name(images),
         list(images.shape),
-        images.data_ptr(),
-        native.byte_strides(images),
-        target.data_ptr(),
-        native.byte_strides(target),
-        sigma_y.tolist(),
-        sigma_x.tolist(),
-        truncate,
-        border == "replicate",
+        (images.data_ptr(), native.byte_strides(images)),
+        (target.data_ptr(), native.byte_strides(target)),
+        (gaussian.sigma_y.tolist(), gaussian.sigma_x.tolist()),
+        gaussian.truncate,
+        gaussian.border == "replicate",
         torch.get_num_threads(),
     )
     return out if target is out else out.copy_(target)

@@ -6,25 +6,14 @@ import torch
 from torch import Tensor
 
 from vig_kernels.kernels.cpu import native
-
-
-def why_not(device: torch.device) -> str | None:
-    """None when this backend runs on tensors of `device`, else the reason and the cure."""
-    return native.why_not(device)
+from vig_kernels.problem import HeadProblem, Needs
 
 
 def forward_backward(
-    hidden: Tensor,  # (N, D) float32 | bfloat16 | float16, any row stride
-    weight: Tensor,  # (V, D) same dtype
-    target: Tensor,  # (N,) int64
-    bias: Tensor | None,  # (V,) same dtype or float32
+    problem: HeadProblem,
     row_weight: Tensor | None,  # (N,) float32
-    logit_scale: float,
-    logit_softcap: float | None,
-    ignore_index: int,
     z_loss: float,
-    num_kept: int | None,  # not needed on a CPU: rows are counted as they are compacted
-    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    needs: Needs,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss_sum, grad_hidden, grad_weight, grad_bias), loss_sum = sum_n w_n (nll_n + z_loss lse_n^2).
 
@@ -34,27 +23,20 @@ def forward_backward(
     to it.
     bfloat16 inputs multiply bfloat16 softmax gradients where the CPU has the instruction; float16 ones stay float32.
     """
-    stored = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    grad_hidden = hidden.new_zeros(hidden.shape, dtype=stored) if needs[0] else None
-    grad_weight = native.empty_gradient(weight, stored) if needs[1] else None
-    grad_bias = (
-        weight.new_empty(weight.shape[0], dtype=torch.float32) if needs[2] and bias is not None else None
-    )
-    described, kept_bias = native.head(hidden, weight, bias, logit_scale, logit_softcap)
-    target = target.contiguous()
+    stored = torch.bfloat16 if problem.weight.dtype == torch.bfloat16 else torch.float32
+    grads = native.gradients(problem, needs, stored)
+    described, kept_bias = native.head(problem)
+    target = problem.target.contiguous()
     row_weight = None if row_weight is None else row_weight.float().contiguous()
     loss = native.module().linear_cross_entropy(
         described,
-        native.rows_view(hidden),
-        target.data_ptr(),
+        native.rows_view(problem.hidden, target),
+        problem.ignore_index,
         native.address(row_weight),
-        ignore_index,
         z_loss,
-        native.address(grad_hidden),
-        native.address(grad_weight),
+        [native.address(x) for x in grads],
         stored == torch.bfloat16,
-        native.address(grad_bias),
         torch.get_num_threads(),
     )
     del kept_bias  # read until here
-    return torch.tensor(loss, dtype=torch.float32, device="cpu"), grad_hidden, grad_weight, grad_bias
+    return torch.tensor(loss, dtype=torch.float32, device="cpu"), *grads

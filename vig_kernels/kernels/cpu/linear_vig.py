@@ -6,38 +6,22 @@ import torch
 from torch import Tensor
 
 from vig_kernels.kernels.cpu import native
+from vig_kernels.problem import HeadProblem
 
 
-def why_not(device: torch.device) -> str | None:
-    """None when this backend runs on tensors of `device`, else the reason and the cure."""
-    return native.why_not(device)
+def forward(problem: HeadProblem, hidden_null: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(vig, nll_image, nll_null), each (N,) float32 in nats, vig = nll_null - nll_image; ignored rows 0.0.
 
-
-def forward(
-    hidden_image: Tensor,  # (N, D) float32 | bfloat16 | float16, any row stride
-    hidden_null: Tensor,  # (N, D) same dtype
-    weight: Tensor,  # (V, D) same dtype
-    target: Tensor,  # (N,) int64
-    bias: Tensor | None,  # (V,) same dtype or float32
-    logit_scale: float,
-    logit_softcap: float | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(vig, nll_image, nll_null), each (N,) float32 in nats, vig = nll_null - nll_image; ignored rows 0.0."""
-    rows = hidden_image.shape[0]
-    nll = hidden_image.new_zeros((2, rows), dtype=torch.float32)
-    described, kept_bias = native.head(hidden_image, weight, bias, logit_scale, logit_softcap)
-    target = target.contiguous()
+    problem.hidden are the rows of the image pass, hidden_null (N, D) those of the null pass.
+    """
+    hidden, target = problem.hidden, problem.target.contiguous()
+    nll = hidden.new_zeros((2, hidden.shape[0]), dtype=torch.float32)
+    described, kept_bias = native.head(problem)
     native.module().linear_nll(
         described,
-        [native.rows_view(hidden_image), native.rows_view(hidden_null)],
-        target.data_ptr(),
-        ignore_index,
-        nll.data_ptr(),
-        0,
-        0,
-        0,
-        0,
+        [native.rows_view(hidden, target), native.rows_view(hidden_null, target)],
+        problem.ignore_index,
+        [nll.data_ptr(), 0, 0, 0, 0],
         torch.get_num_threads(),
     )
     del kept_bias  # read until here

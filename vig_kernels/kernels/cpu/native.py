@@ -12,10 +12,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from vig_kernels.problem import HeadProblem, Needs
+
 RECORD = Path(__file__).parents[2] / "_build.json"
 KEPT_OUTPUT_BYTES = 8 << 20  # smaller results are left to the allocator
 BUILD = (
-    "install a C++17 compiler and run `pip install .` (or `pip install -e .`) in a checkout of vig-kernels"
+    "install a C++20 compiler and run `pip install .` (or `pip install -e .`) in a checkout of vig-kernels"
 )
 
 
@@ -38,7 +40,7 @@ def _read_record() -> str:
         return f"the CPU kernels have not been built: {BUILD}"
     if record.get("built"):
         return f"the CPU kernels were built for another Python: {BUILD}"
-    return f"the CPU kernels could not be built: {record.get('reason')}; to mend it, {record.get('cure')}"
+    return f"the CPU kernels could not be built: {record.get('reason')}; to fix it, {record.get('cure')}"
 
 
 def module() -> ModuleType | None:
@@ -46,10 +48,8 @@ def module() -> ModuleType | None:
     return _load()[0]
 
 
-def why_not(device: torch.device | None = None) -> str | None:
-    """None when the CPU kernels can run on tensors of `device`; else the reason, with the cure."""
-    if device is not None and device.type != "cpu":
-        return f"the cpu backend runs on CPU tensors, not on {device}: use backend='triton' or 'torch'"
+def why_not() -> str | None:
+    """None when the compiled kernels are there; else the reason, with the cure."""
     return _load()[1]
 
 
@@ -110,10 +110,9 @@ def byte_strides(tensor: Tensor) -> list[int]:
     return [stride * tensor.element_size() for stride in tensor.stride()]
 
 
-def head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, logit_softcap: float | None
-):
+def head(problem: HeadProblem):
     """(compiled description of the LM head, the float32 bias that must outlive it)."""
+    weight, bias = problem.weight, problem.bias
     bias = None if bias is None else bias.float().contiguous()
     described = _required().Head(
         isa=forced_isa(),
@@ -123,10 +122,22 @@ def head(
         weight=weight.data_ptr(),
         weight_stride=weight.stride(0) * weight.element_size(),
         bias=0 if bias is None else bias.data_ptr(),
-        scale=logit_scale,
-        cap=logit_softcap or 0.0,
+        scale=problem.logit_scale,
+        cap=problem.logit_softcap or 0.0,
     )
     return described, bias
+
+
+def gradients(problem: HeadProblem, needs: Needs, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Tensors for the gradients of hidden and weight, in `dtype`, and of the bias, in float32; None if not needed."""
+    hidden, weight = problem.hidden, problem.weight
+    return (
+        hidden.new_zeros(hidden.shape, dtype=dtype) if needs.hidden else None,  # ignored rows are not written
+        empty_gradient(weight, dtype) if needs.weight else None,
+        weight.new_empty(weight.shape[0], dtype=torch.float32)
+        if needs.bias and problem.bias is not None
+        else None,
+    )
 
 
 def empty_gradient(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,9 +152,14 @@ def empty_gradient(like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(like.shape)
 
 
-def rows_view(tensor: Tensor) -> tuple[int, int, int]:
-    """(address, rows, bytes from row to row) of an (N, D) tensor whose rows are contiguous."""
-    return tensor.data_ptr(), tensor.shape[0], tensor.stride(0) * tensor.element_size()
+def rows_view(hidden: Tensor, target: Tensor) -> tuple[int, int, int, int]:
+    """(address, rows, bytes from row to row, address of the targets) of hidden (N, D) and contiguous target (N,)."""
+    return (
+        hidden.data_ptr(),
+        hidden.shape[0],
+        hidden.stride(0) * hidden.element_size(),
+        target.data_ptr(),
+    )
 
 
 def address(tensor: Tensor | None) -> int:

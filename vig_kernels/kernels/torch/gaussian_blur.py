@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from vig_kernels.kernels.torch.precision import float32_products
-from vig_kernels.kernels.torch.tiles import chunks, why_not
-
-__all__ = ["forward", "why_not"]
+from vig_kernels.kernels.torch.tiles import chunks
+from vig_kernels.problem import Gaussian
 
 BLOCK = 64  # output rows that share one dense piece of the band
 CHUNK_BYTES = 12 << 20  # one float32 copy of the planes in work
 
 
-def forward(images, sigma_y, sigma_x, truncate, border, precision, out):
+def forward(images: Tensor, gaussian: Gaussian, out: Tensor) -> Tensor:
     """Fill and return out (L, C, H, W). `fast` is served by the exact products."""
     channels, height, width = images.shape[1:]
+    sigma_y, sigma_x, truncate, border, _ = gaussian
     together = max(1, CHUNK_BYTES // (4 * channels * height * width))
     with float32_products(torch.float32):
         for first, last in _runs(sigma_y.tolist(), sigma_x.tolist(), together):

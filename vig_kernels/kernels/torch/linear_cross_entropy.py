@@ -10,40 +10,27 @@ from torch import Tensor
 
 from vig_kernels.kernels.torch.precision import float32_products
 from vig_kernels.kernels.torch.tiles import (
-    Head,
     chunks,
     compact,
     finite_or_zero,
     gather_rows,
     logits_tile,
     tile_shape,
-    why_not,
 )
-
-__all__ = ["forward_backward", "why_not"]
+from vig_kernels.problem import HeadProblem, Needs
 
 LOGITS_BYTES = 96 << 20
 
 
 def forward_backward(
-    hidden,
-    weight,
-    target,
-    bias,
-    row_weight,
-    logit_scale,
-    logit_softcap,
-    ignore_index,
-    z_loss,
-    num_kept,
-    needs,
-):
+    problem: HeadProblem, row_weight: Tensor | None, z_loss: float, needs: Needs
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """loss_sum = sum_n w_n (nll_n + z_loss lse_n^2) and its float32 gradients (None where not needed)."""
-    head = Head(weight, bias, logit_scale, logit_softcap)
+    hidden, weight, target = problem[:3]
     size, width = hidden.shape
-    kept = compact(target, ignore_index, num_kept)
+    kept = compact(problem)
     live = target if kept is None else target[kept]
-    dead = (live == ignore_index) | (live < 0) | (live >= weight.shape[0])
+    dead = (live == problem.ignore_index) | (live < 0) | (live >= weight.shape[0])
     if row_weight is None:
         live_weight = torch.ones(live.shape[0], dtype=torch.float32, device=live.device)
     else:
@@ -60,17 +47,17 @@ def forward_backward(
         for part in chunks(live.shape[0], step):
             h = gather_rows(hidden, kept, part).masked_fill_(dead[part].unsqueeze(1), 0.0)
             rows = slice(part.start, part.stop) if kept is None else kept[part]
-            loss += _chunk(head, h, live[part], dead[part], live_weight[part], z_loss, sums, rows)
+            loss += _chunk(problem, h, live[part], dead[part], live_weight[part], z_loss, sums, rows)
     return (loss, *sums)
 
 
-def _chunk(head: Head, h: Tensor, target, dead, row_weight, z_loss, sums, rows) -> Tensor:
+def _chunk(problem: HeadProblem, h: Tensor, target, dead, row_weight, z_loss, sums, rows) -> Tensor:
     """Loss of one chunk of rows; its gradients are added to `sums`."""
-    vocabulary, width = head.weight.shape
+    vocabulary, width = problem.weight.shape
     columns = list(chunks(vocabulary, tile_shape(width)[1]))
     z = h.new_empty(h.shape[0], vocabulary)
     for part in columns:
-        logits_tile(h, head.weight[part].float(), part, head, out=z[:, part])
+        logits_tile(h, problem.weight[part].float(), part, problem, out=z[:, part])
     at = target.masked_fill(dead, 0).unsqueeze(1)
     target_logit = z.gather(1, at).squeeze(1)
     top = z.amax(1)
@@ -82,19 +69,25 @@ def _chunk(head: Head, h: Tensor, target, dead, row_weight, z_loss, sums, rows) 
 
     grad_hidden, grad_weight, grad_bias = sums
     if any(grad is not None for grad in sums):
-        if head.softcap is not None:
+        if problem.logit_softcap is not None:
             for part in columns:  # d softcap / d x = 1 - (z / cap)^2, with z = base + log of what stands here
                 cell = z[:, part]
-                cell.mul_((1.0 - ((cell.log() + base.unsqueeze(1)) / head.softcap).square_()).clamp_(min=0.0))
+                cell.mul_(
+                    (1.0 - ((cell.log() + base.unsqueeze(1)) / problem.logit_softcap).square_()).clamp_(
+                        min=0.0
+                    )
+                )
         z.mul_((row_weight * (1.0 + 2.0 * z_loss * lse) / total).unsqueeze(1))
-        slope = 1.0 if head.softcap is None else 1.0 - (target_logit / head.softcap).square()
+        slope = (
+            1.0 if problem.logit_softcap is None else 1.0 - (target_logit / problem.logit_softcap).square()
+        )
         z.scatter_add_(1, at, -(row_weight * slope).unsqueeze(1))
-        if head.scale != 1.0:
-            z.mul_(head.scale)
+        if problem.logit_scale != 1.0:
+            z.mul_(problem.logit_scale)
     chunk_hidden = torch.zeros_like(h) if grad_hidden is not None else None
     for part in columns:
         if chunk_hidden is not None:
-            chunk_hidden.addmm_(z[:, part], head.weight[part].float())
+            chunk_hidden.addmm_(z[:, part], problem.weight[part].float())
         if grad_weight is not None:
             grad_weight[part].addmm_(z[:, part].T, h)
         if grad_bias is not None:

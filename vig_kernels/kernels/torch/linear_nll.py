@@ -15,7 +15,6 @@ from torch import Tensor
 
 from vig_kernels.kernels.torch.precision import float32_products
 from vig_kernels.kernels.torch.tiles import (
-    Head,
     chunks,
     compact,
     finite_or_zero,
@@ -23,16 +22,14 @@ from vig_kernels.kernels.torch.tiles import (
     logits_tile,
     rounding_of_sum,
     tile_shape,
-    why_not,
 )
-
-__all__ = ["backward", "forward", "why_not"]
+from vig_kernels.problem import HeadProblem, Needs, Saved, Upstream
 
 BUFFER_BYTES = 128 << 20  # one float32 gradient that cannot be accumulated in its output
 
 
 class RunningRows:
-    """Per-row state of the sweep over the vocabulary: max, sum exp(z - max) and the sinks asked for."""
+    """Per-row state of the sweep over the vocabulary: max, sum exp(z - max) and the statistics asked for."""
 
     def __init__(self, target: Tensor, stats: tuple[str, ...]):
         size = target.shape[0]
@@ -74,7 +71,7 @@ class RunningRows:
         # max - logit first: both may be large, their difference is small where it matters
         lse = self.top + log_total
         values = {"nll": (self.top - self.target_logit) + log_total, "lse": lse}
-        values["lse_rest"] = rounding_of_sum(self.top, log_total, lse)
+        values["lse_lo"] = rounding_of_sum(self.top, log_total, lse)
         if self.spread is not None:
             values["entropy"] = (log_total - self.spread / self.total).clamp_(min=0.0)
         if self.best is not None:
@@ -83,10 +80,10 @@ class RunningRows:
 
 
 def sweep(
-    hiddens, head: Head, target: Tensor, ignore_index: int, stats: tuple[str, ...]
+    problem: HeadProblem, hiddens: tuple[Tensor, ...], stats: tuple[str, ...]
 ) -> list[dict[str, Tensor]]:
     """Values of every row for each of `hiddens`, each weight tile being read (and upcast) once for all of them."""
-    size, width = hiddens[0].shape
+    target, (size, width) = problem.target, problem.hidden.shape
     wanted = ("nll", *stats)
     empty = {"argmax": -1}
     outputs = [
@@ -101,18 +98,18 @@ def sweep(
         }
         for _ in hiddens
     ]
-    kept = compact(target, ignore_index)
+    kept = compact(problem._replace(num_kept=None))  # which a forward does not rely on
     live = target if kept is None else target[kept]
     tile_rows, tile_columns = tile_shape(width)
-    with float32_products(head.weight.dtype):
+    with float32_products(problem.weight.dtype):
         for rows in chunks(live.shape[0], tile_rows):
             upcast = [gather_rows(hidden, kept, rows) for hidden in hiddens]
             states = [RunningRows(live[rows], stats) for _ in hiddens]
-            for columns in chunks(head.weight.shape[0], tile_columns):
-                weight = head.weight[columns].float()
+            for columns in chunks(problem.weight.shape[0], tile_columns):
+                weight = problem.weight[columns].float()
                 for hidden, state in zip(upcast, states, strict=True):
-                    state.fold(logits_tile(hidden, weight, columns, head), columns.start)
-            ignored = live[rows] == ignore_index
+                    state.fold(logits_tile(hidden, weight, columns, problem), columns.start)
+            ignored = live[rows] == problem.ignore_index
             for output, state in zip(outputs, states, strict=True):
                 values = state.results()
                 for name in wanted:
@@ -124,10 +121,9 @@ def sweep(
     return outputs
 
 
-def forward(hidden, weight, target, bias, logit_scale, logit_softcap, ignore_index, stats):
-    """See API: nll (N,) float32 and the sinks in `stats`; ignored rows cost no products on a CPU."""
-    head = Head(weight, bias, logit_scale, logit_softcap)
-    (values,) = sweep([hidden], head, target, ignore_index, stats)
+def forward(problem: HeadProblem, stats: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """(nll (N,) float32, {stat: (N,) tensor}); ignored rows cost no products on a CPU."""
+    (values,) = sweep(problem, (problem.hidden,), stats)
     return values.pop("nll"), values
 
 
@@ -193,25 +189,28 @@ class RowGradients(NamedTuple):
         return RowGradients(*(None if value is None else value[part] for value in self))
 
 
-def row_gradients(grad_nll, grad_lse, grad_entropy, lse, entropy, target, vocabulary, ignore_index, kept):
+def row_gradients(
+    problem: HeadProblem, upstream: Upstream, saved: Saved, kept: Tensor | None
+) -> tuple[RowGradients, Tensor]:
     """RowGradients of the kept rows; rows without a valid target get no gradient, whatever they hold."""
-    parts = [grad for grad in (grad_nll, grad_lse) if grad is not None]
+    target, lse = problem.target, saved.lse
+    parts = [grad for grad in upstream[:2] if grad is not None]
     zero = torch.zeros_like(lse)
-    dead = (target == ignore_index) | (target < 0) | (target >= vocabulary)
+    dead = (target == problem.ignore_index) | (target < 0) | (target >= problem.weight.shape[0])
     values = [
         target.masked_fill(dead, -1),
         lse.masked_fill(dead, float("inf")),  # p = exp(z - inf) = 0
         sum(parts, zero).masked_fill(dead, 0.0),
-        (zero if grad_nll is None else grad_nll).masked_fill(dead, 0.0),
-        None if grad_entropy is None else grad_entropy.masked_fill(dead, 0.0),
-        None if grad_entropy is None else entropy,
+        (zero if upstream.nll is None else upstream.nll).masked_fill(dead, 0.0),
+        None if upstream.entropy is None else upstream.entropy.masked_fill(dead, 0.0),
+        None if upstream.entropy is None else saved.entropy,
     ]
     return RowGradients(*(v if v is None or kept is None else v[kept] for v in values)), dead
 
 
-def product_gradient(z: Tensor, first: int, head: Head, rows: RowGradients) -> Tensor:
+def product_gradient(z: Tensor, first: int, problem: HeadProblem, rows: RowGradients) -> Tensor:
     """d loss / d (h weight^T + bias) of a tile of logits z (n, v), which is overwritten."""
-    slope = None if head.softcap is None else 1.0 - (z / head.softcap).square_()
+    slope = None if problem.logit_softcap is None else 1.0 - (z / problem.logit_softcap).square_()
     z.sub_(rows.lse.unsqueeze(1))
     if rows.entropy is None:
         z.exp_().mul_(rows.probability.unsqueeze(1))
@@ -225,79 +224,60 @@ def product_gradient(z: Tensor, first: int, head: Head, rows: RowGradients) -> T
     z.scatter_add_(1, at, torch.where(inside, -rows.onehot, 0.0).unsqueeze(1))
     if slope is not None:
         z.mul_(slope)
-    return z if head.scale == 1.0 else z.mul_(head.scale)
+    return z if problem.logit_scale == 1.0 else z.mul_(problem.logit_scale)
 
 
 def backward(
-    grad_nll,
-    grad_lse,
-    grad_entropy,
-    lse,
-    entropy,
-    hidden,
-    weight,
-    target,
-    bias,
-    logit_scale,
-    logit_softcap,
-    ignore_index,
-    needs,
-    num_kept=None,
-):
+    upstream: Upstream, saved: Saved, problem: HeadProblem, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for any upstream, the logits being formed again: three products, five where neither float32 sum fits.
 
     Sums go into the output where that is float32. For 16-bit inputs the smaller of the (N, D) and the (V, D) sum
     is buffered in float32 when it fits 128 MiB; else hidden and weight take a sweep each.
     """
-    head = Head(weight, bias, logit_scale, logit_softcap)
-    kept = compact(target, ignore_index, num_kept)
-    rows, dead = row_gradients(
-        grad_nll, grad_lse, grad_entropy, lse, entropy, target, weight.shape[0], ignore_index, kept
-    )
+    kept = compact(problem)
+    rows, dead = row_gradients(problem, upstream, saved, kept)
     dead = dead if kept is None else None
-    need_hidden, need_weight, need_bias = needs
-    width = 4 * hidden.shape[1]
-    if not need_weight or weight.dtype == torch.float32 or width * weight.shape[0] <= BUFFER_BYTES:
-        return _gradient_sweep(head, hidden, rows, kept, dead, needs, rows_outside=True)
-    if not need_hidden or width * rows.target.shape[0] <= BUFFER_BYTES:
-        return _gradient_sweep(head, hidden, rows, kept, dead, needs, rows_outside=False)
-    grad_hidden, _, _ = _gradient_sweep(
-        head, hidden, rows, kept, dead, (True, False, False), rows_outside=True
-    )
-    _, grad_weight, grad_bias = _gradient_sweep(
-        head, hidden, rows, kept, dead, (False, True, need_bias), rows_outside=False
-    )
+
+    def sweep_for(needs: Needs, rows_outside: bool):
+        return _gradient_sweep(problem, rows, kept, dead, needs, rows_outside)
+
+    weight, width = problem.weight, 4 * problem.hidden.shape[1]
+    if not needs.weight or weight.dtype == torch.float32 or width * weight.shape[0] <= BUFFER_BYTES:
+        return sweep_for(needs, rows_outside=True)
+    if not needs.hidden or width * rows.target.shape[0] <= BUFFER_BYTES:
+        return sweep_for(needs, rows_outside=False)
+    grad_hidden, _, _ = sweep_for(Needs(True, False, False), rows_outside=True)
+    _, grad_weight, grad_bias = sweep_for(needs._replace(hidden=False), rows_outside=False)
     return grad_hidden, grad_weight, grad_bias
 
 
-def _gradient_sweep(head, hidden, rows, kept, dead, needs, rows_outside):
+def _gradient_sweep(problem: HeadProblem, rows: RowGradients, kept, dead, needs: Needs, rows_outside: bool):
     """One sweep over the tiles; the gradient whose chunks are outside is finished chunk by chunk."""
-    need_hidden, need_weight, need_bias = needs
-    weight = head.weight
-    hidden_sum = GradientSum(hidden, kept, whole=not rows_outside) if need_hidden else None
-    weight_sum = GradientSum(weight, None, whole=rows_outside) if need_weight else None
-    bias_sum = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if need_bias else None
+    weight = problem.weight
+    hidden_sum = GradientSum(problem.hidden, kept, whole=not rows_outside) if needs.hidden else None
+    weight_sum = GradientSum(weight, None, whole=rows_outside) if needs.weight else None
+    bias_sum = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if needs.bias else None
     with float32_products(weight.dtype):
-        for row_part, column_part, h, w in _tiles(
-            hidden, weight, rows.target.shape[0], kept, dead, rows_outside
-        ):
-            z = logits_tile(h, w, column_part, head)
-            z = product_gradient(z, column_part.start, head, rows.rows(row_part))
-            if need_hidden:
+        for row_part, column_part, h, w in _tiles(problem, rows.target.shape[0], kept, dead, rows_outside):
+            z = logits_tile(h, w, column_part, problem)
+            z = product_gradient(z, column_part.start, problem, rows.rows(row_part))
+            if needs.hidden:
                 hidden_sum.tile(row_part).addmm_(z, w)
-            if need_weight:
+            if needs.weight:
                 weight_sum.tile(column_part).addmm_(z.T, h)
-            if need_bias:
+            if needs.bias:
                 bias_sum[column_part] += z.sum(0)
     return (
-        hidden_sum.finish() if need_hidden else None,
-        weight_sum.finish() if need_weight else None,
-        bias_sum.to(head.bias.dtype) if need_bias else None,
+        hidden_sum.finish() if needs.hidden else None,
+        weight_sum.finish() if needs.weight else None,
+        bias_sum.to(problem.bias.dtype) if needs.bias else None,
     )
 
 
-def _tiles(hidden, weight, size, kept, dead, rows_outside):
-    """(rows, columns, float32 hidden, float32 weight) of every tile, in the order asked for."""
+def _tiles(problem: HeadProblem, size: int, kept, dead, rows_outside: bool):
+    """(rows, columns, float32 hidden, float32 weight) of every tile of `size` rows, in the order asked for."""
+    hidden, weight = problem.hidden, problem.weight
     tile_rows, tile_columns = tile_shape(hidden.shape[1])
 
     def hidden_tile(part):

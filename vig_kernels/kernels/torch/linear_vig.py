@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from vig_kernels.kernels.torch.linear_nll import sweep
-from vig_kernels.kernels.torch.tiles import Head, why_not
-
-__all__ = ["forward", "why_not"]
+from vig_kernels.problem import HeadProblem
 
 
-def forward(hidden_image, hidden_null, weight, target, bias, logit_scale, logit_softcap, ignore_index):
+def forward(problem: HeadProblem, hidden_null: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(vig, nll_image, nll_null), (N,) float32 each: the tiles of linear_nll, hence its bits."""
-    head = Head(weight, bias, logit_scale, logit_softcap)
-    image, null = sweep([hidden_image, hidden_null], head, target, ignore_index, ())
+    image, null = sweep(problem, (problem.hidden, hidden_null), ())
     return null["nll"] - image["nll"], image["nll"], null["nll"]

@@ -6,26 +6,14 @@ A tile's products are summed in blocks of 256 steps, always in float32: 16-bit c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vig_kernels.problem import HeadProblem
+
 BLOCK = 256  # steps of a float32 sum over D; longer ones miss the accuracy promise
 TILE_BYTES = 8 << 20  # one float32 tile of hidden, of weight or of logits
-
-
-def why_not(device: torch.device) -> str | None:
-    return None
-
-
-class Head(NamedTuple):
-    """The LM head and what turns its products into logits: softcap(scale * (h weight^T + bias))."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    scale: float
-    softcap: float | None
 
 
 def chunks(size: int, step: int) -> Iterator[slice]:
@@ -38,8 +26,9 @@ def tile_shape(width: int) -> tuple[int, int]:
     return min(1024, fit), min(2048, fit)
 
 
-def compact(target: Tensor, ignore_index: int, num_kept: int | None = None) -> Tensor | None:
+def compact(problem: HeadProblem) -> Tensor | None:
     """Indices of the rows to work on; None for all of them (on a GPU without num_kept, counting would stall)."""
+    target, ignore_index, num_kept = problem.target, problem.ignore_index, problem.num_kept
     if target.device.type == "cpu":
         kept = (target != ignore_index).nonzero().squeeze(1)
         return None if kept.numel() == target.numel() else kept
@@ -56,19 +45,19 @@ def gather_rows(matrix: Tensor, kept: Tensor | None, part: slice) -> Tensor:
 
 
 def logits_tile(
-    hidden: Tensor, weight: Tensor, columns: slice, head: Head, out: Tensor | None = None
+    hidden: Tensor, weight: Tensor, columns: slice, problem: HeadProblem, out: Tensor | None = None
 ) -> Tensor:
-    """Float32 logits of a tile; hidden (n, D) and weight (v, D) are float32."""
+    """Float32 logits of a tile of a problem; hidden (n, D) and weight (v, D) are the tile's, in float32."""
     if out is None:
         out = hidden.new_empty(hidden.shape[0], weight.shape[0])
     for part in chunks(hidden.shape[1], BLOCK):
         out.addmm_(hidden[:, part], weight[:, part].T, beta=1 if part.start else 0)
-    if head.bias is not None:
-        out.add_(head.bias[columns].float())
-    if head.scale != 1.0:
-        out.mul_(head.scale)
-    if head.softcap is not None:
-        out.div_(head.softcap).tanh_().mul_(head.softcap)
+    if problem.bias is not None:
+        out.add_(problem.bias[columns].float())
+    if problem.logit_scale != 1.0:
+        out.mul_(problem.logit_scale)
+    if problem.logit_softcap is not None:
+        out.div_(problem.logit_softcap).tanh_().mul_(problem.logit_softcap)
     return out
 
 
@@ -80,5 +69,5 @@ def finite_or_zero(top: Tensor) -> Tensor:
 def rounding_of_sum(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
     """a + b - total for total = a + b as float32 rounds it, exactly (Knuth); 0 where total is not finite."""
     b_part = total - a
-    rest = (a - (total - b_part)) + (b - b_part)
-    return torch.where(total.isfinite(), rest, 0.0)
+    low = (a - (total - b_part)) + (b - b_part)
+    return torch.where(total.isfinite(), low, 0.0)

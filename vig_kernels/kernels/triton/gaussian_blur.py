@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_precision, device_guard, why_not
+from vig_kernels.problem import Gaussian
+
+from .launch import compute_precision, device_guard
 from .logit_tiles import narrow
 from .tile_configs import blur_config
-
-__all__ = ["Addresses", "blur_at", "forward", "patch_addresses", "strided_addresses", "why_not"]
 
 INTERMEDIATE_BYTES = 16 * 2**20
 CACHED_BYTES = 4 * 2**20
@@ -194,84 +194,99 @@ def _kept_operators(sigmas, planes, size, truncate, border, dtype, device):
     return matrices.to(device), which.to(device), radii.to(device)
 
 
-def launch_band(bands, source, source_at, out, out_at, scaling, size, lines, enter, leave):
-    """One product with the banded matrices, over the planes of `source_at` and `out_at`."""
+class Samples(NamedTuple):
+    """Samples of planes and where they lie; `values` is any tensor that holds them, its data pointer is offset 0."""
+
+    values: Tensor
+    at: Addresses
+
+    def planes(self, part: slice) -> Samples:
+        return self._replace(at=self.at._replace(plane=self.at.plane[part]))
+
+
+class Scaling(NamedTuple):
+    """(x - centre) * factor of each plane, where a launch reads samples (enter); undone where it writes (leave)."""
+
+    centre: Tensor | None = None  # (P,) float32
+    factor: Tensor | None = None  # (P,) float32
+    enter: bool = False
+    leave: bool = False
+
+
+def launch_band(
+    bands: tuple[Tensor, Tensor, Tensor], source: Samples, out: Samples, scaling: Scaling
+) -> None:
+    """One product with the banded matrices (`operators`), along the columns of `source`, into the rows of `out`."""
     matrices, which, radii = bands
+    lines, size = len(source.at.row), len(source.at.column)
 
     def run(config):
         row_tiles, line_tiles = triton.cdiv(size, config.block_n), triton.cdiv(lines, config.block_v)
-        band_kernel[(row_tiles * line_tiles * len(source_at.plane),)](
-            matrices, which, radii, source, *source_at[:3], out, *out_at[:3], *scaling,
+        band_kernel[(row_tiles * line_tiles * len(source.at.plane),)](
+            matrices, which, radii, source.values, *source.at[:3], out.values, *out.at[:3], *scaling[:2],
             size, lines, matrices.stride(1), row_tiles, line_tiles,
-            BLOCK_R=config.block_n, BLOCK_L=config.block_v, BLOCK_K=config.block_k, ENTER=enter, LEAVE=leave,
-            SOURCE_UNIT=source_at.unit, OUT_UNIT=out_at.unit, PRECISION=compute_precision(matrices),
-            **config.launch_options,
+            BLOCK_R=config.block_n, BLOCK_L=config.block_v, BLOCK_K=config.block_k, ENTER=scaling.enter,
+            LEAVE=scaling.leave, SOURCE_UNIT=source.at.unit, OUT_UNIT=out.at.unit,
+            PRECISION=compute_precision(matrices), **config.launch_options,
         )  # fmt: skip
 
     run(blur_config(matrices, size, lines, run))
 
 
 def blur_at(
-    source: Tensor,  # any tensor that holds the samples; its data pointer is offset 0
-    source_at: Addresses,
-    out: Tensor,  # may be `source`
-    out_at: Addresses,
-    sigma_y: list[float],  # one per leading image: P / (planes of an image)
-    sigma_x: list[float],
-    truncate: float,
-    border: str,
-    precision: str,
-    value_range: tuple[Tensor, Tensor] | None = None,
+    source: Samples,
+    out: Samples,  # may be `source`
+    gaussian: Gaussian,  # one strength for each leading image: P / (planes of an image)
+    value_range: tuple[Tensor, Tensor] | None = None,  # lowest and highest value, (L,) each: "fast" needs it
 ) -> Tensor:
-    """Blur every plane of `source_at` into `out_at`. `fast` needs value_range: lowest and highest value, (L,) each."""
-    P, H, W = (len(offsets) for offsets in source_at[:3])
-    planes = P // len(sigma_y)
+    """Blur every plane of `source` into `out`, whose tensor is returned."""
+    P, H, W = (len(offsets) for offsets in source.at[:3])
+    sigma_y, sigma_x, truncate, border, precision = gaussian
+    planes, device = P // len(sigma_y), out.values.device
     fast = precision == "fast"
     dtype = torch.float16 if fast else torch.float32
-    by_x = operators(sigma_x, planes, W, truncate, border, dtype, out.device)
-    by_y = operators(sigma_y, planes, H, truncate, border, dtype, out.device)
-    centre = factor = None
-    if fast:  # the intermediate lies in [-1, 1], where float16 is at its finest
-        low, high = (bound.to(torch.float32) for bound in value_range)
-        centre = ((low + high) / 2).repeat_interleave(planes)
-        # and what a mask reads as 0, far from the range as it may be, stays finite in float16
-        factor = torch.minimum(
-            2 / (high - low).clamp_min(1e-30), 3e4 / ((low + high) / 2).abs().clamp_min(1e-30)
-        )
-        factor = factor.repeat_interleave(planes)
+    by_x = operators(sigma_x.tolist(), planes, W, truncate, border, dtype, device)
+    by_y = operators(sigma_y.tolist(), planes, H, truncate, border, dtype, device)
+    scaling = scaling_of(value_range, planes) if fast else Scaling()
     chunk = max(1, min(P, INTERMEDIATE_BYTES // (H * W * dtype.itemsize)))
-    mid = torch.empty(chunk, W, H, dtype=dtype, device=out.device)
-    mid_at = strided_addresses((chunk, 1, W, H), (W * H, 0, H, 1), out.device)
-    with device_guard(out.device):
+    mid = Samples(
+        torch.empty(chunk, W, H, dtype=dtype, device=device),
+        strided_addresses((chunk, 1, W, H), (W * H, 0, H, 1), device),
+    )
+    with device_guard(device):
         for first in range(0, P, chunk):
-            part = slice(first, first + chunk)
-            here, there = (at._replace(plane=at.plane[part]) for at in (source_at, out_at))
+            part = slice(first, min(first + chunk, P))
             x, y = ((matrices, which[part], radii) for matrices, which, radii in (by_x, by_y))
-            scaling = (centre[part], factor[part]) if fast else (None, None)
-            between = mid_at._replace(plane=mid_at.plane[: len(here.plane)])
-            launch_band(x, source, here, mid, between, scaling, W, H, fast, False)
-            launch_band(y, mid, between, out, there, scaling, H, W, False, fast)
-    return out
+            some = Scaling(scaling.centre[part], scaling.factor[part]) if fast else scaling
+            between = mid.planes(slice(part.stop - first))
+            launch_band(x, source.planes(part), between, some._replace(enter=fast))
+            launch_band(y, between, out.planes(part), some._replace(leave=fast))
+    return out.values
+
+
+def scaling_of(value_range: tuple[Tensor, Tensor], planes: int) -> Scaling:
+    """Into [-1, 1], where float16 is at its finest."""
+    low, high = (bound.to(torch.float32) for bound in value_range)
+    centre = (low + high) / 2
+    # and what a mask reads as 0, far from the range as it may be, stays finite in float16
+    factor = torch.minimum(2 / (high - low).clamp_min(1e-30), 3e4 / centre.abs().clamp_min(1e-30))
+    return Scaling(centre.repeat_interleave(planes), factor.repeat_interleave(planes))
 
 
 def forward(
     images: Tensor,  # (L, C, H, W), any strides
-    sigma_y: Tensor,  # (L,) float64 on the CPU
-    sigma_x: Tensor,  # (L,) float64 on the CPU
-    truncate: float,
-    border: str,
-    precision: str,
+    gaussian: Gaussian,
     out: Tensor,  # (L, C, H, W) of the same dtype, any strides; may be `images`
 ) -> Tensor:
     """Fill and return `out`. Extra memory: 16 MiB of intermediate (one plane, where that is more) and the matrices."""
     value_range = None
-    if precision == "fast":
+    if gaussian.precision == "fast":
         if images.dtype == torch.uint8:
             value_range = tuple(images.new_full((images.shape[0],), v, dtype=torch.float32) for v in (0, 255))
         else:
             value_range = images.amin((1, 2, 3)), images.amax((1, 2, 3))
-    addresses = [strided_addresses(tuple(t.shape), t.stride(), t.device) for t in (images, out)]
-    return blur_at(
-        images, addresses[0], out, addresses[1], sigma_y.tolist(), sigma_x.tolist(),
-        truncate, border, precision, value_range,
-    )  # fmt: skip
+    source, to = (
+        Samples(tensor, strided_addresses(tuple(tensor.shape), tensor.stride(), tensor.device))
+        for tensor in (images, out)
+    )
+    return blur_at(source, to, gaussian, value_range)

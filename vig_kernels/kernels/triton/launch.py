@@ -1,39 +1,21 @@
-"""What every Triton backend asks before it launches: device, target, operands, and the order of the rows."""
+"""What every Triton op asks before it launches: target, operands, and the order of the rows."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-MINIMUM_CAPABILITY = (8, 0)
-
 
 @functools.cache
 def interpreted() -> bool:
     """Whether kernels of this process run in Triton's interpreter (TRITON_INTERPRET=1 before the first import)."""
     return bool(triton.knobs.runtime.interpret)
-
-
-def why_not(device: torch.device) -> str | None:
-    """None when Triton kernels can run on tensors of `device`, else the reason and the cure."""
-    if device.type == "cpu":
-        return (
-            None
-            if interpreted()
-            else "Triton runs on a CPU only interpreted: set TRITON_INTERPRET=1 before import"
-        )
-    if device.type not in ("cuda", "xpu"):
-        return f"Triton has no {device.type} target; use backend='torch'"
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(device)
-        if capability < MINIMUM_CAPABILITY:
-            return "needs compute capability 8.0 or newer, this is {}.{}".format(*capability)
-    return None
 
 
 @functools.cache
@@ -85,7 +67,16 @@ def silence(rows: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return rows.masked_fill_((target == ignore_index)[:, None], 0.0)
 
 
-def keep_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+class RowChunk(NamedTuple):
+    """Rows [first, first + rows) of an order. Those at or beyond `count`, which the device alone knows, are ignored."""
+
+    order: Tensor  # (N,) int64: the kept rows first
+    count: Tensor  # () int64: how many are kept
+    first: int
+    rows: int
+
+
+def compaction_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """order (N,) int64, the kept rows first and each group in its own order, and count () int64, on the device.
 
     Nothing is read back: a kernel learns from `count` which of its tiles have nothing to do.

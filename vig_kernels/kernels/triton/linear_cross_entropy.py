@@ -8,19 +8,22 @@ writes the float32 weight gradient once.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dense, device_guard, keep_order, silence, why_not
-from .linear_nll import Partials, combine, fold, sweep
-from .linear_nll_backward import accumulate, block_gain
+from vig_kernels.problem import HeadProblem, Needs
+
+from .launch import RowChunk, compaction_order, dense, device_guard, silence
+from .linear_nll import sweep
+from .logit_fold import Partials, combine, fold
+from .logit_gradients import accumulate, loss_scale_of
 from .logit_tiles import narrow
 from .target_residual import TargetResidual
 from .tile_configs import head_config
-
-__all__ = ["forward_backward", "why_not"]
 
 EXTRA_BYTES = 240 * 2**20  # of the promised 256 MiB: all that a chunk takes, and what is held for all rows
 FINISH_ROWS = 16  # rows of a program of `finish_kernel`, hence of a partial of the bias gradient
@@ -30,17 +33,17 @@ LSE_MARGIN = 100.0  # what |lse| is taken to be where float16's range is set; 64
 @triton.jit(do_not_specialize=["first_row", "rows", "parts", "V"])
 def finish_kernel(
     weights,  # (rows, V): exp(z - partial_max) * dz/dy, float32 or float16
-    block,  # the same memory, in the type of hidden: gain * d loss / d y
+    block,  # the same memory, in the type of hidden: loss_scale * d loss / d y
     partial_max,  # (parts, rows) float32
     target_slope,  # (rows,) float32: dz/dy of the target
     nll,  # (N,) float32
     lse,  # (N,) float32
-    lse_rest,  # (N,) float32: what float32 cannot hold of lse
+    lse_lo,  # (N,) float32: what float32 cannot hold of lse
     row_weight,  # (N,) float32 or None
     target,  # (N,) int64
     order,  # (N,) int64
     count,  # () int64
-    gain,  # () float32
+    loss_scale,  # () float32
     partial_bias,  # (row tiles, V) float32 or None: sums of d loss / d y over the tile's rows
     residual,  # (rows,) float32 or None: what `block` loses at the target (target_residual.py)
     stride_block,
@@ -65,13 +68,13 @@ def finish_kernel(
     if row_weight is not None:
         w = tl.load(row_weight + row, mask=live, other=0.0)
     row_lse = tl.load(lse + row, mask=live, other=0.0)
-    row_rest = tl.load(lse_rest + row, mask=live, other=0.0)
+    row_lse_lo = tl.load(lse_lo + row, mask=live, other=0.0)
     slope = w * (1.0 + 2.0 * z_loss * row_lse)  # d loss / d log-sum-exp
     top = tl.load(partial_max + part.to(tl.int64) * rows + local, mask=live, other=0.0)
     at = local.to(tl.int64)[:, None] * stride_block + column[None, :]
     writable = inside[:, None] & (column < V)[None, :]
     e = tl.load(weights + at, mask=live[:, None] & (column < V)[None, :], other=0.0).to(tl.float32)
-    g = e * (tl.exp((top - row_lse) - row_rest) * slope)[:, None]
+    g = e * (tl.exp((top - row_lse) - row_lse_lo) * slope)[:, None]
 
     # at the target from nll, not from a weight that may have been rounded to 16 bits: w (p (1 + 2 z_loss lse) - 1)
     wanted = tl.load(target + row, mask=live, other=-1)
@@ -87,7 +90,7 @@ def finish_kernel(
     if partial_bias is not None:
         sums = row_tile.to(tl.int64) * V + column
         tl.store(partial_bias + sums, tl.sum(g, axis=0), mask=column < V)
-    g *= tl.load(gain)
+    g *= tl.load(loss_scale)
     stored = narrow(g, block.dtype.element_ty)
     tl.store(block + at, stored, mask=writable)
     if residual is not None:
@@ -96,55 +99,54 @@ def finish_kernel(
         tl.store(residual + local, lost, mask=here)
 
 
+class LossTerms(NamedTuple):
+    """What makes the loss of the rows' values, and what its gradients are stored multiplied by."""
+
+    row_weight: Tensor | None  # (N,) float32
+    z_loss: float
+    loss_scale: Tensor  # () float32
+
+
 def forward_backward(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    target: Tensor,  # (N,) int64
-    bias: Tensor | None,  # (V,)
+    problem: HeadProblem,
     row_weight: Tensor | None,  # (N,) float32
-    logit_scale: float,
-    logit_softcap: float | None,
-    ignore_index: int,
     z_loss: float,
-    num_kept: int | None,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """loss_sum = sum_n w_n (nll_n + z_loss lse_n^2), () float32, and its gradients in float32, not normalised.
 
-    With `num_kept` the GEMMs see the kept rows alone; without it ignored rows are multiplied as zeros, since how
-    many there are is known on the device only. More kept rows than `num_kept` give a NaN loss.
+    With num_kept the GEMMs see the kept rows alone; without it ignored rows are multiplied as zeros, since how
+    many there are is known on the device only. More kept rows than num_kept give a NaN loss.
     Extra memory: 240 MiB, the float32 hidden gradient of 16-bit inputs included; and the float32 weight gradient.
     """
-    N, (V, D) = target.shape[0], weight.shape
-    target, bias, row_weight = dense(target, bias, row_weight)
-    order, count = keep_order(target, ignore_index)
-    nll, lse, rest = (torch.zeros(N, dtype=torch.float32, device=target.device) for _ in range(3))
+    target, bias, row_weight = dense(problem.target, problem.bias, row_weight)
+    problem = problem._replace(target=target, bias=bias)
+    (N, D), V, num_kept = problem.hidden.shape, problem.weight.shape[0], problem.num_kept
+    order, count = compaction_order(target, problem.ignore_index)
     grads = [
         torch.zeros(shape, dtype=torch.float32, device=target.device) if need else None
         for shape, need in zip(((N, D), (V, D), (V,)), needs, strict=True)
     ]
     if not any(needs):
-        nll, sinks = sweep(
-            (hidden,), weight, target, bias, logit_scale, logit_softcap, ignore_index, ("lse",)
-        )[0]
-        lse = sinks["lse"]
+        (values,) = sweep(problem, ("lse",))
     else:
-        bound = torch.ones_like(nll[:1]) if row_weight is None else row_weight.abs()
+        names = ("nll", "lse", "lse_lo")
+        values = {name: torch.zeros(N, dtype=torch.float32, device=target.device) for name in names}
+        bound = torch.ones_like(values["nll"][:1]) if row_weight is None else row_weight.abs()
         bound = bound * (1 + 2 * abs(z_loss) * LSE_MARGIN)
-        gain, unscale = block_gain(bound, logit_scale, hidden.dtype)
-        options = (bias, row_weight, logit_scale, logit_softcap, ignore_index, z_loss)
-        with device_guard(hidden.device):
-            kept = N if num_kept is None else min(N, num_kept)
-            values = {"nll": nll, "lse": lse, "lse_rest": rest}
-            train_chunks(hidden, weight, target, order, count, kept, gain, values, grads, options)
+        loss_scale, unscale = loss_scale_of(bound, problem.logit_scale, problem.hidden.dtype)
+        every = RowChunk(order, count, 0, N if num_kept is None else min(N, num_kept))
+        with device_guard(target.device):
+            train_chunks(problem, LossTerms(row_weight, z_loss, loss_scale), every, values, grads)
         for gradient in grads[:2]:
             if gradient is not None and unscale is not None:
                 gradient.mul_(unscale)
-        if needs[2]:
-            grads[2].mul_(logit_scale)
+        if needs.bias:
+            grads[2].mul_(problem.logit_scale)
+    nll, lse = values["nll"], values["lse"]
     losses = nll + z_loss * lse * lse if z_loss else nll
     if row_weight is not None:
-        losses = torch.where((target == ignore_index) | (row_weight == 0), 0.0, losses * row_weight)
+        losses = torch.where((target == problem.ignore_index) | (row_weight == 0), 0.0, losses * row_weight)
     loss = losses.sum()
     if num_kept is not None:
         loss = torch.where(count > num_kept, torch.nan, loss)
@@ -173,79 +175,95 @@ def padded(V: int) -> int:
     return triton.cdiv(V, 16) * 16
 
 
-def train_chunks(hidden, weight, target, order, count, kept, gain, values, grads, options):
-    """Fill `values` (nll, lse, lse_rest) and add to the gradients, over the first `kept` rows of `order`."""
-    bias, row_weight, logit_scale, logit_softcap, ignore_index, z_loss = options
-    (V, D), (grad_hidden, grad_weight, grad_bias) = weight.shape, grads
+def train_chunks(
+    problem: HeadProblem,
+    terms: LossTerms,
+    every: RowChunk,  # all rows to be worked on
+    values: dict[str, Tensor],  # nll, lse, lse_lo: filled
+    grads: list[Tensor | None],  # of hidden, weight and bias: added to
+) -> None:
+    """The loss's values and gradients, chunk of rows by chunk of rows."""
+    hidden, weight, V = problem.hidden, problem.weight, problem.weight.shape[0]
     wide = hidden.dtype == torch.float32
-    needs = tuple(gradient is not None for gradient in grads)
+    needs = Needs(*(gradient is not None for gradient in grads))
 
     def chunk_of(config):
-        return chunk_rows(kept, *hidden.shape, V, hidden.dtype, needs, config.block_v // config.parts)
+        part = config.block_v // config.parts
+        return chunk_rows(every.rows, *hidden.shape, V, hidden.dtype, needs, part)
 
-    def weights_of(storage):
+    def run(chunk, config, block):
         # a weight in (0, 1] relative to its part's maximum: float16 holds it with 3 bits more than bfloat16
-        return storage if wide else storage.view(torch.float16)
-
-    def run(first, rows, config, weights):
-        partials = Partials(rows, 1, V, config, (), hidden.device)
-        fold(
-            (hidden,), weight, target, bias, order, count, first, rows, partials, weights[:rows, :V],
-            logit_scale, logit_softcap, config,
-        )  # fmt: skip
+        partials = Partials(chunk.rows, 1, V, config, (), hidden.device)
+        fold(problem, None, chunk, partials, config, block if wide else block.view(torch.float16))
         return partials
 
     def trial(config):
         rows = chunk_of(config)
-        run(0, rows, config, weights_of(hidden.new_empty(rows, padded(V))))
+        run(every._replace(rows=rows), config, hidden.new_empty(rows, padded(V))[:, :V])
 
-    if not kept:
+    if not every.rows:
         return
-    config = head_config("store", weight, logit_softcap is not None, trial)
-    chunk = chunk_of(config)
-    storage = hidden.new_empty(chunk, padded(V))
-    weights = weights_of(storage)
-    for first in range(0, kept, chunk):
-        rows = min(chunk, kept - first)
-        block = storage[:rows, :V]
-        partials = run(first, rows, config, weights)
-        combine(partials, target, order, count, values["nll"], values, first, rows, 0, 1, V)
-        picked = order[first : first + rows]
-        residual = None if wide else TargetResidual(target[picked], ignore_index)
-        bias_sums = finish(
-            weights, block, partials, values, row_weight, target, order, count, gain, first,
-            logit_softcap is not None, z_loss, grad_bias is not None, residual,
-        )  # fmt: skip
-        if grad_hidden is not None:
-            total = torch.zeros(rows, D, dtype=torch.float32, device=hidden.device)
-            accumulate(total, block, weight)
-            if residual is not None:
-                residual.mend_hidden(total, weight)
-            grad_hidden.index_copy_(0, picked, total)
-            del total  # before the rows of hidden are gathered
-        if grad_weight is not None:
-            rows_of_chunk = silence(hidden.index_select(0, picked), target[picked], ignore_index)
-            accumulate(grad_weight, block.T, rows_of_chunk)
-            del rows_of_chunk
-            if residual is not None:
-                residual.mend_weight(grad_weight, hidden, picked)
-        if grad_bias is not None:
-            grad_bias += bias_sums
+    config = head_config("store", weight, problem.logit_softcap is not None, trial)
+    most = chunk_of(config)
+    storage = hidden.new_empty(most, padded(V))
+    for first in range(0, every.rows, most):
+        chunk = every._replace(first=first, rows=min(most, every.rows - first))
+        block = storage[: chunk.rows, :V]
+        partials = run(chunk, config, block)
+        combine(problem, chunk, partials, values)
+        picked = chunk.order[first : first + chunk.rows]
+        residual = None if wide else TargetResidual(problem.target[picked], problem.ignore_index)
+        bias_sums = finish(problem, terms, chunk, partials, values, block, residual, needs.bias)
+        add_gradients(problem, block, picked, residual, grads)
+        if needs.bias:
+            grads[2] += bias_sums
         partials = residual = bias_sums = None  # freed before their successors are made
 
 
+def add_gradients(
+    problem: HeadProblem,
+    block: Tensor,  # (rows, V): loss_scale * d loss / d y
+    picked: Tensor,  # (rows,) int64: the rows of the problem
+    residual: TargetResidual | None,
+    grads: list[Tensor | None],
+) -> None:
+    """The products of a block: what it adds to the gradients of hidden and weight."""
+    (grad_hidden, grad_weight, _), hidden, weight = grads, problem.hidden, problem.weight
+    if grad_hidden is not None:
+        total = torch.zeros(len(picked), hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        accumulate(total, block, weight)
+        if residual is not None:
+            residual.correct_hidden(total, weight)
+        grad_hidden.index_copy_(0, picked, total)
+        del total  # before the rows of hidden are gathered
+    if grad_weight is not None:
+        some = problem.take(picked)
+        accumulate(grad_weight, block.T, silence(some.hidden, some.target, some.ignore_index))
+        del some
+        if residual is not None:
+            residual.correct_weight(grad_weight, hidden, picked)
+
+
 def finish(
-    weights, block, partials, values, row_weight, target, order, count, gain, first, softcap, z_loss, bias_sums,
-    residual,
-):  # fmt: skip
-    """Launch `finish_kernel`; returns the column sums of d loss / d y, or None."""
+    problem: HeadProblem,
+    terms: LossTerms,
+    chunk: RowChunk,
+    partials: Partials,
+    values: dict[str, Tensor],
+    block: Tensor,  # (rows, V): weights of the fold in, loss_scale * d loss / d y out
+    residual: TargetResidual | None,
+    bias_sums: bool,
+) -> Tensor | None:
+    """Launch `finish_kernel`; with `bias_sums` the column sums of d loss / d y are returned."""
     rows, V = block.shape
     row_tiles = triton.cdiv(rows, FINISH_ROWS)
+    weights = block if block.dtype == torch.float32 else block.view(torch.float16)
     partial = torch.empty(row_tiles, V, dtype=torch.float32, device=block.device) if bias_sums else None
     finish_kernel[(row_tiles * partials.parts,)](
-        weights, block, partials.max, partials.target[1], values["nll"], values["lse"], values["lse_rest"],
-        row_weight, target, order, count, gain, partial, None if residual is None else residual.lost,
-        block.stride(0), first, rows, partials.parts, V, z_loss,
-        PART=partials.part, BLOCK_N=FINISH_ROWS, SOFTCAP=softcap, num_warps=4, enable_fp_fusion=True,
+        weights, block, partials.max, partials.target[1], values["nll"], values["lse"], values["lse_lo"],
+        terms.row_weight, problem.target, chunk.order, chunk.count, terms.loss_scale, partial,
+        None if residual is None else residual.lost, block.stride(0), chunk.first, rows, partials.parts, V,
+        terms.z_loss, PART=partials.part, BLOCK_N=FINISH_ROWS, SOFTCAP=problem.logit_softcap is not None,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return partial.sum(0) if bias_sums else None

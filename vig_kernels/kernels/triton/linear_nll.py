@@ -1,374 +1,223 @@
-"""linear_nll by Triton: a tile kernel that folds logits away, and a kernel that joins the tiles of a row.
+"""linear_nll by Triton: the sweep that folds logits away, and the recomputing backward.
 
-`fold_kernel` reduces each tile of BLOCK_N rows x BLOCK_V vocabulary entries to one (max, sum of exp) a row, with
-the optional sinks; `combine_kernel` joins them in the order of the vocabulary. No locks, no atomics: the bits of
-a row depend on nothing but the row. Rows run in chunks whose partials stay under 48 MiB.
+The backward is right for any upstream gradient, four GEMMs with the forward's: `fill_block` forms d loss / d y in a
+block that fits the memory promise; the vendor's GEMM takes the block to the gradients of hidden and weight, summed
+in float32.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .launch import (
-    compute_precision,
-    dense,
-    device_guard,
-    interpreted,
-    keep_order,
-    operand,
-    why_not,
-)
-from .linear_nll_backward import backward
-from .logit_tiles import dot_tile, halves, logits, narrow, slopes, tile_position
-from .tile_configs import TileConfig, head_config, regular
+from vig_kernels.problem import HeadProblem, Needs, Saved, Upstream
 
-__all__ = ["backward", "forward", "sweep", "why_not"]
+from .launch import RowChunk, compaction_order, dense, device_guard, silence
+from .logit_fold import Partials, combine, fold
+from .logit_gradients import Block, accumulate, fill_block, loss_scale_of
+from .target_residual import TargetResidual
+from .tile_configs import head_config
 
-PARTIALS_BYTES = 48 * 2**20
-
-
-@triton.jit
-def fold_part(
-    dot,  # (BLOCK_N, PART)
-    bias,
-    part,  # index of the part in the vocabulary
-    wanted,  # (BLOCK_N,) int64, target of each row, or -1
-    local,  # (BLOCK_N,) row within the chunk
-    slot,  # (BLOCK_N,) row within the partials
-    live,  # (BLOCK_N,)
-    partial_max,
-    partial_sum,
-    partial_dot,
-    partial_arg,
-    partial_stride,
-    target_logit,
-    block,
-    stride_block,
-    V,
-    logit_scale,
-    logit_softcap,
-    PART: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """Reduce one part of a tile to a partial a row, and feed the sinks that are there."""
-    lane = tl.arange(0, PART)
-    column = part * PART + lane
-    live = live & (local * 0 + part * PART < V)  # the right half of the last tile may lie wholly beyond V
-    z = logits(dot, bias, column, V, logit_scale, logit_softcap, SOFTCAP)
-
-    position = tl.where((wanted >= 0) & (wanted < V), wanted - part * PART, -1).to(tl.int32)
-    picked = tl.sum(tl.where(lane[None, :] == position[:, None], z, 0.0), axis=1)
-    hit = live & (position >= 0) & (position < PART)
-    tl.store(target_logit + slot, picked, mask=hit)
-
-    top = tl.max(z, axis=1)
-    top_safe = tl.where(top == -float("inf"), 0.0, top)  # a part of nothing but -inf logits sums to 0
-    at = part.to(tl.int64) * partial_stride + slot
-    tl.store(partial_max + at, top, mask=live)
-    if partial_arg is not None:
-        first_top = tl.min(tl.where(z == top[:, None], lane[None, :], PART - 1), axis=1)
-        tl.store(partial_arg + at, first_top, mask=live)
-    shifted = z - top_safe[:, None]
-    e = tl.exp(shifted)
-    tl.store(partial_sum + at, tl.sum(e, axis=1), mask=live)
-    if partial_dot is not None:
-        tl.store(partial_dot + at, tl.sum(tl.where(e > 0, e * shifted, 0.0), axis=1), mask=live)
-    if block is not None:
-        if SOFTCAP:
-            slope = slopes(dot, bias, column, V, logit_scale, logit_softcap)
-            e = tl.where(e > 0, e * slope, 0.0)
-            target_slope = tl.sum(tl.where(lane[None, :] == position[:, None], slope, 0.0), axis=1)
-            tl.store(target_logit + partial_stride + slot, target_slope, mask=hit)
-        to = block + local.to(tl.int64)[:, None] * stride_block + column[None, :]
-        tl.store(to, narrow(e, block.dtype.element_ty), mask=live[:, None] & (column[None, :] < V))
+# of the promised 256 MiB; float32 gradients are summed in place, and leave all of it to the block
+EXTRA_BYTES = 240 * 2**20
+HIDDEN_BYTES = 160 * 2**20  # float32 sums of a 16-bit hidden gradient, at most
+# float32 sums of a vocabulary chunk's weight gradient, more where little else is held; what is then left for the block
+WEIGHT_BYTES, BLOCK_BYTES = 48 * 2**20, 64 * 2**20
+GATHERED_BYTES = (
+    80 * 2**20
+)  # kept rows of hidden and their gradient, at most; the float32 sums are as much again
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "row_tiles", "passes", "vocab_tiles", "V"])
-def fold_kernel(
-    hidden,  # (N, D): the first pass, and the only one of linear_nll
-    hidden_second,  # (N, D): the second pass of linear_vig; the same pointer as `hidden` otherwise
-    weight,  # (V, D), pointer or descriptor
-    bias,  # (V,) or None
-    target,  # (N,) int64
-    order,  # (N,) int64: kept rows first
-    count,  # () int64: how many rows are kept
-    partial_max,  # (parts of the vocabulary, rows of the chunk x passes) float32
-    partial_sum,  # the same: sum of exp(z - partial_max)
-    partial_dot,  # the same or None: sum of exp(z - partial_max) * (z - partial_max), for the entropy
-    partial_arg,  # the same, int32, or None: first column of the maximum within the part
-    target_logit,  # (2, rows of the chunk x passes) float32: z of the target, and with `block` its dz/dy
-    block,  # (rows of the chunk, V) or None: exp(z - partial_max) * dz/dy, for linear_cross_entropy
-    stride_hidden,
-    stride_hidden_second,
-    stride_weight,
-    stride_block,
-    first_row,  # position in `order` of the chunk's first row
-    rows,  # rows of the chunk in one pass
-    row_tiles,  # row tiles of one pass
-    passes,
-    vocab_tiles,
-    V,
-    D,
-    logit_scale,
-    logit_softcap,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,  # 1, or 2: the tile is folded in halves, which needs fewer registers
-    GROUP: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Reduce one tile to a partial a row. Grid: row_tiles x passes x vocab_tiles, one-dimensional."""
-    row_tile, vocab_tile = tile_position(tl.program_id(0), row_tiles * passes, vocab_tiles, GROUP)
-    second = row_tile >= row_tiles
-    tile_start = (row_tile % row_tiles) * BLOCK_N
-    kept = tl.load(count) - first_row
-    if tile_start >= kept:
-        return  # nothing but ignored rows from here on
-    local = tile_start + tl.arange(0, BLOCK_N)
-    live = (local < rows) & (local < kept)
-    row = tl.load(order + first_row + local, mask=live, other=0)
-    base = tl.where(second, hidden_second, hidden)
-    row_offset = row * tl.where(second, stride_hidden_second, stride_hidden)
-    dot = dot_tile(
-        base, row_offset, weight, stride_weight, vocab_tile * BLOCK_V, V, D,
-        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, PRECISION,
-    )  # fmt: skip
-    slot = local + second.to(tl.int32) * rows
-    wanted = tl.load(target + row, mask=live, other=-1)
-    if PARTS == 1:
-        fold_part(
-            dot, bias, vocab_tile, wanted, local, slot, live,
-            partial_max, partial_sum, partial_dot, partial_arg, rows * passes, target_logit, block, stride_block,
-            V, logit_scale, logit_softcap, BLOCK_V, SOFTCAP,
-        )  # fmt: skip
-    else:
-        left, right = halves(dot, BLOCK_N, BLOCK_V)
-        for half in tl.static_range(2):
-            fold_part(
-                left if half == 0 else right, bias, vocab_tile * 2 + half, wanted, local, slot, live,
-                partial_max, partial_sum, partial_dot, partial_arg, rows * passes, target_logit, block, stride_block,
-                V, logit_scale, logit_softcap, BLOCK_V // 2, SOFTCAP,
-            )  # fmt: skip
+def sweep(
+    problem: HeadProblem, stats: tuple[str, ...], hidden_null: Tensor | None = None
+) -> list[dict[str, Tensor]]:
+    """{"nll": (N,), stat: (N,)} of every pass, from one sweep of the weight: the body of linear_nll and linear_vig.
 
-
-@triton.jit(do_not_specialize=["first_row", "rows", "pass_offset", "partial_stride", "parts", "V"])
-def combine_kernel(
-    partial_max,
-    partial_sum,
-    partial_dot,
-    partial_arg,
-    target_logit,
-    target,  # (N,) int64
-    order,
-    count,
-    nll,  # (N,) float32, written at the original rows
-    lse,  # (N,) float32 or None
-    entropy,  # (N,) float32 or None
-    argmax,  # (N,) int64 or None
-    lse_rest,  # (N,) float32 or None: what float32 cannot hold of lse
-    nll_image,  # (N,) float32 or None: nll of the first pass, of which vig is the difference to
-    vig,  # (N,) float32 or None
-    first_row,
-    rows,
-    pass_offset,  # 0, or `rows` for the second pass
-    partial_stride,  # rows x passes
-    parts,  # parts of the vocabulary, each of PART columns
-    V,
-    PART: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Join a row's partials in the fixed order of the vocabulary. Ignored rows get 0, 0, 0 and -1."""
-    local = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = local < rows
-    live = inside & (local < tl.load(count) - first_row)
-    row = tl.load(order + first_row + local, mask=inside, other=0)
-    slot = pass_offset + local
-    lane = tl.arange(0, BLOCK_T)
-
-    top = tl.full((BLOCK_T, BLOCK_N), -float("inf"), dtype=tl.float32)
-    for start in range(0, parts, BLOCK_T):
-        part = start + lane
-        at = part.to(tl.int64)[:, None] * partial_stride + slot[None, :]
-        mask = (part < parts)[:, None] & live[None, :]
-        top = tl.maximum(top, tl.load(partial_max + at, mask=mask, other=-float("inf")))
-    m = tl.max(top, axis=0)
-    m_safe = tl.where(m == -float("inf"), 0.0, m)
-
-    total = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    dot = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    best = tl.full((BLOCK_T, BLOCK_N), 0x7FFFFFFF, dtype=tl.int32)
-    for start in range(0, parts, BLOCK_T):
-        part = start + lane
-        at = part.to(tl.int64)[:, None] * partial_stride + slot[None, :]
-        mask = (part < parts)[:, None] & live[None, :]
-        part_max = tl.load(partial_max + at, mask=mask, other=-float("inf"))
-        part_sum = tl.load(partial_sum + at, mask=mask, other=0.0)
-        shift = part_max - m_safe[None, :]
-        rescale = tl.exp(shift)
-        total += part_sum * rescale
-        if entropy is not None:
-            part_dot = tl.load(partial_dot + at, mask=mask, other=0.0)
-            dot += tl.where(rescale > 0, rescale * (part_dot + part_sum * shift), 0.0)
-        if argmax is not None:
-            part_arg = tl.load(partial_arg + at, mask=mask, other=0)
-            here = (part_max == m[None, :]) & mask
-            best = tl.minimum(best, tl.where(here, part[:, None] * PART + part_arg, 0x7FFFFFFF))
-    s = tl.where(live, tl.sum(total, axis=0), 1.0)
-    log_s = tl.log(s)
-
-    wanted = tl.load(target + row, mask=live, other=0)
-    known = live & (wanted >= 0) & (wanted < V)
-    picked = tl.load(target_logit + slot, mask=known, other=0.0)
-    loss = tl.where(known, (m - picked) + log_s, float("nan"))  # a target outside [0, V) has no likelihood
-    tl.store(nll + row, tl.where(live, loss, 0.0), mask=inside)
-    if vig is not None:
-        image = tl.load(nll_image + row, mask=live, other=0.0)
-        tl.store(vig + row, tl.where(live, loss - image, 0.0), mask=inside)
-    whole = m + log_s
-    if lse is not None:
-        tl.store(lse + row, tl.where(live, whole, 0.0), mask=inside)
-    if lse_rest is not None:
-        log_part = whole - m
-        rest = (m - (whole - log_part)) + (log_s - log_part)  # m + log_s - whole, exactly
-        tl.store(lse_rest + row, tl.where(live & (tl.abs(whole) < float("inf")), rest, 0.0), mask=inside)
-    if entropy is not None:
-        tl.store(entropy + row, tl.where(live, log_s - tl.sum(dot, axis=0) / s, 0.0), mask=inside)
-    if argmax is not None:
-        found = tl.min(best, axis=0)
-        found = tl.where(found < V, found, 0)  # none is the greatest of NaN logits
-        tl.store(argmax + row, tl.where(live, found, -1).to(tl.int64), mask=inside)
-
-
-class Partials:
-    """What one chunk of rows leaves behind for `combine_kernel`."""
-
-    def __init__(self, rows: int, passes: int, V: int, config: TileConfig, stats: tuple[str, ...], device):
-        self.part = config.block_v // config.parts
-        self.parts = triton.cdiv(V, self.part)
-        shape = (self.parts, rows * passes)
-        self.max = torch.empty(shape, dtype=torch.float32, device=device)
-        self.sum = torch.empty(shape, dtype=torch.float32, device=device)
-        self.dot = torch.empty(shape, dtype=torch.float32, device=device) if "entropy" in stats else None
-        self.arg = torch.empty(shape, dtype=torch.int32, device=device) if "argmax" in stats else None
-        self.target = torch.empty(2, rows * passes, dtype=torch.float32, device=device)  # logit and slope
-
-    @staticmethod
-    def chunk_rows(N: int, passes: int, V: int, config: TileConfig, stats: tuple[str, ...]) -> int:
-        """Rows a chunk whose partials stay under PARTIALS_BYTES; whole tiles where at least one fits."""
-        fields = 2 + ("entropy" in stats) + ("argmax" in stats)
-        row_bytes = 4 * passes * (fields * triton.cdiv(V, config.block_v // config.parts) + 2)
-        rows = max(1, PARTIALS_BYTES // row_bytes)
-        return min(N, rows // config.block_n * config.block_n or rows)
-
-
-def fold(
-    hiddens,
-    weight,
-    target,
-    bias,
-    order,
-    count,
-    first,
-    rows,
-    partials,
-    block,
-    logit_scale,
-    logit_softcap,
-    config,
-):
-    """Launch `fold_kernel` on rows [first, first + rows) of `order`, for one or two passes."""
-    (V, D), passes = weight.shape, len(hiddens)
-    descriptor = config.descriptor and regular(weight, config)
-    row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(V, config.block_v)
-    fold_kernel[(row_tiles * passes * vocab_tiles,)](
-        hiddens[0], hiddens[-1], operand(weight, config) if descriptor else weight, bias, target, order, count,
-        partials.max, partials.sum, partials.dot, partials.arg, partials.target, block,
-        hiddens[0].stride(0), hiddens[-1].stride(0), weight.stride(0), block.stride(0) if block is not None else 0,
-        first, rows, row_tiles, passes, vocab_tiles, V, D, logit_scale, logit_softcap or 0.0,
-        BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
-        GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
-        SOFTCAP=logit_softcap is not None, PRECISION=compute_precision(weight),
-        **config.launch_options,
-    )  # fmt: skip
-
-
-def combine(partials, target, order, count, nll, sinks, first, rows, pass_index, passes, V, nll_image=None):
-    """Launch `combine_kernel` for one pass of a chunk; `sinks` holds the tensors that are wanted beside nll."""
-    BLOCK_N = 16 if interpreted() else 32
-    combine_kernel[(triton.cdiv(rows, BLOCK_N),)](
-        partials.max, partials.sum, partials.dot, partials.arg, partials.target, target, order, count,
-        nll, *(sinks.get(name) for name in ("lse", "entropy", "argmax", "lse_rest")), nll_image, sinks.get("vig"),
-        first, rows, pass_index * rows, rows * passes, partials.parts, V,
-        PART=partials.part, BLOCK_N=BLOCK_N, BLOCK_T=32, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
-
-
-def sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_index, stats):
-    """(nll, sinks) of every pass, from one sweep of the weight: the body of linear_nll and of linear_vig.
-
-    The sinks of a second pass hold "vig", its nll less the first's, beside those of `stats`.
-
-    hiddens: one or two (N, D) tensors that share `target` (N,). Every row of every pass goes through the same
-    kernel with the same tiles, so its bits are the same alone, paired, and in any company.
+    With hidden_null (N, D) there is a second pass, which has "vig" too, its nll less the first's. Every row of every
+    pass goes through the same kernel with the same tiles, so its bits are the same alone, paired, and in any company.
     """
-    V, N, passes = weight.shape[0], target.shape[0], len(hiddens)
-    target, bias = dense(target, bias)
+    target, bias = dense(problem.target, problem.bias)
+    problem = problem._replace(target=target, bias=bias)
+    V, N, passes = problem.weight.shape[0], target.shape[0], 1 if hidden_null is None else 2
 
-    def output(name):
-        return target.new_empty(N, dtype=torch.int64 if name == "argmax" else torch.float32)
+    def outputs(*names):
+        kinds = {"argmax": torch.int64}
+        return {name: target.new_empty(N, dtype=kinds.get(name, torch.float32)) for name in names}
 
-    results = [(output("nll"), {name: output(name) for name in stats}) for _ in hiddens]
-    if passes == 2:
-        results[1][1]["vig"] = output("vig")
-    order, count = keep_order(target, ignore_index)
+    results = [outputs("nll", *stats), outputs("nll", *stats, "vig")][:passes]
+    order, count = compaction_order(target, problem.ignore_index)
 
-    def run(first, rows, partials, config):
-        fold(hiddens, weight, target, bias, order, count, first, rows, partials, None,
-             logit_scale, logit_softcap, config)  # fmt: skip
+    def partials_of(rows, config):
+        return Partials(rows, passes, V, config, stats, target.device)
 
     def trial(config):
-        rows = Partials.chunk_rows(N, passes, V, config, stats)
-        run(0, rows, Partials(rows, passes, V, config, stats, target.device), config)
+        chunk = RowChunk(order, count, 0, Partials.chunk_rows(N, passes, V, config, stats))
+        fold(problem, hidden_null, chunk, partials_of(chunk.rows, config), config)
 
     with device_guard(target.device):
-        config = head_config("fold", weight, logit_softcap is not None, trial)
-        chunk = Partials.chunk_rows(N, passes, V, config, stats)
+        config = head_config("fold", problem.weight, problem.logit_softcap is not None, trial)
+        most = Partials.chunk_rows(N, passes, V, config, stats)
         partials = None
-        for first in range(0, N, chunk):
-            rows = min(chunk, N - first)
-            if partials is None or rows != chunk:
+        for first in range(0, N, most):
+            chunk = RowChunk(order, count, first, min(most, N - first))
+            if partials is None or chunk.rows != most:
                 partials = None  # freed before its successor is made
-                partials = Partials(rows, passes, V, config, stats, target.device)
-            run(first, rows, partials, config)
-            for index, (nll, sinks) in enumerate(results):
-                combine(
-                    partials, target, order, count, nll, sinks, first, rows, index, passes, V, results[0][0]
-                )
+                partials = partials_of(chunk.rows, config)
+            fold(problem, hidden_null, chunk, partials, config)
+            for index, values in enumerate(results):
+                combine(problem, chunk, partials, values, index, results[0]["nll"])
     return results
 
 
-def forward(
-    hidden: Tensor,  # (N, D), last stride 1
-    weight: Tensor,  # (V, D), last stride 1, same dtype
-    target: Tensor,  # (N,) int64
-    bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    logit_softcap: float | None,
-    ignore_index: int,
-    stats: tuple[str, ...],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """nll (N,) float32 and the sinks {"lse", "entropy", "lse_rest": (N,) float32, "argmax": (N,) int64}.
+def forward(problem: HeadProblem, stats: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """nll (N,) float32 and the statistics {"lse", "entropy", "lse_lo": (N,) float32, "argmax": (N,) int64}.
 
-    z = softcap(scale * (hidden weight^T + bias)); nll = (max z - z[target]) + log sum exp(z - max z). Ignored rows
-    cost no tile and give 0, 0, 0 and -1; a target outside [0, V) gives NaN and is never read with. Extra memory:
-    48 MiB of partials and 16 bytes a row. Nothing is read back to the host.
+    nll = (max z - z[target]) + log sum exp(z - max z). Ignored rows cost no tile and give 0, 0, 0 and -1; a target
+    outside [0, V) gives NaN and is never read with. Extra memory: 48 MiB of partials and 16 bytes a row. Nothing is
+    read back to the host.
     """
-    return sweep((hidden,), weight, target, bias, logit_scale, logit_softcap, ignore_index, stats)[0]
+    (values,) = sweep(problem, stats)
+    return values.pop("nll"), values
+
+
+def vocab_chunk(V: int, D: int, taken: int) -> int:
+    """Vocabulary entries of a chunk: their float32 weight gradient may take the bytes that are not `taken`."""
+    room = max(WEIGHT_BYTES, EXTRA_BYTES - BLOCK_BYTES - taken)
+    return min(V, max(128, room // (4 * D) // 128 * 128))
+
+
+def row_chunk(N: int, D: int, columns: int, dtype: torch.dtype, needs, held: int, silent: bool) -> int:
+    """Rows of a block of d loss / d y of so many columns: EXTRA_BYTES less the float32 sums and what is held."""
+    free = EXTRA_BYTES - 64 * N - held
+    if dtype != torch.float32:
+        free -= min(4 * N * D, HIDDEN_BYTES) * needs[0] + 4 * columns * D * needs[1]
+    copied = 0 if silent or not needs[1] else D
+    return max(1, min(N, free // ((columns + copied) * dtype.itemsize)))
+
+
+def backward(
+    upstream: Upstream, saved: Saved, problem: HeadProblem, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias in the inputs' dtypes; None, and no work, for what is not needed.
+
+    Where the float32 sums of both a long hidden gradient and the weight gradient would break the memory promise,
+    each has a sweep of its own (five GEMMs instead of four). Ignored rows are multiplied as zeros, unless num_kept
+    tells how many rows are not ignored and these are few enough to be gathered.
+    """
+    upstream, saved = Upstream(*dense(*upstream)), Saved(*dense(*saved))
+    target, bias = dense(problem.target, problem.bias)
+    problem = problem._replace(target=target, bias=bias)
+    hidden, num_kept = problem.hidden, problem.num_kept
+    gathered = 2 * hidden.element_size() * (num_kept or 0) * hidden.shape[1]  # hidden and its gradient
+    if num_kept is not None and num_kept < target.shape[0] and gathered <= GATHERED_BYTES:
+        return gathered_sweep(upstream, saved, problem, needs, gathered)
+    long = hidden.dtype != torch.float32 and 4 * hidden.numel() > HIDDEN_BYTES
+    if long and needs.hidden and (needs.weight or needs.bias):
+        grad_hidden, _, _ = gradient_sweep(upstream, saved, problem, Needs(True, False, False))
+        return grad_hidden, *gradient_sweep(upstream, saved, problem, needs._replace(hidden=False))[1:]
+    return gradient_sweep(upstream, saved, problem, needs)
+
+
+def gathered_sweep(upstream: Upstream, saved: Saved, problem: HeadProblem, needs: Needs, gathered: int):
+    """`gradient_sweep` of the rows that are not ignored. More of them than num_kept give NaN, as in the loss."""
+    order, count = compaction_order(problem.target, problem.ignore_index)
+    picked = order[: problem.num_kept]
+    poison = torch.where(count > problem.num_kept, torch.nan, 1.0)
+    if not problem.num_kept:
+        inputs = (problem.hidden, problem.weight, problem.bias)
+        return tuple(
+            torch.zeros_like(x).mul_(poison) if need else None for x, need in zip(inputs, needs, strict=True)
+        )
+    upstream = Upstream(*(None if x is None else x[picked] * poison for x in upstream))
+    saved = Saved(*(None if x is None else x[picked] for x in saved))
+    hidden, some = problem.hidden, problem.take(picked)
+    silence(some.hidden, some.target, some.ignore_index)
+    grad_hidden, grad_weight, grad_bias = gradient_sweep(upstream, saved, some, needs, gathered, silent=True)
+    if grad_hidden is not None:
+        grad_hidden = torch.zeros_like(hidden).index_copy_(0, picked, grad_hidden)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def entry_bound(upstream: Upstream, saved: Saved) -> Tensor:
+    """(N,): no entry of d loss / d z of a row is greater."""
+    bound = sum((g.abs() for g in upstream[:2] if g is not None), torch.zeros_like(saved.lse))
+    return bound if upstream.entropy is None else bound + upstream.entropy.abs() * (1 + saved.entropy)
+
+
+def gradient_sweep(
+    upstream: Upstream,
+    saved: Saved,
+    problem: HeadProblem,
+    needs: Needs,
+    held: int = 0,  # bytes of the memory promise that are taken already
+    silent: bool = False,  # ignored rows of hidden are zeros; else products take a copy in which they are
+):
+    """One sweep over (vocabulary chunk x row chunk) blocks; what is summed is float32 and cast once."""
+    hidden, weight, target = problem[:3]
+    (N, D), V, wide = hidden.shape, weight.shape[0], hidden.dtype == torch.float32
+    loss_scale, unscale = loss_scale_of(entry_bound(upstream, saved), problem.logit_scale, hidden.dtype)
+    hidden_sums = 0 if wide or not needs.hidden else min(4 * N * D, HIDDEN_BYTES)
+    columns = vocab_chunk(V, D, 64 * N + held + hidden_sums)
+    rows = row_chunk(N, D, columns, hidden.dtype, needs, held, silent)
+    segment = N if wide or not needs.hidden else max(1, min(N, HIDDEN_BYTES // (4 * D)))
+    storage = hidden.new_empty(min(rows, segment), columns)
+    residual = None if wide or not any(needs[:2]) else TargetResidual(target, problem.ignore_index)
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else None
+    grad_bias = torch.zeros(V, dtype=torch.float32, device=weight.device) if needs.bias else None
+
+    def add_block(chunk, order, vocab, hidden_sum, weight_sum):
+        values = storage[: chunk.stop - chunk.start, : vocab.stop - vocab.start]
+        block = Block(values, chunk.start, vocab.start, *order, loss_scale, residual)
+        bias_sums = fill_block(block, problem, upstream, saved, needs.bias)
+        if needs.hidden:
+            accumulate(hidden_sum, values, weight[vocab])
+        if needs.weight:
+            rows_of_chunk = hidden[chunk]
+            if not silent:
+                rows_of_chunk = silence(rows_of_chunk.clone(), target[chunk], problem.ignore_index)
+            accumulate(weight_sum, values.T, rows_of_chunk)
+        if needs.bias:
+            grad_bias[vocab] += bias_sums
+
+    with device_guard(hidden.device):
+        for first in range(0, N, segment):
+            last = min(first + segment, N)
+            chunks = [slice(r, min(r + len(storage), last)) for r in range(first, last, len(storage))]
+            orders = [compaction_order(target[chunk], problem.ignore_index) for chunk in chunks]
+            hidden_sum = sums(grad_hidden, slice(first, last))
+            for v in range(0, V, columns):
+                vocab = slice(v, min(v + columns, V))
+                weight_sum = sums(grad_weight, vocab)
+                for chunk, order in zip(chunks, orders, strict=True):
+                    part = hidden_sum[chunk.start - first : chunk.stop - first] if needs.hidden else None
+                    add_block(chunk, order, vocab, part, weight_sum)
+                if needs.weight:
+                    if residual is not None:
+                        residual.correct_weight(weight_sum, hidden, first_vocab=v)
+                    settle(grad_weight[vocab], weight_sum, unscale)
+                    weight_sum = None  # freed before its successor is made
+            if needs.hidden:
+                if residual is not None:
+                    residual.correct_hidden(hidden_sum, weight, first)
+                settle(grad_hidden[first:last], hidden_sum, unscale)
+                hidden_sum = part = None
+    if needs.bias:
+        grad_bias = grad_bias.mul_(problem.logit_scale).to(problem.bias.dtype)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def sums(gradient: Tensor | None, part: slice) -> Tensor | None:
+    """Zeroed float32 sums of a part of a gradient: the part itself where it is float32."""
+    if gradient is None:
+        return None
+    part = gradient[part]
+    return part.zero_() if part.dtype == torch.float32 else torch.zeros_like(part, dtype=torch.float32)
+
+
+def settle(gradient: Tensor, total: Tensor, unscale: Tensor | None) -> None:
+    """Write float32 sums to their place in the gradient, cast once."""
+    if unscale is not None:
+        total.mul_(unscale)
+    if gradient.dtype != torch.float32:  # float32 sums are the gradient itself
+        gradient.copy_(total)

@@ -10,23 +10,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .launch import why_not
+from vig_kernels.problem import HeadProblem
+
 from .linear_nll import sweep
 
-__all__ = ["forward", "why_not"]
 
-
-def forward(
-    hidden_image: Tensor,  # (N, D)
-    hidden_null: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    target: Tensor,  # (N,) int64
-    bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    logit_softcap: float | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(problem: HeadProblem, hidden_null: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(vig, nll_image, nll_null), each (N,) float32, as linear_nll defines nll; one sweep of the weight."""
-    hiddens = (hidden_image, hidden_null)
-    image, null = sweep(hiddens, weight, target, bias, logit_scale, logit_softcap, ignore_index, ())
-    return null[1]["vig"], image[0], null[0]
+    image, null = sweep(problem, (), hidden_null)
+    return null["vig"], image["nll"], null["nll"]

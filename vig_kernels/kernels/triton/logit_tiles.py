@@ -5,8 +5,8 @@ A program owns BLOCK_N rows x BLOCK_V vocabulary entries and never writes them a
     y = logit_scale * (hidden @ weight.T + bias)       float32 accumulation
     z = logit_softcap * tanh(y / logit_softcap)        or y, when there is no cap
 
-`dot_tile` makes the product and `logits` makes z of it, for the forward (linear_nll.py) and the gradients
-(linear_nll_backward.py) alike. The drawings are in docs/kernels.md.
+`dot_tile` makes the product and `logits` makes z of it, for the fold (logit_fold.py) and the gradients
+(logit_gradients.py) alike. The drawings are in docs/kernels.md.
 
 Rows are visited in the order of `order` (N,), a permutation with the `count` kept rows first, so that ignored
 rows end in whole tiles that return at once. All offsets that grow with N, V or D are int64.

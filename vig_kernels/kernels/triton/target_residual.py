@@ -6,7 +6,7 @@ residual = exact - rounded of that one entry, and what it owes,
 
     grad_hidden[n] += residual[n] weight[target[n]]          grad_weight[target[n]] += residual[n] hidden[n],
 
-is N x D work beside N x D x V. Rows of one target are added one after the other by one program: no atomics.
+is N x D work, against N x D x V. Rows of one target are added one after the other by one program: no atomics.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .launch import interpreted
 
 
 @triton.jit(do_not_specialize=["rows", "V"])
-def mend_hidden_kernel(
+def correct_hidden_kernel(
     total,  # (rows, D) float32, added to
     weight,  # (V, D)
     residual,  # (rows,) float32
@@ -46,7 +46,7 @@ def mend_hidden_kernel(
 
 
 @triton.jit(do_not_specialize=["entries", "low", "high"])
-def mend_weight_kernel(
+def correct_weight_kernel(
     total,  # (high - low, D) float32, added to
     hidden,  # (N, D)
     residual,  # (n,) float32, of the rows of the block
@@ -113,15 +113,15 @@ class TargetResidual:
         self.target = target.masked_fill(target == ignore_index, -1)
         self.sorted, self.order = torch.sort(self.target, stable=True)
 
-    def mend_hidden(self, total: Tensor, weight: Tensor, first: int = 0) -> None:
+    def correct_hidden(self, total: Tensor, weight: Tensor, first: int = 0) -> None:
         """total (m, D), the hidden gradient of rows first, first + 1, ...: += lost weight[target]."""
         (rows, D), V, block = total.shape, weight.shape[0], block_of(total.shape[1])
-        mend_hidden_kernel[(triton.cdiv(rows, BLOCK_N), triton.cdiv(D, block))](
+        correct_hidden_kernel[(triton.cdiv(rows, BLOCK_N), triton.cdiv(D, block))](
             total, weight, self.lost[first:], self.target[first:], total.stride(0), weight.stride(0), rows, V, D,
             BLOCK_N=BLOCK_N, BLOCK_D=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
-    def mend_weight(
+    def correct_weight(
         self, total: Tensor, hidden: Tensor, rows: Tensor | None = None, first_vocab: int = 0
     ) -> None:
         """total (v, D), the weight gradient of words first_vocab, ...: += lost hidden, summed over their rows.
@@ -129,7 +129,7 @@ class TargetResidual:
         rows: where the rows of the block stand in `hidden`; None where they are its rows.
         """
         (words, D), entries, block = total.shape, self.order.shape[0], block_of(total.shape[1])
-        mend_weight_kernel[(triton.cdiv(entries, ENTRIES), triton.cdiv(D, block))](
+        correct_weight_kernel[(triton.cdiv(entries, ENTRIES), triton.cdiv(D, block))](
             total, hidden, self.lost, self.sorted, self.order, rows, total.stride(0), hidden.stride(0), entries,
             first_vocab, first_vocab + words, D, ENTRIES=ENTRIES, BLOCK_R=BLOCK_R, BLOCK_D=block, num_warps=4,
             enable_fp_fusion=True,

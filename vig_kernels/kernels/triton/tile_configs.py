@@ -154,7 +154,7 @@ def autotuning() -> bool:
 
 
 def neighbours(config: TileConfig) -> list[TileConfig]:
-    """Candidates beside a row of the table: fewer or more stages, other warps, the other epilogue, other groups."""
+    """Candidates around a row of the table: fewer or more stages, other warps, the other epilogue, other groups."""
     changes = [
         {"num_stages": config.num_stages - 1},
         {"num_stages": config.num_stages + 1},
