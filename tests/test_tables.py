@@ -24,7 +24,7 @@ from vig.data.samples import count_records, read_samples
 from vig.models.end_of_turn import END_OF_TURN
 from vig.models.families import FAMILIES, ModelError, family_of
 from vig.models.null_image import NULLS, NullSettings
-from vig_kernels import dispatch
+from vig_kernels import backend_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +62,7 @@ def test_help_lists_every_row():
     said = help_of("score")
     assert f"Null image: {', '.join(list(NULLS)[:-1])} or {list(NULLS)[-1]}." in said
     assert f"answers: {', '.join(list(END_OF_TURN)[:-1])} or {list(END_OF_TURN)[-1]}." in said
-    assert f"Kernels: auto, {', '.join(dispatch.BACKENDS[:-1])} or {dispatch.BACKENDS[-1]}." in said
+    assert f"Kernels: auto, {', '.join(backend_table.names()[:-1])} or {backend_table.names()[-1]}." in said
     assert all(family.name in said for family in FAMILIES.values())
     assert all(suffix in said for row in FORMATS if not row.whole_folder for suffix in row.suffixes)
     assert all(f"a folder of {row.name}" in said for row in FORMATS if row.whole_folder)
@@ -152,11 +152,15 @@ AYA_TINY = '\n\nFAMILIES["aya_vision"] = FAMILIES["llava"]\n'
 PLAIN_NLL = '''"""The op `linear_nll` on the backend `plain`, which does what `torch` does."""
 
 from vig_kernels.kernels.torch.linear_nll import *  # noqa: F403
+'''
+PLAIN_PACKAGE = '''"""Plain."""
 
 
 def why_not(device):
     return None
 '''
+PLAIN_ROW = """    Backend("plain", "any device: an example", "vig_kernels.kernels.plain"),
+"""
 
 
 def insert(file: Path, before: str, text: str) -> None:
@@ -186,11 +190,9 @@ def extended(tmp_path_factory) -> Path:
     insert(copy / "vig/models/families.py", '        Family("Gemma 3"', AYA_ROW)
     append(copy / "tests/tiny_families.py", AYA_TINY)
     (copy / "vig_kernels/kernels/plain").mkdir()
-    (copy / "vig_kernels/kernels/plain/__init__.py").write_text('"""Plain."""\n')
+    (copy / "vig_kernels/kernels/plain/__init__.py").write_text(PLAIN_PACKAGE)
     (copy / "vig_kernels/kernels/plain/linear_nll.py").write_text(PLAIN_NLL)
-    for file in ("vig_kernels/dispatch.py", "vig/cli.py"):
-        text = (copy / file).read_text()
-        (copy / file).write_text(text.replace('"torch", "reference")', '"torch", "plain", "reference")', 1))
+    insert(copy / "vig_kernels/backend_table.py", '    Backend("reference"', PLAIN_ROW)
     return copy
 
 

@@ -20,6 +20,7 @@ from vig.data.formats import expected
 from vig.models.end_of_turn import END_OF_TURN
 from vig.models.families import FAMILIES
 from vig.models.null_image import BLUR_SIGMA, NULLS
+from vig_kernels import backend_table
 
 app = typer.Typer(
     help="Visual Information Gain: score, select, train, look. Source: arXiv 2602.17186.",
@@ -33,7 +34,6 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 SOME_FAILED = 3
 STOPPED = 130  # by Ctrl-C, as shells count it, or by a scheduler's SIGTERM
-BACKENDS = ("triton", "cpu", "torch", "reference")  # vig_kernels.dispatch's, which imports torch
 
 
 def _any_of(names: Iterable[str]) -> str:
@@ -67,7 +67,7 @@ MaxLength = Annotated[
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
 ]
-Backend = Annotated[str, typer.Option(help=f"Kernels: {_any_of(('auto', *BACKENDS))}.")]
+Backend = Annotated[str, typer.Option(help=f"Kernels: {backend_table.choices()}.")]
 
 
 def _show_version(wanted: bool) -> None:
