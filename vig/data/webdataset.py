@@ -19,7 +19,7 @@ from typing import Any
 from vig.data.json_rows import why_undecodable
 from vig.data.rows import DAMAGE, SKIPPED, Lost, Wanted
 
-MEND = "Mend that member; the other records are read"
+REPAIR_MEMBER = "Repair that member; the other records are read"
 
 
 class _Member(tarfile.TarInfo):
@@ -115,14 +115,14 @@ def _record_of_members(name: str, members: dict[str, bytes | Lost]) -> dict[str,
             else:
                 images.append({"path": member, "bytes": content})
         except UnicodeDecodeError as error:
-            return Lost(f"the member {member} is not UTF-8 (at byte {error.start})", MEND)
+            return Lost(f"the member {member} is not UTF-8 (at byte {error.start})", REPAIR_MEMBER)
         except json.JSONDecodeError as error:
             where = f"line {error.lineno}, column {error.colno}"
-            return Lost(f"the member {member} is not JSON ({error.msg} at {where})", MEND)
+            return Lost(f"the member {member} is not JSON ({error.msg} at {where})", REPAIR_MEMBER)
         except (ValueError, RecursionError) as error:
-            return Lost(f"the member {member} cannot be decoded ({why_undecodable(error)})", MEND)
+            return Lost(f"the member {member} cannot be decoded ({why_undecodable(error)})", REPAIR_MEMBER)
     if not isinstance(fields, dict):
-        return Lost(f"the member {name}.json holds a {type(fields).__name__}, not an object", MEND)
+        return Lost(f"the member {name}.json holds a {type(fields).__name__}, not an object", REPAIR_MEMBER)
     if images:
         fields = {field: value for field, value in fields.items() if field != "images"} | {"image": images}
     return {"id": name} | caption | fields

@@ -1,1 +1,1 @@
-"""The miniature: scenes, a tiny checkpoint, and the whole road of VIG on them in minutes."""
+"""The end-to-end example: drawn scenes, a tiny checkpoint, and every step of the pipeline on them in minutes."""

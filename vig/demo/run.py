@@ -1,4 +1,4 @@
-"""`vig demo`: the whole road in miniature, offline, in minutes, with the very commands that a user would type.
+"""`vig demo`: the end-to-end example, offline, in minutes, with the very commands that a user would type.
 
 Draws scenes, scores them with and without sight, selects, tunes the shipped checkpoint in three ways on three seeds,
 examines all of them where habit is always wrong, and writes the report.
