@@ -109,7 +109,7 @@ def runners(op: str) -> list:
     return [
         (backend, device.type)
         for device in dispatch.devices()
-        for backend in backend_table.names()
+        for backend in backend_table.BACKENDS
         if backend != "reference" and dispatch.why_not(op, backend, device) is None
     ]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vig_kernels
+import vig_kernels.__main__
 import vig_kernels.kernels.triton
 from vig_kernels import (
     BackendUnavailable,
@@ -205,3 +206,39 @@ def test_the_table_tells_what_the_environment_does(variable, value, told):
     assert told in run.stdout
     if variable == "VIG_BACKEND":
         assert not [line for line in run.stdout.splitlines() if " cpu        cpu" in line and "taken" in line]
+
+
+def test_a_new_backend_is_a_package_and_a_row(tmp_path, monkeypatch):
+    """Found by errors, table and help, and taken by name; it says itself where it runs, and has one op of four."""
+    package = tmp_path / "abacus"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "def why_not(device):\n    return None if device.type == 'cpu' else 'beads are on the CPU'\n"
+    )
+    (package / "linear_nll.py").write_text(
+        "def forward(problem, stats):\n"
+        "    counted = problem.target.float()\n"
+        "    return counted, {stat: counted + 1 for stat in stats}\n"
+    )
+    monkeypatch.setattr(vig_kernels.kernels, "__path__", [*vig_kernels.kernels.__path__, str(tmp_path)])
+    row = backend_table.Backend("abacus", "CPUs: beads", "vig_kernels.kernels.abacus")
+    monkeypatch.setitem(backend_table.BACKENDS, "abacus", row)
+    states = backends()
+    assert states["linear_nll", "abacus", "cpu"] is None
+    assert states["linear_vig", "abacus", "cpu"] == "not part of this build"
+    assert dispatch.why_not("linear_nll", "abacus", torch.device("meta")) == "beads are on the CPU"
+    nll, found = linear_nll(HIDDEN, WEIGHT, TARGET, stats=("lse",), backend="abacus")
+    assert torch.equal(nll, TARGET.float()) and torch.equal(found["lse"], TARGET + 1.0)
+    with pytest.raises(BackendUnavailable, match="abacus: not part of this build"):
+        linear_vig(HIDDEN, HIDDEN, WEIGHT, TARGET, backend="abacus")
+    with pytest.raises(ValueError, match="'reference', 'abacus'"):
+        linear_nll(HIDDEN, WEIGHT, TARGET, backend="best")
+    assert backend_table.choices() == "auto, triton, cpu, torch, reference or abacus"
+    assert "abacus     CPUs: beads" in vig_kernels.__main__.backend_lines()
+
+
+def test_the_table_of_backends_needs_no_torch():
+    code = "import sys, vig_kernels.backend_table; assert 'torch' not in sys.modules"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    )

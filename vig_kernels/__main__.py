@@ -38,10 +38,10 @@ def environment() -> list[str]:
     return [f'VIG_BACKEND={os.environ["VIG_BACKEND"]} stands for "auto"']
 
 
-def rows() -> str:
+def backend_lines() -> str:
     """The backends and where they run, best first."""
     return "backends, best first:\n" + "\n".join(
-        f"  {backend.name:<10} {backend.runs_on}" for backend in backend_table.BACKENDS
+        f"  {backend.name:<10} {backend.runs_on}" for backend in backend_table.BACKENDS.values()
     )
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m vig_kernels",
         description=__doc__.partition(": ")[2].capitalize(),
-        epilog=rows(),
+        epilog=backend_lines(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vig-kernels {vig_kernels.__version__}")
@@ -60,7 +60,7 @@ def main() -> None:
 
     print(f"torch {torch.__version__}; devices: {', '.join(device.type for device in dispatch.devices())}")
     print("\n".join(compiled_part() + environment()))
-    print(rows())
+    print(backend_lines())
     print(dispatch.backends())
 
 

@@ -16,7 +16,7 @@ class Backend(NamedTuple):
     package: str  # import path; has why_not(device), and a module for each op or the ops themselves
 
 
-BACKENDS = (  # best first: "auto" takes the first that can run
+_ROWS = (
     Backend("triton", "GPUs by CUDA, ROCm or XPU: Triton kernels", "vig_kernels.kernels.triton"),
     Backend("cpu", "CPUs: compiled C++ kernels", "vig_kernels.kernels.cpu"),
     Backend("torch", "any device: chunked PyTorch, no compiler needed", "vig_kernels.kernels.torch"),
@@ -24,12 +24,10 @@ BACKENDS = (  # best first: "auto" takes the first that can run
 )
 
 
-def names() -> tuple[str, ...]:
-    """What may be asked for by name, best first."""
-    return tuple(backend.name for backend in BACKENDS)
+BACKENDS = {row.name: row for row in _ROWS}  # best first: "auto" takes the first that can run
 
 
 def choices() -> str:
     """For help texts: auto, triton, ... or reference."""
-    *most, last = "auto", *names()
+    *most, last = "auto", *BACKENDS
     return f"{', '.join(most)} or {last}"

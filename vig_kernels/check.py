@@ -162,7 +162,11 @@ def linear(
             raise ValueError(f"expected {name} on {weight.device} with weight, got {value.device}")
     bias = None if bias is None else bias.contiguous()
     shared = rows(weight), target.reshape(-1).long(), bias, *options
-    return tuple(HeadProblem(rows(hidden.reshape(-1, width)), *shared) for hidden in cast)
+    problems = []
+    for hidden in cast:
+        flat = hidden if hidden.ndim == 2 else hidden.reshape(-1, width)
+        problems.append(HeadProblem(rows(flat), *shared))
+    return tuple(problems)
 
 
 def rows(matrix: Tensor) -> Tensor:
@@ -181,9 +185,9 @@ def target_range(problem: HeadProblem) -> None:
     target, vocabulary, ignore_index = problem.target, problem.weight.shape[0], problem.ignore_index
     if target.device.type != "cpu" and os.environ.get("VIG_CHECK_TARGETS") != "1":
         return
-    bad = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
+    fine = (target.clamp(0, vocabulary - 1) == target) | (target == ignore_index)
+    if not bool(fine.all()):
+        at = int((~fine).nonzero()[0])
         raise ValueError(
             f"target[{at}] = {int(target[at])} is not in [0, {vocabulary}) and is not ignore_index={ignore_index}"
         )

@@ -24,8 +24,7 @@ class BackendUnavailable(RuntimeError):
 
 @functools.cache
 def _package(backend: str) -> ModuleType:
-    path = next(row.package for row in backend_table.BACKENDS if row.name == backend)
-    return importlib.import_module(path)
+    return importlib.import_module(backend_table.BACKENDS[backend].package)
 
 
 @functools.cache
@@ -66,8 +65,8 @@ def named(backend: str) -> tuple[str, str]:
     if backend == "auto" and os.environ.get("VIG_BACKEND"):
         backend = os.environ["VIG_BACKEND"]
         source = f"VIG_BACKEND={backend}"
-    if backend != "auto" and backend not in backend_table.names():
-        raise ValueError(f"{source} is not one of 'auto', {', '.join(map(repr, backend_table.names()))}")
+    if backend != "auto" and backend not in backend_table.BACKENDS:
+        raise ValueError(f"{source} is not one of 'auto', {', '.join(map(repr, backend_table.BACKENDS))}")
     return backend, source
 
 
@@ -75,7 +74,7 @@ def named(backend: str) -> tuple[str, str]:
 def resolve(op: str, backend: str, device: torch.device) -> str:
     """The name of the backend to run `op` with on `device`; BackendUnavailable when there is none."""
     backend, source = named(backend)
-    names = backend_table.names() if backend == "auto" else (backend,)
+    names = backend_table.BACKENDS if backend == "auto" else (backend,)
     reasons = []
     for name in names:
         reason = why_not(op, name, device)
@@ -122,7 +121,7 @@ def backends() -> Availability:
         {
             (op, name, device.type): why_not(op, name, device)
             for op in backend_table.OPS
-            for name in backend_table.names()
+            for name in backend_table.BACKENDS
             for device in devices()
         }
     )

@@ -71,13 +71,13 @@ def gaussian_blur(
         if images.numel() == 0:
             return torch.empty_like(images) if out is None else out
         flat = images.reshape(math.prod(lead[:-1]), lead[-1], *images.shape[-2:])
-        gaussian = Gaussian(sigma_y, sigma_x, truncate, border, precision)
+        options = (sigma_y, sigma_x, truncate, border, precision, name)  # a Gaussian, and the backend
         if out is None:
-            return _op(flat, *gaussian, name).reshape(images.shape)
+            return _op(flat, *options).reshape(images.shape)
         if _viewable(out, flat.shape):
-            _op_out(flat, *gaussian, name, out.view(flat.shape))
+            _op_out(flat, *options, out.view(flat.shape))
         else:
-            out.copy_(_op(flat, *gaussian, name).reshape(images.shape))
+            out.copy_(_op(flat, *options).reshape(images.shape))
         return out
 
 
@@ -151,9 +151,8 @@ SCHEMA = (
 
 @torch.library.custom_op("vig_kernels::gaussian_blur", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
 def _op(images, *args):
-    *gaussian, backend = args
     out = images.new_empty(images.shape)
-    _blur(images, Gaussian(*gaussian), backend, out)
+    _blur(images, Gaussian(*args[:5]), args[5], out)
     return out
 
 
@@ -166,10 +165,10 @@ def _fake(images, *args):
     "vig_kernels::gaussian_blur_out", mutates_args=("out",), schema=f"({SCHEMA}, Tensor(a!) out) -> ()"
 )
 def _op_out(images, *args):
-    *gaussian, backend, out = args
+    backend, out = args[5:]
     shared = images.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
     # backends never see an out that shares memory with images
     target = torch.empty_like(out) if shared else out
-    _blur(images, Gaussian(*gaussian), backend, target)
+    _blur(images, Gaussian(*args[:5]), backend, target)
     if shared:
         out.copy_(target)

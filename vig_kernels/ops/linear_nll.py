@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 
@@ -88,7 +90,8 @@ def nll_values(problem: HeadProblem, stats: tuple[str, ...], backend: str) -> di
     check.forward_mode(hidden, weight, bias)
     grad = torch.is_grad_enabled() and any(map(check.wants_grad, (hidden, weight, bias)))
     wanted = grad or "lse" in stats, "entropy" in stats, "argmax" in stats
-    return dict(zip(("nll", *check.STATS), nll_forward_op(*problem, *wanted, backend), strict=False))
+    nll, lse, entropy, argmax, _ = nll_forward_op(*problem, *wanted, backend)
+    return {"nll": nll, "lse": lse, "entropy": entropy, "argmax": argmax}
 
 
 @torch.library.custom_op(
@@ -108,11 +111,14 @@ def nll_forward_op(*args):
     check.num_kept(problem)
     if problem.target.numel() == 0:
         return _forward_fake(*args)
-    stats = tuple(stat for stat, asked in zip(STATS, (*wanted, wanted[0]), strict=True) if asked)
+    stats = tuple(compress(STATS, (*wanted, wanted[0])))
     run = dispatch.module("linear_nll", backend).forward
     with torch.autocast(problem.hidden.device.type, enabled=False):
         nll, values = run(problem, stats)
-    return nll, *(values[stat] if stat in values else _output(problem, stat, 0) for stat in STATS)
+    outputs = [nll]
+    for stat in STATS:
+        outputs.append(values[stat] if stat in values else _output(problem, stat, 0))
+    return tuple(outputs)
 
 
 @nll_forward_op.register_fake

@@ -16,23 +16,22 @@ def forward(problem: HeadProblem, stats: tuple[str, ...]) -> tuple[Tensor, dict[
     """
     hidden, target = problem.hidden, problem.target.contiguous()
     rows = hidden.shape[0]
-    nll = hidden.new_zeros(rows, dtype=torch.float32)
     values = {
-        name: target.new_full((rows,), -1) if name == "argmax" else torch.zeros_like(nll) for name in stats
+        name: target.new_full((rows,), -1)
+        if name == "argmax"
+        else hidden.new_zeros(rows, dtype=torch.float32)
+        for name in ("nll", *stats)
     }
     described, kept_bias = native.head(problem)
     native.module().linear_nll(
         described,
         [native.rows_view(hidden, target)],
         problem.ignore_index,
-        [
-            nll.data_ptr(),
-            *(native.address(values.get(name)) for name in ("lse", "lse_lo", "entropy", "argmax")),
-        ],
+        [native.address(values.get(name)) for name in ("nll", "lse", "lse_lo", "entropy", "argmax")],
         torch.get_num_threads(),
     )
     del kept_bias  # read until here
-    return nll, values
+    return values.pop("nll"), values
 
 
 def backward(

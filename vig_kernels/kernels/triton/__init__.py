@@ -20,6 +20,14 @@ def _missing() -> str | None:
     return None
 
 
+@functools.cache
+def _not_interpreted() -> str | None:
+    from .launch import interpreted
+
+    cure = "set TRITON_INTERPRET=1 before import"
+    return None if interpreted() else f"Triton runs on a CPU only interpreted: {cure}"
+
+
 def why_not(device: torch.device) -> str | None:
     """None when Triton kernels can run on tensors of `device`, else the reason and the cure."""
     if device.type not in ("cpu", "cuda", "xpu"):
@@ -27,10 +35,7 @@ def why_not(device: torch.device) -> str | None:
     if _missing() is not None:
         return _missing()
     if device.type == "cpu":
-        from .launch import interpreted
-
-        cure = "set TRITON_INTERPRET=1 before import"
-        return None if interpreted() else f"Triton runs on a CPU only interpreted: {cure}"
+        return _not_interpreted()
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device)
         if capability < MINIMUM_CAPABILITY:
