@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vig.scoring.inspect import Inspection
     from vig.scoring.run import Estimate
     from vig.scoring.scorer import Progress
-    from vig.training.train import TrainProgress, TrainResult
+    from vig.training.settings import TrainProgress, TrainResult
 
 LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
 SHOWN_ERRORS = 10

@@ -31,7 +31,7 @@ class HeadError(ValueError):
 # --- the shift ---
 
 
-class Rows(NamedTuple):
+class ShiftedRows(NamedTuple):
     """The hidden states that predict a kept token, in reading order."""
 
     index: Tensor  # (N,) int64: rows of hidden.reshape(B * T, D)
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 def shifted_rows(
     labels: Tensor,  # (B, T) int64, IGNORE off the kept tokens, aligned with input_ids
     num_kept: int | None = None,
-) -> Rows:
+) -> ShiftedRows:
     """Which hidden states predict a kept token, and which token: the shift by one.
 
         position       0      1      2      3
@@ -65,7 +65,7 @@ def shifted_rows(
             raise ValueError(f"num_kept is {num_kept}, but the labels keep {index.numel()} tokens")
     else:
         index = kept.nonzero_static(size=num_kept).squeeze(1)
-    return Rows(index, following[index])
+    return ShiftedRows(index, following[index])
 
 
 def count_kept(labels: Tensor) -> int:  # (B, T)

@@ -68,8 +68,8 @@ class RunState:
         }
 
 
-def made_with(
-    made_of: dict[str, Any],  # model, data, selection
+def run_provenance(
+    provenance: dict[str, Any],  # model, data, selection
     settings: TrainSettings,
     samples: Iterable[Any],
     computes_in: torch.dtype,
@@ -78,7 +78,7 @@ def made_with(
     """Everything that a resumed run must have in common with the one that was stopped."""
     keys = [str(_key(sample)) for sample in samples]
     digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
-    return made_of | {
+    return provenance | {
         "samples": f"{len(keys):,} ({digest})",
         "processes": processes,
         "samples_per_step": settings.batch_size * settings.accumulate * processes,
@@ -108,7 +108,7 @@ class Checkpoints:
         self.out, self.processes, self.device = out, processes, device
         self.found = next(reversed(_all(out)), None) if out is not None and not overwrite else None
         self.step = _step(self.found)  # of the newest one; 0 without
-        self.made_with: dict[str, Any] = {}
+        self.run_provenance: dict[str, Any] = {}
         if out is not None and processes.is_main_process:
             self._sweep()
         steps = gather_object([self.step])
@@ -117,10 +117,12 @@ class Checkpoints:
                 f"{out}: the processes find checkpoints of steps {steps}. Give a folder that all of them share"
             )
 
-    def bind(self, made_with: dict[str, Any]) -> None:
+    def bind(self, run_provenance: dict[str, Any]) -> None:
         """Raises SettingsDiffer where the checkpoint in the folder is of another run."""
-        self.made_with = json.loads(json.dumps(made_with))
-        differences = settings_differences(self._run()["made_with"], self.made_with) if self.found else []
+        self.run_provenance = json.loads(json.dumps(run_provenance))
+        differences = (
+            settings_differences(self._run()["made_with"], self.run_provenance) if self.found else []
+        )
         if differences:
             raise SettingsDiffer(
                 f"{self.out} holds a checkpoint made with other settings",
@@ -187,7 +189,7 @@ class Checkpoints:
             "random": random,
         }
         run = {
-            "made_with": self.made_with,
+            "made_with": self.run_provenance,
             "counts": {count: getattr(state.progress, count) for count in COUNTS},
             "losses": state.losses,
             "left_out": state.left_out,

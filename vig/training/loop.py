@@ -93,7 +93,7 @@ class Stepper:
             num_training_steps=steps,
         )
         self.state = RunState(unwrap(self.model), optimizer, schedule, TrainProgress(steps))
-        self._proven = False
+        self._checked = False
 
     def step(
         self,
@@ -117,8 +117,8 @@ class Stepper:
         for number, (batch, num_kept) in enumerate(zip(micro_batches, kept, strict=True), 1):
             last = number == self.settings.accumulate  # DDP exchanges gradients once a step
             batch = send_to_device(batch, self.device)
-            if not self._proven:
-                self._prove_head(batch)
+            if not self._checked:
+                self._self_check(batch)
             with nullcontext() if last or self.world == 1 else self.model.no_sync():
                 with self._autocast():
                     part = selective_loss(
@@ -129,13 +129,13 @@ class Stepper:
             loss += part.detach()
         return loss
 
-    def _prove_head(self, batch: dict[str, Tensor]) -> None:
-        """What the first loss would do, but drawing no number: a resumed run proves it too, at a later step."""
+    def _self_check(self, batch: dict[str, Tensor]) -> None:
+        """What the first loss would do, but drawing no number: a resumed run checks it too, at a later step."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         devices = [] if self.device.type == "cpu" else [self.device]
         with torch.random.fork_rng(devices, device_type=self.device.type), self._autocast():
             verify_head(self.model, inputs)
-        self._proven = True
+        self._checked = True
 
     def _autocast(self) -> torch.autocast:
         enabled = computes_in(self.settings, self.device) == torch.bfloat16

@@ -18,7 +18,7 @@ from torch import nn
 from vig.data.samples import read_samples
 from vig.selection.select import Selection
 from vig.training.batches import MicroBatches, plan_batches
-from vig.training.checkpoint import Checkpoints, RunState, made_with
+from vig.training.checkpoint import Checkpoints, RunState, run_provenance
 from vig.training.collator import Kept, Record, Selected, SelectiveCollator, keep_samples, open_selection
 from vig.training.folder import check_space, own_folder, prepare_folder, save
 from vig.training.loop import run
@@ -97,7 +97,7 @@ def train(
             image_root=image_root,
             counts=True,
         )
-        made_of = {
+        provenance = {
             "model": loaded.name,
             "revision": loaded.revision,
             "data": str(data) if isinstance(data, str | Path) else None,
@@ -105,7 +105,9 @@ def train(
         }
         if settings.save_every or checkpoints.found:
             precision = computes_in(settings, device)
-            checkpoints.bind(made_with(made_of, settings, kept.samples, precision, processes.num_processes))
+            checkpoints.bind(
+                run_provenance(provenance, settings, kept.samples, precision, processes.num_processes)
+            )
         if out is not None and processes.is_main_process:
             if overwrite:
                 checkpoints.clear()
@@ -119,7 +121,7 @@ def train(
         state, interrupted = run(processes, device, model, batches, steps, settings, checkpoints, on_progress)
         result = _result(model.eval(), out, kept, resumed, state, interrupted)
         if out is not None and processes.is_main_process:
-            save(result, processor, made_of, settings)
+            save(result, processor, provenance, settings)
             if not interrupted:
                 checkpoints.clear()
         processes.wait_for_everyone()
