@@ -35,7 +35,8 @@ from vig.models.prompts import Encoder
 from vig.scoring.scorer import Scorer
 from vig.selection.select import Selection, select
 from vig.store.selections import Entry
-from vig.training.collator import SelectiveCollator, open_selection
+from vig.training.collator import SelectiveCollator
+from vig.training.labels import open_selection
 from vig.training.trainer import FusedLossMixin, SelectiveTrainer
 
 ANSWERS = (
@@ -141,7 +142,7 @@ def test_answers_of_another_length_are_refused(processor, cut):
     items = samples(2)
     chosen = selection(processor, items)
     entry = chosen["data.json#1"]
-    ids = np.append(entry.token_ids, 9).astype(np.int32) if cut > 0 else entry.token_ids[:-1]
+    ids = np.append(entry.token_ids, 9).astype(np.int32) if cut > 0 else entry.token_ids[:-2]
     chosen["data.json#1"] = Entry(True, ids, np.ones(len(ids), bool))
     with pytest.raises(SampleError, match=r"data.json#1 .*tokens here and"):
         SelectiveCollator(processor, chosen)(items)

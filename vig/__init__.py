@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vig.selection.select import select
     from vig.store.selections import read_selection
     from vig.training.collator import SelectiveCollator, keep_samples
+    from vig.training.labels import SelectiveLabels, mask_labels, mask_row
     from vig.training.train import train
     from vig.training.trainer import FusedLossMixin, SelectiveTrainer
 
@@ -30,10 +31,13 @@ _HOMES = {
     "Sample": "vig.data.sample",
     "Scorer": "vig.scoring.scorer",
     "SelectiveCollator": "vig.training.collator",
+    "SelectiveLabels": "vig.training.labels",
     "SelectiveTrainer": "vig.training.trainer",
     "export_records": "vig.selection.export",
     "inspect": "vig.scoring.inspect",
     "keep_samples": "vig.training.collator",
+    "mask_labels": "vig.training.labels",
+    "mask_row": "vig.training.labels",
     "read_samples": "vig.data.samples",
     "read_selection": "vig.store.selections",
     "report": "vig.reporting.report",
@@ -47,10 +51,13 @@ __all__ = [
     "Sample",
     "Scorer",
     "SelectiveCollator",
+    "SelectiveLabels",
     "SelectiveTrainer",
     "export_records",
     "inspect",
     "keep_samples",
+    "mask_labels",
+    "mask_row",
     "read_samples",
     "read_selection",
     "report",

@@ -16,11 +16,11 @@ from accelerate import DistributedType, PartialState
 from torch import nn
 
 from vig.data.samples import read_samples
-from vig.selection.select import Selection
 from vig.training.batches import MicroBatches, plan_batches
 from vig.training.checkpoint import Checkpoints, RunState, run_provenance
-from vig.training.collator import Kept, Record, Selected, SelectiveCollator, keep_samples, open_selection
+from vig.training.collator import Kept, Record, SelectiveCollator, keep_samples
 from vig.training.folder import check_space, own_folder, prepare_folder, save
+from vig.training.labels import AnySelection, Selected, open_selection
 from vig.training.loop import run
 from vig.training.model import choose_device, computes_in, context, load_model, prepare
 from vig.training.settings import TrainError, TrainProgress, TrainResult, TrainSettings
@@ -29,7 +29,7 @@ from vig.training.settings import TrainError, TrainProgress, TrainResult, TrainS
 def train(
     model: Any,
     data: str | Path | Iterable[Record],
-    selection: Selection | Selected | str | Path | None,
+    selection: AnySelection | None,
     out: str | Path | None,
     *,
     processor: Any = None,
