@@ -21,7 +21,6 @@ from transformers import (
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
@@ -309,8 +308,8 @@ def test_evaluation_is_the_mean_over_tokens_and_can_give_logits(processor, tmp_p
     shapes = []
 
     def metrics(prediction):
-        shapes.append(prediction.predictions[0].shape)
-        return {"rows": len(prediction.predictions[0])}
+        shapes.append(prediction.predictions.shape)
+        return {"rows": len(prediction.predictions)}
 
     for compute_metrics in (None, metrics):
         trainer = SelectiveTrainer(
@@ -378,18 +377,11 @@ def test_a_step_of_skipped_samples_alone_moves_nothing(processor, tmp_path):
         assert torch.equal(parameter, dict(model.named_parameters())[name]), name
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor = 0.1"),
-        ({"use_liger_kernel": True}, "liger"),
-    ],
-)
-def test_what_the_loss_lacks_is_refused(processor, tmp_path, more, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_the_loss_lacks_is_refused(processor, tmp_path):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor = 0.1. Turn it off"):
         SelectiveTrainer(
             model=copy.deepcopy(llava_model()),
-            args=arguments(tmp_path, **more),
+            args=arguments(tmp_path, label_smoothing_factor=0.1),
             data_collator=SelectiveCollator(processor),
         )
 
@@ -399,31 +391,6 @@ def test_a_loss_function_beside_the_fused_loss_is_refused(tmp_path):
         SelectiveTrainer(
             model=copy.deepcopy(llava_model()), args=arguments(tmp_path), compute_loss_func=lambda *_: 0.0
         )
-
-
-def test_a_resumed_run_has_the_checkpoints_weights_or_is_refused(processor, tmp_path):
-    """Llama's names come back; LLaVA's do not under transformers 5.23, which only warns and starts anew."""
-    items, began = samples(4), []
-
-    class Look(TrainerCallback):
-        def on_train_begin(self, args, state, control, model, **more):
-            began.append(copy.deepcopy(model.state_dict()))
-
-    llava = {"model": copy.deepcopy(llava_model()), "train_dataset": items}
-    text = {"model": text_model(), "train_dataset": items[2:3] * 4}
-    for options in (llava, text):
-        fresh = copy.deepcopy(options["model"])
-        options["data_collator"] = SelectiveCollator(processor)
-        args = arguments(tmp_path / type(fresh).__name__, save_strategy="steps", save_steps=1)
-        SelectiveTrainer(args=args, **options).train()
-        saved = options["model"].state_dict()
-        resumed = SelectiveTrainer(args=args, **options | {"model": fresh, "callbacks": [Look()]})
-        if options is llava:
-            with pytest.raises(ValueError, match=r"would not be loaded: it names them .*from_pretrained"):
-                resumed.train(resume_from_checkpoint=True)
-        else:
-            resumed.train(resume_from_checkpoint=True)
-    assert len(began) == 1 and all(torch.equal(began[0][name], weight) for name, weight in saved.items())
 
 
 # --- TRL ---

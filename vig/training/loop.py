@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
 
-from vig.models.lm_head import unwrap, verify_head
+from vig.models.lm_head import unwrap
 from vig.training.checkpoint import Checkpoints, RunState
 from vig.training.loss import selective_loss
 from vig.training.model import computes_in
@@ -93,7 +93,6 @@ class Stepper:
             num_training_steps=steps,
         )
         self.state = RunState(unwrap(self.model), optimizer, schedule, TrainProgress(steps))
-        self._checked = False
 
     def step(
         self,
@@ -117,8 +116,6 @@ class Stepper:
         for number, (batch, num_kept) in enumerate(zip(micro_batches, kept, strict=True), 1):
             last = number == self.settings.accumulate  # DDP exchanges gradients once a step
             batch = send_to_device(batch, self.device)
-            if not self._checked:
-                self._self_check(batch)
             with nullcontext() if last or self.world == 1 else self.model.no_sync():
                 with self._autocast():
                     part = selective_loss(
@@ -128,14 +125,6 @@ class Stepper:
                 (part * self.world).backward()
             loss += part.detach()
         return loss
-
-    def _self_check(self, batch: dict[str, Tensor]) -> None:
-        """What the first loss would do, but drawing no number: a resumed run checks it too, at a later step."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        devices = [] if self.device.type == "cpu" else [self.device]
-        with torch.random.fork_rng(devices, device_type=self.device.type), self._autocast():
-            verify_head(self.model, inputs)
-        self._checked = True
 
     def _autocast(self) -> torch.autocast:
         enabled = computes_in(self.settings, self.device) == torch.bfloat16
