@@ -44,8 +44,10 @@ NOT_BINDING = (
     "workers",
     "log_every",
     "save_every",
+    "eval_every",
 )
 COUNTS = ("step", "samples", "left_out", "tokens", "truncated", "seconds")
+EVALS = "evals"  # [step, loss] of each evaluation
 
 
 @dataclass
@@ -57,6 +59,7 @@ class RunState:
     schedule: torch.optim.lr_scheduler.LRScheduler
     progress: TrainProgress
     losses: list[float] = field(default_factory=list)  # of each step, over all processes
+    evals: list[list[float]] = field(default_factory=list)  # [step, loss on the held-out data]
     left_out: list[str] = field(default_factory=list)  # the error of each unusable sample, over all processes
 
     def changing(self) -> dict[str, Tensor]:
@@ -167,7 +170,9 @@ class Checkpoints:
             self._set_random_state(held["random"][self.processes.process_index])
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise self._damaged(error) from error
-        state.losses, state.left_out = run["losses"], run["left_out"]
+        state.losses, state.left_out, state.evals = run["losses"], run["left_out"], run.get(EVALS, [])
+        if state.evals:
+            state.progress.eval_step, state.progress.eval_loss = state.evals[-1]
         counts = run["counts"]
         state.progress.started = time.monotonic() - counts.pop("seconds")
         for name, value in counts.items():
@@ -192,6 +197,7 @@ class Checkpoints:
             "made_with": self.run_provenance,
             "counts": {count: getattr(state.progress, count) for count in COUNTS},
             "losses": state.losses,
+            EVALS: state.evals,
             "left_out": state.left_out,
         }
         before = _all(self.out)
