@@ -472,12 +472,36 @@ def test_a_dataset_of_the_kept_samples_gives_their_batches(processor, tmp_path):
     collator = SelectiveCollator(processor, chosen)
     given = [*items[:2], records(4)[2], collator.encode(items[3])]
     data = keep_samples(given, chosen).dataset()
-    assert data.column_names == ["key", "id", "images", "messages"] and data["id"][1] == "id1"
+    assert data.column_names == ["key", "id", "images", "messages", "length"] and data["id"][1] == "id1"
     expected = collator(items)
     batch = collator(list(data))
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[name], expected[name]) for name in batch)
     assert keep_samples([items[2]], chosen).dataset().features == data.features  # also without any image
+
+
+def test_batches_are_balanced_by_what_is_left(processor, tmp_path):
+    """Two long answers of which the first token is kept go with the short ones."""
+    texts = ("a" * 60, "b" * 60, "c" * 60, "d" * 60, "e", "f", "g", "h")
+    items = [
+        sample_from_record(
+            {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": text}]},
+            key=f"data.json#{row}",
+        )
+        for row, text in enumerate(texts)
+    ]
+    chosen = selection(processor, items, lambda row, n: np.arange(n) < (1 if row < 2 else n))
+    data = keep_samples(items, chosen).dataset()
+    assert data["length"] == [1, 1, 61, 61, 2, 2, 2, 2]
+    encoded = [SelectiveCollator(processor).encode(item) for item in items[1:3]]
+    lengths = keep_samples(encoded, chosen).dataset()["length"]
+    assert lengths[1] - lengths[0] == 60 and lengths[0] > 1  # the prompt is known too
+    trainer = SelectiveTrainer(
+        model=text_model(), args=arguments(tmp_path, train_sampling_strategy="group_by_length"),
+        train_dataset=data, data_collator=SelectiveCollator(processor, chosen),
+    )  # fmt: skip
+    assert list(trainer._get_train_sampler().lengths) == data["length"][:]
+    trainer.train()
 
 
 def test_the_readme_as_written(tmp_path, monkeypatch):

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
-from vig.data.sample import BrokenRecord, ImageSource, Sample, SampleError
+from vig.data.sample import BrokenRecord, ImageSource, Sample, SampleError, text_of
 from vig.data.samples import sample_from_record
 from vig.models.lm_head import IGNORE, count_kept
 from vig.models.prompts import Encoded, Encoder
@@ -31,12 +32,17 @@ from vig.training.labels import (
 Record = Sample | Encoded | Mapping[str, Any]
 
 
+TOKENS_AN_IMAGE = 576  # LLaVA-1.5's; families differ, but samples with and without images differ more
+CHARACTERS_A_TOKEN = 4  # of English
+
+
 class Kept(NamedTuple):
     """What `keep_samples` leaves, and how many records it left out."""
 
     samples: list[Record]
     dropped: int  # not selected, or without a selected token
     errors: list[SampleError]  # one a record that never became a sample
+    answers: list[int | None] = []  # noqa: RUF012 - answer tokens of each sample up to its last kept one, where known
 
     @property
     def broken(self) -> int:
@@ -46,7 +52,9 @@ class Kept(NamedTuple):
     def dataset(self) -> Any:
         """The samples as a `datasets.Dataset` of plain records, which is what TRL's trainers take.
 
-        Images stay paths, or bytes. Raises ImportError, with the cure, without the package.
+        Images stay paths, or bytes. ``length`` is an estimate of the tokens of each that a batch keeps (those behind
+        the last kept label are cut), for ``train_sampling_strategy="group_by_length"``: prompt, images and the answer
+        up to its last kept token. Raises ImportError, with the cure, without the package.
         """
         try:
             import datasets
@@ -58,25 +66,46 @@ class Kept(NamedTuple):
             "id": text,
             "images": datasets.List({"path": text, "bytes": datasets.Value("binary")}),
             "messages": datasets.List({"role": text, "content": datasets.List({"type": text, "text": text})}),
+            "length": datasets.Value("int32"),
         }
-        rows = [_plain(record) for record in self.samples]
+        answers = self.answers or [None] * len(self.samples)
+        rows = []
+        for record, answer in zip(self.samples, answers, strict=True):
+            sample = _sample_of(record)
+            rows.append(_plain(sample) | {"length": _length(record, sample, answer)})
         return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
 
-def _plain(record: Record) -> dict[str, Any]:
-    """A record of strings and bytes alone, as `sample_from_record` reads it."""
+def _sample_of(record: Record) -> Sample:
     if isinstance(record, Encoded):
-        record = record.sample
-    if not isinstance(record, Sample):
-        record = sample_from_record(record, key=names_of(record)[0])
+        return record.sample
+    return record if isinstance(record, Sample) else sample_from_record(record, key=names_of(record)[0])
+
+
+def _length(record: Record, sample: Sample, answer: int | None) -> int:
+    """Tokens up to the last kept one; known of a sample that is encoded, else estimated."""
+    if isinstance(record, Encoded):
+        return record.answer_index[-1 if answer is None else answer - 1] + 1
+    prompt, reply = 0, 0
+    for message in sample.messages:
+        if message["role"] == "assistant":
+            reply += len(text_of(message))
+        else:
+            prompt += len(text_of(message))
+    tokens = -(-reply // CHARACTERS_A_TOKEN) if answer is None else answer
+    return TOKENS_AN_IMAGE * len(sample.images) + prompt // CHARACTERS_A_TOKEN + tokens
+
+
+def _plain(sample: Sample) -> dict[str, Any]:
+    """A record of strings and bytes alone, as `sample_from_record` reads it."""
     return {
-        "key": record.key,
-        "id": record.id,
-        "images": [_path_or_bytes(image) for image in record.images],
+        "key": sample.key,
+        "id": sample.id,
+        "images": [_path_or_bytes(image) for image in sample.images],
         "messages": [
             message
             | {"content": [{"type": part["type"], "text": part.get("text")} for part in message["content"]]}
-            for message in record.messages
+            for message in sample.messages
         ],
     }
 
@@ -98,16 +127,21 @@ def keep_samples(
     Raises SampleError for a record that the selection does not know.
     """
     selection = open_selection(selection)
-    kept, dropped, errors = [], 0, []
+    kept, answers, dropped, errors = [], [], 0, []
     for record in records:
         if isinstance(record, BrokenRecord):
             errors.append(record.error)
             continue
-        if selection is not None and not is_kept(entry_of(selection, *names_of(record))):
-            dropped += 1
-            continue
+        answer = None
+        if selection is not None:
+            entry = entry_of(selection, *names_of(record))
+            if not is_kept(entry):
+                dropped += 1
+                continue
+            answer = int(np.flatnonzero(entry.token_keep)[-1]) + 1
         kept.append(record)
-    return Kept(kept, dropped, errors)
+        answers.append(answer)
+    return Kept(kept, dropped, errors, answers)
 
 
 def names_of(record: Record) -> tuple[str, str]:
