@@ -511,8 +511,6 @@ def test_the_readme_as_written(tmp_path, monkeypatch):
     scoring, own, trl_s = re.findall(r"```python\n(.*?)```", part, re.DOTALL)
     assert scoring.count('"llava-hf/llava-1.5-7b-hf"') == 1
     scoring = scoring.replace('"llava-hf/llava-1.5-7b-hf"', repr(str(CHECKPOINT)))
-    if not torch.cuda.is_available():
-        trl_s = trl_s.replace('SFTConfig("out/")', 'SFTConfig("out/", bf16=False)')
     monkeypatch.chdir(tmp_path)
     write_records(tmp_path, "data", tuning_records(12, 0))
     before = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype="float32").state_dict()

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from vig.selection.select import select
     from vig.store.selections import read_selection
     from vig.training.collator import SelectiveCollator, keep_samples
-    from vig.training.labels import SelectiveLabels, mask_labels, mask_row
+    from vig.training.labels import SelectiveLabels, kept_rows, mask_labels, mask_row
+    from vig.training.loss import selective_loss
     from vig.training.train import train
     from vig.training.trainer import FusedLossMixin, SelectiveTrainer
 
@@ -36,6 +37,7 @@ _HOMES = {
     "export_records": "vig.selection.export",
     "inspect": "vig.scoring.inspect",
     "keep_samples": "vig.training.collator",
+    "kept_rows": "vig.training.labels",
     "mask_labels": "vig.training.labels",
     "mask_row": "vig.training.labels",
     "read_samples": "vig.data.samples",
@@ -43,6 +45,7 @@ _HOMES = {
     "report": "vig.reporting.report",
     "score_dataset": "vig.scoring.run",
     "select": "vig.selection.select",
+    "selective_loss": "vig.training.loss",
     "train": "vig.training.train",
 }
 
@@ -56,6 +59,7 @@ __all__ = [
     "export_records",
     "inspect",
     "keep_samples",
+    "kept_rows",
     "mask_labels",
     "mask_row",
     "read_samples",
@@ -63,6 +67,7 @@ __all__ = [
     "report",
     "score_dataset",
     "select",
+    "selective_loss",
     "train",
 ]
 
