@@ -28,9 +28,10 @@ from vig.data.files import StoreError
 from vig.data.sample import SampleError
 from vig.models.families import ModelError
 from vig.models.loading import load
+from vig.training.batches import plan_batches
 from vig.training.collator import SelectiveCollator
 from vig.training.settings import SCHEDULES, TrainError, TrainSettings
-from vig.training.train import plan_batches, train
+from vig.training.train import train
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vig.selection.select import select
     from vig.store.selections import read_selection
     from vig.training.collator import SelectiveCollator, keep_samples
+    from vig.training.labels import SelectiveLabels, kept_rows, mask_labels, mask_row
+    from vig.training.loss import selective_loss
     from vig.training.train import train
     from vig.training.trainer import FusedLossMixin, SelectiveTrainer
 
@@ -30,15 +32,20 @@ _HOMES = {
     "Sample": "vig.data.sample",
     "Scorer": "vig.scoring.scorer",
     "SelectiveCollator": "vig.training.collator",
+    "SelectiveLabels": "vig.training.labels",
     "SelectiveTrainer": "vig.training.trainer",
     "export_records": "vig.selection.export",
     "inspect": "vig.scoring.inspect",
     "keep_samples": "vig.training.collator",
+    "kept_rows": "vig.training.labels",
+    "mask_labels": "vig.training.labels",
+    "mask_row": "vig.training.labels",
     "read_samples": "vig.data.samples",
     "read_selection": "vig.store.selections",
     "report": "vig.reporting.report",
     "score_dataset": "vig.scoring.run",
     "select": "vig.selection.select",
+    "selective_loss": "vig.training.loss",
     "train": "vig.training.train",
 }
 
@@ -47,15 +54,20 @@ __all__ = [
     "Sample",
     "Scorer",
     "SelectiveCollator",
+    "SelectiveLabels",
     "SelectiveTrainer",
     "export_records",
     "inspect",
     "keep_samples",
+    "kept_rows",
+    "mask_labels",
+    "mask_row",
     "read_samples",
     "read_selection",
     "report",
     "score_dataset",
     "select",
+    "selective_loss",
     "train",
 ]
 

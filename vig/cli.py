@@ -263,8 +263,41 @@ def select(
         raise typer.Exit(SOME_FAILED)
 
 
+def _options_of_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Makes the options of a YAML file the defaults of the others, which are read after it."""
+    if path is not None:
+        from vig.training.config import read_config
+
+        names = _names_of_options(context)
+        found = _usage(read_config, path, names)
+        context.default_map = {names[name]: value for name, value in found.items()}
+    return path
+
+
+def _names_of_options(context: typer.Context) -> dict[str, str]:
+    """The name of each option as typed, without dashes in front and with underscores -> that of its parameter."""
+    return {
+        written.lstrip("-").replace("-", "_"): parameter.name
+        for parameter in context.command.params
+        for written in parameter.opts
+        if len(written.lstrip("-")) > 1 and parameter.name not in ("config", "help")
+    }
+
+
+def _given_options(context: typer.Context) -> dict[str, Any]:
+    """What the command line or its file gave, by the names that the file takes."""
+    names = _names_of_options(context)
+    given = {
+        name: context.params[parameter]
+        for name, parameter in names.items()
+        if (source := context.get_parameter_source(parameter)) is not None and source.name != "DEFAULT"
+    }
+    return {name: value for name, value in given.items() if name != "overwrite"}
+
+
 @app.command()
 def train(
+    context: typer.Context,
     model: Model,
     data: Data,
     folder: Annotated[Path, typer.Option("-o", "--out", help="Folder of the trained checkpoint.")],
@@ -310,6 +343,24 @@ def train(
         int,
         typer.Option(min=0, help="Steps between two checkpoints; run again to resume. 0: only the end."),
     ] = 0,
+    eval_data: Annotated[
+        Path | None, typer.Option("--eval", help="Held-out data: the loss on all its answer tokens.")
+    ] = None,
+    eval_every: Annotated[
+        int, typer.Option(min=0, help="Steps between two evaluations. 0: only at the end.")
+    ] = 0,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, trackio or wandb (accelerate's trackers); repeat.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=_options_of_file,
+            dir_okay=False,
+            help="Take options from this YAML file, such as an earlier checkpoint's train.yaml.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder, resume none.")
     ] = False,
@@ -328,6 +379,7 @@ def train(
     """
     from accelerate import PartialState
 
+    from vig.training.config import write_config
     from vig.training.train import train as run
 
     terminal.quiet_libraries()
@@ -339,9 +391,11 @@ def train(
             max_grad_norm=max_grad_norm, z_loss=z_loss, freeze=tuple(freeze) if freeze else None, lora_rank=lora_rank,
             dtype=dtype, end_of_turn=end_of_turn, max_length=max_length, seed=seed,
             gradient_checkpointing=gradient_checkpointing, workers=workers, save_every=save_every, device=device,
-            revision=revision, attn=attn, trust_remote_code=trust_remote_code,
+            revision=revision, attn=attn, trust_remote_code=trust_remote_code, eval_data=eval_data,
+            eval_every=eval_every, report_to=tuple(report_to or ()),
         )  # fmt: skip
     if PartialState().is_main_process:
+        write_config(folder, _given_options(context))
         terminal.show_training(out, result)
     if result.interrupted:
         raise typer.Exit(STOPPED)

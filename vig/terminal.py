@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vig.scoring.run import Estimate
     from vig.scoring.scorer import Progress
     from vig.selection.select import Selection
-    from vig.training.train import TrainProgress, TrainResult
+    from vig.training.settings import TrainProgress, TrainResult
 
 LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
 SHOWN_ERRORS = 10
@@ -166,6 +166,8 @@ def show_training(console: Console, result: TrainResult) -> None:
         console.print(f"{result.resumed:,} steps were done before")
     if result.losses:
         console.print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} nats a kept token")
+    if result.evals:
+        console.print(f"loss on the held-out data {result.evals[-1][1]:.4f} nats an answer token")
     console.print(f"{result.kept:,} samples kept, {result.dropped:,} not selected")
     if result.truncated:
         console.print(f"{result.truncated:,} answers were cut short by max_length")

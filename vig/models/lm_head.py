@@ -22,6 +22,7 @@ IGNORE = -100
 # What transformers' configs call the factor on the logits (Cohere, Muse, Falcon-H1; Granite divides by its own).
 SCALE_NAMES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 SOFTCAP_NAMES = ("final_logit_softcapping",)
+TOKEN_KINDS = ("token_type_ids", "mm_token_type_ids")  # Gemma 3 and PaliGemma do not train without
 
 
 class HeadError(ValueError):
@@ -166,14 +167,34 @@ def verify_head(model: nn.Module, inputs: dict[str, Any]) -> HeadTransform:
     """Finds what the model does to its logits by feeding its head a known hidden state, once a model.
 
     The config alone cannot tell: Gemma3's vision-language class ignores the softcap that its text class applies.
-    So the model's own forward is run on `inputs` with a probe in the place of the last hidden state, and its
-    logits are compared with every combination of the scales and softcaps that the config mentions.
+    So the model's own forward is run, on two tokens of text with the fields of `inputs`, with a probe in the place of
+    the last hidden state, and its logits are compared with every combination of the scales and softcaps that the
+    config mentions. A model that cannot run so is given `inputs` whole. No random number is drawn.
     Raises HeadError with the values where none reproduces them within 1e-3 (2e-2 in 16 bit) of the largest.
     """
     causal = unwrap(model)
     if causal not in _verified:
-        _verified[causal] = _probe(model, causal, {"use_cache": False} | dict(inputs))
+        find_head(model)
+        device = next(causal.parameters()).device
+        devices = [] if device.type in ("cpu", "meta", "mps") else [device]
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            _verified[causal] = _probe(model, causal, {"use_cache": False} | dict(inputs))
     return _verified[causal]
+
+
+def _two_tokens(causal: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of the same fields as far as a token has them, for one row of two tokens that stand for text."""
+    configs = (causal.config, causal.config.get_text_config())
+    reserved = {
+        value
+        for config in configs
+        for name, value in vars(config).items()
+        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
+    usual = itertools.islice((id for id in itertools.count() if id not in reserved), 2)
+    tokens = torch.tensor([list(usual)], device=inputs["input_ids"].device)
+    per_token = {name: torch.zeros_like(tokens) for name in TOKEN_KINDS if name in inputs}
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False} | per_token
 
 
 @torch.no_grad()
@@ -197,7 +218,12 @@ def _probe(model: nn.Module, causal: nn.Module, inputs: dict[str, Any]) -> HeadT
 
     head = find_head(model)
     with head_replaced(head, probed):
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        try:
+            outputs = model(**_two_tokens(causal, inputs))
+        except HeadError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError):
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
     if raw is None:
         raise HeadError(f"{type(causal).__name__} computes its logits without calling its output embeddings")
     if not raw.isfinite().all():

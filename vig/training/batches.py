@@ -53,7 +53,7 @@ class MicroBatches(Dataset):
     def made(self, workers: int) -> Iterator[dict[str, Any]]:
         """All of them in order, made by so many processes, or by this one."""
         if workers:
-            return prefetch(self, workers, self._without_the_deadly)
+            return prefetch(self, workers, self._without_the_crashing)
         return (self[number] for number in range(len(self)))
 
     def _records(self, number: int) -> list[Record]:
@@ -63,11 +63,11 @@ class MicroBatches(Dataset):
         batch, errors = self.collator.readable(records)
         return batch | {"left_out": errors}
 
-    def _without_the_deadly(self, number: int) -> dict[str, Any]:
+    def _without_the_crashing(self, number: int) -> dict[str, Any]:
         """The micro-batch whose processes died, without the samples at which they do."""
         records = self._records(number)
         trials = _Trials(records, self.collator)
-        errors = list(prefetch(trials, 1, trials.deadly))
+        errors = list(prefetch(trials, 1, trials.crashed))
         batch = self._collated(
             [record for record, error in zip(records, errors, strict=True) if error is None]
         )
@@ -88,5 +88,5 @@ class _Trials(Dataset):
         with suppress(SampleError):  # met again where the batch is made
             self.collator.encode(self.records[number])
 
-    def deadly(self, number: int) -> SampleError:
+    def crashed(self, number: int) -> SampleError:
         return process_died(*names_of(self.records[number]))

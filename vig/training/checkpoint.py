@@ -44,8 +44,10 @@ NOT_BINDING = (
     "workers",
     "log_every",
     "save_every",
+    "eval_every",
 )
 COUNTS = ("step", "samples", "left_out", "tokens", "truncated", "seconds")
+EVALS = "evals"  # [step, loss] of each evaluation
 
 
 @dataclass
@@ -57,6 +59,7 @@ class RunState:
     schedule: torch.optim.lr_scheduler.LRScheduler
     progress: TrainProgress
     losses: list[float] = field(default_factory=list)  # of each step, over all processes
+    evals: list[list[float]] = field(default_factory=list)  # [step, loss on the held-out data]
     left_out: list[str] = field(default_factory=list)  # the error of each unusable sample, over all processes
 
     def changing(self) -> dict[str, Tensor]:
@@ -68,8 +71,8 @@ class RunState:
         }
 
 
-def made_with(
-    made_of: dict[str, Any],  # model, data, selection
+def run_provenance(
+    provenance: dict[str, Any],  # model, data, selection
     settings: TrainSettings,
     samples: Iterable[Any],
     computes_in: torch.dtype,
@@ -78,7 +81,7 @@ def made_with(
     """Everything that a resumed run must have in common with the one that was stopped."""
     keys = [str(_key(sample)) for sample in samples]
     digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
-    return made_of | {
+    return provenance | {
         "samples": f"{len(keys):,} ({digest})",
         "processes": processes,
         "samples_per_step": settings.batch_size * settings.accumulate * processes,
@@ -108,7 +111,7 @@ class Checkpoints:
         self.out, self.processes, self.device = out, processes, device
         self.found = next(reversed(_all(out)), None) if out is not None and not overwrite else None
         self.step = _step(self.found)  # of the newest one; 0 without
-        self.made_with: dict[str, Any] = {}
+        self.run_provenance: dict[str, Any] = {}
         if out is not None and processes.is_main_process:
             self._sweep()
         steps = gather_object([self.step])
@@ -117,10 +120,12 @@ class Checkpoints:
                 f"{out}: the processes find checkpoints of steps {steps}. Give a folder that all of them share"
             )
 
-    def bind(self, made_with: dict[str, Any]) -> None:
+    def bind(self, run_provenance: dict[str, Any]) -> None:
         """Raises SettingsDiffer where the checkpoint in the folder is of another run."""
-        self.made_with = json.loads(json.dumps(made_with))
-        differences = settings_differences(self._run()["made_with"], self.made_with) if self.found else []
+        self.run_provenance = json.loads(json.dumps(run_provenance))
+        differences = (
+            settings_differences(self._run()["made_with"], self.run_provenance) if self.found else []
+        )
         if differences:
             raise SettingsDiffer(
                 f"{self.out} holds a checkpoint made with other settings",
@@ -165,7 +170,9 @@ class Checkpoints:
             self._set_random_state(held["random"][self.processes.process_index])
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise self._damaged(error) from error
-        state.losses, state.left_out = run["losses"], run["left_out"]
+        state.losses, state.left_out, state.evals = run["losses"], run["left_out"], run.get(EVALS, [])
+        if state.evals:
+            state.progress.eval_step, state.progress.eval_loss = state.evals[-1]
         counts = run["counts"]
         state.progress.started = time.monotonic() - counts.pop("seconds")
         for name, value in counts.items():
@@ -187,9 +194,10 @@ class Checkpoints:
             "random": random,
         }
         run = {
-            "made_with": self.made_with,
+            "made_with": self.run_provenance,
             "counts": {count: getattr(state.progress, count) for count in COUNTS},
             "losses": state.losses,
+            EVALS: state.evals,
             "left_out": state.left_out,
         }
         before = _all(self.out)

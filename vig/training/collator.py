@@ -14,21 +14,26 @@ import torch
 from PIL import Image
 
 from vig.data.records import sample_from_record
-from vig.data.sample import BrokenRecord, ImageSource, Sample, SampleError
+from vig.data.sample import BrokenRecord, ImageSource, Sample, SampleError, text_of
 from vig.models.lm_head import IGNORE, count_kept
 from vig.models.prompts import Encoded, Encoder
-from vig.selection.select import Selection
-from vig.store.selections import Entry, read_selection
+from vig.store.selections import Entry
+from vig.training.labels import (
+    AnySelection,
+    cut_batch,
+    end_ids_of,
+    entry_of,
+    is_kept,
+    known_ends,
+    mask,
+    open_selection,
+)
 
-Selected = Mapping[str, Entry]
 Record = Sample | Encoded | Mapping[str, Any]
 
 
-def open_selection(selection: Selection | Selected | str | Path | None) -> Selected | None:
-    """The mapping key -> Entry of a folder, of what `vig.selection.select.select` returned, or of a mapping itself."""
-    if isinstance(selection, str | Path):
-        return read_selection(selection)
-    return selection.table() if isinstance(selection, Selection) else selection
+TOKENS_AN_IMAGE = 576  # LLaVA-1.5's; families differ, but samples with and without images differ more
+CHARACTERS_A_TOKEN = 4  # of English
 
 
 class Kept(NamedTuple):
@@ -37,6 +42,7 @@ class Kept(NamedTuple):
     samples: list[Record]
     dropped: int  # not selected, or without a selected token
     errors: list[SampleError]  # one a record that never became a sample
+    answers: list[int | None] = []  # noqa: RUF012 - answer tokens of each sample up to its last kept one, where known
 
     @property
     def broken(self) -> int:
@@ -46,7 +52,9 @@ class Kept(NamedTuple):
     def dataset(self) -> Any:
         """The samples as a `datasets.Dataset` of plain records, which is what TRL's trainers take.
 
-        Images stay paths, or bytes. Raises ImportError, with the cure, without the package.
+        Images stay paths, or bytes. ``length`` is an estimate of the tokens of each that a batch keeps (those behind
+        the last kept label are cut), for ``train_sampling_strategy="group_by_length"``: prompt, images and the answer
+        up to its last kept token. Raises ImportError, with the cure, without the package.
         """
         try:
             import datasets
@@ -58,25 +66,46 @@ class Kept(NamedTuple):
             "id": text,
             "images": datasets.List({"path": text, "bytes": datasets.Value("binary")}),
             "messages": datasets.List({"role": text, "content": datasets.List({"type": text, "text": text})}),
+            "length": datasets.Value("int32"),
         }
-        rows = [_plain(record) for record in self.samples]
+        answers = self.answers or [None] * len(self.samples)
+        rows = []
+        for record, answer in zip(self.samples, answers, strict=True):
+            sample = _sample_of(record)
+            rows.append(_plain(sample) | {"length": _length(record, sample, answer)})
         return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
 
-def _plain(record: Record) -> dict[str, Any]:
-    """A record of strings and bytes alone, as `sample_from_record` reads it."""
+def _sample_of(record: Record) -> Sample:
     if isinstance(record, Encoded):
-        record = record.sample
-    if not isinstance(record, Sample):
-        record = sample_from_record(record, key=names_of(record)[0])
+        return record.sample
+    return record if isinstance(record, Sample) else sample_from_record(record, key=names_of(record)[0])
+
+
+def _length(record: Record, sample: Sample, answer: int | None) -> int:
+    """Tokens up to the last kept one; known of a sample that is encoded, else estimated."""
+    if isinstance(record, Encoded):
+        return record.answer_index[-1 if answer is None else answer - 1] + 1
+    prompt, reply = 0, 0
+    for message in sample.messages:
+        if message["role"] == "assistant":
+            reply += len(text_of(message))
+        else:
+            prompt += len(text_of(message))
+    tokens = -(-reply // CHARACTERS_A_TOKEN) if answer is None else answer
+    return TOKENS_AN_IMAGE * len(sample.images) + prompt // CHARACTERS_A_TOKEN + tokens
+
+
+def _plain(sample: Sample) -> dict[str, Any]:
+    """A record of strings and bytes alone, as `sample_from_record` reads it."""
     return {
-        "key": record.key,
-        "id": record.id,
-        "images": [_path_or_bytes(image) for image in record.images],
+        "key": sample.key,
+        "id": sample.id,
+        "images": [_path_or_bytes(image) for image in sample.images],
         "messages": [
             message
             | {"content": [{"type": part["type"], "text": part.get("text")} for part in message["content"]]}
-            for message in record.messages
+            for message in sample.messages
         ],
     }
 
@@ -91,25 +120,28 @@ def _path_or_bytes(image: ImageSource) -> dict[str, Any]:
 
 def keep_samples(
     records: Iterable[Record | BrokenRecord],
-    selection: Selection | Selected | str | Path | None,  # as `SelectiveCollator` takes it
+    selection: AnySelection | None,  # as `SelectiveCollator` takes it
 ) -> Kept:
     """The records worth training on, in order: those with at least one selected token; all without a selection.
 
     Raises SampleError for a record that the selection does not know.
     """
     selection = open_selection(selection)
-    kept, dropped, errors = [], 0, []
+    kept, answers, dropped, errors = [], [], 0, []
     for record in records:
         if isinstance(record, BrokenRecord):
             errors.append(record.error)
             continue
+        answer = None
         if selection is not None:
-            entry = _entry(selection, *names_of(record))
-            if not (entry.keep and np.any(entry.token_keep)):
+            entry = entry_of(selection, *names_of(record))
+            if not is_kept(entry):
                 dropped += 1
                 continue
+            answer = int(np.flatnonzero(entry.token_keep)[-1]) + 1
         kept.append(record)
-    return Kept(kept, dropped, errors)
+        answers.append(answer)
+    return Kept(kept, dropped, errors, answers)
 
 
 def names_of(record: Record) -> tuple[str, str]:
@@ -128,17 +160,10 @@ def names_of(record: Record) -> tuple[str, str]:
     return record["key"], str(record.get("id", record["key"]))
 
 
-def _entry(selection: Selected, key: str, id: str) -> Entry:
-    try:
-        return selection[key]
-    except KeyError:
-        raise SampleError(
-            key, id, "it is not in the selection", "Score and select the data that you train on"
-        ) from None
-
-
 class SelectiveCollator:
     """Turns records into a batch whose labels are the trainer's answer tokens AND the selected ones.
+
+    Our encoder, and `mask_labels` on what it supervises; `SelectiveLabels` is the same for any other collator.
 
     processor: the model's transformers processor, or a tokenizer for text alone.
     selection: mapping key -> (keep, token_ids, token_keep), the folder of one, or what `vig.select` returned;
@@ -148,6 +173,7 @@ class SelectiveCollator:
         selection of its tokens and is counted in `truncated`. Any other difference between the answer tokens
         here and in the selection raises SampleError with both values.
     image_root: where relative image paths of dict records start from.
+    cut: leave out the positions behind the last kept label of a batch. Loss and gradients are the same.
     counts: add ``num_kept`` and ``num_truncated`` (int) to each batch, for `FusedLossMixin`, which turns it on.
     skip_unreadable: leave a sample that cannot be encoded (no image, too long a prompt, ...) out of its batch, with a
         warning that names it, instead of raising its SampleError; counted as ``num_unreadable``. A batch of nothing
@@ -160,11 +186,12 @@ class SelectiveCollator:
     def __init__(
         self,
         processor: Any,
-        selection: Selection | Selected | str | Path | None = None,
+        selection: AnySelection | None = None,
         *,
         end_of_turn: str | None = None,
         max_length: int | None = None,
         image_root: str | Path | None = None,
+        cut: bool = True,
         counts: bool = False,
         skip_unreadable: bool = False,
     ):
@@ -172,7 +199,13 @@ class SelectiveCollator:
         metadata = getattr(self.selection, "metadata", {})
         end_of_turn = end_of_turn or metadata.get("end_of_turn", "template")
         self.encoder = Encoder(processor, end_of_turn=end_of_turn, max_length=max_length, truncate=True)
-        self.image_root, self.counts, self.skip_unreadable = image_root, counts, skip_unreadable
+        self.image_root, self.cut, self.counts, self.skip_unreadable = (
+            image_root,
+            cut,
+            counts,
+            skip_unreadable,
+        )
+        self.end_ids = end_ids_of(processor)
         self.truncated = 0  # answers cut short, counted at every visit
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
@@ -209,13 +242,13 @@ class SelectiveCollator:
 
     def _batch(self, items: Sequence[Encoded]) -> dict[str, Any]:
         batch = self.encoder.collate(items)
-        truncated = 0
-        for labels, item in zip(batch["labels"], items, strict=True):
-            if self.selection is not None:
-                keep = self._token_keep(item)
-                labels[torch.tensor(item.answer_index)[~torch.from_numpy(keep)]] = IGNORE
-            truncated += item.truncated > 0
+        if self.selection is not None:
+            rows = zip(batch["labels"].tolist(), items, strict=True)
+            batch["labels"] = torch.tensor([self._masked(labels, item) for labels, item in rows])
+        truncated = sum(item.truncated > 0 for item in items)
         self.truncated += truncated
+        if self.cut:
+            batch = cut_batch(batch, self.encoder.image_token_id)
         if self.counts:
             batch |= {"num_kept": count_kept(batch["labels"]), "num_truncated": truncated}
         return batch
@@ -229,23 +262,29 @@ class SelectiveCollator:
             record = sample_from_record(record, key=key, image_root=self.image_root)
         return self.encoder.encode(record)
 
-    def _token_keep(self, item: Encoded) -> np.ndarray:
-        """(n,) bool over the answer tokens of the training side."""
-        sample, ids = item.sample, item.answer_ids
-        entry = _entry(self.selection, sample.key, sample.id)
-        scored = np.asarray(entry.token_ids)
-        same = scored[: len(ids)] == np.asarray(ids[: len(scored)])
-        if not same.all() or len(ids) > len(scored) or (len(ids) < len(scored) and not item.truncated):
-            at = int(np.argmin(same)) if not same.all() else min(len(ids), len(scored))
-            raise SampleError(
-                sample.key,
-                sample.id,
-                f"its answer has {len(ids)} tokens here and {len(scored)} in the selection; token {at} is "
-                f"{_token(ids, at)} here and {_token(scored, at)} there",
-                "Score with the tokenizer, chat template and end_of_turn that you train with",
-            )
-        return np.array(entry.token_keep[: len(ids)], bool) & entry.keep
+    def _masked(self, labels: list[int], item: Encoded) -> list[int]:
+        """The row's labels without the tokens that are not selected."""
+        entry = entry_of(self.selection, item.sample.key, item.sample.id)
+        found = mask(labels, entry, known_ends(self.selection, entry, self.end_ids))
+        if found.ways != 1 or found.truncated > (item.truncated > 0) or any(map(self._is_text, found.others)):
+            raise _differs(item, entry)
+        return found.labels
+
+    def _is_text(self, id: int) -> bool:
+        """Neither an end of turn nor white space, which a template may put behind an answer."""
+        return id not in self.end_ids and bool(self.encoder.tokenizer.decode([id]).strip())
 
 
-def _token(ids: Sequence[int], at: int) -> str:
-    return str(int(ids[at])) if at < len(ids) else "missing"
+def _differs(item: Encoded, entry: Entry) -> SampleError:
+    """The answer here is not the one that was scored, nor the beginning of it where the sequence was cut."""
+    here, there = item.answer_ids, [int(id) for id in entry.token_ids]
+    pairs = enumerate(zip(here, there, strict=False))
+    at = next((place for place, (one, other) in pairs if one != other), min(len(here), len(there)))
+    one, other = (str(ids[at]) if at < len(ids) else "missing" for ids in (here, there))
+    return SampleError(
+        item.sample.key,
+        item.sample.id,
+        f"its answer has {len(here)} tokens here and {len(there)} in the selection; token {at} is {one} here and "
+        f"{other} there",
+        "Score with the tokenizer, chat template and end_of_turn that you train with",
+    )

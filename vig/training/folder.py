@@ -1,4 +1,4 @@
-"""The folder of a training run: its own, proven writable first, and at the end a whole checkpoint or the one before."""
+"""The folder of a training run: locked, tested for writing, and at the end a whole checkpoint or the one before."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def own_folder(out: Path | None, processes: PartialState) -> Iterator[bool]:
 
 
 def prepare_folder(out: Path, replace: bool, is_main: bool) -> None:
-    """Makes the folder and proves, before hours of work, that it can be written. replace: it may hold a model."""
+    """Makes the folder and checks, before hours of work, that it can be written. replace: it may hold a model."""
     if not replace and any((out / name).exists() for name in (RECORD, "config.json", "adapter_config.json")):
         raise TrainError(f"{out} holds a checkpoint already. Choose another folder, or overwrite it")
     if not is_main:
@@ -81,7 +81,7 @@ def check_space(model: nn.Module, out: Path, save_every: int = 0, resumed: bool 
         )
 
 
-def save(result: TrainResult, processor: Any, made_of: dict[str, Any], settings: TrainSettings) -> None:
+def save(result: TrainResult, processor: Any, provenance: dict[str, Any], settings: TrainSettings) -> None:
     """Writes beside the final names, then renames; train.json comes last and says that the rest is whole."""
     out = result.out
     partial = out / ".partial"
@@ -106,7 +106,7 @@ def save(result: TrainResult, processor: Any, made_of: dict[str, Any], settings:
         shutil.rmtree(partial, ignore_errors=True)
     versions = {name: package_metadata.version(name) for name in ("torch", "transformers", "accelerate")}
     record = {
-        **made_of,
+        **provenance,
         "settings": asdict(settings),
         "versions": versions,
         **{name: value for name, value in vars(result).items() if name not in ("model", "out")},

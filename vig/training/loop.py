@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -16,26 +16,39 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
 
-from vig.models.lm_head import unwrap, verify_head
+from vig.models.lm_head import unwrap
 from vig.training.checkpoint import Checkpoints, RunState
+from vig.training.held_out import HeldOut
 from vig.training.loss import selective_loss
 from vig.training.model import computes_in
 from vig.training.settings import TrainError, TrainProgress, TrainSettings
+from vig.training.trackers import Trackers
+
+
+class Watchers(NamedTuple):
+    """Who follows a run's steps."""
+
+    on_progress: Callable[[TrainProgress], None] | None = None
+    trackers: Trackers = Trackers()
+    held_out: HeldOut | None = None
+
+    def tell(self, progress: TrainProgress) -> None:
+        """For the main process."""
+        self.trackers.log(progress)
+        if self.on_progress is not None:
+            self.on_progress(progress)
 
 
 def run(
     processes: PartialState,
-    device: torch.device,
-    model: nn.Module,
+    stepper: Stepper,
     batches: Iterator[dict[str, Any]],  # the micro-batches still to come
-    steps: int,
-    settings: TrainSettings,
     checkpoints: Checkpoints,
-    on_progress: Callable[[TrainProgress], None] | None,
-) -> tuple[RunState, bool]:
-    """Trains to the end, or to Ctrl-C or SIGTERM. Returns where it ended, and if it was stopped."""
-    stepper = Stepper(processes, device, model, steps, settings)
-    state, progress = stepper.state, stepper.state.progress
+    watchers: Watchers,
+) -> bool:
+    """Trains to the end, or to Ctrl-C or SIGTERM. Leaves `stepper.state` where it ended; returns if it was stopped."""
+    state, settings = stepper.state, stepper.settings
+    progress, steps = state.progress, state.progress.steps
     checkpoints.restore(state)
     losses: list[Tensor] = []  # since the last gathering
     unusable, stopped = dict.fromkeys(state.left_out), False  # their errors, each once
@@ -59,16 +72,25 @@ def run(
             progress.left_out += missing
             progress.tokens += tokens
             progress.truncated += truncated
-            saves = settings.save_every and progress.step % settings.save_every == 0 and progress.step < steps
-            if saves or progress.step % settings.log_every == 0 or progress.step == steps:
-                _report(processes, progress, loss, norm, on_progress)
+            saves = _is_due(settings.save_every, progress) and progress.step < steps
+            evaluates = watchers.held_out is not None and (
+                progress.step == steps or _is_due(settings.eval_every, progress)
+            )
+            if evaluates:
+                stepper.evaluate(watchers.held_out)
+            if saves or evaluates or progress.step == steps or _is_due(settings.log_every, progress):
+                _report(processes, progress, loss, norm, watchers)
             if saves:
                 _gather(state, losses, unusable)
                 checkpoints.save(state)
     _gather(state, losses, unusable)
     if stopped and settings.save_every:
         checkpoints.save(state)
-    return state, bool(stopped)
+    return bool(stopped)
+
+
+def _is_due(every: int, progress: TrainProgress) -> bool:
+    return bool(every) and progress.step % every == 0
 
 
 class Stepper:
@@ -93,7 +115,6 @@ class Stepper:
             num_training_steps=steps,
         )
         self.state = RunState(unwrap(self.model), optimizer, schedule, TrainProgress(steps))
-        self._proven = False
 
     def step(
         self,
@@ -117,8 +138,6 @@ class Stepper:
         for number, (batch, num_kept) in enumerate(zip(micro_batches, kept, strict=True), 1):
             last = number == self.settings.accumulate  # DDP exchanges gradients once a step
             batch = send_to_device(batch, self.device)
-            if not self._proven:
-                self._prove_head(batch)
             with nullcontext() if last or self.world == 1 else self.model.no_sync():
                 with self._autocast():
                     part = selective_loss(
@@ -129,13 +148,12 @@ class Stepper:
             loss += part.detach()
         return loss
 
-    def _prove_head(self, batch: dict[str, Tensor]) -> None:
-        """What the first loss would do, but drawing no number: a resumed run proves it too, at a later step."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        devices = [] if self.device.type == "cpu" else [self.device]
-        with torch.random.fork_rng(devices, device_type=self.device.type), self._autocast():
-            verify_head(self.model, inputs)
-        self._proven = True
+    def evaluate(self, held_out: HeldOut) -> None:
+        """The loss on the held-out data, into the state."""
+        loss = held_out.loss(self.state.model, self._autocast())
+        progress = self.state.progress
+        progress.eval_step, progress.eval_loss = progress.step, loss
+        self.state.evals.append([progress.step, loss])
 
     def _autocast(self) -> torch.autocast:
         enabled = computes_in(self.settings, self.device) == torch.bfloat16
@@ -180,7 +198,7 @@ def _report(
     progress: TrainProgress,
     loss: Tensor,
     norm: Tensor,
-    on_progress: Callable[[TrainProgress], None] | None,
+    watchers: Watchers,
 ) -> None:
     progress.loss, progress.grad_norm = reduce(loss, "sum").item(), norm.item()
     if not (math.isfinite(progress.loss) and math.isfinite(progress.grad_norm)):
@@ -188,8 +206,8 @@ def _report(
             f"step {progress.step}: the loss is {progress.loss}, the gradient norm {progress.grad_norm}. "
             "Lower lr or lengthen warmup"
         )
-    if on_progress is not None and processes.is_main_process:
-        on_progress(progress)
+    if processes.is_main_process:
+        watchers.tell(progress)
 
 
 @contextmanager

@@ -10,13 +10,30 @@ So every family gets the inputs it gets in ordinary training, and sharded weight
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vig.models.lm_head import HeadError, find_head, head_replaced, head_weights, shifted_rows, verify_head
+from vig.models.lm_head import (
+    HeadError,
+    HeadTransform,
+    ShiftedRows,
+    find_head,
+    head_replaced,
+    head_weights,
+    shifted_rows,
+    verify_head,
+)
 from vig_kernels import linear_cross_entropy
+
+
+class KeptRows(NamedTuple):
+    """What the LM head was called with, as far as labels are kept."""
+
+    hidden: Tensor  # (N, D)
+    rows: ShiftedRows
+    head: dict[str, Any]  # of `linear_cross_entropy`: weight, bias, scale and softcap
 
 
 def selective_loss(
@@ -52,48 +69,124 @@ def selective_loss(
     labels = inputs.pop("labels", None)
     if labels is None:
         raise ValueError(f"no labels among the inputs {sorted(inputs)}: the loss is masked by them")
-    head = find_head(model)
-    transform = verify_head(model, inputs)
-    rows = shifted_rows(labels, num_kept)
-    if token_weight is not None:
-        token_weight = token_weight.reshape(-1)[rows.index + 1]
-    loss = None
 
-    def fused(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        nonlocal loss
-        if hidden.shape[:-1] != labels.shape:
-            raise HeadError(
-                f"the model sends hidden states {tuple(hidden.shape)} to its head, the labels are "
-                f"{tuple(labels.shape)}. Prompt tuning and packed hidden states are not supported"
-            )
-        weight, bias = head_weights(head)
-        kept = hidden.reshape(-1, hidden.shape[-1])[rows.index.to(hidden.device)]
-        loss = linear_cross_entropy(
-            kept,
-            weight,
-            rows.target.to(hidden.device),
-            bias=bias,
-            token_weight=None if token_weight is None else token_weight.to(hidden.device),
+    def mean(kept: KeptRows) -> Tensor:
+        weight = None
+        if token_weight is not None:
+            weight = token_weight.reshape(-1)[kept.rows.index + 1].to(kept.hidden.device)
+        return linear_cross_entropy(
+            kept.hidden,
+            target=kept.rows.target,
+            token_weight=weight,
             num_items=num_items,
-            num_kept=len(rows.index),
+            num_kept=len(kept.rows.index),
             z_loss=z_loss,
             memory=memory,
-            logit_scale=transform.scale,
-            logit_softcap=transform.softcap,
             backend=backend,
+            **kept.head,
         )
-        if return_outputs:
-            return forward(hidden)
-        # The gradient must leave through the model's outputs, where DDP and FSDP hang their hooks. Scaling and
-        # softcap, which the model still applies, map this 0 to 0 with slope `scale`.
-        return (loss - loss.detach()).reshape(1, 1, 1) / transform.scale
 
-    with head_replaced(head, fused):
-        outputs = model(**inputs)
-    if loss is None:
-        raise HeadError(f"{type(model).__name__} computes its logits without calling its output embeddings")
-    if getattr(outputs, "aux_loss", None) is not None:
-        raise HeadError("the model adds a router loss. Set config.output_router_logits = False")
+    loss, outputs = _at_the_head(model, inputs, labels, num_kept, mean, return_outputs)
     if return_outputs:
         return loss, outputs
     return loss.detach() + outputs.logits.sum().to(loss.device)
+
+
+@torch.no_grad()
+def row_losses(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    *,
+    num_kept: int | None = None,
+    token_weight: Tensor | None = None,  # (B, T) float, aligned with labels
+    z_loss: float = 0.0,
+    backend: str = "auto",
+    return_outputs: bool = False,
+) -> Any:
+    """Loss and weight of each row, for evaluation: (B, 2) float32, summed w_t * (nll_t + z_loss * lse_t^2) and w_t.
+
+    Arguments as for `selective_loss`, whose value is the ratio of the two columns' sums. Rows that lie one behind the
+    other (padding-free: labels (1, T), ``position_ids`` from 0 in each) are told apart.
+    """
+    inputs = {"use_cache": False} | dict(inputs)
+    labels = inputs.pop("labels")
+    owner = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+    positions = inputs.get("position_ids")
+    if len(labels) == 1 and positions is not None and positions.shape == labels.shape:
+        owner = (positions == 0).cumsum(1) - 1
+    owner = owner.reshape(-1)
+
+    def summed(kept: KeptRows) -> Tensor:
+        nll = linear_cross_entropy(
+            kept.hidden, target=kept.rows.target, reduction="none", num_kept=len(kept.rows.index),
+            z_loss=z_loss, backend=backend, **kept.head,
+        )  # fmt: skip
+        index = kept.rows.index + 1
+        weight = torch.ones_like(nll) if token_weight is None else token_weight.reshape(-1)[index].to(nll)
+        sums = nll.new_zeros((int(owner[-1]) + 1, 2))
+        return sums.index_add_(0, owner[index].to(nll.device), torch.stack((nll * weight, weight), 1))
+
+    found, outputs = _at_the_head(model, inputs, labels, num_kept, summed, return_outputs)
+    return (found, outputs) if return_outputs else found
+
+
+def _at_the_head(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    labels: Tensor,
+    num_kept: int | None,
+    compute: Callable[[KeptRows], Tensor],
+    return_outputs: bool,
+) -> tuple[Tensor, Any]:
+    """What `compute` makes of the kept rows where the model calls its head, and the model's outputs.
+
+    Their logits are (B, T, V) with `return_outputs`, else one element, through which the gradient of a scalar leaves.
+    """
+    head = find_head(model)
+    transform = verify_head(model, inputs)
+    rows = shifted_rows(labels, num_kept)
+    value = None
+
+    def fused(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        nonlocal value
+        if hidden.shape[:-1] != labels.shape:
+            raise HeadError(_other_shape(hidden, labels))
+        kept = ShiftedRows(*(tensor.to(hidden.device) for tensor in rows))
+        value = compute(
+            KeptRows(hidden.reshape(-1, hidden.shape[-1])[kept.index], kept, _of_head(head, transform))
+        )
+        if return_outputs:
+            return forward(hidden)
+        if value.dim():
+            return hidden.new_zeros((1, 1, 1))
+        # The gradient must leave through the model's outputs, where DDP and FSDP hang their hooks. Scaling and
+        # softcap, which the model still applies, map this 0 to 0 with slope `scale`.
+        return (value - value.detach()).reshape(1, 1, 1) / transform.scale
+
+    with head_replaced(head, fused):
+        outputs = model(**inputs)
+    if value is None:
+        raise HeadError(f"{type(model).__name__} computes its logits without calling its output embeddings")
+    if getattr(outputs, "aux_loss", None) is not None:
+        raise HeadError("the model adds a router loss. Set config.output_router_logits = False")
+    return value, outputs
+
+
+def _of_head(head: nn.Module, transform: HeadTransform) -> dict[str, Any]:
+    weight, bias = head_weights(head)
+    return {
+        "weight": weight,
+        "bias": bias,
+        "logit_scale": transform.scale,
+        "logit_softcap": transform.softcap,
+    }
+
+
+def _other_shape(hidden: Tensor, labels: Tensor) -> str:
+    text = f"the model sends hidden states {tuple(hidden.shape)} to its head, the labels are {tuple(labels.shape)}. "
+    if hidden.shape[0] == labels.shape[0] and hidden.shape[1] > labels.shape[1]:
+        return text + (
+            f"Prompt tuning writes {hidden.shape[1] - labels.shape[1]} virtual tokens in front of each row, which have "
+            "no label: use LoRA, or train with the model's own loss"
+        )
+    return text + "Pass rows as the model sees them, (B, T) labels beside (B, T) input_ids"

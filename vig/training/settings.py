@@ -28,6 +28,7 @@ LEAST = {
     "accumulate": 1,
     "log_every": 1,
     "save_every": 0,
+    "eval_every": 0,
     "lr": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
@@ -81,6 +82,7 @@ class TrainSettings:
     seed: int = 0
     log_every: int = 10  # steps between two calls of on_progress, which read the loss back from the device
     save_every: int = 0  # steps between two checkpoints, from which the same call goes on; 0: none
+    eval_every: int = 0  # steps between two evaluations on held-out data; 0: only at the end
 
     def __post_init__(self):
         for name, least in LEAST.items():
@@ -121,6 +123,8 @@ class TrainProgress:
     left_out: int = 0  # unusable ones met so far, repetitions included
     tokens: int = 0  # kept tokens trained on so far
     truncated: int = 0  # answers cut short so far
+    eval_loss: float = math.nan  # of the last evaluation, nats a held-out answer token
+    eval_step: int = 0  # after which it was
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -134,8 +138,9 @@ class TrainProgress:
     def __str__(self) -> str:
         minutes, seconds = divmod(int(self.seconds_left), 60)
         unusable = f"  {self.left_out:,} samples left out" if self.left_out else ""
+        held_out = f"  eval loss {self.eval_loss:.4f}" if self.eval_step else ""
         return (
-            f"step {self.step}/{self.steps}  loss {self.loss:.4f}  lr {self.lr:.2e}  "
+            f"step {self.step}/{self.steps}  loss {self.loss:.4f}{held_out}  lr {self.lr:.2e}  "
             f"grad norm {self.grad_norm:.3g}  {self.samples / max(self.seconds, 1e-9):.1f} samples/s  "
             f"{self.tokens:,} tokens  {minutes}:{seconds:02d} left{unusable}"
         )
@@ -158,5 +163,6 @@ class TrainResult:
     dropped: int  # samples without
     broken: int  # records that never became samples
     left_out: int  # kept samples that could not be used: no image, too long, ...
+    evals: list[list[float]] = field(repr=False)  # [step, loss on the held-out data] of each evaluation
     errors: list[str] = field(repr=False)  # of broken records and samples left out: key, id, reason and cure
     seconds: float  # of earlier runs too

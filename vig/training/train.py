@@ -6,7 +6,8 @@ For FSDP, DeepSpeed, evaluation during training or other optimisers use `vig.tra
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,22 @@ from accelerate import DistributedType, PartialState
 from torch import nn
 
 from vig.data.samples import read_samples
-from vig.selection.select import Selection
 from vig.training.batches import MicroBatches, plan_batches
-from vig.training.checkpoint import Checkpoints, RunState, made_with
-from vig.training.collator import Kept, Record, Selected, SelectiveCollator, keep_samples, open_selection
+from vig.training.checkpoint import Checkpoints, RunState, run_provenance
+from vig.training.collator import Kept, Record, SelectiveCollator, keep_samples
 from vig.training.folder import check_space, own_folder, prepare_folder, save
-from vig.training.loop import run
+from vig.training.held_out import HeldOut
+from vig.training.labels import AnySelection, Selected, open_selection
+from vig.training.loop import Stepper, Watchers, run
 from vig.training.model import choose_device, computes_in, context, load_model, prepare
 from vig.training.settings import TrainError, TrainProgress, TrainResult, TrainSettings
+from vig.training.trackers import check_trackers, trackers_of
 
 
 def train(
     model: Any,
     data: str | Path | Iterable[Record],
-    selection: Selection | Selected | str | Path | None,
+    selection: AnySelection | None,
     out: str | Path | None,
     *,
     processor: Any = None,
@@ -40,6 +43,8 @@ def train(
     revision: str | None = None,
     attn: str | None = None,
     trust_remote_code: bool = False,
+    eval_data: str | Path | Iterable[Record] | None = None,
+    report_to: Sequence[str] = (),
     on_progress: Callable[[TrainProgress], None] | None = None,
     **settings: Any,
 ) -> TrainResult:
@@ -54,6 +59,10 @@ def train(
     device: the GPU where there is one unless given; not for several processes, which have one each.
     revision, attn, trust_remote_code: for a model given by name, as `families.load` takes them. The revision is the
         one that the selection was scored at unless given; another one of the same model is refused.
+    eval_data: held-out data, as `data`. The loss on all its answer tokens is taken every ``eval_every`` steps and at
+        the end (`evals` of the result, "eval/loss" of the trackers).
+    report_to: "tensorboard", "trackio", "wandb", ...: accelerate's trackers; those that write files write below
+        ``out/logs``.
     settings: the fields of `TrainSettings`.
 
     Samples that cannot be encoded (no image, image tokens beyond max_length) are left out: no loss, no count, their
@@ -72,6 +81,9 @@ def train(
     out = None if out is None else Path(out)
     if out is None and settings.save_every:
         raise TrainError(f"save_every = {settings.save_every}, but there is no folder to save in. Give out")
+    if settings.eval_every and eval_data is None:
+        raise TrainError(f"eval_every = {settings.eval_every}, but there is no held-out data. Give eval_data")
+    check_trackers(report_to, out)
     processes = _processes()
     device = choose_device(device, processes)
     with own_folder(out, processes) as after_death:
@@ -97,7 +109,7 @@ def train(
             image_root=image_root,
             counts=True,
         )
-        made_of = {
+        provenance = {
             "model": loaded.name,
             "revision": loaded.revision,
             "data": str(data) if isinstance(data, str | Path) else None,
@@ -105,7 +117,9 @@ def train(
         }
         if settings.save_every or checkpoints.found:
             precision = computes_in(settings, device)
-            checkpoints.bind(made_with(made_of, settings, kept.samples, precision, processes.num_processes))
+            checkpoints.bind(
+                run_provenance(provenance, settings, kept.samples, precision, processes.num_processes)
+            )
         if out is not None and processes.is_main_process:
             if overwrite:
                 checkpoints.clear()
@@ -116,10 +130,14 @@ def train(
         # After a death, perhaps at an image that crashed its decoder, a process apart dies alone.
         batches = to_come.made(max(settings.workers, int(after_death)))
 
-        state, interrupted = run(processes, device, model, batches, steps, settings, checkpoints, on_progress)
-        result = _result(model.eval(), out, kept, resumed, state, interrupted)
+        held_out = _held_out(eval_data, collator, settings, processes, device)
+        stepper = Stepper(processes, device, model, steps, settings)
+        with trackers_of(report_to, out, processes, asdict(settings)) as trackers:
+            watchers = Watchers(on_progress, trackers, held_out)
+            interrupted = run(processes, stepper, batches, checkpoints, watchers)
+        result = _result(model.eval(), out, kept, resumed, stepper.state, interrupted)
         if out is not None and processes.is_main_process:
-            save(result, processor, made_of, settings)
+            save(result, processor, provenance, settings)
             if not interrupted:
                 checkpoints.clear()
         processes.wait_for_everyone()
@@ -137,6 +155,32 @@ def _kept(records: Iterable[Record], table: Selected | None, limit: int | None) 
     return kept
 
 
+def _held_out(
+    data: str | Path | Iterable[Record] | None,
+    trained: SelectiveCollator,
+    settings: TrainSettings,
+    processes: PartialState,
+    device: torch.device,
+) -> HeldOut | None:
+    """The held-out samples, encoded as those that are trained on."""
+    if data is None:
+        return None
+    if isinstance(data, str | Path):
+        data = read_samples(data, image_root=trained.image_root)
+    samples = keep_samples(data, None).samples
+    if not samples:
+        raise TrainError("the held-out data (eval_data) holds no sample")
+    encoder = trained.encoder
+    collator = SelectiveCollator(
+        encoder.processor,
+        end_of_turn=encoder.end_of_turn,
+        max_length=encoder.max_length,
+        image_root=trained.image_root,
+        counts=True,
+    )
+    return HeldOut(samples, collator, settings, processes, device)
+
+
 def _result(
     model: nn.Module, out: Path | None, kept: Kept, resumed: int, state: RunState, interrupted: bool
 ) -> TrainResult:
@@ -152,6 +196,7 @@ def _result(
         resumed=resumed,
         interrupted=interrupted,
         losses=state.losses,
+        evals=state.evals,
         samples=progress.samples,
         tokens=progress.tokens,
         truncated=progress.truncated,

@@ -11,15 +11,23 @@ Any other Trainer subclass gets the loss from the mixin: ``class MySFT(FusedLoss
 
 from __future__ import annotations
 
+import copy
+import math
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
 
-from vig.models.lm_head import count_kept
+from vig.models.lm_head import HeadError, find_head, unwrap
 from vig.training.collator import SelectiveCollator
-from vig.training.loss import selective_loss
+from vig.training.labels import SelectiveLabels
+from vig.training.loss import row_losses, selective_loss
+
+COUNTS = ("num_kept", "num_truncated", "num_unreadable")  # what our collators add to a batch
 
 
 class FusedLossMixin:
@@ -27,16 +35,22 @@ class FusedLossMixin:
 
     - The loss of a step is the sum over its kept tokens divided by their number over all micro-batches and (with
       ``average_tokens_across_devices``, the default) all devices, whatever the model class says about
-      ``accepts_loss_kwargs``. So how a step is cut into micro-batches does not change it.
-    - The evaluation loss is the mean over the kept tokens of the evaluation set, not the mean of batch means.
-    - The logits are built only where ``compute_metrics`` asks for them.
-    - A `SelectiveCollator` counts the kept tokens (no GPU synchronisation), and ``remove_unused_columns``, which
-      would take the fields of its records away, is turned off.
+      ``accepts_loss_kwargs``. So how a step is cut into micro-batches does not change it. A step without a kept token
+      leaves the weights alone; under DeepSpeed, which steps by itself, AdamW still decays them.
+    - The evaluation loss is the mean over the kept tokens of the evaluation set, not the mean of batch means, and
+      counts every sample once on any number of processes. Without a kept token it is NaN.
+    - The logits are built only where ``compute_metrics`` or ``predict`` asks for them.
+    - A `SelectiveCollator` or `SelectiveLabels` counts the kept tokens (no GPU synchronisation), and
+      ``remove_unused_columns``, which would take the fields of their records away, is turned off.
+    - ``use_liger_kernel`` keeps Liger's norms, RoPE and MLPs; its loss alone is turned off.
+    - A run resumes, and ``load_best_model_at_end`` loads, by transformers' own key conversion where a family's
+      checkpoint names its weights in another way than the model.
+    - Logged beside the loss: ``num_tokens`` (seen so far, TRL's name), ``num_kept_tokens`` (trained on so far) and
+      ``train_tokens_per_second`` (since the last log).
 
     z_loss: weight of lse^2, a class attribute.
-    Raises ValueError for what the loss does not have: label smoothing, compute_loss_func, router losses, other
-    loss types of TRL, context parallelism; and for a resumed run that would go on from the initial weights. TRL's
-    entropy and accuracy metrics are not computed.
+    Raises ValueError for what the loss does not have: label smoothing, compute_loss_func, router losses, other loss
+    types of TRL, context parallelism, prompt tuning, adapters on the head.
     """
 
     loss_is_scaled_for_ga = True
@@ -48,45 +62,57 @@ class FusedLossMixin:
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.truncated_samples = self.unreadable_samples = 0
-        self._evaluated: list[float] | None = None
-        self._resuming = False
-        if isinstance(self.data_collator, SelectiveCollator):
+        self._throughput = _Throughput()
+        self._evaluated: list[float] | None = None  # summed loss and weight of all samples
+        self._loading: Path | None = None  # the checkpoint whose weights are being loaded
+        self._is_empty_step = False
+        self.add_callback(_LeaveWeightsAlone(self))
+        if self.args.use_liger_kernel:
+            own_loss = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+            self.args.liger_kernel_config = (self.args.liger_kernel_config or {}) | own_loss
+        if isinstance(self.data_collator, SelectiveCollator | SelectiveLabels):
             self.args.remove_unused_columns = False
             # accelerate's dispatcher, which serves iterable datasets, concatenates tensors only
             self.data_collator.counts = not isinstance(self.train_dataset, torch.utils.data.IterableDataset)
 
     def _refuse_unsupported(self) -> None:
         parallel = getattr(self.accelerator, "parallelism_config", None)
+        loss_type = getattr(self.args, "loss_type", "nll")
         unsupported = {
             f"label_smoothing_factor = {self.args.label_smoothing_factor}": self.args.label_smoothing_factor,
             "compute_loss_func": self.compute_loss_func is not None,
-            f"loss_type = {getattr(self.args, 'loss_type', 'nll')!r}": getattr(self.args, "loss_type", "nll")
-            != "nll",
+            f"loss_type = {loss_type!r}": loss_type != "nll",
             "a router loss (output_router_logits)": getattr(self, "aux_loss_enabled", False),
-            "use_liger_kernel": self.args.use_liger_kernel,
             "context or sequence parallelism": parallel is not None
             and (parallel.cp_enabled or parallel.sp_enabled),
         }
         for name, found in unsupported.items():
             if found:
                 raise ValueError(f"{type(self).__name__} has a loss of its own, without {name}. Turn it off")
+        adapters = getattr(self.model, "peft_config", {})
+        for adapter in adapters.values() if isinstance(adapters, dict) else ():
+            if getattr(adapter, "is_prompt_learning", False):
+                raise HeadError(
+                    f"{adapter.peft_type.value}: its virtual tokens stand in front of each row and have no label, so "
+                    "that labels and hidden states do not line up. Use LoRA (peft.LoraConfig), or train with the "
+                    "model's own loss"
+                )
+        find_head(self.model)
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._resuming = True
-        try:
-            super()._load_from_checkpoint(*args, **kwargs)
-        finally:
-            self._resuming = False
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """A text-only batch leaves vision tower and projector without gradients, with gradient checkpointing too.
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """transformers 5 saves some vision-language models under names that a resumed run does not know, and warns."""
-        missing, unknown = load_result.missing_keys, load_result.unexpected_keys
-        if self._resuming and missing and unknown:  # missing alone may be tied
-            raise ValueError(
-                f"the checkpoint's weights would not be loaded: it names them {unknown[0]}, ..., the model "
-                f"{missing[0]}, .... Load the model from the checkpoint (from_pretrained) and start a new run"
-            )
-        super()._issue_warnings_after_load(load_result)
+        Trainer stops looking for such parameters where it checkpoints, since reentrant checkpointing cannot have it.
+        """
+        options = super()._build_accelerator_args(**kwargs)
+        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if self.args.ddp_find_unused_parameters is None and not reentrant and _has_vision(self.model):
+            for handler in options.get("kwargs_handlers", ()):
+                if hasattr(handler, "find_unused_parameters"):
+                    handler.find_unused_parameters = True
+        return options
+
+    # --- the loss ---
 
     def compute_loss(
         self,
@@ -96,31 +122,36 @@ class FusedLossMixin:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         inputs = dict(inputs)
-        num_kept = inputs.pop("num_kept", None)
-        truncated, unreadable = inputs.pop("num_truncated", 0), inputs.pop("num_unreadable", 0)
-        token_weight = inputs.pop("token_weight", None)
-        evaluating = self._evaluated is not None
-        result = selective_loss(
-            model,
-            inputs,
-            num_items=None if evaluating else num_items_in_batch,
-            num_kept=num_kept,
-            token_weight=token_weight,
-            z_loss=self.z_loss,
-            return_outputs=return_outputs,
-        )
+        counts = {name: inputs.pop(name, None) for name in COUNTS}
+        options = {
+            "num_kept": counts["num_kept"],
+            "token_weight": inputs.pop("token_weight", None),
+            "z_loss": self.z_loss,
+            "return_outputs": return_outputs,
+        }
+        if self._evaluated is not None:
+            return self._evaluation_loss(model, inputs, options)
+        result = selective_loss(model, inputs, num_items=num_items_in_batch, **options)
         loss = result[0] if return_outputs else result
-        if evaluating:
-            kept = count_kept(inputs["labels"]) if num_kept is None else num_kept
-            self._evaluated[0] += loss.item() * kept
-            self._evaluated[1] += kept
-        else:
-            self.truncated_samples += truncated
-            self.unreadable_samples += unreadable
-            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                # num_items counts the tokens of every device, and DDP averages the gradients over them
-                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if model.training:
+            self.truncated_samples += counts["num_truncated"] or 0
+            self.unreadable_samples += counts["num_unreadable"] or 0
+            self._throughput.add(inputs, counts["num_kept"])
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # num_items counts the tokens of every device, and DDP averages the gradients over them
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, result[1]) if return_outputs else loss
+
+    def _evaluation_loss(self, model: nn.Module, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
+        """The mean of this batch; its samples are added to the evaluation's sums, each once over all processes."""
+        result = row_losses(model, inputs, **options)
+        rows, outputs = result if options["return_outputs"] else (result, None)
+        padded = self.accelerator.pad_across_processes(rows, dim=0)  # with rows that weigh nothing
+        everywhere = self.accelerator.gather_for_metrics(padded).sum(0).tolist()
+        self._evaluated = [one + other for one, other in zip(self._evaluated, everywhere, strict=True)]
+        total, weight = rows.sum(0)
+        loss = torch.where(weight > 0, total / weight, total)
+        return (loss, outputs) if options["return_outputs"] else loss
 
     def prediction_step(
         self,
@@ -129,31 +160,152 @@ class FusedLossMixin:
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if not prediction_loss_only or "labels" not in inputs:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        """Loss, logits (B, T, V) and labels. What else a model returns (features of its images) differs in shape from
+        batch to batch, so that Trainer could not join it.
+        """
+        inputs = self._prepare_inputs(inputs)
+        loss = outputs = None
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+            if "labels" not in inputs:
+                if not prediction_loss_only:
+                    outputs = model(**{name: value for name, value in inputs.items() if name not in COUNTS})
+            elif prediction_loss_only:
+                loss = self.compute_loss(model, inputs)
+            else:
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if outputs is None:
+            return loss, None, None
+        return loss, outputs.logits.detach(), inputs.get("labels")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._evaluated = [0.0, 0.0]
         try:
             output = super().evaluation_loop(*args, **kwargs)
-            totals = torch.tensor(self._evaluated, dtype=torch.float32, device=self.args.device)
+            total, weight = self._evaluated
         finally:
             self._evaluated = None
-        summed, kept = self.accelerator.reduce(totals, "sum").tolist()
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
-        if kept and name in output.metrics:
-            output.metrics[name] = summed / kept
+        if name in output.metrics:
+            output.metrics[name] = total / weight if weight else math.nan
         return output
+
+    # --- the step ---
+
+    def get_batch_samples(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._is_empty_step = bool(batches) and num_items is not None and self._is_empty(batches, num_items)
+        return batches, num_items
+
+    def _is_empty(self, batches: list[dict[str, Any]], num_items: Tensor | int) -> bool:
+        """Whether no process has a token in this step."""
+        if self.accelerator.num_processes == 1 and all("num_kept" in batch for batch in batches):
+            return not any(batch["num_kept"] for batch in batches)  # no wait for a GPU
+        if self.accelerator.num_processes > 1 and not self.args.average_tokens_across_devices:
+            num_items = self.accelerator.reduce(torch.as_tensor(num_items, device=self.args.device), "sum")
+        return not bool(torch.as_tensor(num_items).any())
+
+    # --- checkpoints ---
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        self._loading = Path(resume_from_checkpoint)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._loading = None
+
+    def _load_best_model(self) -> None:
+        self._loading = Path(self.state.best_model_checkpoint)
+        try:
+            super()._load_best_model()
+        finally:
+            self._loading = None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """transformers 5 saves some vision-language models under names that Trainer does not find in the model."""
+        missing, unknown = load_result.missing_keys, load_result.unexpected_keys
+        if self._loading is None or not (missing and unknown):  # missing alone may be tied
+            return super()._issue_warnings_after_load(load_result)
+        model = self.model if isinstance(self.model, PreTrainedModel) else unwrap(self.model)
+        load_converted(model, self._loading, unknown[0], missing[0])
+        return None
+
+    # --- the log ---
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.truncated_samples:
             logs["truncated_samples"] = self.truncated_samples
         if self.unreadable_samples:
             logs["unreadable_samples"] = self.unreadable_samples
+        if "loss" in logs and "learning_rate" in logs:  # Trainer's own, which every process writes
+            logs |= self._throughput.figures(self.accelerator)
         super().log(logs, *args, **kwargs)
 
 
+def _has_vision(model: nn.Module | None) -> bool:
+    config = getattr(model, "config", None)
+    return getattr(config, "vision_config", None) is not None
+
+
+def load_converted(model: PreTrainedModel, checkpoint: Path, saved_name: str, model_name: str) -> None:
+    """Puts the weights of a checkpoint into the model, renamed as ``from_pretrained`` renames them.
+
+    saved_name, model_name: of one weight, as the checkpoint and the model call it, for the error.
+    Raises ValueError where a weight of the model is not in it.
+    """
+    loaded, found = type(model).from_pretrained(
+        checkpoint, config=copy.deepcopy(model.config), dtype=model.dtype, output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise ValueError(
+            f"{checkpoint} cannot be resumed from: it names its weights {saved_name}, ..., the model {model_name}, "
+            f"..., and transformers' own conversion leaves {len(found['missing_keys'])} of them out. Load the model "
+            "from the checkpoint (from_pretrained) and start a new run"
+        )
+    model.load_state_dict(loaded.state_dict())
+
+
+class _LeaveWeightsAlone(TrainerCallback):
+    """Drops the zero gradients of a step without a kept token, since AdamW would decay weights and moments."""
+
+    def __init__(self, trainer: FusedLossMixin):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer._is_empty_step:
+            return
+        if self.trainer.accelerator.scaler is not None:
+            self.trainer.accelerator.unscale_gradients()  # a GradScaler insists on having seen some
+        for parameter in self.trainer.model.parameters():
+            parameter.grad = None
+
+
+class _Throughput:
+    """Tokens seen and trained on by this process; what a log line says of them, over all processes."""
+
+    def __init__(self):
+        self.seen: Tensor | int = 0
+        self.kept: Tensor | int = 0
+        self.logged, self.since = 0, time.monotonic()
+
+    def add(self, inputs: dict[str, Any], num_kept: int | None) -> None:
+        """Counts a micro-batch, without waiting for a GPU."""
+        labels = inputs["labels"]
+        mask = inputs.get("attention_mask")
+        self.seen = self.seen + (labels.numel() if mask is None or mask.shape != labels.shape else mask.sum())
+        self.kept = self.kept + ((labels[:, 1:] != -100).sum() if num_kept is None else num_kept)
+
+    def figures(self, accelerator: Any) -> dict[str, float]:
+        counts = torch.stack(
+            [torch.as_tensor(n, device=accelerator.device).long() for n in (self.seen, self.kept)]
+        )
+        seen, kept = accelerator.reduce(counts, "sum").tolist()
+        now = time.monotonic()
+        speed = (seen - self.logged) / max(now - self.since, 1e-9)
+        self.logged, self.since = seen, now
+        return {"num_tokens": seen, "num_kept_tokens": kept, "train_tokens_per_second": round(speed, 1)}
+
+
 class SelectiveTrainer(FusedLossMixin, transformers.Trainer):
-    """Hugging Face's Trainer with the fused masked loss; use it with `SelectiveCollator`."""
+    """Hugging Face's Trainer with the fused masked loss; use it with `SelectiveCollator` or `SelectiveLabels`."""

@@ -1,0 +1,500 @@
+"""What a Trainer with the fused loss does besides the loss: random numbers, evaluation, resuming, processes."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import datasets
+import numpy as np
+import peft
+import pytest
+import tiny_families
+import torch
+import transformers
+import trl
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import save_file
+from test_loss import FAMILIES, batch, build
+from test_train import run_on_two
+from test_trainer import (
+    ANSWERS,
+    SelectiveSFT,
+    arguments,
+    logged,
+    masked_cross_entropy,
+    records,
+    samples,
+    selection,
+    text_model,
+)
+from tiny import byte_tokenizer, llava_model, llava_processor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import init_device_mesh
+
+from vig import SelectiveCollator, SelectiveLabels, SelectiveTrainer
+from vig.models.lm_head import HeadError, verify_head
+from vig.training.loss import row_losses, selective_loss
+from vig.training.trainer import load_converted
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return llava_processor()
+
+
+def base():
+    return copy.deepcopy(llava_model())
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def dropped_out(model):
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    return model
+
+
+def with_lora(model, dropout=0.3):
+    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj|.*layers\.\d\.self_attn\.[qv]_proj",
+                             lora_dropout=dropout)  # fmt: skip
+    torch.manual_seed(5)
+    return peft.get_peft_model(model, config)
+
+
+# --- the head's check ---
+
+
+def test_the_check_of_the_head_draws_no_random_number(processor):
+    model, inputs = dropped_out(base()).train(), SelectiveCollator(processor)(samples(2))
+    torch.manual_seed(1)
+    expected = masked_cross_entropy(model, inputs).item()
+    torch.manual_seed(1)
+    assert selective_loss(model, inputs).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_check_of_the_head_runs_the_trunk_on_two_tokens(name):
+    model, inputs, seen = build(name), batch(name), []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(args[0].numel())
+    )
+    verify_head(model, inputs)
+    assert seen[0] == 2 and all(count < inputs["input_ids"].numel() for count in seen)
+
+
+def test_a_model_that_needs_its_pictures_is_checked_with_them():
+    model, inputs, tried = build("llava"), batch("llava"), []
+
+    def insist(module, args, kwargs):
+        tried.append("pixel_values" in kwargs)
+        if not tried[-1]:
+            raise ValueError("no pictures")
+
+    model.register_forward_pre_hook(insist, with_kwargs=True)
+    verify_head(model, inputs)
+    assert tried == [False, True]
+
+
+# --- evaluation ---
+
+
+def test_an_evaluation_without_kept_tokens_is_nan_and_never_the_best(processor, tmp_path):
+    items = samples(4)
+    nothing = selection(processor, items, lambda row, n: np.zeros(n, bool))
+    trainer = SelectiveTrainer(
+        model=base(), args=arguments(tmp_path), eval_dataset=items,
+        data_collator=SelectiveCollator(processor, nothing),
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    assert math.isnan(metrics["eval_loss"])
+    trainer.args.metric_for_best_model, trainer.args.greater_is_better = "loss", False
+    assert not trainer._determine_best_metric(metrics, None)
+
+
+def evaluate_on_ranks(rank, folder, items, chosen, processor):
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    args = arguments(folder, per_device_eval_batch_size=2)
+    trainer = SelectiveTrainer(
+        model=base(), args=args, eval_dataset=items, data_collator=SelectiveCollator(processor, chosen)
+    )
+    assert trainer.args.world_size == 2
+    torch.save(trainer.evaluate()["eval_loss"], folder.with_suffix(f".{rank}"))
+
+
+def test_two_processes_evaluate_every_sample_once(processor, tmp_path):
+    """Five samples in batches of 2 x 2: accelerate repeats three of them."""
+    items = samples(5)
+    chosen = selection(processor, items, lambda row, n: np.arange(n) < (n if row == 0 else 1))
+    expected = masked_cross_entropy(base(), SelectiveCollator(processor, chosen)(items)).item()
+    found = run_on_two(evaluate_on_ranks, tmp_path / "out", items, chosen, processor)
+    assert found == [pytest.approx(expected, rel=1e-5)] * 2
+
+
+def test_row_losses_are_those_of_each_row_alone(processor):
+    items = samples(4)
+    chosen = selection(processor, items, lambda row, n: np.arange(n) < (0 if row == 1 else n))
+    collator = SelectiveCollator(processor, chosen)
+    inputs = collator(items)
+    weight = torch.rand(inputs["labels"].shape)
+    found = row_losses(base(), inputs, z_loss=0.1, token_weight=weight)
+    for row, item in enumerate(items):
+        alone = collator([item])
+        share = weight[row : row + 1, : alone["labels"].shape[1]]
+        expected = selective_loss(base(), alone, z_loss=0.1, token_weight=share)
+        assert (found[row, 0] / found[row, 1].clamp(min=1e-9)).item() == pytest.approx(
+            expected.item(), rel=1e-4
+        )
+    flat = {
+        "input_ids": torch.cat([inputs["input_ids"][0], inputs["input_ids"][2]])[None],
+        "labels": torch.cat([inputs["labels"][0], inputs["labels"][2]])[None],
+        "position_ids": torch.arange(inputs["labels"].shape[1]).repeat(2)[None],
+        "pixel_values": inputs["pixel_values"][:1],
+    }
+    assert row_losses(base(), flat)[:, 1].tolist() == [
+        float((inputs["labels"][row] != -100).sum()) for row in (0, 2)
+    ]
+
+
+def test_predict_gives_the_logits_of_batches_with_and_without_pictures(processor, tmp_path):
+    items = samples(6)  # the third one is text alone
+    args = arguments(tmp_path, per_device_eval_batch_size=1)
+    trainer = SelectiveTrainer(model=base(), args=args, data_collator=SelectiveCollator(processor))
+    found = trainer.predict(items)
+    assert found.predictions.shape == (*found.label_ids.shape, 261)
+    expected = masked_cross_entropy(base(), SelectiveCollator(processor)(items)).item()
+    assert found.metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# --- steps ---
+
+
+def empty_then_full(processor, items):
+    """Selections whose first step keeps nothing: samples 0 and 1."""
+    return selection(processor, items, lambda row, n: np.full(n, row > 1))
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_step_without_kept_tokens_leaves_the_weights_alone(processor, tmp_path, clip):
+    items, seen = samples(4), []
+    args = arguments(
+        tmp_path, optim="adamw_torch", weight_decay=0.5, learning_rate=1e-2, max_steps=2, max_grad_norm=clip,
+        per_device_train_batch_size=2, train_sampling_strategy="sequential",
+    )  # fmt: skip
+
+    class Look(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model, **more):
+            seen.append(weights(model).clone())
+
+    trainer = SelectiveTrainer(
+        model=base(), args=args, train_dataset=items, callbacks=[Look()],
+        data_collator=SelectiveCollator(processor, empty_then_full(processor, items)),
+    )  # fmt: skip
+    trainer.train()
+    assert torch.equal(seen[0], weights(base())) and not torch.equal(seen[1], seen[0])
+
+
+def train_on_ranks(rank, folder, make, items, chosen, processor, more):
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    torch.manual_seed(0)
+    model = make()
+    before = weights(model)
+    trainer = SelectiveTrainer(
+        model=model, args=arguments(folder, **more), train_dataset=items,
+        data_collator=SelectiveCollator(processor, chosen),
+    )  # fmt: skip
+    trainer.train()
+    torch.save((logged(trainer), weights(model) - before), folder.with_suffix(f".{rank}"))
+
+
+def compared(processor, tmp_path, items, chosen, more):
+    """(what one process logs, its step), and those of two processes with half of the batch each."""
+    whole = base()
+    size = len(items)
+    options = {"train_sampling_strategy": "sequential"} | more
+    trainer = SelectiveTrainer(
+        model=whole, args=arguments(tmp_path / "one", per_device_train_batch_size=size, **options),
+        train_dataset=items, data_collator=SelectiveCollator(processor, chosen),
+    )  # fmt: skip
+    trainer.train()
+    halves = options | {"per_device_train_batch_size": size // 2}
+    ranks = run_on_two(train_on_ranks, tmp_path / "out", base, items, chosen, processor, halves)
+    return (logged(trainer), weights(whole) - weights(base())), ranks
+
+
+def test_two_processes_take_the_step_of_one(processor, tmp_path):
+    items = samples(4)
+    chosen = selection(processor, items, lambda row, n: np.arange(n) < (n if row % 2 else 1))
+    (log, step), ranks = compared(processor, tmp_path, items, chosen, {})
+    for found, moved in ranks:
+        assert found["loss"] == pytest.approx(log["loss"], rel=1e-5)
+        assert (moved - step).norm() < 1e-4 * step.norm()
+        assert found["num_kept_tokens"] == log["num_kept_tokens"]
+        assert 0.9 * log["num_tokens"] < found["num_tokens"] <= log["num_tokens"]  # halves are cut apart
+    assert log["num_kept_tokens"] == sum(int(np.sum(entry.token_keep)) for entry in chosen.values())
+
+
+def test_gradient_checkpointing_with_a_process_of_text_alone(processor, tmp_path):
+    """Its vision tower gets no gradient, which DDP would wait for."""
+    pictures, text = samples(2), [samples(3)[2]] * 2
+    items = [*pictures, *text]
+    chosen = selection(processor, items)
+    more = {"gradient_checkpointing": True, "max_steps": 2}
+    (log, step), ranks = compared(processor, tmp_path, items, chosen, more)
+    for found, moved in ranks:
+        assert found["loss"] == pytest.approx(log["loss"], rel=1e-5)
+        assert (moved - step).norm() < 1e-3 * step.norm()
+
+
+def fsdp_on_ranks(rank, folder, inputs):
+    model = build("qwen2.5-vl")
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.modules():
+        if type(layer).__name__.endswith("DecoderLayer"):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    kept = (inputs["labels"][:, 1:] != -100).sum()
+    mine = {name: value.chunk(2)[rank] for name, value in inputs.items()}
+    loss = selective_loss(model, mine, num_items=int(kept))
+    (loss * 2).backward()  # FSDP averages
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    torch.save((total.item(), grads), folder.with_suffix(f".{rank}"))
+
+
+def test_two_processes_of_fsdp2_equal_one(tmp_path):
+    one, other = batch("qwen2.5-vl"), batch("qwen2.5-vl", seed=1)
+    inputs = {name: torch.cat([one[name], other[name]]) for name in one}
+    model = build("qwen2.5-vl")
+    loss = selective_loss(model, inputs)
+    loss.backward()
+    for total, grads in run_on_two(fsdp_on_ranks, tmp_path / "out", inputs):
+        assert total == pytest.approx(loss.item(), rel=1e-5)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                assert torch.allclose(grads[name], parameter.grad, rtol=1e-3, atol=1e-5), name
+
+
+# --- resuming ---
+
+
+def three_steps(tmp_path, make, trainer_class, **options):
+    """A run of three steps, and one that is resumed after its second: the weights of both, and what they log."""
+    found = []
+    for name, last in (("whole", None), ("resumed", 2)):
+        args = options["args"](tmp_path / name)
+        if last:
+            trainer_class(model=make(), args=args, **options["more"], callbacks=[StopAfter(last)]).train()
+        model = make()
+        trainer = trainer_class(model=model, args=args, **options["more"])
+        trainer.train(resume_from_checkpoint=True if last else None)
+        state = model.state_dict()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found.append((state, losses))
+    return found
+
+
+class StopAfter(transformers.TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **more):
+        control.should_training_stop = state.global_step == self.step
+
+
+def same_bits(found) -> bool:
+    (whole, losses), (resumed, again) = found
+    return (
+        losses == again
+        and len(losses) == 3
+        and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    )
+
+
+STEPS = {
+    "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2,
+    "lr_scheduler_type": "linear", "per_device_train_batch_size": 2, "logging_steps": 1, "weight_decay": 0.1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_full_fine_tuning_resumes_with_the_same_bits(tmp_path, family):
+    """Their checkpoints name the weights in another way than the model."""
+    processor = tiny_families.processor(family)
+    more = {"train_dataset": samples(6), "data_collator": SelectiveCollator(processor)}
+
+    def make():
+        return dropped_out(copy.deepcopy(tiny_families.model(family)))
+
+    found = three_steps(
+        tmp_path, make, SelectiveTrainer, args=lambda folder: arguments(folder, **STEPS), more=more
+    )
+    assert same_bits(found)
+
+
+def test_lora_with_dropout_resumes_with_the_same_bits(processor, tmp_path):
+    more = {"train_dataset": samples(6), "data_collator": SelectiveCollator(processor)}
+    found = three_steps(
+        tmp_path,
+        lambda: with_lora(base()),
+        SelectiveTrainer,
+        args=lambda folder: arguments(folder, **STEPS),
+        more=more,
+    )
+    assert same_bits(found)
+
+
+def test_lora_with_dropout_resumes_under_trl(tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": "Say: ", "completion": answer} for answer in ANSWERS])
+
+    def args(folder):
+        return trl.SFTConfig(**arguments(folder, **STEPS).to_dict() | {"max_length": None, "bf16": False})
+
+    more = {"train_dataset": rows, "processing_class": byte_tokenizer()}
+    found = three_steps(tmp_path, lambda: with_lora(text_model()), SelectiveSFT, args=args, more=more)
+    assert same_bits(found)
+
+
+def test_the_best_model_is_loaded_at_the_end(processor, tmp_path):
+    """Of LLaVA, whose checkpoint names its weights in another way. Best is what the first step left: the highest."""
+    items, kept = samples(4), {}
+
+    class Look(transformers.TrainerCallback):
+        def on_evaluate(self, args, state, control, model, metrics, **more):
+            kept[metrics["eval_loss"]] = copy.deepcopy(model.state_dict())
+
+    model = base()
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    more = STEPS | best | {"eval_strategy": "steps", "eval_steps": 1}
+    SelectiveTrainer(
+        model=model, args=arguments(tmp_path, **more), train_dataset=items, eval_dataset=items,
+        data_collator=SelectiveCollator(processor), callbacks=[Look()],
+    ).train()  # fmt: skip
+    assert len(kept) == 3 and max(kept) == next(iter(kept))
+    assert all(torch.equal(kept[max(kept)][name], value) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    model = base()
+    model.config.save_pretrained(tmp_path)
+    save_file({"x.weight": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"names its weights x\.weight, .* the model a\.weight, .*from_pretrained"
+    ):
+        load_converted(model, tmp_path, "x.weight", "a.weight")
+
+
+# --- beside others ---
+
+
+def test_ligers_kernels_stay_and_its_loss_is_turned_off(processor, tmp_path, monkeypatch):
+    """Against a stand-in for what transformers calls to apply them."""
+    applied = []
+    monkeypatch.setattr(
+        "transformers.trainer.apply_liger_kernel", lambda model, config: applied.append(config)
+    )
+    args = arguments(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": False})
+    trainer = SelectiveTrainer(
+        model=base(), args=args, train_dataset=samples(4), eval_dataset=samples(4),
+        data_collator=SelectiveCollator(processor),
+    )  # fmt: skip
+    trainer.train()
+    assert applied == [{"rope": False, "fused_linear_cross_entropy": False, "cross_entropy": False}]
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_prompt_tuning_and_adapters_on_the_head_say_what_to_do(processor, tmp_path):
+    virtual = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(text_model(), virtual)
+    with pytest.raises(HeadError, match=r"^PROMPT_TUNING: its virtual tokens .*Use LoRA"):
+        SelectiveTrainer(model=model, args=arguments(tmp_path))
+    tokens = torch.randint(5, 60, (2, 6))
+    with pytest.raises(HeadError, match=r"writes 3 virtual tokens in front of each row.*use LoRA"):
+        selective_loss(
+            model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+        )
+    head = peft.get_peft_model(text_model(), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(HeadError, match=r"carries an adapter.*exclude_modules.*modules_to_save"):
+        SelectiveTrainer(model=head, args=arguments(tmp_path))
+
+
+def test_the_log_counts_tokens_under_trls_names(processor, tmp_path):
+    items = samples(4)
+    chosen = selection(processor, items)
+    collator = SelectiveCollator(processor, chosen)
+    trainer = SelectiveTrainer(
+        model=base(), args=arguments(tmp_path, max_steps=2), train_dataset=items, eval_dataset=items,
+        data_collator=collator,
+    )  # fmt: skip
+    trainer.train()
+    kept = sum(int(np.sum(entry.token_keep)) for entry in chosen.values())
+    first, second = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert (first["num_kept_tokens"], second["num_kept_tokens"]) == (kept, 2 * kept)
+    assert first["num_tokens"] == int(collator(items)["attention_mask"].sum())
+    assert first["train_tokens_per_second"] > 0
+    assert "num_tokens" not in trainer.evaluate()
+
+
+# --- selective labels under TRL ---
+
+
+def test_sft_trainer_with_its_own_collator(processor, tmp_path):
+    """The labels of TRL's collator, masked: the step of our collator's."""
+    items = samples(4)
+    chosen = selection(processor, items)
+    rows = []
+    for record, item in zip(records(4), items, strict=True):
+        messages = [
+            message | {"content": [part | {"text": part.get("text")} for part in message["content"]]}
+            for message in item.messages
+        ]
+        rows.append({"key": record["key"], "images": list(item.images), "messages": messages})
+    rows = [row for row in rows if row["images"]]
+    base_collator = trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling(
+        processor, assistant_only_loss=True
+    )
+    steps = []
+    for collator, data in (
+        (SelectiveLabels(base_collator, chosen), datasets.Dataset.from_list(rows)),
+        (
+            SelectiveCollator(processor, chosen),
+            datasets.Dataset.from_list([records(4)[row] for row in (0, 1, 3)]),
+        ),
+    ):
+        model = base()
+        config = trl.SFTConfig(
+            **arguments(tmp_path).to_dict()
+            | {"max_length": None, "bf16": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        )
+        trainer = SelectiveSFT(
+            model=model, args=config, train_dataset=data, data_collator=collator, processing_class=processor
+        )
+        trainer.train()
+        steps.append((logged(trainer)["loss"], weights(model) - weights(base())))
+    assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-5)
+    assert (steps[0][1] - steps[1][1]).norm() < 1e-4 * steps[1][1].norm()
+
+
+def test_padding_free_rows_give_the_loss_of_padded_ones(tmp_path):
+    tokenizer, model = byte_tokenizer(), text_model()
+    rows = [{"input_ids": [1, 70, 71, 72, 2], "labels": [-100, -100, 71, 72, 2], "key": "a"},
+            {"input_ids": [1, 80, 81, 2], "labels": [-100, -100, 81, 2], "key": "b"}]  # fmt: skip
+    chosen = {"a": (True, [71, 72, 2], [1, 0, 1]), "b": (True, [81, 2], [1, 1])}
+    found = []
+    for padding_free in (False, True):
+        inner = trl.trainer.sft_trainer.DataCollatorForLanguageModeling(0, padding_free=padding_free)
+        inputs = SelectiveLabels(inner, chosen, processor=tokenizer)(rows)
+        inputs = {
+            name: inputs[name]
+            for name in ("input_ids", "labels", "position_ids", "attention_mask")
+            if name in inputs
+        }
+        found.append((selective_loss(model, inputs).item(), row_losses(model, inputs)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-4)
