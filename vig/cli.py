@@ -238,6 +238,9 @@ def select(
     ] = None,
     tau_floor: Annotated[float | None, typer.Option(help="Lowest tau, in nats.")] = None,
     seed: Annotated[int, typer.Option(help="For level random.")] = 0,
+    by: Annotated[
+        str | None, typer.Option(help="source: p within each source, so that none is emptied.")
+    ] = None,
     export: Annotated[
         Path | None,
         typer.Option(
@@ -255,20 +258,20 @@ def select(
     import warnings
 
     from vig.selection.export import check_export, export_records
-    from vig.selection.select import check_choice
+    from vig.selection.select import Choice
     from vig.selection.select import select as choose
 
     if clip is not None and not 0 < clip < 1:
         raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
     lowest = None if clip is None else math.log(clip)
-    _usage(check_choice, p, level, lowest, tau_floor, seed)
+    _usage(Choice, p, level, lowest, tau_floor, seed, by)
     if export is not None:
         _usage(check_export, export)
     with warnings.catch_warnings(), terminal.share(err, "selecting") as on_share:
         warnings.simplefilter("ignore")  # the summary below shows them
         chosen = choose(
             scores[0] if len(scores) == 1 else scores, p, level=level, out=folder, tau_floor=tau_floor,
-            clip=lowest, seed=seed, overwrite=overwrite, progress=on_share,
+            clip=lowest, seed=seed, by=by, overwrite=overwrite, progress=on_share,
         )  # fmt: skip
     for line in chosen.figures():
         out.print(line, markup=False)

@@ -56,7 +56,9 @@ def _axis(low: float, high: float, floor: float, about: int = 5) -> str:
     for value in ticks(low, high, about):
         place = (value - low) / (high - low) * 100
         anchor = "start" if place < 4 else "end" if place > 96 else "middle"
-        parts.append(f'<line class="axis" x1="{place:.3f}%" x2="{place:.3f}%" y1="{floor}" y2="{floor + 4}"/>')
+        parts.append(
+            f'<line class="axis" x1="{place:.3f}%" x2="{place:.3f}%" y1="{floor}" y2="{floor + 4}"/>'
+        )
         parts.append(
             f'<text x="{place:.3f}%" y="{floor + 17}" text-anchor="{anchor}">{tick_label(value)}</text>'
         )
@@ -71,7 +73,7 @@ def box_range(rows: list[tuple[str, Box]]) -> tuple[float, float]:
 
 
 def box_row(box: Box, low: float, high: float) -> Markup:
-    """Whiskers from 5 to 95 %, a box from 25 to 75 % in the median's colour, a line at the median, a dot at the mean."""
+    """Whiskers from 5 to 95 %, a box from 25 to 75 % in the median's colour, a line there, a dot at the mean."""
     span, middle = high - low, ROW / 2
 
     def at(value: float) -> str:

@@ -102,7 +102,10 @@ class Counter:
         first = int(np.searchsorted(below, outside * total, side="right")) - BINS // 2
         last = int(np.searchsorted(below, (1 - outside) * total)) - BINS // 2
         inside = [0] if tau is None else [0, math.floor(tau / self.unit)]
-        low, high = min(first, *(place - 2 for place in inside)), max(last + 1, *(place + 3 for place in inside))
+        low, high = (
+            min(first, *(place - 2 for place in inside)),
+            max(last + 1, *(place + 3 for place in inside)),
+        )
         per_bar = max(1, math.ceil((high - low) / BARS))
         first_bar = low // per_bar  # bars are cut at zero, so that each has one sign
         bars = -(-high // per_bar) - first_bar

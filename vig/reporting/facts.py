@@ -15,15 +15,16 @@ import pyarrow as pa
 
 from vig.reporting.counters import Counter
 from vig.reporting.keep import Keeper, Rules
-from vig.reporting.sources import Sources
 from vig.reporting.strata import Light, Picker, Pool
 from vig.reporting.views import ErrorGroup, KeepCurve
-from vig.selection.select import read_rows, sample_draws, token_and_sample_vig
+from vig.selection.rule import row_kinds, sample_draws, token_and_sample_vig
+from vig.selection.sources import Sources
 from vig.store.scores import read_scores
 from vig.store.selections import hash_keys
 
 WORD_ROWS = 20_000  # rows whose words are counted, of more a seeded sample
 REASONS = 1000  # groups of errors; further reasons stand together
+MOST_SOURCES = 64  # told apart; the rest stand together
 EXAMPLES = 3  # keys and messages shown of each group
 
 # Answer lengths and token positions, in ranges that double: (label, last value).
@@ -43,9 +44,11 @@ class WordRow(NamedTuple):
 class Facts:
     """Counts and distributions of a whole folder of scores, and the rows picked to be shown."""
 
-    sources: Sources = field(default_factory=Sources)
+    sources: Sources = field(default_factory=lambda: Sources(MOST_SOURCES))
     samples: Counter = field(default_factory=lambda: Counter(len(LENGTHS)))  # sample VIG by answer length
-    tokens: Counter = field(default_factory=lambda: Counter(len(POSITIONS)))  # token VIG by place in the answer
+    tokens: Counter = field(
+        default_factory=lambda: Counter(len(POSITIONS))
+    )  # token VIG by place in the answer
     by_source: Counter = field(default_factory=Counter)  # sample VIG
     text_only: int = 0
     n_errors: int = 0
@@ -84,7 +87,7 @@ def _light(scores, sources: Sources, seed: int):
     start = 0
     columns = ["key", "source", "status", "n_tokens", "vig"]
     for batch in read_scores(scores, columns, batch_size=1 << 16):
-        ok, text_only, _ = read_rows(batch)
+        ok, text_only, _ = row_kinds(batch)
         vig = np.where(ok, batch["vig"].to_numpy(zero_copy_only=False), np.nan)
         rows = np.arange(start, start + batch.num_rows)
         codes, draws = sources.codes(batch["source"]), sample_draws(hash_keys(batch["key"]), seed)
@@ -98,7 +101,7 @@ def _sample_pass(scores, facts: Facts, clip: float | None) -> tuple[np.ndarray, 
     columns = ["key", "source", "status", "n_tokens", "vig"]
     columns += [] if clip is None else ["token_nll_image", "token_nll_null"]
     for batch in read_scores(scores, columns, batch_size=1 << 16 if clip is None else 1 << 13):
-        ok, text_only, lengths = read_rows(batch)
+        ok, text_only, lengths = row_kinds(batch)
         vig = batch["vig"].to_numpy(zero_copy_only=False)[ok]
         of_source = facts.sources.codes(batch["source"])[ok]
         facts.samples.add(vig, _ranges(LENGTHS, lengths[ok]))
@@ -146,7 +149,7 @@ def reason_of(message: str) -> str:
 def _token_pass(scores, facts: Facts, keeper: Keeper, word_rows: np.ndarray) -> None:
     start = 0
     for batch in read_scores(scores):
-        ok, _, lengths = read_rows(batch)
+        ok, _, lengths = row_kinds(batch)
         lengths = lengths[ok]
         token_vig, _ = token_and_sample_vig(batch, ok, lengths, None)
         mine = batch if ok.all() else batch.filter(pa.array(ok))

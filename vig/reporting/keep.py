@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from vig.reporting.sources import Sources
 from vig.reporting.views import KeepCurve
-from vig.selection.select import token_and_sample_vig
+from vig.selection.rule import token_and_sample_vig
+from vig.selection.sources import Sources
 
 STEP = 0.5  # per cent between two places of the slider
 DEFAULT_P = 70.0
@@ -61,7 +61,9 @@ class Keeper:
         """rows: multimodal ones alone, with their tokens."""
         every = np.ones(rows.num_rows, bool)
         token_vig, vig = token_and_sample_vig(rows, every, lengths, self.rules.clip)
-        leaves = leaves_at(rows["token_ids"].flatten().to_numpy(), token_vig, np.repeat(vig, lengths), self.rules)
+        leaves = leaves_at(
+            rows["token_ids"].flatten().to_numpy(), token_vig, np.repeat(vig, lengths), self.rules
+        )
         n = len(self.names)
         self.totals[:, 0] += np.bincount(codes, minlength=n)
         self.totals[:, 1] += np.bincount(codes, lengths, minlength=n).astype(np.int64)

@@ -33,18 +33,23 @@ def render(page: Page, samples: list[dict], pictures: list[dict], template: str 
         "strata": {name: label for name, label, _ in page.strata},
         "keep": None if page.keep is None else keep_json(page.keep), **page.state,
     }  # fmt: skip
-    return _environment().get_template(template).render(
-        page=page,
-        css=Markup(css),
-        script=Markup(script),
-        script_hash=_hash(script),
-        style_hash=_hash(css),
-        state=script_json(state),
-        samples=script_json(samples),
-        pictures=script_json(pictures),
-        charts=_histograms(page),
-        legend=legend(),
-        widest=max((abs(word.vig) for word in [*page.words.highest, *page.words.lowest]), default=1.0) or 1.0,
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            page=page,
+            css=Markup(css),
+            script=Markup(script),
+            script_hash=_hash(script),
+            style_hash=_hash(css),
+            state=script_json(state),
+            samples=script_json(samples),
+            pictures=script_json(pictures),
+            charts=_histograms(page),
+            legend=legend(),
+            widest=max((abs(word.vig) for word in [*page.words.highest, *page.words.lowest]), default=1.0)
+            or 1.0,
+        )
     )
 
 

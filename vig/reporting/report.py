@@ -84,7 +84,12 @@ def report(
         tau=facts.tau,
         p=chosen.get("p", DEFAULT_P),
         null_names=[null_caption(metadata)],
-        notes=[*unfinished(scores), *_tau_notes(chosen, metadata), *viewer.notes, *_left_out(pictures, budget)],
+        notes=[
+            *unfinished(scores),
+            *_tau_notes(chosen, metadata),
+            *viewer.notes,
+            *_left_out(pictures, budget),
+        ],
         errors=sorted(facts.errors.values(), key=lambda group: -group.count),
         settings=_settings(metadata, chosen),
         strata=[(name, STRATA[name][0], f"{n:,} {STRATA[name][1]}") for name, n in facts.strata.items() if n],
@@ -108,6 +113,8 @@ def rules_of(chosen: dict) -> Rules:
     given = {name: chosen[name] for name in names if chosen.get(name) is not None}
     if given.get("level") == "random":
         given["level"] = "both"  # it keeps as many
+    if given.get("by") == "source":
+        given.pop("tau", None)  # there is one a source
     return Rules(**given)
 
 
@@ -140,7 +147,7 @@ def _left_out(pictures: Thumbnails, budget: float) -> list[str]:
     if not pictures.left_out:
         return []
     return [
-        f"{pictures.left_out:,} pictures are left out, since the page would be larger than its budget of {budget:g} MB. "
+        f"{pictures.left_out:,} pictures are left out, since the page would exceed its budget of {budget:g} MB. "
         "Give a larger budget or fewer samples."
     ]
 
@@ -221,7 +228,10 @@ def _boxes(facts: Facts, words: WordFigures) -> list[Boxes]:
             words.parts_of_speech,
         ),
         Boxes(
-            "By place in the answer", "token VIG", "tokens", facts.tokens.boxes([name for name, _ in POSITIONS])
+            "By place in the answer",
+            "token VIG",
+            "tokens",
+            facts.tokens.boxes([name for name, _ in POSITIONS]),
         ),
         Boxes(
             "By length of the answer",
@@ -244,6 +254,8 @@ def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str,
     if chosen:
         counts, tau = chosen["counts"], chosen["tau"]
         remark = f"nats; level {chosen['level']}, p\u202f=\u202f{chosen['p']:g}"
+        if chosen.get("by") == "source":
+            remark += f"; the lowest of {len(chosen['sources'])} sources"
         figures.append(("threshold τ", "none" if tau is None else rounded(tau), remark))
         figures += [_trained_on(what, counts) for what in ("samples", "tokens")]
     floor = noise_floor(metadata)
@@ -274,7 +286,10 @@ def fitting(count: int) -> str:
 
 def _tau_notes(chosen: dict, metadata: dict) -> list[str]:
     """What `select` warned of."""
-    return tau_warnings(chosen["tau"], metadata) if chosen else []
+    if not chosen:
+        return []
+    taus = {row["source"]: row["tau"] for row in chosen.get("sources") or []}
+    return tau_warnings(chosen["tau"], metadata, taus)
 
 
 def _settings(metadata: dict, chosen: dict) -> list[tuple[str, str]]:
@@ -283,7 +298,9 @@ def _settings(metadata: dict, chosen: dict) -> list[tuple[str, str]]:
     }
     null = metadata.get("null") or {}
     rows = [*shown.items(), ("null image", null.get("kind")), *(null.get("params") or {}).items()]
-    rows += [(f"selection: {name}", value) for name, value in chosen.items() if name != "counts"]
+    rows += [
+        (f"selection: {name}", value) for name, value in chosen.items() if name not in ("counts", "sources")
+    ]
     return [(name.replace("_", " "), str(value)) for name, value in rows if value is not None]
 
 

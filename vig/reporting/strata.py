@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vig.reporting.sources import Sources
+from vig.selection.sources import Sources
 
 # name -> (label, what follows the number of samples, share of the page)
 STRATA: dict[str, tuple[str, str, float]] = {
@@ -98,7 +98,9 @@ class Picker:
             members[name] = 0
             for place, pool in enumerate(pools):
                 part = (quota - members[name]) // (len(pools) - place) if name == "source" else quota
-                members[name] += _deal(chosen, name, pool.rows[:part] if name != "random" else pool.rows, left)
+                members[name] += _deal(
+                    chosen, name, pool.rows[:part] if name != "random" else pool.rows, left
+                )
                 left = self.samples - len(chosen)
         return chosen, members
 

@@ -21,7 +21,9 @@ from vig.reporting.views import Word, WordFigures
 
 SHOWN = 14  # rows of each table of words
 TAGGED_ROWS = 2000  # answers whose parts of speech are told: a tagger reads some 10,000 words a second
-SPECIAL = re.compile(r"<[^<>\s]{1,40}>|\[[A-Z_]{2,20}\]")  # </s>, <|im_end|>: part of the answer, not of its words
+SPECIAL = re.compile(
+    r"<[^<>\s]{1,40}>|\[[A-Z_]{2,20}\]"
+)  # </s>, <|im_end|>: part of the answer, not of its words
 OTHER = "other words"
 LONGEST = 60  # characters of a word as shown
 
@@ -50,9 +52,7 @@ class Words:
         return list(ids)[:1]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def piece(self, id: int) -> Piece:
         found = self._pieces.get(id)

@@ -6,7 +6,7 @@
 Source: "Selective Training for Large Vision Language Models via Visual Information Gain", arXiv 2602.17186,
 section 3. Scores are facts, so any p and level can be chosen without scoring again.
 
-Two passes over the shards in constant memory but for 20 bytes a sample: one for tau, one for the tokens.
+Two passes over the shards in constant memory but for 20 bytes a sample (24 by source): one for tau, one for the tokens.
 """
 
 from __future__ import annotations
@@ -14,31 +14,61 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vig.data.files import StoreError, lock_folder
+from vig.selection.by_source import SourceCounts, source_lines, taus_of
+from vig.selection.rule import Rule, kth_smallest_draw, row_kinds, sample_draws, token_and_sample_vig
+from vig.selection.sources import Sources
 from vig.store.folder import shards_in
-from vig.store.rows import METADATA_KEY, list_array, segment_means
+from vig.store.rows import METADATA_KEY
 from vig.store.scores import count_rows, open_scores, read_scores, score_metadata, unfinished
 from vig.store.selections import (
     SELECTION_SCHEMA,
     SelectionTable,
     hash_keys,
-    mix64,
     refuse_other_selection,
     write_selection,
 )
 
 LEVELS = ("both", "sample", "token", "random")
 LOW_TAU = 1e-3  # nats; at or under it nearly every token passes
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is asked of a selection. Raises ValueError for values that make no sense, whatever the scores."""
+
+    p: float = 70.0
+    level: str = "both"
+    clip: float | None = None
+    tau_floor: float | None = None
+    seed: int = 0
+    by: str | None = None
+
+    def __post_init__(self):
+        if not 0 < self.p <= 100:
+            raise ValueError(f"p is the percentage of samples to keep, above 0 and up to 100; got {self.p!r}")
+        if self.level not in LEVELS:
+            raise ValueError(f"level {self.level!r} is not one of {', '.join(LEVELS)}")
+        if self.clip is not None and not self.clip < 0:
+            raise ValueError(
+                f"clip is a log-probability in nats, below 0 (log 0.01 = -4.605); got {self.clip!r}"
+            )
+        if self.tau_floor is not None and not math.isfinite(self.tau_floor):
+            raise ValueError(f"tau_floor is a finite number of nats; got {self.tau_floor!r}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is an integer of 64 bits; got {self.seed!r}")
+        if self.by not in (None, "source"):
+            raise ValueError(f'by = {self.by!r}, expected "source", or nothing for one tau over all samples')
+        if self.by == "source" and self.level == "random":
+            raise ValueError("level random draws from all samples alike; leave out by (--by source)")
 
 
 @dataclass
@@ -48,11 +78,15 @@ class Selection:
     scores: object
     p: float
     level: str
-    tau: float | None  # nats, the threshold in use; None where no sample has an image
+    tau: (
+        float | None
+    )  # nats, the threshold in use (by="source": the lowest); None where no sample has an image
     tau_p: float | None  # the percentile alone, before tau_floor
     clip: float | None
     tau_floor: float | None
     seed: int
+    by: str | None
+    sources: list[dict]  # by="source": tau and counts of each; else empty
     counts: dict[str, int]
     metadata: dict = field(repr=False)  # of the scores, with "selection" added
     warnings: list[str]
@@ -80,8 +114,11 @@ class Selection:
         tau = "none" if self.tau is None else f"{self.tau:.6g} nats"
         if self.tau is not None and self.tau != self.tau_p:
             tau += f" (the floor; the percentile is {self.tau_p:.6g})"
+        if self.by == "source":
+            tau = f"one a source, the lowest {tau}"
         return [
             f"level {self.level}, p = {self.p:g}: tau = {tau}",
+            *source_lines(self.sources),
             f"samples kept  {_share(n['samples_kept'], n['samples_total'])} with an image",
             f"tokens kept   {_share(n['tokens_kept'], n['tokens_total'])} of these samples' answers",
             f"text-only     {n['text_only']:,} samples, {n['text_only_tokens']:,} tokens, all kept",
@@ -94,102 +131,6 @@ def _share(part: int, whole: int) -> str:
     return f"{part:,} of {whole:,} ({100 * part / whole if whole else 0:.1f} %)"
 
 
-@dataclass(frozen=True)
-class Rule:
-    """The choice as a function of a batch of scores alone: shards and batch sizes cannot change it."""
-
-    level: str
-    tau: float
-    clip: float | None = None
-    seed: int = 0
-    sample_limit: int | None = None  # level "random": the highest draw that is kept; None: nothing is
-    token_limit: int | None = None
-
-    columns = ("key", "id", "status", "n_tokens", "vig", "token_ids", "token_nll_image", "token_nll_null")
-
-    def apply(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int, int]:
-        """Selection rows, the number of multimodal samples kept, and of tokens kept in them."""
-        ok, text_only, lengths = read_rows(batch)
-        keep = np.zeros(batch.num_rows, bool)
-        keep[ok], multimodal_tokens = self._choose(batch, ok, lengths[ok])
-        keep |= text_only
-        owners_ok = np.repeat(ok, lengths)
-        tokens = np.ones(len(owners_ok), bool)
-        tokens[owners_ok] = multimodal_tokens
-        valid = ok | text_only
-        columns = [
-            batch["key"],
-            batch["id"],
-            pa.array(keep),
-            batch["token_ids"],
-            list_array(tokens, lengths, valid),
-        ]
-        samples = int(keep[ok].sum())
-        return pa.record_batch(columns, schema=SELECTION_SCHEMA), samples, int(multimodal_tokens.sum())
-
-    def _choose(
-        self, batch: pa.RecordBatch, ok: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Masks over the multimodal samples and over their tokens."""
-        if self.level == "random":
-            if self.sample_limit is None or self.token_limit is None:
-                return np.zeros(int(ok.sum()), bool), np.zeros(int(lengths.sum()), bool)
-            draw = sample_draws(hash_keys(batch["key"])[ok], self.seed)
-            keep = draw <= self.sample_limit
-            return keep, (token_draws(draw, lengths) <= self.token_limit) & np.repeat(keep, lengths)
-        token_vig, vig = token_and_sample_vig(batch, ok, lengths, self.clip)
-        passed = token_vig >= self.tau
-        if self.level == "token":
-            return segment_means(passed, lengths) > 0, passed
-        keep = vig >= self.tau
-        owners = np.repeat(keep, lengths)
-        return keep, owners if self.level == "sample" else owners & passed
-
-
-def read_rows(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks of scored rows with and without an image, and answer tokens a row, (R,) int64; 0 in other rows."""
-    status, vig = batch["status"], batch["vig"]
-    finite = pc.fill_null(pc.is_finite(vig), False)
-    ok = pc.and_(pc.equal(status, "ok"), finite).to_numpy(zero_copy_only=False)
-    text_only = pc.equal(status, "text_only").to_numpy(zero_copy_only=False)
-    return ok, text_only, np.where(ok | text_only, batch["n_tokens"].to_numpy(), 0).astype(np.int64)
-
-
-def token_and_sample_vig(
-    batch: pa.RecordBatch,
-    ok: np.ndarray,  # (R,) bool
-    lengths: np.ndarray,  # of the ok rows
-    clip: float | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """VIG_t = nll_null_t - nll_image_t, float64, of the multimodal samples' tokens, and their sample VIG.
-
-    With ``clip`` both log-probabilities are bounded below by it first, and sample VIG is formed anew.
-    """
-    rows = batch if ok.all() else batch.filter(pa.array(ok))
-    image, null = (rows[name].flatten().to_numpy() for name in ("token_nll_image", "token_nll_null"))
-    if not len(image) == len(null) == lengths.sum():
-        first = rows["key"][0].as_py() if rows.num_rows else "?"
-        raise StoreError(
-            f"token lists and n_tokens disagree in the batch that begins with {first}: score it again"
-        )
-    if clip is not None:
-        image, null = np.minimum(image, -clip, dtype=np.float64), np.minimum(null, -clip, dtype=np.float64)
-    token_vig = np.subtract(null, image, dtype=np.float64)
-    return token_vig, rows["vig"].to_numpy() if clip is None else segment_means(token_vig, lengths)
-
-
-def sample_draws(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """A uniform uint64 a sample, a function of its key and the seed alone."""
-    return mix64(hashes + mix64(np.array([seed], np.int64).astype(np.uint64) * GOLDEN + np.uint64(1)))
-
-
-def token_draws(draws: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """A uniform uint64 a token, a function of its sample's draw and its place in the answer."""
-    starts = np.cumsum(lengths) - lengths
-    place = (np.arange(lengths.sum()) - np.repeat(starts, lengths) + 1).astype(np.uint64)
-    return mix64(np.repeat(draws, lengths) + place * GOLDEN)
-
-
 @dataclass
 class _Facts:
     """What the first pass leaves: one value a multimodal sample, and counts of the rest."""
@@ -197,9 +138,23 @@ class _Facts:
     vig: np.ndarray  # float64
     n_tokens: np.ndarray  # int32
     hashes: np.ndarray  # uint64 of the keys
+    codes: np.ndarray  # uint32 of the sources; by="source" alone
+    sources: Sources
     text_only: int
     text_only_tokens: int
     errors: int
+
+    def counts(self) -> dict[str, int]:
+        """Of the selection; what is kept is filled in later."""
+        return {
+            "samples_total": len(self.vig),
+            "samples_kept": 0,
+            "tokens_total": int(self.n_tokens.sum(dtype=np.int64)),
+            "tokens_kept": 0,
+            "text_only": self.text_only,
+            "text_only_tokens": self.text_only_tokens,
+            "errors": self.errors,
+        }
 
 
 def select(
@@ -210,6 +165,7 @@ def select(
     clip: float | None = None,
     tau_floor: float | None = None,
     seed: int = 0,
+    by: str | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[float], None] | None = None,
@@ -224,6 +180,7 @@ def select(
         "random": as many samples and tokens as "both" keeps, drawn by a hash of key and seed.
     clip: lowest log-probability in nats (below 0; math.log(0.01), say) that either pass counts with.
     tau_floor: lowest tau in nats.
+    by: "source" takes p within each source, with a tau of its own; ``sources`` of the result counts them.
     out: folder to write the selection to, in Parquet. A selection there that was made with the same settings is
         replaced; one of others raises SettingsDiffer, unless overwrite is set.
     progress: called with the share done, 0 to 1.
@@ -232,70 +189,58 @@ def select(
     another process is writing to ``out``. Scores that are not complete are warned of, and listed in ``unfinished`` of
     the result.
     """
-    check_choice(p, level, clip, tau_floor, seed)
-    scores = open_scores(scores)
-    folder, about = Path(out) if out is not None else None, score_metadata(scores)
-    choice = {"p": p, "level": level, "clip": clip, "tau_floor": tau_floor, "seed": seed}
+    choice = Choice(p, level, clip, tau_floor, seed, by)
+    scores, folder = open_scores(scores), Path(out) if out is not None else None
     if folder is not None and shards_in(folder):
         raise StoreError(f"{folder} holds scores. Give the selection a folder of its own")
     with nullcontext() if folder is None else lock_folder(folder):
         if folder is not None and not overwrite:
-            refuse_other_selection(folder, {**about, "selection": choice})
-        report = _Progress(progress, count_rows(scores), passes=3 if level == "random" else 2)
-        facts = _first_pass(scores, clip, report)
-        _refuse_duplicates(scores, facts.hashes)
-        missing = unfinished(scores)
-        notes = list(missing)
-        tau_p = float(np.percentile(facts.vig, 100 - p)) if len(facts.vig) else None
-        tau = tau_p if tau_p is None or tau_floor is None else max(tau_p, float(tau_floor))
-        notes += tau_warnings(tau, about)
-        rule = Rule("both" if level == "random" else level, math.inf if tau is None else tau, clip, seed)
-        if level == "random" and tau is not None:
-            rule = _random_rule(rule, facts, _count(scores, rule, report), notes)
-        counts = {
-            "samples_total": len(facts.vig),
-            "samples_kept": 0,
-            "tokens_total": int(facts.n_tokens.sum(dtype=np.int64)),
-            "tokens_kept": 0,
-            "text_only": facts.text_only,
-            "text_only_tokens": facts.text_only_tokens,
-            "errors": facts.errors,
-        }
-        chosen = {**choice, "tau": tau, "tau_p": tau_p}
-        metadata = {**about, "selection": {**chosen, "counts": counts}}
-        kept = _Kept()
-
-        def final_metadata() -> dict:
-            counts.update(samples_kept=kept.samples, tokens_kept=kept.tokens)
-            return metadata
-
-        batches = kept.batches(scores, rule, report)
-        if folder is not None:
-            write_selection(folder, batches, final_metadata)
-        else:
-            for _ in batches:
-                pass
-            final_metadata()
-    for line in notes:
+            refuse_other_selection(folder, {**score_metadata(scores), "selection": vars(choice)})
+        selection = _choose(scores, choice, folder, progress)
+    for line in selection.warnings:
         warnings.warn(line, stacklevel=2)
+    return selection
+
+
+def _choose(
+    scores, choice: Choice, folder: Path | None, progress: Callable[[float], None] | None
+) -> Selection:
+    """One pass over the scores for tau, one to choose by it; the second writes to `folder`."""
+    is_random = choice.level == "random"
+    report = _Progress(progress, count_rows(scores), passes=3 if is_random else 2)
+    facts = _first_pass(scores, choice, report)
+    _refuse_duplicates(scores, facts.hashes)
+    missing, about = unfinished(scores), score_metadata(scores)
+    tau_p = float(np.percentile(facts.vig, 100 - choice.p)) if len(facts.vig) else None
+    tau = tau_p if tau_p is None or choice.tau_floor is None else max(tau_p, float(choice.tau_floor))
+    taus = None
+    if choice.by == "source" and tau is not None:
+        taus = taus_of(facts.vig, facts.codes, facts.sources.names, choice.p, choice.tau_floor)
+        tau = tau_p = min(taus.values())
+    notes = [*missing, *tau_warnings(tau, about, taus)]
+    level = "both" if is_random else choice.level
+    rule = Rule(level, math.inf if tau is None else tau, choice.clip, choice.seed, taus=taus)
+    if is_random and tau is not None:
+        rule = _random_rule(rule, facts, _count(scores, rule, report), notes)
+    kept, counts = _Kept(taus), facts.counts()
+    chosen = {**vars(choice), "tau": tau, "tau_p": tau_p, "sources": kept.sources.table()}
+    metadata = {**about, "selection": {**chosen, "counts": counts}}
+
+    def final_metadata() -> dict:
+        counts.update(samples_kept=kept.samples, tokens_kept=kept.tokens)
+        return metadata
+
+    batches = kept.batches(scores, rule, report)
+    if folder is not None:
+        write_selection(folder, batches, final_metadata)
+    else:
+        for _ in batches:
+            pass
+        final_metadata()
     return Selection(
         scores, **chosen, counts=counts, metadata=metadata, warnings=notes, unfinished=missing, rule=rule,
         out=folder,
     )  # fmt: skip
-
-
-def check_choice(p: float, level: str, clip: float | None, tau_floor: float | None, seed: int = 0) -> None:
-    """Raises ValueError for settings that make no sense, whatever the scores."""
-    if not 0 < p <= 100:
-        raise ValueError(f"p is the percentage of samples to keep, above 0 and up to 100; got {p!r}")
-    if level not in LEVELS:
-        raise ValueError(f"level {level!r} is not one of {', '.join(LEVELS)}")
-    if clip is not None and not clip < 0:
-        raise ValueError(f"clip is a log-probability in nats, below 0 (log 0.01 = -4.605); got {clip!r}")
-    if tau_floor is not None and not math.isfinite(tau_floor):
-        raise ValueError(f"tau_floor is a finite number of nats; got {tau_floor!r}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed is an integer of 64 bits; got {seed!r}")
 
 
 class _Progress:
@@ -308,26 +253,30 @@ class _Progress:
             self.tell(min(1.0, self.done / self.total))
 
 
-def _first_pass(scores, clip: float | None, report: _Progress) -> _Facts:
-    columns = ["key", "status", "n_tokens", "vig"]
+def _first_pass(scores, choice: Choice, report: _Progress) -> _Facts:
+    clip = choice.clip
+    columns, sources, codes = ["key", "source", "status", "n_tokens", "vig"], Sources(), []
     columns += [] if clip is None else ["token_nll_image", "token_nll_null"]
     vigs, sizes, hashes, text_only, text_tokens, errors = [np.empty(0)], [], [], 0, 0, 0
     for batch in read_scores(scores, columns, batch_size=1 << 16 if clip is None else 1 << 13):
-        ok, text, lengths = read_rows(batch)
+        ok, text, lengths = row_kinds(batch)
         if clip is None:
             vigs.append(batch["vig"].to_numpy(zero_copy_only=False)[ok])
         else:
             vigs.append(token_and_sample_vig(batch, ok, lengths[ok], clip)[1])
         sizes.append(lengths[ok].astype(np.int32))
         hashes.append(hash_keys(batch["key"])[ok])
+        if choice.by == "source":
+            codes.append(sources.codes(batch["source"])[ok].astype(np.uint32))
         text_only += int(text.sum())
         text_tokens += int(lengths[text].sum())
         errors += batch.num_rows - int(ok.sum()) - int(text.sum())
         report(batch.num_rows)
-    sizes, hashes = (
-        np.concatenate([np.empty(0, t), *x]) for x, t in ((sizes, np.int32), (hashes, np.uint64))
+    sizes, hashes, codes = (
+        np.concatenate([np.empty(0, t), *x])
+        for x, t in ((sizes, np.int32), (hashes, np.uint64), (codes, np.uint32))
     )
-    return _Facts(np.concatenate(vigs), sizes, hashes, text_only, text_tokens, errors)
+    return _Facts(np.concatenate(vigs), sizes, hashes, codes, sources, text_only, text_tokens, errors)
 
 
 def _refuse_duplicates(scores, hashes: np.ndarray) -> None:
@@ -351,8 +300,12 @@ def noise_floor(metadata: dict) -> float | None:
     return metadata.get("noise_floor", metadata.get("notes", {}).get("noise_floor"))
 
 
-def tau_warnings(tau: float | None, metadata: dict) -> list[str]:
-    """What a reader of the selection should know of its tau. metadata: of the scores."""
+def tau_warnings(tau: float | None, metadata: dict, taus: Mapping[str, float] | None = None) -> list[str]:
+    """What a reader of the selection should know of its tau. metadata: of the scores. taus: by source."""
+    if taus:
+        return [
+            f"source {name}: {line}" for name, own in taus.items() for line in tau_warnings(own, metadata)
+        ]
     if tau is None:
         return ["no scored sample has an image: there is no tau, and only text-only samples are kept"]
     floor = noise_floor(metadata)
@@ -368,12 +321,16 @@ def tau_warnings(tau: float | None, metadata: dict) -> list[str]:
 class _Kept:
     """Counts of what a rule keeps, filled while its batches pass by."""
 
-    def __init__(self):
+    def __init__(self, taus: Mapping[str, float] | None = None):
         self.samples = self.tokens = 0
+        self.sources = SourceCounts(dict(taus or {}))
 
     def batches(self, scores, rule: Rule, report: _Progress) -> Iterator[pa.RecordBatch]:
         for batch in read_scores(scores, rule.columns):
             rows, samples, tokens = rule.apply(batch)
+            if rule.taus is not None:
+                ok, _, lengths = row_kinds(batch)
+                self.sources.add(batch, ok, lengths, rows)
             self.samples, self.tokens = self.samples + samples, self.tokens + tokens
             yield rows
             report(batch.num_rows)
@@ -399,23 +356,5 @@ def _random_rule(rule: Rule, facts: _Facts, both: _Kept, notes: list[str]) -> Ru
         notes.append(
             f'the random samples have {available:,} tokens, fewer than the {both.tokens:,} that "both" keeps'
         )
-    token_limit = _kth_smallest(draws, lengths, min(both.tokens, available))
+    token_limit = kth_smallest_draw(draws, lengths, min(both.tokens, available))
     return Rule("random", rule.tau, rule.clip, rule.seed, sample_limit, token_limit)
-
-
-def _kth_smallest(draws: np.ndarray, lengths: np.ndarray, k: int) -> int:
-    """The k-th smallest (from 1) of all token draws, exactly, without holding them: the top 16 bits are
-    counted first, then the one bucket with the k-th is sorted."""
-
-    def chunks() -> Iterator[np.ndarray]:
-        for start in range(0, len(draws), 1 << 14):
-            yield token_draws(draws[start : start + (1 << 14)], lengths[start : start + (1 << 14)])
-
-    counts = np.zeros(1 << 16, np.int64)
-    for values in chunks():
-        counts += np.bincount((values >> np.uint64(48)).astype(np.int64), minlength=1 << 16)
-    below = np.cumsum(counts)
-    bucket = int(np.searchsorted(below, k))
-    k -= int(below[bucket - 1]) if bucket else 0
-    inside = [values[(values >> np.uint64(48)) == np.uint64(bucket)] for values in chunks()]
-    return int(np.partition(np.concatenate(inside), k - 1)[k - 1])

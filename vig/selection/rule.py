@@ -1,0 +1,141 @@
+"""The rule of a selection: which samples and tokens of a batch of scores are kept, by that batch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vig.data.files import StoreError
+from vig.store.rows import list_array, segment_means
+from vig.store.selections import SELECTION_SCHEMA, hash_keys, mix64
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The choice as a function of a batch of scores alone: shards and batch sizes cannot change it."""
+
+    level: str
+    tau: float
+    clip: float | None = None
+    seed: int = 0
+    sample_limit: int | None = None  # level "random": the highest draw that is kept; None: nothing is
+    token_limit: int | None = None
+    taus: Mapping[str, float] | None = None  # by source, in place of tau
+
+    columns = (
+        "key", "id", "source", "status", "n_tokens", "vig", "token_ids", "token_nll_image", "token_nll_null"
+    )  # fmt: skip
+
+    def apply(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int, int]:
+        """Selection rows, the number of multimodal samples kept, and of tokens kept in them."""
+        ok, text_only, lengths = row_kinds(batch)
+        keep = np.zeros(batch.num_rows, bool)
+        keep[ok], multimodal_tokens = self._choose(batch, ok, lengths[ok])
+        keep |= text_only
+        owners_ok = np.repeat(ok, lengths)
+        tokens = np.ones(len(owners_ok), bool)
+        tokens[owners_ok] = multimodal_tokens
+        valid = ok | text_only
+        columns = [
+            batch["key"],
+            batch["id"],
+            pa.array(keep),
+            batch["token_ids"],
+            list_array(tokens, lengths, valid),
+        ]
+        samples = int(keep[ok].sum())
+        return pa.record_batch(columns, schema=SELECTION_SCHEMA), samples, int(multimodal_tokens.sum())
+
+    def _choose(
+        self, batch: pa.RecordBatch, ok: np.ndarray, lengths: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Masks over the multimodal samples and over their tokens."""
+        if self.level == "random":
+            if self.sample_limit is None or self.token_limit is None:
+                return np.zeros(int(ok.sum()), bool), np.zeros(int(lengths.sum()), bool)
+            draw = sample_draws(hash_keys(batch["key"])[ok], self.seed)
+            keep = draw <= self.sample_limit
+            return keep, (token_draws(draw, lengths) <= self.token_limit) & np.repeat(keep, lengths)
+        token_vig, vig = token_and_sample_vig(batch, ok, lengths, self.clip)
+        tau = self._taus_of_rows(batch, ok)  # (M,)
+        passed = token_vig >= np.repeat(tau, lengths)
+        if self.level == "token":
+            return segment_means(passed, lengths) > 0, passed
+        keep = vig >= tau
+        owners = np.repeat(keep, lengths)
+        return keep, owners if self.level == "sample" else owners & passed
+
+    def _taus_of_rows(self, batch: pa.RecordBatch, ok: np.ndarray) -> np.ndarray:
+        if self.taus is None:
+            return np.full(int(ok.sum()), self.tau)
+        names = batch["source"].fill_null("").dictionary_encode()
+        taus = np.array([self.taus.get(name, np.inf) for name in names.dictionary.to_pylist()])
+        return taus[names.indices.to_numpy(zero_copy_only=False)[ok]]
+
+
+def row_kinds(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Masks of scored rows with and without an image, and answer tokens a row, (R,) int64; 0 in other rows."""
+    status, vig = batch["status"], batch["vig"]
+    finite = pc.fill_null(pc.is_finite(vig), False)
+    ok = pc.and_(pc.equal(status, "ok"), finite).to_numpy(zero_copy_only=False)
+    text_only = pc.equal(status, "text_only").to_numpy(zero_copy_only=False)
+    return ok, text_only, np.where(ok | text_only, batch["n_tokens"].to_numpy(), 0).astype(np.int64)
+
+
+def token_and_sample_vig(
+    batch: pa.RecordBatch,
+    ok: np.ndarray,  # (R,) bool
+    lengths: np.ndarray,  # of the ok rows
+    clip: float | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """VIG_t = nll_null_t - nll_image_t, float64, of the multimodal samples' tokens, and their sample VIG.
+
+    With ``clip`` both log-probabilities are bounded below by it first, and sample VIG is formed anew.
+    """
+    rows = batch if ok.all() else batch.filter(pa.array(ok))
+    image, null = (rows[name].flatten().to_numpy() for name in ("token_nll_image", "token_nll_null"))
+    if not len(image) == len(null) == lengths.sum():
+        first = rows["key"][0].as_py() if rows.num_rows else "?"
+        raise StoreError(
+            f"token lists and n_tokens disagree in the batch that begins with {first}: score it again"
+        )
+    if clip is not None:
+        image, null = np.minimum(image, -clip, dtype=np.float64), np.minimum(null, -clip, dtype=np.float64)
+    token_vig = np.subtract(null, image, dtype=np.float64)
+    return token_vig, rows["vig"].to_numpy() if clip is None else segment_means(token_vig, lengths)
+
+
+def sample_draws(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """A uniform uint64 a sample, a function of its key and the seed alone."""
+    return mix64(hashes + mix64(np.array([seed], np.int64).astype(np.uint64) * GOLDEN + np.uint64(1)))
+
+
+def token_draws(draws: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A uniform uint64 a token, a function of its sample's draw and its place in the answer."""
+    starts = np.cumsum(lengths) - lengths
+    place = (np.arange(lengths.sum()) - np.repeat(starts, lengths) + 1).astype(np.uint64)
+    return mix64(np.repeat(draws, lengths) + place * GOLDEN)
+
+
+def kth_smallest_draw(draws: np.ndarray, lengths: np.ndarray, k: int) -> int:
+    """The k-th smallest (from 1) of all token draws, exactly, without holding them: the top 16 bits are
+    counted first, then the one bucket with the k-th is sorted."""
+
+    def chunks() -> Iterator[np.ndarray]:
+        for start in range(0, len(draws), 1 << 14):
+            yield token_draws(draws[start : start + (1 << 14)], lengths[start : start + (1 << 14)])
+
+    counts = np.zeros(1 << 16, np.int64)
+    for values in chunks():
+        counts += np.bincount((values >> np.uint64(48)).astype(np.int64), minlength=1 << 16)
+    below = np.cumsum(counts)
+    bucket = int(np.searchsorted(below, k))
+    k -= int(below[bucket - 1]) if bucket else 0
+    inside = [values[(values >> np.uint64(48)) == np.uint64(bucket)] for values in chunks()]
+    return int(np.partition(np.concatenate(inside), k - 1)[k - 1])
