@@ -105,6 +105,29 @@ def box_axis(low: float, high: float) -> Markup:
     return Markup(f'<svg class="plot" height="22" aria-hidden="true">{_axis(low, high, 1)}</svg>')
 
 
+def scatter(points: np.ndarray) -> Markup:
+    """Sample VIG (n, 2) of A across and of B upwards, and the line on which they agree."""
+    tall = 280
+    low, high = (float(value) for value in (min(0.0, points.min()), max(0.0, points.max())))
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    places = (points - low) / (high - low)
+    parts = [_axis(low, high, tall)]
+    for value in ticks(low, high, 5):
+        y = tall * (1 - (value - low) / (high - low))
+        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="-6" y="{y + 4:.1f}" text-anchor="end">{tick_label(value)}</text>')
+    parts.append(f'<line class="zero" x1="0" x2="100%" y1="{tall}" y2="0"/>')
+    parts += [
+        f'<circle class="point" cx="{x * 100:.2f}%" cy="{tall * (1 - y):.1f}" r="2.2"/>'
+        for x, y in places.tolist()
+    ]
+    label = f"Sample VIG of {len(points):,} samples in A and in B, nats"
+    return Markup(
+        f'<svg class="plot" height="{tall + AXIS}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    )
+
+
 def curves(keep: KeepCurve, counts: np.ndarray, column: int, p: float, what: str) -> Markup:
     """Share kept against p: a line a source, of `counts` (S, P) over the totals' column."""
     parts = []

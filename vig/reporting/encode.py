@@ -40,6 +40,7 @@ def sample_json(view: SampleView, source: int) -> dict[str, Any]:
         "r": view.row,
         "e": view.stop,
         "o": view.note,
+        "d": view.move,
         "im": [],
         "nu": [],
     }

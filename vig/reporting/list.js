@@ -39,7 +39,7 @@ function matching() {
   });
 }
 
-const change = (sample) => sample.v[1] - sample.v[0];
+const change = (sample) => sample.d;
 const lowestToken = (sample) => {
   if (sample.least === undefined) {
     sample.least = sample.b[0] && sample.b[0].length ? Math.min(...sample.t.slice(0, 50000).map((_, i) => tokenVig(sample, 0, i))) : null;

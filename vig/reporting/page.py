@@ -62,7 +62,11 @@ def _environment() -> jinja2.Environment:
         signed=signed, rounded=rounded, shade=shade, readable=readable, grouped=lambda n: f"{n:,}"
     )
     environment.globals.update(
-        box_range=charts.box_range, box_row=charts.box_row, box_axis=charts.box_axis, curves=charts.curves
+        box_range=charts.box_range,
+        box_row=charts.box_row,
+        box_axis=charts.box_axis,
+        curves=charts.curves,
+        scatter=charts.scatter,
     )
     return environment
 

@@ -26,9 +26,8 @@ function numbersOf(sample) {
   if (sample.st === "text_only") return [make("span", {}, "text only: ", make("b", {}, "no VIG"))];
   if (sample.st !== "ok") return [make("span", { class: "error" }, "not scored: " + visible(sample.st.replace(/^error: /, "")))];
   if (state.passes.length > 1) {
-    const change = sample.v[1] - sample.v[0];
     const parts = state.passes.map((name, pass) => make("span", {}, name + " ", make("b", {}, signed(sample.v[pass]))));
-    return [...parts, make("span", {}, "change ", make("b", {}, signed(change)))];
+    return [...parts, make("span", {}, "percentile ", make("b", {}, (sample.d > 0 ? "+" : "") + fixed(sample.d, 0)))];
   }
   const kept = keptTokens(sample);
   const found = [make("span", {}, "sample VIG ", make("b", {}, signed(sample.v[0])))];

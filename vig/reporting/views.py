@@ -127,6 +127,7 @@ class SampleView:
     note: str = ""
     row: int = 0  # in reading order
     picked: list[str] = field(default_factory=list)  # why it is on the page: names of strata
+    move: float | None = None  # of two scorings: change of its percentile
     stop: list[int] = field(default_factory=list)  # places of end-of-turn tokens that go with their sample
 
 
@@ -150,3 +151,4 @@ class Page:
     settings: list[tuple[str, str]] = field(default_factory=list)
     strata: list[tuple[str, str, str]] = field(default_factory=list)  # (name, label, remark)
     state: dict[str, Any] = field(default_factory=dict)  # for the page's script
+    comparison: Any = None  # of two scorings: what the page is about
