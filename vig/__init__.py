@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vig.data.sample import Sample
     from vig.data.samples import read_samples
+    from vig.reporting.plots import plot
     from vig.reporting.report import report
     from vig.scoring.inspect import inspect
     from vig.scoring.run import score_dataset
     from vig.scoring.scorer import Scorer
+    from vig.selection.compare import compare
     from vig.selection.export import export_records
     from vig.selection.select import select
     from vig.store.selections import read_selection
@@ -31,9 +33,11 @@ _HOMES = {
     "Scorer": "vig.scoring.scorer",
     "SelectiveCollator": "vig.training.collator",
     "SelectiveTrainer": "vig.training.trainer",
+    "compare": "vig.selection.compare",
     "export_records": "vig.selection.export",
     "inspect": "vig.scoring.inspect",
     "keep_samples": "vig.training.collator",
+    "plot": "vig.reporting.plots",
     "read_samples": "vig.data.samples",
     "read_selection": "vig.store.selections",
     "report": "vig.reporting.report",
@@ -48,9 +52,11 @@ __all__ = [
     "Scorer",
     "SelectiveCollator",
     "SelectiveTrainer",
+    "compare",
     "export_records",
     "inspect",
     "keep_samples",
+    "plot",
     "read_samples",
     "read_selection",
     "report",

@@ -14,14 +14,15 @@ from vig.data.files import StoreError, explain_write_errors, write_atomically
 from vig.data.sample import writable
 from vig.models.null_image import NULLS
 from vig.reporting.encode import sample_json, script_json
-from vig.reporting.facts import LENGTHS, POSITIONS, WORD_ROWS, Facts, gather
+from vig.reporting.facts import WORD_ROWS, Facts, gather
+from vig.reporting.figures import box_figures
 from vig.reporting.keep import DEFAULT_P, Rules
 from vig.reporting.page import render
 from vig.reporting.scale import rounded
 from vig.reporting.strata import STRATA
 from vig.reporting.thumbnails import Thumbnails
 from vig.reporting.viewer import Viewer
-from vig.reporting.views import Boxes, Page, SampleView, WordFigures
+from vig.reporting.views import Page, SampleView
 from vig.reporting.words import find_tagger, word_figures
 from vig.selection.select import Selection, noise_floor, tau_warnings
 from vig.store.folder import ABOUT_THE_DATA, SettingsDiffer, settings_differences
@@ -64,7 +65,7 @@ def report(
     check_budget(budget)
     scores = open_scores(scores)
     metadata = score_metadata(scores)
-    chosen, batches = _open_selection(selection, metadata)
+    chosen, batches = open_selection(selection, metadata)
     facts = gather(scores, samples, seed, rules_of(chosen))
     viewer = Viewer(metadata, processor=processor, data=data or metadata.get("data"), image_root=image_root)
     viewer.find({row["key"]: number for number, row in facts.rows.items()})
@@ -78,7 +79,7 @@ def report(
         figures=_figures(facts, metadata, chosen),
         sample_histogram=facts.samples.histogram(facts.tau),
         token_histogram=facts.tokens.histogram(facts.tau),
-        boxes=_boxes(facts, figures),
+        boxes=box_figures(facts, figures),
         words=figures,
         keep=facts.keep,
         tau=facts.tau,
@@ -152,7 +153,7 @@ def _left_out(pictures: Thumbnails, budget: float) -> list[str]:
     ]
 
 
-def _open_selection(selection: str | Path | Selection | None, scored: dict) -> tuple[dict, Any]:
+def open_selection(selection: str | Path | Selection | None, scored: dict) -> tuple[dict, Any]:
     """Its settings, and its rows in a stream.
 
     Raises StoreError for a selection that was made from scores of other settings."""
@@ -213,34 +214,6 @@ def subtitle(metadata: dict) -> str:
     if metadata.get("data"):
         parts.append(f"data: {Path(str(metadata['data'])).name}")
     return "; ".join(parts)
-
-
-def _boxes(facts: Facts, words: WordFigures) -> list[Boxes]:
-    """The box plots that there is anything to tell by."""
-    sample = f"seeded sample of {words.rows:,} answers" if words.sampled else "all answers"
-    figures = [
-        Boxes("By source", "sample VIG", "samples", facts.by_source.boxes(facts.sources.names)),
-        Boxes("By kind of word", f"VIG of words; English lists; {sample}", "words", words.classes),
-        Boxes(
-            "By part of speech",
-            f"VIG of words; spaCy; {words.tagged_rows:,} answers",
-            "words",
-            words.parts_of_speech,
-        ),
-        Boxes(
-            "By place in the answer",
-            "token VIG",
-            "tokens",
-            facts.tokens.boxes([name for name, _ in POSITIONS]),
-        ),
-        Boxes(
-            "By length of the answer",
-            "sample VIG, by answer tokens",
-            "samples",
-            facts.samples.boxes([name for name, _ in LENGTHS]),
-        ),
-    ]
-    return [figure for figure in figures if len(figure.rows) > 1 or (figure.rows and figure is figures[0])]
 
 
 def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str, str]]:

@@ -159,8 +159,7 @@ def compare(
     Raises SettingsDiffer where the scores are of other data, StoreError where they share no sample with VIG or cannot
     be read, ValueError for a p that makes no sense.
     """
-    if not 0 < p <= 100:
-        raise ValueError(f"p is the percentage of samples to keep, above 0 and up to 100; got {p!r}")
+    check_p(p)
     a, b = open_scores(a), open_scores(b)
     about = score_metadata(a), score_metadata(b)
     _refuse_other_data(*about)
@@ -196,6 +195,12 @@ def compare(
         identical=tokens.identical and len(at_a) == len(one.vig) == len(two.vig),
         points=vig[:, order[places]].T,
     )
+
+
+def check_p(p: float) -> None:
+    """Raises ValueError for a percentage that makes no sense."""
+    if not 0 < p <= 100:
+        raise ValueError(f"p is the percentage of samples to keep, above 0 and up to 100; got {p!r}")
 
 
 def _refuse_other_data(a: dict, b: dict) -> None:
