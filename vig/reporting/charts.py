@@ -7,7 +7,17 @@ import math
 import numpy as np
 from markupsafe import Markup
 
-from vig.reporting.scale import height_ticks, places, rounded, shade, short, signed, tick_label, ticks
+from vig.reporting.scale import (
+    height_ticks,
+    places,
+    readable,
+    rounded,
+    shade,
+    short,
+    signed,
+    tick_label,
+    ticks,
+)
 from vig.reporting.views import Box, Histogram, KeepCurve
 
 TALL, TOP, AXIS = 128, 24, 22  # pixels: the bars of a histogram, above them, below them
@@ -143,7 +153,7 @@ def curves(keep: KeepCurve, counts: np.ndarray, column: int, p: float, what: str
             f"{at:.2f},{100 - 100 * count / total:.2f}"
             for at, count in zip(keep.p.tolist(), counts[code].tolist(), strict=True)
         )
-        title = Markup("<title>{}</title>").format(name)
+        title = Markup("<title>{}</title>").format(readable(name))
         lines.append(f'<polyline class="c{code % LINES}" points="0,100 {points}">{title}</polyline>')
     parts.append(
         f'<svg y="{TOP}" width="100%" height="{TALL}" viewBox="0 0 100 100" preserveAspectRatio="none">'

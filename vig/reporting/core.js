@@ -56,7 +56,8 @@ const SPECIAL = /^(<[^<>\s]{1,40}>|\[[A-Z_]{2,20}\])$/;
 for (const [place, sample] of samples.entries()) {
   sample.place = place;
   sample.answer = sample.t.join("");
-  sample.text = (sample.q + "\n" + sample.u.map((turn) => turn[1]).join("\n") + "\n" + sample.answer).toLowerCase();
+  sample.shown = visible(sample.answer).toLowerCase();
+  sample.text = visible(sample.q + "\n" + sample.u.map((turn) => turn[1]).join("\n")).toLowerCase() + "\n" + sample.shown;
   sample.names = (sample.k + "\n" + sample.i).toLowerCase();
   sample.length = sample.t.length;
 }

@@ -35,7 +35,7 @@ function matching() {
     if ((from != null && sample.length < from) || (to != null && sample.length > to)) return false;
     if (kept && isKept(sample) !== (kept === "kept")) return false;
     if (marks && marked.has(sample.k) !== (marks === "marked")) return false;
-    return !word || word.test(sample.answer.toLowerCase());
+    return !word || word.test(sample.shown);
   });
 }
 

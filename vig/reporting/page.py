@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from vig.reporting import charts
 from vig.reporting.encode import keep_json, script_json
-from vig.reporting.scale import STEPS, legend, rounded, shade, signed
+from vig.reporting.scale import STEPS, legend, readable, rounded, shade, signed
 from vig.reporting.views import Page
 
 HERE = Path(__file__).parent
 SCRIPTS = ("core.js", "sample.js", "zoom.js", "keep.js", "list.js")
-HIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202d\u202e]")
 
 
 def render(page: Page, samples: list[dict], pictures: list[dict], template: str = "page.html.j2") -> str:
@@ -80,18 +77,6 @@ def _asset(*names: str) -> str:
 def _hash(text: str) -> str:
     """For a Content-Security-Policy: what the browser computes of the element's text."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def readable(text: Any) -> str:
-    """Text with characters that cannot be seen, or that turn the text around them, shown by name."""
-
-    def named(match: re.Match) -> str:
-        code = ord(match[0])
-        if code > 127:
-            return f"⟨U+{code:04X}⟩"
-        return "\u2421" if code == 127 else chr(0x2400 + code)
-
-    return HIDDEN.sub(named, str(text))
 
 
 def _histograms(page: Page) -> list[tuple[str, str, Markup]]:

@@ -272,7 +272,9 @@ def _settings(metadata: dict, chosen: dict) -> list[tuple[str, str]]:
     null = metadata.get("null") or {}
     rows = [*shown.items(), ("null image", null.get("kind")), *(null.get("params") or {}).items()]
     rows += [
-        (f"selection: {name}", value) for name, value in chosen.items() if name not in ("counts", "sources")
+        (f"selection: {name}", value)
+        for name, value in sorted(chosen.items())
+        if name not in ("counts", "sources")
     ]
     return [(name.replace("_", " "), str(value)) for name, value in rows if value is not None]
 

@@ -1,11 +1,14 @@
-"""How values of VIG look: the colour scale, signs, rounding, ticks. The same in every report."""
+"""How values of VIG and text look: the colour scale, signs, rounding, ticks. The same in every report."""
 
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
+from typing import Any
 
 STEPS = (0.1, 0.5, 1.0, 2.0, 4.0)  # nats; edges of the colour scale, the same in every report
+HIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202d\u202e]")
 
 
 def shade(vig: float) -> str:
@@ -69,3 +72,15 @@ def short(count: int) -> str:
 
 def tick_label(value: float) -> str:
     return rounded(value, 4)
+
+
+def readable(text: Any) -> str:
+    """Text with characters that cannot be seen, or that turn the text around them, shown by name."""
+
+    def named(match: re.Match) -> str:
+        code = ord(match[0])
+        if code > 127:
+            return f"⟨U+{code:04X}⟩"
+        return "\u2421" if code == 127 else chr(0x2400 + code)
+
+    return HIDDEN.sub(named, str(text))
