@@ -6,6 +6,7 @@ give the same samples.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,7 +94,7 @@ class Picker:
         members: dict[str, int] = {}
         for name, (_, _, share) in STRATA.items():
             left = self.samples - len(chosen)
-            quota = left if name == "random" else min(left, round(share * self.samples))
+            quota = left if name == "random" else min(left, math.ceil(share * self.samples - 1e-9))
             pools = self.by_source if name == "source" else [self.pools[name]]
             members[name] = 0
             for place, pool in enumerate(pools):

@@ -41,7 +41,7 @@ class Thumbnails:
         return self._numbers[content]
 
     def _store(self, image: Image.Image) -> int | None:
-        share = DEAR * max(self.left, 0) / (self.expected + 1)
+        share = min(DEAR * max(self.left, 0) / (self.expected + 1), self.left)
         if max(image.size) <= EXACT_PIXELS:
             found = self._keep(image, True, _webp(image, None), share)
             if found is not None:

@@ -83,6 +83,8 @@ class Words:
 
     def _splits(self, left: int, right: int) -> bool:
         left, right = self.piece(left), self.piece(right)
+        if not left.text.strip(" "):  # a blank by itself belongs to the word behind it
+            return right.sign
         return right.begins or left.sign or left.text[-1:].isspace() or _is_ideograph(left.text[-1:])
 
     def text(self, ids: tuple[int, ...]) -> str:
