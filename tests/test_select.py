@@ -5,16 +5,25 @@ import warnings
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from vig.data.files import FolderInUse, StoreError, lock_folder
+from vig.data.files import FolderInUse, lock_folder
 from vig.selection.rule import token_draws
 from vig.selection.select import select
 from vig.store import selections
-from vig.store.rows import ScoreBlock, ScoreRow
-from vig.store.scores import ScoreWriter, count_rows, read_scores, write_shard
-from vig.store.selections import read_selection, selection_metadata
+from vig.store.scores import (
+    ScoreBlock,
+    ScoreRow,
+    ScoreWriter,
+    StoreError,
+    count_rows,
+    read_scores,
+    read_selection,
+    selection_metadata,
+    write_shard,
+)
 
 SETTINGS = {"model": "m", "null": {"kind": "blur", "params": {}}}
 
@@ -312,3 +321,77 @@ def test_a_folder_of_scores_takes_no_selection(tmp_path):
     with pytest.raises(StoreError, match=r"holds scores. Give the selection a folder of its own"):
         select(tmp_path, 50, out=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["scores-00000.parquet"]
+
+
+def of_sources(tmp_path, folder="scores"):
+    """Three sources, the second with a VIG that no tau over all samples would keep; each in two windows."""
+    with ScoreWriter(tmp_path / folder, SETTINGS) as writer:
+        for window in range(6):
+            part = block(150, window, f"{'abc'[window % 3]}.json")
+            part.source = ["abc"[window % 3]] * 150
+            if window % 3 == 1:
+                part.token_nll_null = (
+                    part.token_nll_image + (part.token_nll_null - part.token_nll_image) / 64 - 1
+                )
+            writer.write(window, part)
+        writer.mark_complete()
+    return tmp_path / folder
+
+
+@pytest.mark.parametrize("level", ["both", "sample", "token"])
+def test_by_source_is_select_within_each_source(tmp_path, level):
+    """Against `select` of each source alone, a table of its rows."""
+    scores = of_sources(tmp_path)
+    table = pa.Table.from_batches(read_scores(scores))
+    chosen = select(scores, 40, level=level, by="source")
+    found, sources = chosen.table(), {row["source"]: row for row in chosen.sources}
+    assert set(sources) == {"a", "b", "c"}
+    for name, row in sources.items():
+        alone = select(table.filter(pc.equal(table["source"], name)), 40, level=level)
+        assert row["tau"] == alone.tau
+        assert {
+            count: row[count] for count in ("samples_total", "samples_kept", "tokens_total", "tokens_kept")
+        } == {
+            count: alone.counts[count]
+            for count in ("samples_total", "samples_kept", "tokens_total", "tokens_kept")
+        }
+        for key, entry in alone.table().items():
+            assert (
+                found[key].keep == entry.keep and found[key].token_keep.tolist() == entry.token_keep.tolist()
+            )
+    assert chosen.counts["samples_kept"] == sum(row["samples_kept"] for row in sources.values())
+    assert chosen.tau == min(row["tau"] for row in sources.values())
+    whole = select(scores, 40, level=level)
+    keys = table.filter(pc.and_(pc.equal(table["source"], "b"), pc.equal(table["status"], "ok")))[
+        "key"
+    ].to_pylist()
+    taken = {
+        name: sum(one.table()[key].keep for key in keys) for name, one in (("all", whole), ("by", chosen))
+    }
+    assert level == "token" or (taken["all"] == 0 and taken["by"] > 0.3 * len(keys))
+
+
+def test_by_source_is_reported_and_recorded(tmp_path):
+    scores = of_sources(tmp_path)
+    with pytest.warns(UserWarning, match=r"source b: tau = -\d.\d+ is at or under 0.001"):
+        chosen = select(scores, 40, by="source", out=tmp_path / "selection")
+    line = next(line for line in chosen.figures() if line.startswith("  b "))
+    row = chosen.sources[1]
+    assert f"samples {row['samples_kept']} of {row['samples_total']}" in line
+    assert "one a source, the lowest -" in chosen.figures()[0]
+    stored = selection_metadata(tmp_path / "selection")["selection"]
+    assert stored["by"] == "source" and stored["sources"] == chosen.sources
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        select(scores, 40, by="source", out=tmp_path / "selection")  # the same settings: replaced
+        with pytest.raises(StoreError, match=r"selection\.by: the folder has 'source', this run has None"):
+            select(scores, 40, out=tmp_path / "selection")
+    floor = select(scores, 40, by="source", tau_floor=0.5)
+    assert min(row["tau"] for row in floor.sources) == 0.5
+
+
+def test_by_what_is_not_known_is_refused(scores):
+    with pytest.raises(ValueError, match="by = 'size', expected"):
+        select(scores, by="size")
+    with pytest.raises(ValueError, match="level random draws from all samples alike"):
+        select(scores, by="source", level="random")

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vig.data.sample import Sample
     from vig.data.samples import read_samples
+    from vig.reporting.plots import plot
     from vig.reporting.report import report
     from vig.scoring.inspect import inspect
     from vig.scoring.run import score_dataset
     from vig.scoring.scorer import Scorer
+    from vig.selection.compare import compare
     from vig.selection.export import export_records
     from vig.selection.select import select
     from vig.store.selections import read_selection
@@ -34,12 +36,14 @@ _HOMES = {
     "SelectiveCollator": "vig.training.collator",
     "SelectiveLabels": "vig.training.labels",
     "SelectiveTrainer": "vig.training.trainer",
+    "compare": "vig.selection.compare",
     "export_records": "vig.selection.export",
     "inspect": "vig.scoring.inspect",
     "keep_samples": "vig.training.collator",
     "kept_rows": "vig.training.labels",
     "mask_labels": "vig.training.labels",
     "mask_row": "vig.training.labels",
+    "plot": "vig.reporting.plots",
     "read_samples": "vig.data.samples",
     "read_selection": "vig.store.selections",
     "report": "vig.reporting.report",
@@ -56,12 +60,14 @@ __all__ = [
     "SelectiveCollator",
     "SelectiveLabels",
     "SelectiveTrainer",
+    "compare",
     "export_records",
     "inspect",
     "keep_samples",
     "kept_rows",
     "mask_labels",
     "mask_row",
+    "plot",
     "read_samples",
     "read_selection",
     "report",

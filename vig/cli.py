@@ -1,4 +1,4 @@
-"""The commands: vig inspect | score | select | train | report | demo. No logic lives here.
+"""The commands: vig inspect | score | select | train | report | compare | plot | demo. No logic lives here.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not be used or are not scored yet,
 130 stopped by Ctrl-C or SIGTERM.
@@ -223,6 +223,9 @@ def select(
     ] = None,
     tau_floor: Annotated[float | None, typer.Option(help="Lowest tau, in nats.")] = None,
     seed: Annotated[int, typer.Option(help="For level random.")] = 0,
+    by: Annotated[
+        str | None, typer.Option(help="source: p within each source, so that none is emptied.")
+    ] = None,
     export: Annotated[
         Path | None,
         typer.Option(
@@ -246,14 +249,14 @@ def select(
     if clip is not None and not 0 < clip < 1:
         raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
     lowest = None if clip is None else math.log(clip)
-    _usage(Choice, p, level, lowest, tau_floor, seed)
+    _usage(Choice, p, level, lowest, tau_floor, seed, by)
     if export is not None:
         _usage(check_export, export)
     with warnings.catch_warnings(), terminal.share(err, "selecting") as on_share:
         warnings.simplefilter("ignore")  # the summary below shows them
         chosen = choose(
             scores[0] if len(scores) == 1 else scores, p, level=level, out=folder, tau_floor=tau_floor,
-            clip=lowest, seed=seed, overwrite=overwrite, progress=on_share,
+            clip=lowest, seed=seed, by=by, overwrite=overwrite, progress=on_share,
         )  # fmt: skip
     terminal.show_selection(out, folder, chosen)
     if export is not None:
@@ -413,19 +416,93 @@ def report(
         str | None, typer.Option(help="Checkpoint whose tokenizer to use, if the scores' own has moved.")
     ] = None,
     image_root: ImageRoot = None,
-    samples: Annotated[int, typer.Option(min=0, help="How many samples to show.")] = 24,
+    samples: Annotated[int, typer.Option(min=0, help="How many samples to show.")] = 500,
+    title: Annotated[str | None, typer.Option(help="Title of the page. Default: the data's name.")] = None,
+    budget: Annotated[float, typer.Option(help="Size of the page in MB; pictures shrink to fit.")] = 15.0,
 ) -> None:
-    """Write one self-contained HTML page: image, null image, and each answer token coloured by its VIG."""
-    from transformers import AutoProcessor
-
+    """Write one self-contained HTML page: figures, a slider for p, and samples to search, filter and export."""
+    from vig.reporting.report import check_budget
     from vig.reporting.report import report as write
 
+    _usage(check_budget, budget)
     terminal.quiet_libraries()
-    given = None if processor is None else AutoProcessor.from_pretrained(processor)
     write(
-        scores, page, selection=selection, data=data, processor=given, image_root=image_root, samples=samples
+        scores, page, selection=selection, data=data, processor=_processor(processor), image_root=image_root,
+        samples=samples, title=title, budget=budget,
     )  # fmt: skip
     out.print(f"report: {page}", markup=False)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Folder of scores.")],
+    b: Annotated[Path, typer.Argument(help="Scores of the same data with other settings.")],
+    p: Annotated[float, typer.Option(help="Per cent to keep, at which selections are compared.")] = 70.0,
+    page: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Also write a page with the samples that moved most.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON object.")] = False,
+    moved: Annotated[int, typer.Option(min=0, help="Samples listed in each direction.")] = 24,
+    data: Annotated[Path | None, typer.Option(help="The data, if it is not where it was scored.")] = None,
+    image_root: ImageRoot = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page. Default: the data's name.")] = None,
+    budget: Annotated[float, typer.Option(help="Size of the page in MB; pictures shrink to fit.")] = 15.0,
+) -> None:
+    """Compare two scorings of one dataset: another model, null image, sigma, checkpoint or dtype."""
+    import json
+
+    from vig.reporting.report import check_budget
+    from vig.selection.compare import check_p
+    from vig.selection.compare import compare as run
+
+    _usage(check_p, p)
+    _usage(check_budget, budget)
+    found = run(a, b, p, moved=moved)
+    if as_json:
+        out.print(json.dumps(found.as_dict(), default=str), markup=False)
+    else:
+        for line in found.lines():
+            out.print(line, markup=False)
+    if page is not None:
+        from vig.reporting.compare_page import comparison_page
+
+        terminal.quiet_libraries()
+        comparison_page(found, a, b, page, data=data, image_root=image_root, title=title, budget=budget)
+        (err if as_json else out).print(f"page: {page}", markup=False)
+
+
+@app.command()
+def plot(
+    scores: Annotated[list[Path], typer.Argument(help="Folders of scores.")],
+    folder: Annotated[Path, typer.Option("-o", "--out", help="Folder of the figures.")] = Path("figures"),
+    selection: Annotated[Path | None, typer.Option(help="Draw this selection's tau.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Also draw what each p keeps.")] = False,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="png, svg or pdf; repeat. Default: png and svg.")
+    ] = None,
+    processor: Annotated[
+        str | None, typer.Option(help="Checkpoint whose tokenizer to use, if the scores' own has moved.")
+    ] = None,
+) -> None:
+    """Draw the report's figures for papers, as PNG and SVG; needs matplotlib."""
+    from vig.reporting.plots import FORMATS, check_formats
+    from vig.reporting.plots import plot as draw
+
+    kinds = tuple(formats or FORMATS)
+    _usage(check_formats, kinds)
+    terminal.quiet_libraries()
+    files = draw(
+        scores, folder, selection=selection, sweep=sweep, formats=kinds, processor=_processor(processor)
+    )
+    out.print(f"{len(files)} files: {folder}", markup=False)
+
+
+def _processor(name: str | None) -> Any:
+    if name is None:
+        return None
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(name)
 
 
 @app.command()

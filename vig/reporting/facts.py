@@ -1,135 +1,171 @@
-"""What the scores say as a whole, read in two streaming passes, and which samples to show."""
+"""What the scores say as a whole, read in streams: figures from every row, and which samples to show.
+
+Three passes in constant memory but for 8 bytes a sample, which an exact tau takes: sample values and errors; strata;
+tokens.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from vig.reporting.views import Histogram
+from vig.reporting.counters import Counter
+from vig.reporting.keep import Keeper, Rules
+from vig.reporting.strata import Light, Picker, Pool
+from vig.reporting.views import ErrorGroup, KeepCurve
 from vig.selection.rule import row_kinds, sample_draws, token_and_sample_vig
+from vig.selection.sources import Sources
 from vig.store.scores import read_scores
 from vig.store.selections import hash_keys
 
-FINE = 0.01  # nats a bin of the counting grid
-REACH = 40.0  # nats; the grid's ends
-BARS = 56  # of a histogram as drawn
+WORD_ROWS = 20_000  # rows whose words are counted, of more a seeded sample
+REASONS = 1000  # groups of errors; further reasons stand together
+MOST_SOURCES = 64  # told apart; the rest stand together
+EXAMPLES = 3  # keys and messages shown of each group
+
+# Answer lengths and token positions, in ranges that double: (label, last value).
+LENGTHS = [("1", 1), ("2", 2), ("3-4", 4), ("5-8", 8), ("9-16", 16), ("17-32", 32), ("33-64", 64)]
+LENGTHS += [("65-128", 128), ("129-256", 256), ("257-512", 512), ("over 512", 2**62)]
+POSITIONS = [("first", 1), ("2nd", 2), ("3rd", 3), ("4th", 4), *LENGTHS[3:]]
 
 
-class Counter:
-    """Counts on a fine fixed grid, from which a histogram of any range is drawn afterwards."""
+class WordRow(NamedTuple):
+    """Answer tokens of one row, for the figures of words."""
 
-    def __init__(self):
-        self.grid = np.zeros(round(2 * REACH / FINE), np.int64)
-        self.total, self.count = 0.0, 0
-
-    def add(self, values: np.ndarray) -> None:
-        places = ((values + REACH) / FINE).clip(0, len(self.grid) - 1).astype(np.int64)
-        self.grid += np.bincount(places, minlength=len(self.grid))
-        self.total, self.count = self.total + float(values.sum()), self.count + len(values)
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count if self.count else 0.0
-
-    def histogram(self, tau: float | None = None, outside: float = 0.002) -> Histogram | None:
-        """Bars from the `outside` quantile to the 1 - `outside` one, zero and tau within; None without values."""
-        if not self.count:
-            return None
-        below = np.cumsum(self.grid)
-        first = int(np.searchsorted(below, outside * self.count, side="right"))
-        last = int(np.searchsorted(below, (1 - outside) * self.count))
-        inside = [0.0] if tau is None else [0.0, tau]
-        low = min(first * FINE - REACH, *(value - 2 * FINE for value in inside))
-        high = max((last + 1) * FINE - REACH, *(value + 2 * FINE for value in inside))
-        per_bar = max(1, int(np.ceil((high - low) / FINE / BARS)))
-        origin = round(REACH / FINE)  # bars are cut at zero, so that each has one sign
-        first_bar = int(np.floor(low / FINE / per_bar + 1e-9))
-        bars = int(np.ceil(high / FINE / per_bar - 1e-9)) - first_bar
-        owners = ((np.arange(len(self.grid)) - origin) // per_bar - first_bar).clip(0, bars - 1)
-        counts = np.bincount(owners, self.grid, minlength=bars).astype(np.int64)
-        width = per_bar * FINE
-        return Histogram(first_bar * width, (first_bar + bars) * width, counts)
+    ids: np.ndarray  # (n,) int32
+    vig: np.ndarray  # (n,) float64
 
 
 @dataclass
 class Facts:
-    """Counts and sums of a whole folder of scores, and the rows picked to be shown."""
+    """Counts and distributions of a whole folder of scores, and the rows picked to be shown."""
 
-    samples: Counter = field(default_factory=Counter)
-    tokens: Counter = field(default_factory=Counter)
+    sources: Sources = field(default_factory=lambda: Sources(MOST_SOURCES))
+    samples: Counter = field(default_factory=lambda: Counter(len(LENGTHS)))  # sample VIG by answer length
+    tokens: Counter = field(
+        default_factory=lambda: Counter(len(POSITIONS))
+    )  # token VIG by place in the answer
+    by_source: Counter = field(default_factory=Counter)  # sample VIG
     text_only: int = 0
-    errors: list[str] = field(default_factory=list)  # the first few messages
     n_errors: int = 0
-    groups: dict[str, list[dict]] = field(default_factory=dict)  # "highest", "lowest", "random" -> score rows
-    word_sum: np.ndarray = field(default_factory=lambda: np.zeros(0))  # by token id
-    word_count: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    errors: dict[str, ErrorGroup] = field(default_factory=dict)
+    tau: float | None = None  # in use: the selection's, or that of p = 70
+    keep: KeepCurve | None = None
+    picked: dict[int, list[str]] = field(default_factory=dict)  # row -> names of its strata
+    strata: dict[str, int] = field(default_factory=dict)  # name -> samples on the page
+    rows: dict[int, dict] = field(default_factory=dict)  # the picked rows of the scores
+    words: list[WordRow] = field(default_factory=list)
 
     @property
     def multimodal(self) -> int:
         return self.samples.count
 
 
-def gather(scores, n_samples: int, seed: int = 0) -> Facts:
-    """Read the scores: which samples are extreme first, then all tokens."""
+def gather(scores, n_samples: int, seed: int = 0, rules: Rules | None = None) -> Facts:
+    """Read the scores. rules: what the slider follows, `select`'s defaults unless given."""
+    rules = rules or Rules()
     facts = Facts()
-    picks = _pick(scores, n_samples, seed, facts)
-    wanted = {row: name for name, rows in picks.items() for row in rows}
-    found: dict[int, dict] = {}
-    start = 0
-    for batch in read_scores(scores):
-        ok, _, lengths = row_kinds(batch)
-        token_vig, _ = token_and_sample_vig(batch, ok, lengths[ok], None)
-        facts.tokens.add(token_vig)
-        _add_words(facts, batch, ok, token_vig)
-        for row in wanted.keys() & range(start, start + batch.num_rows):
-            found[row] = batch.slice(row - start, 1).to_pylist()[0]
-        start += batch.num_rows
-    facts.groups = {name: [found[row] for row in rows] for name, rows in picks.items()}
+    vig = _sample_pass(scores, facts, rules.clip)
+    keeper = Keeper(rules, vig, facts.sources)
+    facts.tau = keeper.tau
+    picker, word_rows = Picker(n_samples, facts.tau, facts.sources), Pool(WORD_ROWS)
+    for batch in _light(scores, facts.sources, seed):
+        picker.offer(batch)
+        ok = ~np.isnan(batch.vig)
+        word_rows.offer(batch.draws[ok].astype(np.float64), batch.rows[ok])
+    facts.picked, facts.strata = picker.picks()
+    _token_pass(scores, facts, keeper, np.sort(word_rows.rows))
+    facts.keep = keeper.curve()
     return facts
 
 
-def _pick(scores, n_samples: int, seed: int, facts: Facts) -> dict[str, list[int]]:
-    """Row numbers of the highest, the lowest, and of a random third; none twice."""
-    values, draws = [np.empty(0)], [np.empty(0, np.uint64)]
-    for batch in read_scores(scores, ["key", "status", "n_tokens", "vig"], batch_size=1 << 16):
+def _light(scores, sources: Sources, seed: int):
+    start = 0
+    columns = ["key", "source", "status", "n_tokens", "vig"]
+    for batch in read_scores(scores, columns, batch_size=1 << 16):
         ok, text_only, _ = row_kinds(batch)
         vig = np.where(ok, batch["vig"].to_numpy(zero_copy_only=False), np.nan)
-        facts.samples.add(vig[ok])
+        rows = np.arange(start, start + batch.num_rows)
+        codes, draws = sources.codes(batch["source"]), sample_draws(hash_keys(batch["key"]), seed)
+        yield Light(rows, vig, codes, text_only, ~ok & ~text_only, draws)
+        start += batch.num_rows
+
+
+def _sample_pass(scores, facts: Facts, clip: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sample VIG (M,) of multimodal samples, as `select` takes it, and the codes of their sources (M,) uint8."""
+    values, codes = [np.empty(0)], [np.empty(0, np.uint8)]
+    columns = ["key", "source", "status", "n_tokens", "vig"]
+    columns += [] if clip is None else ["token_nll_image", "token_nll_null"]
+    for batch in read_scores(scores, columns, batch_size=1 << 16 if clip is None else 1 << 13):
+        ok, text_only, lengths = row_kinds(batch)
+        vig = batch["vig"].to_numpy(zero_copy_only=False)[ok]
+        of_source = facts.sources.codes(batch["source"])[ok]
+        facts.samples.add(vig, _ranges(LENGTHS, lengths[ok]))
+        if len(facts.sources.names) > len(facts.by_source.grid):
+            facts.by_source = facts.by_source.grown(len(facts.sources.names))
+        facts.by_source.add(vig, of_source)
         facts.text_only += int(text_only.sum())
-        lost = ~ok & ~text_only
-        facts.n_errors += int(lost.sum())
-        if lost.any() and len(facts.errors) < 5:
-            rows = batch.filter(pa.array(lost)).slice(0, 5 - len(facts.errors))
-            facts.errors += [
-                f"{key}: {status.removeprefix('error: ')}"
-                for key, status in zip(rows["key"].to_pylist(), rows["status"].to_pylist(), strict=True)
-            ]
-        draw = sample_draws(hash_keys(batch["key"]), seed)
-        values.append(vig)
-        draws.append(np.where(lost, np.uint64(2**64 - 1), draw))
-    vig, draw = np.concatenate(values), np.concatenate(draws)
-    return _thirds(vig, draw, n_samples, facts.multimodal, facts.multimodal + facts.text_only)
+        _add_errors(facts, batch, ~ok & ~text_only)
+        values.append(vig if clip is None else token_and_sample_vig(batch, ok, lengths[ok], clip)[1])
+        codes.append(of_source.astype(np.uint8))
+    return np.concatenate(values), np.concatenate(codes)
 
 
-def _thirds(vig: np.ndarray, draw: np.ndarray, n: int, multimodal: int, scored: int) -> dict[str, list[int]]:
-    third = min(-(-n // 3), -(-multimodal // 3))
-    order = np.argsort(-vig, kind="stable")[:multimodal]  # NaN, which has no VIG, comes last
-    highest = order[:third].tolist()
-    lowest = order[max(third, multimodal - third) :][::-1].tolist()
-    taken = {*highest, *lowest}
-    shuffled = np.argsort(draw, kind="stable")[:scored]
-    others = [row for row in shuffled[: n + len(taken)].tolist() if row not in taken]
-    return {"highest": highest, "lowest": lowest, "random": others[: max(0, n - len(taken))]}
+def _ranges(ranges: list[tuple[str, int]], values: np.ndarray) -> np.ndarray:
+    return np.searchsorted([last for _, last in ranges], values)
 
 
-def _add_words(facts: Facts, batch: pa.RecordBatch, ok: np.ndarray, token_vig: np.ndarray) -> None:
-    ids = batch.filter(pa.array(ok))["token_ids"].flatten().to_numpy()
-    if not len(ids):
+def _add_errors(facts: Facts, batch: pa.RecordBatch, lost: np.ndarray) -> None:
+    if not lost.any():
         return
-    size = max(len(facts.word_count), int(ids.max()) + 1)
-    sums, counts = np.bincount(ids, token_vig, size), np.bincount(ids, minlength=size)
-    sums[: len(facts.word_sum)] += facts.word_sum
-    counts[: len(facts.word_count)] += facts.word_count
-    facts.word_sum, facts.word_count = sums, counts
+    rows = batch.filter(pa.array(lost))
+    facts.n_errors += rows.num_rows
+    for key, status in zip(rows["key"].to_pylist(), rows["status"].to_pylist(), strict=True):
+        message = status.removeprefix("error: ")
+        reason = reason_of(message)
+        if reason not in facts.errors and len(facts.errors) >= REASONS:
+            reason = "other reasons"
+        group = facts.errors.setdefault(reason, ErrorGroup(reason, 0, []))
+        group.count += 1
+        if len(group.examples) < EXAMPLES:
+            group.examples.append((key, message))
+
+
+SPECIFICS = re.compile(
+    r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S+|\S+\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|jfif)\b|[-+]?\d[\d.,e+-]*",
+    re.IGNORECASE,
+)
+
+
+def reason_of(message: str) -> str:
+    """A message without what is particular to its sample: names, paths and numbers become an ellipsis."""
+    return re.sub(r"(?:… ?)+(?=…)", "", SPECIFICS.sub("…", message[:500])).strip()
+
+
+def _token_pass(scores, facts: Facts, keeper: Keeper, word_rows: np.ndarray) -> None:
+    start = 0
+    for batch in read_scores(scores):
+        ok, _, lengths = row_kinds(batch)
+        lengths = lengths[ok]
+        token_vig, _ = token_and_sample_vig(batch, ok, lengths, None)
+        mine = batch if ok.all() else batch.filter(pa.array(ok))
+        places = mine["positions"].flatten().to_numpy()
+        facts.tokens.add(token_vig, _ranges(POSITIONS, places.astype(np.int64) + 1))
+        keeper.add(mine, lengths, facts.sources.codes(mine["source"]))
+        numbers = np.flatnonzero(ok) + start
+        _take_words(facts, mine, lengths, token_vig, np.isin(numbers, word_rows, assume_unique=True))
+        for row in facts.picked.keys() & range(start, start + batch.num_rows):
+            facts.rows[row] = batch.slice(row - start, 1).to_pylist()[0]
+        start += batch.num_rows
+
+
+def _take_words(facts: Facts, rows: pa.RecordBatch, lengths: np.ndarray, vig: np.ndarray, wanted) -> None:
+    ids = rows["token_ids"].flatten().to_numpy()
+    ends = np.cumsum(lengths)
+    for row in np.flatnonzero(wanted).tolist():
+        part = slice(ends[row] - lengths[row], ends[row])
+        facts.words.append(WordRow(ids[part].copy(), vig[part].copy()))

@@ -1,11 +1,11 @@
-"""One self-contained HTML page: what the image is worth, sample by sample and word by word."""
+"""One self-contained HTML page to work from: what the image is worth, sample by sample and word by word."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -13,22 +13,24 @@ import pyarrow.parquet as pq
 from vig.data.files import StoreError, explain_write_errors, write_atomically
 from vig.data.sample import writable
 from vig.models.null_image import NULLS
-from vig.reporting.facts import Facts, gather
-from vig.reporting.page import render, rounded
-from vig.reporting.viewer import Viewer, words
-from vig.reporting.views import Histogram, Page, SampleView, Word
+from vig.reporting.encode import sample_json, script_json
+from vig.reporting.facts import WORD_ROWS, Facts, gather
+from vig.reporting.figures import box_figures
+from vig.reporting.keep import DEFAULT_P, Rules
+from vig.reporting.page import render
+from vig.reporting.scale import rounded
+from vig.reporting.strata import STRATA
+from vig.reporting.thumbnails import Thumbnails
+from vig.reporting.viewer import Viewer
+from vig.reporting.views import Page, SampleView
+from vig.reporting.words import find_tagger, word_figures
 from vig.selection.select import Selection, noise_floor, tau_warnings
 from vig.store.folder import ABOUT_THE_DATA, SettingsDiffer, settings_differences
 from vig.store.scores import open_scores, score_metadata, unfinished
 from vig.store.selections import selection_files, selection_metadata
 
-__all__ = ["Histogram", "Page", "SampleView", "Word", "render", "report"]
-
-REMARKS = {
-    "highest": ("Highest VIG", "Where the image helps the answer most."),
-    "lowest": ("Lowest VIG", "Where it does not help, or speaks against the answer."),
-    "random": ("At random", "Drawn by a hash of the sample’s key."),
-}
+MEGABYTE = 1_000_000
+AROUND = 150_000  # bytes kept for what is neither samples nor pictures: charts, style, script
 
 
 def report(
@@ -37,66 +39,126 @@ def report(
     *,
     selection: str | Path | Selection | None = None,
     data: str | Path | None = None,
-    samples: int = 24,
+    samples: int = 500,
     image_root: str | Path | None = None,
     processor: Any = None,
     title: str | None = None,
+    budget: float = 15.0,
     seed: int = 0,
 ) -> Path:
     """Write the report on a folder of scores and return its path.
 
-    The page needs nothing beside itself: style, charts and pictures are inside. Scores are streamed twice.
+    The page needs nothing beside itself and opens from disk: style, script, charts and pictures are inside. All its
+    figures come from every row of the scores, which are streamed three times; words from at most 20,000 answers.
     selection: marks the tokens trained on, and tau. data, image_root, processor: default to those that the
-    scores name; what cannot be read is left out, and the page says so. samples: how many to show, a third each
-    of the highest VIG, the lowest, and at random (the same ones for the same seed).
+    scores name; what cannot be read is left out, and the page says so. samples: how many to show: the highest and
+    lowest VIG, both sides of tau, dropped ones, some of each source and at random (the same ones for the same seed).
+    title: the data's name unless given. budget: size of the file in MB (10^6 bytes); pictures are shrunk until they
+    fit, and left out where the text alone is larger.
 
     Raises StoreError where the scores cannot be read, the selection was made from others, or ``out`` cannot be
-    written.
+    written; ValueError for a budget that is not positive.
     """
     out = Path(out)
     if out.is_dir():
         raise StoreError(f"{out} is a folder: name the page, {out / 'report.html'} for example")
+    check_budget(budget)
     scores = open_scores(scores)
     metadata = score_metadata(scores)
-    facts = gather(scores, samples, seed)
+    chosen, batches = open_selection(selection, metadata)
+    facts = gather(scores, samples, seed, rules_of(chosen))
     viewer = Viewer(metadata, processor=processor, data=data or metadata.get("data"), image_root=image_root)
-    keys = {row["key"] for rows in facts.groups.values() for row in rows}
-    viewer.find(keys)
-    chosen, kept = _selection(selection, keys, metadata)
-    groups = [
-        (*REMARKS[name], [viewer.view(row, kept.get(row["key"])) for row in rows])
-        for name, rows in facts.groups.items()
-    ]
-    highest, lowest = words(facts, viewer.tokenizer)
-    tau = chosen.get("tau")
+    viewer.find({row["key"]: number for number, row in facts.rows.items()})
+    kept = _kept_tokens({row["key"] for row in facts.rows.values()}, batches)
+    views = [_view(viewer, facts, number, kept) for number in sorted(facts.rows)]
+    encoded, pictures = with_pictures(views, viewer, facts.sources.names, int(budget * MEGABYTE))
+    figures = word_figures(facts.words, viewer.tokenizer, facts.multimodal > WORD_ROWS, find_tagger())
     page = Page(
-        title=title or Path(str(metadata.get("model", "Scores"))).name,
-        subtitle=_subtitle(metadata),
+        title=title or Path(str(metadata.get("data") or metadata.get("model", "Scores"))).name,
+        subtitle=subtitle(metadata),
         figures=_figures(facts, metadata, chosen),
-        groups=groups,
-        sample_histogram=facts.samples.histogram(tau),
-        token_histogram=facts.tokens.histogram(tau),
-        highest=highest,
-        lowest=lowest,
-        tau=tau,
-        null_name=_null_caption(metadata),
-        notes=[*unfinished(scores), *_tau_notes(chosen, metadata), *viewer.notes, *_error_notes(facts)],
+        sample_histogram=facts.samples.histogram(facts.tau),
+        token_histogram=facts.tokens.histogram(facts.tau),
+        boxes=box_figures(facts, figures),
+        words=figures,
+        keep=facts.keep,
+        tau=facts.tau,
+        p=chosen.get("p", DEFAULT_P),
+        null_names=[null_caption(metadata)],
+        notes=[
+            *unfinished(scores),
+            *_tau_notes(chosen, metadata),
+            *viewer.notes,
+            *_left_out(pictures, budget),
+        ],
+        errors=sorted(facts.errors.values(), key=lambda group: -group.count),
         settings=_settings(metadata, chosen),
+        strata=[(name, STRATA[name][0], f"{n:,} {STRATA[name][1]}") for name, n in facts.strata.items() if n],
     )
+    page.state = _state(page, facts, scores, chosen, metadata)
     with explain_write_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, writable(render(page)).encode())
+    write_atomically(out, writable(render(page, encoded, pictures.images)).encode())
     return out
 
 
-def _selection(
-    selection: str | Path | Selection | None, keys: set[str], scored: dict
-) -> tuple[dict, dict[str, np.ndarray]]:
-    """Its settings, and the token masks of the samples that are shown, read in a stream.
+def check_budget(budget: float) -> None:
+    """Raises ValueError for a budget that holds no page."""
+    if not budget > 0:
+        raise ValueError(f"the budget is the page's size in MB, above 0; got {budget!r}")
 
-    Raises StoreError for a selection that was made from scores of other settings or other samples."""
+
+def rules_of(chosen: dict) -> Rules:
+    """What the slider follows: the selection's own settings, or `select`'s defaults."""
+    names = ("p", "level", "by", "tau_floor", "clip", "tau")
+    given = {name: chosen[name] for name in names if chosen.get(name) is not None}
+    if given.get("level") == "random":
+        given["level"] = "both"  # it keeps as many
+    if given.get("by") == "source":
+        given.pop("tau", None)  # there is one a source
+    return Rules(**given)
+
+
+def _view(viewer: Viewer, facts: Facts, number: int, kept: dict[str, list[bool]]) -> SampleView:
+    row = facts.rows[number]
+    view = viewer.view(row, kept.get(row["key"]))
+    view.row, view.picked = number, facts.picked[number]
+    return view
+
+
+def with_pictures(
+    views: list[SampleView], viewer: Viewer, sources: list[str], budget: int
+) -> tuple[list[dict], Thumbnails]:
+    """The samples as the page's script takes them, and their pictures, within a budget of bytes for both."""
+    codes = {name: code for code, name in enumerate(sources)}
+    encoded = [sample_json(view, codes.get(view.source, len(sources) - 1)) for view in views]
+    text = len(script_json(encoded).encode("utf-8", "backslashreplace"))
+    expected = sum(2 * viewer.n_images(view.key) for view in views)
+    pictures = Thumbnails(budget - text - AROUND, expected)
+    for view, sample in zip(views, encoded, strict=True):
+        viewer.add_pictures(view)
+        sample["im"] = [pictures.add(image) for image in view.images]
+        sample["nu"] = [[image and pictures.add(image) for image in nulls] for nulls in view.nulls]
+        sample["o"] = view.note
+        view.images, view.nulls = [], []
+    return encoded, pictures
+
+
+def _left_out(pictures: Thumbnails, budget: float) -> list[str]:
+    if not pictures.left_out:
+        return []
+    return [
+        f"{pictures.left_out:,} pictures are left out, since the page would exceed its budget of {budget:g} MB. "
+        "Give a larger budget or fewer samples."
+    ]
+
+
+def open_selection(selection: str | Path | Selection | None, scored: dict) -> tuple[dict, Any]:
+    """Its settings, and its rows in a stream.
+
+    Raises StoreError for a selection that was made from scores of other settings."""
     if selection is None:
-        return {}, {}
+        return {}, ()
     if isinstance(selection, Selection):
         metadata, batches = selection.metadata, selection.batches()
     else:
@@ -105,16 +167,21 @@ def _selection(
         files = (pq.ParquetFile(file) for file in selection_files(selection))
         batches = (batch for file in files for batch in file.iter_batches(8192, columns=columns))
     _refuse_selection_of_others(scored, metadata)
-    wanted = pa.array(sorted(keys), pa.string())
-    kept = {}
+    return metadata["selection"], batches
+
+
+def _kept_tokens(keys: set[str], batches: Any) -> dict[str, list[bool]]:
+    """Token masks of the samples that are shown. Raises StoreError where the selection knows none of them."""
+    wanted, kept, read = pa.array(sorted(keys), pa.string()), {}, False
     for batch in batches:
+        read = True
         for row in batch.filter(pc.is_in(batch["key"], wanted)).to_pylist():
-            kept[row["key"]] = np.array(row["token_keep"] or [], bool)
-    if keys and not kept:
+            kept[row["key"]] = row["token_keep"] or []
+    if keys and read and not kept:
         raise StoreError(
             f"the selection knows none of the samples, {min(keys)} for one. Give the one made from these scores"
         )
-    return metadata["selection"], kept
+    return kept
 
 
 def _refuse_selection_of_others(scored: dict, chosen: dict) -> None:
@@ -132,15 +199,18 @@ def _refuse_selection_of_others(scored: dict, chosen: dict) -> None:
         )
 
 
-def _null_caption(metadata: dict) -> str:
+def null_caption(metadata: dict) -> str:
+    """What stands below a null image."""
     kind = (metadata.get("null") or {}).get("kind")
     return NULLS[kind].caption if kind in NULLS else "null image"
 
 
-def _subtitle(metadata: dict) -> str:
+def subtitle(metadata: dict) -> str:
+    """Model, null image and data in one line."""
     null = metadata.get("null") or {}
     params = ", ".join(f"{name} {value}" for name, value in (null.get("params") or {}).items())
-    parts = [f"Null image: {null.get('kind', 'unknown')}" + (f" ({params})" if params else "")]
+    parts = [f"model: {Path(str(metadata['model'])).name}"] if metadata.get("model") else []
+    parts.append(f"null image: {null.get('kind', 'unknown')}" + (f" ({params})" if params else ""))
     if metadata.get("data"):
         parts.append(f"data: {Path(str(metadata['data'])).name}")
     return "; ".join(parts)
@@ -150,13 +220,15 @@ def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str,
     rest = ["with an image", f"{facts.text_only:,} text only" if facts.text_only else ""]
     rest.append(f"{facts.n_errors:,} not scored" if facts.n_errors else "")
     figures = [
-        ("samples", _fitting(facts.multimodal), "; ".join(part for part in rest if part)),
-        ("answer tokens", _fitting(facts.tokens.count), "of these samples"),
+        ("samples", fitting(facts.multimodal), "; ".join(part for part in rest if part)),
+        ("answer tokens", fitting(facts.tokens.count), "of these samples"),
         ("mean sample VIG", rounded(facts.samples.mean), "nats"),
     ]
     if chosen:
         counts, tau = chosen["counts"], chosen["tau"]
         remark = f"nats; level {chosen['level']}, p\u202f=\u202f{chosen['p']:g}"
+        if chosen.get("by") == "source":
+            remark += f"; the lowest of {len(chosen['sources'])} sources"
         figures.append(("threshold τ", "none" if tau is None else rounded(tau), remark))
         figures += [_trained_on(what, counts) for what in ("samples", "tokens")]
     floor = noise_floor(metadata)
@@ -180,22 +252,17 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / max(whole, 1):.1f} %"
 
 
-def _fitting(count: int) -> str:
+def fitting(count: int) -> str:
     """A count in full, or in millions where it would not fit its column."""
     return f"{count:,}" if count < 10**7 else f"{count / 1e6:,.1f}\u202fM"
 
 
 def _tau_notes(chosen: dict, metadata: dict) -> list[str]:
     """What `select` warned of."""
-    return tau_warnings(chosen["tau"], metadata) if chosen else []
-
-
-def _error_notes(facts: Facts) -> list[str]:
-    if not facts.n_errors:
+    if not chosen:
         return []
-    more = f", and {facts.n_errors - len(facts.errors):,} more" if facts.n_errors > len(facts.errors) else ""
-    what = "1 sample" if facts.n_errors == 1 else f"{facts.n_errors:,} samples"
-    return [f"{what} could not be scored: " + "; ".join(facts.errors) + more]
+    taus = {row["source"]: row["tau"] for row in chosen.get("sources") or []}
+    return tau_warnings(chosen["tau"], metadata, taus)
 
 
 def _settings(metadata: dict, chosen: dict) -> list[tuple[str, str]]:
@@ -205,8 +272,31 @@ def _settings(metadata: dict, chosen: dict) -> list[tuple[str, str]]:
     null = metadata.get("null") or {}
     rows = [*shown.items(), ("null image", null.get("kind")), *(null.get("params") or {}).items()]
     rows += [
-        (f"selection: {name}", chosen[name])
-        for name in ("p", "level", "tau", "clip", "tau_floor")
-        if name in chosen
+        (f"selection: {name}", value)
+        for name, value in sorted(chosen.items())
+        if name not in ("counts", "sources")
     ]
     return [(name.replace("_", " "), str(value)) for name, value in rows if value is not None]
+
+
+def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) -> dict[str, Any]:
+    """What the page's script knows beside samples and pictures."""
+    where = str(scores) if isinstance(scores, str | Path) else "SCORES"
+    if isinstance(scores, list | tuple):
+        where = " ".join(str(one) for one in scores)
+    rules = rules_of(chosen)
+    place = 0 if page.keep is None else int(page.keep.p.searchsorted(page.p))
+    level = "" if rules.level == "both" else f" --level {rules.level}"
+    return {
+        "level": rules.level,
+        "rule": "source" if rules.by == "source" else "all",
+        "place": place,
+        "selected": bool(chosen),
+        "sources": facts.sources.names,
+        "command": f"vig select {where} --p {{p}}{level}",
+        "file": re.sub(r"[^\w.-]+", "-", page.title)[:60].strip("-.") or "samples",
+        "data": str(metadata.get("data") or ""),
+        "scores": where,
+        "embedded": len(facts.rows),
+        "total": facts.multimodal + facts.text_only + facts.n_errors,
+    }

@@ -1,24 +1,22 @@
-"""From a row of scores to a SampleView: token texts, question, image and null image as the model sees them."""
+"""From a row of scores to a SampleView: token texts, questions, images and null images as the model sees them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from vig.data.images import open_images
 from vig.data.sample import BrokenRecord, Sample, SampleError, text_of
 from vig.data.samples import read_samples
-from vig.reporting.facts import Facts
-from vig.reporting.views import SampleView, Word
+from vig.reporting.views import Pass, SampleView
 from vig.scoring import batching
 
-WORDS = 14  # rows of each table of words
+MOST_IMAGES = 8  # of a sample that are shown
+CONTEXT = 12  # tokens that are decoded together, so that each has the text that it adds
 
 
 class Viewer:
@@ -32,7 +30,7 @@ class Viewer:
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.samples: dict[str, Sample | BrokenRecord] = {}
         self.null = metadata.get("null") or {}
-        self.others: dict[str, Image.Image] = {}  # null shuffle: what stands in for the first image, by key
+        self.others: dict[str, list[Image.Image]] = {}  # null shuffle: what stands in for the images, by key
 
     def _load_processor(self) -> Any:
         from transformers import AutoProcessor
@@ -47,36 +45,44 @@ class Viewer:
             self.notes.append(f"Words are shown as token ids: the processor could not be loaded ({reason}).")
             return None
 
-    def find(self, keys: Iterable[str]) -> None:
-        """Read the data up to the last of the samples that are shown."""
-        missing = set(keys)
+    def find(self, rows: dict[str, int]) -> None:
+        """Read the records of these keys; each key with its row number in reading order, where it should lie."""
         if self.data is None:
             self.notes.append(
                 "Questions and pictures are missing: the scores do not name their data. Give data."
             )
             return
-        size, limit = 1, None
-        shuffled = self.null.get("kind") == "shuffle"
-        if shuffled:  # it takes its pictures from the whole window
-            size, limit = self.metadata.get("window") or batching.WINDOW, self.metadata.get("limit")
+        missing = set(rows)
         try:
-            records = read_samples(self.data, image_root=self.image_root, limit=limit)
-            for window in batching.chunks(records, size):
-                for record in window:
-                    if record.key in missing:
-                        missing.discard(record.key)
-                        self.samples[record.key] = record
-                        if shuffled:
-                            self._find_other(record, window)
-                if not missing:
-                    return
+            if self.null.get("kind") != "shuffle":  # which takes its pictures from the whole window
+                numbers = set(rows.values())
+                self._read(missing, wanted=numbers.__contains__)
+            if missing:
+                self._read(missing)
         except (OSError, ValueError) as error:
             self.notes.append(f"Questions and pictures are missing: {error}")
             return
         if missing:
             self.notes.append(f"{len(missing)} of the samples shown are not in {self.data} any more.")
 
-    def _find_other(self, record: Sample | BrokenRecord, window: list[Sample | BrokenRecord]) -> None:
+    def _read(self, missing: set[str], wanted: Any = None) -> None:
+        """Takes records off `missing`. wanted: numbers of the records that need be read."""
+        size, limit = 1, None
+        shuffled = self.null.get("kind") == "shuffle"
+        if shuffled:
+            size, limit = self.metadata.get("window") or batching.WINDOW, self.metadata.get("limit")
+        records = read_samples(self.data, image_root=self.image_root, limit=limit, wanted=wanted)
+        for window in batching.chunks(records, size):
+            for record in window:
+                if record is not None and record.key in missing:
+                    missing.discard(record.key)
+                    self.samples[record.key] = record
+                    if shuffled:
+                        self._find_others(record, window)
+            if not missing:
+                return
+
+    def _find_others(self, record: Sample | BrokenRecord, window: list[Sample | BrokenRecord]) -> None:
         from vig.scoring.loader import Donors, content_hash
 
         if isinstance(record, BrokenRecord) or not record.images:
@@ -84,78 +90,92 @@ class Viewer:
         with suppress(SampleError):  # the page says that it is not shown
             images = open_images(record)
             hashes, sizes = [content_hash(image) for image in images], [image.size for image in images]
-            self.others[record.key] = Donors(window).pictures(record, hashes, sizes)[0]
+            self.others[record.key] = Donors(window).pictures(record, hashes, sizes)
 
-    def view(self, row: dict, kept: np.ndarray | None) -> SampleView:
+    def view(self, row: dict, kept: list[bool] | None = None) -> SampleView:
+        """The words of a row of scores; `add_pictures` adds the rest."""
         ids = row["token_ids"] or []
-        null, image = row["token_nll_null"] or [], row["token_nll_image"] or []
+        scored = Pass(row["token_nll_image"] or [], row["token_nll_null"] or [], row["vig"], kept)
         view = SampleView(
             row["key"],
             row["id"] or "",
-            "",
-            token_texts(self.tokenizer, ids),
-            [second - first for first, second in zip(image, null, strict=True)] if null else [],
-            image,
-            null,
-            kept=None if kept is None else [bool(value) for value in kept],
+            row["source"] or "",
+            row["status"],
+            tokens=token_texts(self.tokenizer, ids),
+            passes=[scored] if ids else [],
         )
         record = self.samples.get(row["key"])
         if isinstance(record, BrokenRecord):
-            view.note = f"{record.error.reason}"
+            view.note = record.error.reason
         elif record is None:
             view.note = "sample not found"
         else:
             questions = questions_of(record)
             starts = [index for index, position in enumerate(row["positions"] or []) if position == 0]
-            view.question = questions[0] if questions else ""
+            view.question = "\n".join(questions[:1] if starts else questions)
             view.turns = list(zip(starts[1:], questions[1:], strict=False))
-            self._add_pictures(view, record)
         return view
 
-    def _add_pictures(self, view: SampleView, sample: Sample) -> None:
+    def n_images(self, key: str) -> int:
+        """How many images `add_pictures` will show."""
+        return min(MOST_IMAGES, len(getattr(self.samples.get(key), "images", ())))
+
+    def add_pictures(self, view: SampleView) -> None:
+        """Adds images and their nulls as the model sees them, and what is to be said of them."""
+        sample = self.samples.get(view.key)
+        if sample is None or isinstance(sample, BrokenRecord):
+            return
         if not sample.images:
-            view.note = "text only"
+            view.note = view.note or "text only"
             return
         try:
             images = open_images(sample)
         except SampleError as error:
             view.note = error.reason
             return
-        view.image = images[0]
-        more = f"first of {len(images)} images" if len(images) > 1 else ""
+        more = f"first {MOST_IMAGES} of {len(images)} images" if len(images) > MOST_IMAGES else ""
+        view.images, nulls = images[:MOST_IMAGES], []
         try:
-            view.image, view.null_image, why = self._as_the_model_sees(sample, images)
+            view.images, nulls, why = self._as_the_model_sees(sample, images)
         except Exception as error:  # pictures adorn the page: a processor that fails must not cost the report
             why = f"the null image could not be made ({str(error).partition(chr(10))[0]})"
+        view.nulls = [nulls or [None] * len(view.images)]
         view.note = "; ".join(part for part in (why, more) if part)
 
     def _as_the_model_sees(self, sample: Sample, images: list[Image.Image]):
-        """The picture made back from the processor's pixels, its null, and why there is none."""
+        """Pictures made back from the processor's pixels, their nulls, and why there are none."""
         if self.processor is None:
-            return images[0], None, "not made without the processor"
+            return images[:MOST_IMAGES], [], "not made without the processor"
         from vig.models.null_image import NullSettings
         from vig.models.null_pixels import PixelRange, as_image, null_pictures
         from vig.scoring.loader import content_hash
 
-        span, shown = PixelRange.of(self.processor), self._first_pixels(sample, images)
-        clean = as_image(shown, span)
+        span, shown = PixelRange.of(self.processor), self._pixels_of(sample, images)
+        clean = [as_image(picture, span) for picture in shown]
         settings = NullSettings(self.null.get("kind", "blur"), **_sigma(self.null))
         if settings.stage == "prompt":
-            return clean, None, "no image at all"
+            return clean, [], "no image at all"
         if settings.stage == "image":
-            other = self.others.get(sample.key)
-            if other is None:
-                return clean, None, "another sample’s image, which could not be found"
-            return clean, as_image(self._first_pixels(sample, [other, *images[1:]]), span), ""
-        seed = int(content_hash(images[0]), 16)
-        return clean, as_image(null_pictures(shown[None], settings, span, [seed])[0], span), ""
+            others = self.others.get(sample.key)
+            if others is None:
+                return clean, [], "another sample’s image, which could not be found"
+            return clean, [as_image(picture, span) for picture in self._pixels_of(sample, others)], ""
+        seeds = [int(content_hash(image), 16) for image in images]
+        nulls = [
+            null_pictures(picture[None], settings, span, [seed])[0]
+            for picture, seed in zip(shown, seeds, strict=False)
+        ]
+        return clean, [as_image(null, span) for null in nulls], ""
 
-    def _first_pixels(self, sample: Sample, images: list[Image.Image]):
-        """(C, H, W) of the first image as the processor makes it: the whole picture, not its thumbnail."""
+    def _pixels_of(self, sample: Sample, images: list[Image.Image]) -> list[Any]:
+        """(C, H, W) of the first images as the processor makes them: whole pictures, not their thumbnails."""
         encoded = self._encoder.encode(sample, images)
         pictures = self._pixels.pictures(encoded.pixels, [encoded.sizes])
-        first = [picture.pixels for picture in pictures if picture.image == 0]
-        return max(first, key=lambda picture: picture.numel())
+        largest: dict[int, Any] = {}
+        for picture in pictures:
+            if picture.image not in largest or picture.pixels.numel() > largest[picture.image].numel():
+                largest[picture.image] = picture.pixels
+        return [largest[number] for number in sorted(largest)[:MOST_IMAGES]]
 
     @cached_property
     def _encoder(self):
@@ -194,35 +214,24 @@ def questions_of(sample: Sample) -> list[str]:
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each token adds to the answer; the pieces of a split character stand with its last token."""
+    """The text that each token adds to the answer; the pieces of a split character stand with its last token.
+
+    A token is decoded behind the few before it, which is linear in the length of the answer.
+    """
     if tokenizer is None:
         return [f"{'' if index == 0 else ' '}{id}" for index, id in enumerate(ids)]
     decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    texts, shown = [], ""
+    texts: list[str] = []
+    first, shown, waiting = 0, "", 0
     for end in range(1, len(ids) + 1):
-        text = decode(ids[:end])
-        if text.endswith("\ufffd") and end < len(ids):
+        text = decode(ids[first:end])
+        if text.endswith("\ufffd") and end < len(ids) and waiting < 4:
             texts.append("")
-        elif text.startswith(shown):
-            texts.append(text[len(shown) :])
-            shown = text
-        else:
-            texts.append(decode(ids[end - 1 : end]))
-            shown = text
+            waiting += 1
+            continue
+        texts.append(text[len(shown) :] if text.startswith(shown) else decode(ids[end - 1 - waiting : end]))
+        shown, waiting = text, 0
+        if end - first >= CONTEXT and not text.endswith("\ufffd"):
+            first = end - CONTEXT // 2
+            shown = decode(ids[first:end])
     return texts
-
-
-def words(facts: Facts, tokenizer: Any) -> tuple[list[Word], list[Word]]:
-    """Tokens with the highest and the lowest mean VIG, among those that are not too rare to judge."""
-    least = max(3, int(facts.word_count.sum() ** 0.5 / 20))
-    ids = np.flatnonzero(facts.word_count >= least)
-    means = facts.word_sum[ids] / facts.word_count[ids]
-    order = np.argsort(-means, kind="stable")
-    half = min(WORDS, len(order) // 2)
-
-    def word(place: int) -> Word:
-        id = int(ids[place])
-        text = str(id) if tokenizer is None else tokenizer.decode([id])
-        return Word(text.strip() or repr(text).strip("'"), float(means[place]), int(facts.word_count[id]))
-
-    return [word(place) for place in order[:half]], [word(place) for place in order[::-1][:half]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +26,11 @@ class Rule:
     seed: int = 0
     sample_limit: int | None = None  # level "random": the highest draw that is kept; None: nothing is
     token_limit: int | None = None
+    taus: Mapping[str, float] | None = None  # by source, in place of tau
 
-    columns = ("key", "id", "status", "n_tokens", "vig", "token_ids", "token_nll_image", "token_nll_null")
+    columns = (
+        "key", "id", "source", "status", "n_tokens", "vig", "token_ids", "token_nll_image", "token_nll_null"
+    )  # fmt: skip
 
     def apply(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int, int]:
         """Selection rows, the number of multimodal samples kept, and of tokens kept in them."""
@@ -60,12 +63,20 @@ class Rule:
             keep = draw <= self.sample_limit
             return keep, (token_draws(draw, lengths) <= self.token_limit) & np.repeat(keep, lengths)
         token_vig, vig = token_and_sample_vig(batch, ok, lengths, self.clip)
-        passed = token_vig >= self.tau
+        tau = self._taus_of_rows(batch, ok)  # (M,)
+        passed = token_vig >= np.repeat(tau, lengths)
         if self.level == "token":
             return segment_means(passed, lengths) > 0, passed
-        keep = vig >= self.tau
+        keep = vig >= tau
         owners = np.repeat(keep, lengths)
         return keep, owners if self.level == "sample" else owners & passed
+
+    def _taus_of_rows(self, batch: pa.RecordBatch, ok: np.ndarray) -> np.ndarray:
+        if self.taus is None:
+            return np.full(int(ok.sum()), self.tau)
+        names = batch["source"].fill_null("").dictionary_encode()
+        taus = np.array([self.taus.get(name, np.inf) for name in names.dictionary.to_pylist()])
+        return taus[names.indices.to_numpy(zero_copy_only=False)[ok]]
 
 
 def row_kinds(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

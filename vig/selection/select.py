@@ -6,7 +6,7 @@
 Source: "Selective Training for Large Vision Language Models via Visual Information Gain", arXiv 2602.17186,
 section 3. Scores are facts, so any p and level can be chosen without scoring again.
 
-Two passes over the shards in constant memory but for 20 bytes a sample: one for tau, one for the tokens.
+Two passes over the shards in constant memory but for 20 bytes a sample (24 by source): one for tau, one for the tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,9 @@ import numpy as np
 import pyarrow as pa
 
 from vig.data.files import StoreError, lock_folder
+from vig.selection.by_source import SourceCounts, source_lines, taus_of
 from vig.selection.rule import Rule, kth_smallest_draw, row_kinds, sample_draws, token_and_sample_vig
+from vig.selection.sources import Sources
 from vig.store.folder import shards_in
 from vig.store.rows import METADATA_KEY
 from vig.store.scores import count_rows, open_scores, read_scores, score_metadata, unfinished
@@ -48,6 +50,7 @@ class Choice:
     clip: float | None = None
     tau_floor: float | None = None
     seed: int = 0
+    by: str | None = None
 
     def __post_init__(self):
         if not 0 < self.p <= 100:
@@ -62,6 +65,10 @@ class Choice:
             raise ValueError(f"tau_floor is a finite number of nats; got {self.tau_floor!r}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed is an integer of 64 bits; got {self.seed!r}")
+        if self.by not in (None, "source"):
+            raise ValueError(f'by = {self.by!r}, expected "source", or nothing for one tau over all samples')
+        if self.by == "source" and self.level == "random":
+            raise ValueError("level random draws from all samples alike; leave out by (--by source)")
 
 
 @dataclass
@@ -71,11 +78,15 @@ class Selection:
     scores: object
     p: float
     level: str
-    tau: float | None  # nats, the threshold in use; None where no sample has an image
+    tau: (
+        float | None
+    )  # nats, the threshold in use (by="source": the lowest); None where no sample has an image
     tau_p: float | None  # the percentile alone, before tau_floor
     clip: float | None
     tau_floor: float | None
     seed: int
+    by: str | None
+    sources: list[dict]  # by="source": tau and counts of each; else empty
     counts: dict[str, int]
     metadata: dict = field(repr=False)  # of the scores, with "selection" added
     warnings: list[str]
@@ -103,8 +114,11 @@ class Selection:
         tau = "none" if self.tau is None else f"{self.tau:.6g} nats"
         if self.tau is not None and self.tau != self.tau_p:
             tau += f" (the floor; the percentile is {self.tau_p:.6g})"
+        if self.by == "source":
+            tau = f"one a source, the lowest {tau}"
         return [
             f"level {self.level}, p = {self.p:g}: tau = {tau}",
+            *source_lines(self.sources),
             f"samples kept  {_share(n['samples_kept'], n['samples_total'])} with an image",
             f"tokens kept   {_share(n['tokens_kept'], n['tokens_total'])} of these samples' answers",
             f"text-only     {n['text_only']:,} samples, {n['text_only_tokens']:,} tokens, all kept",
@@ -124,6 +138,8 @@ class _Facts:
     vig: np.ndarray  # float64
     n_tokens: np.ndarray  # int32
     hashes: np.ndarray  # uint64 of the keys
+    codes: np.ndarray  # uint32 of the sources; by="source" alone
+    sources: Sources
     text_only: int
     text_only_tokens: int
     errors: int
@@ -149,6 +165,7 @@ def select(
     clip: float | None = None,
     tau_floor: float | None = None,
     seed: int = 0,
+    by: str | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[float], None] | None = None,
@@ -163,6 +180,7 @@ def select(
         "random": as many samples and tokens as "both" keeps, drawn by a hash of key and seed.
     clip: lowest log-probability in nats (below 0; math.log(0.01), say) that either pass counts with.
     tau_floor: lowest tau in nats.
+    by: "source" takes p within each source, with a tau of its own; ``sources`` of the result counts them.
     out: folder to write the selection to, in Parquet. A selection there that was made with the same settings is
         replaced; one of others raises SettingsDiffer, unless overwrite is set.
     progress: called with the share done, 0 to 1.
@@ -171,7 +189,7 @@ def select(
     another process is writing to ``out``. Scores that are not complete are warned of, and listed in ``unfinished`` of
     the result.
     """
-    choice = Choice(p, level, clip, tau_floor, seed)
+    choice = Choice(p, level, clip, tau_floor, seed, by)
     scores, folder = open_scores(scores), Path(out) if out is not None else None
     if folder is not None and shards_in(folder):
         raise StoreError(f"{folder} holds scores. Give the selection a folder of its own")
@@ -190,18 +208,22 @@ def _choose(
     """One pass over the scores for tau, one to choose by it; the second writes to `folder`."""
     is_random = choice.level == "random"
     report = _Progress(progress, count_rows(scores), passes=3 if is_random else 2)
-    facts = _first_pass(scores, choice.clip, report)
+    facts = _first_pass(scores, choice, report)
     _refuse_duplicates(scores, facts.hashes)
     missing, about = unfinished(scores), score_metadata(scores)
     tau_p = float(np.percentile(facts.vig, 100 - choice.p)) if len(facts.vig) else None
     tau = tau_p if tau_p is None or choice.tau_floor is None else max(tau_p, float(choice.tau_floor))
-    notes = [*missing, *tau_warnings(tau, about)]
+    taus = None
+    if choice.by == "source" and tau is not None:
+        taus = taus_of(facts.vig, facts.codes, facts.sources.names, choice.p, choice.tau_floor)
+        tau = tau_p = min(taus.values())
+    notes = [*missing, *tau_warnings(tau, about, taus)]
     level = "both" if is_random else choice.level
-    rule = Rule(level, math.inf if tau is None else tau, choice.clip, choice.seed)
+    rule = Rule(level, math.inf if tau is None else tau, choice.clip, choice.seed, taus=taus)
     if is_random and tau is not None:
         rule = _random_rule(rule, facts, _count(scores, rule, report), notes)
-    chosen = {**vars(choice), "tau": tau, "tau_p": tau_p}
-    counts, kept = facts.counts(), _Kept()
+    kept, counts = _Kept(taus), facts.counts()
+    chosen = {**vars(choice), "tau": tau, "tau_p": tau_p, "sources": kept.sources.table()}
     metadata = {**about, "selection": {**chosen, "counts": counts}}
 
     def final_metadata() -> dict:
@@ -231,8 +253,9 @@ class _Progress:
             self.tell(min(1.0, self.done / self.total))
 
 
-def _first_pass(scores, clip: float | None, report: _Progress) -> _Facts:
-    columns = ["key", "status", "n_tokens", "vig"]
+def _first_pass(scores, choice: Choice, report: _Progress) -> _Facts:
+    clip = choice.clip
+    columns, sources, codes = ["key", "source", "status", "n_tokens", "vig"], Sources(), []
     columns += [] if clip is None else ["token_nll_image", "token_nll_null"]
     vigs, sizes, hashes, text_only, text_tokens, errors = [np.empty(0)], [], [], 0, 0, 0
     for batch in read_scores(scores, columns, batch_size=1 << 16 if clip is None else 1 << 13):
@@ -243,14 +266,17 @@ def _first_pass(scores, clip: float | None, report: _Progress) -> _Facts:
             vigs.append(token_and_sample_vig(batch, ok, lengths[ok], clip)[1])
         sizes.append(lengths[ok].astype(np.int32))
         hashes.append(hash_keys(batch["key"])[ok])
+        if choice.by == "source":
+            codes.append(sources.codes(batch["source"])[ok].astype(np.uint32))
         text_only += int(text.sum())
         text_tokens += int(lengths[text].sum())
         errors += batch.num_rows - int(ok.sum()) - int(text.sum())
         report(batch.num_rows)
-    sizes, hashes = (
-        np.concatenate([np.empty(0, t), *x]) for x, t in ((sizes, np.int32), (hashes, np.uint64))
+    sizes, hashes, codes = (
+        np.concatenate([np.empty(0, t), *x])
+        for x, t in ((sizes, np.int32), (hashes, np.uint64), (codes, np.uint32))
     )
-    return _Facts(np.concatenate(vigs), sizes, hashes, text_only, text_tokens, errors)
+    return _Facts(np.concatenate(vigs), sizes, hashes, codes, sources, text_only, text_tokens, errors)
 
 
 def _refuse_duplicates(scores, hashes: np.ndarray) -> None:
@@ -274,8 +300,12 @@ def noise_floor(metadata: dict) -> float | None:
     return metadata.get("noise_floor", metadata.get("notes", {}).get("noise_floor"))
 
 
-def tau_warnings(tau: float | None, metadata: dict) -> list[str]:
-    """What a reader of the selection should know of its tau. metadata: of the scores."""
+def tau_warnings(tau: float | None, metadata: dict, taus: Mapping[str, float] | None = None) -> list[str]:
+    """What a reader of the selection should know of its tau. metadata: of the scores. taus: by source."""
+    if taus:
+        return [
+            f"source {name}: {line}" for name, own in taus.items() for line in tau_warnings(own, metadata)
+        ]
     if tau is None:
         return ["no scored sample has an image: there is no tau, and only text-only samples are kept"]
     floor = noise_floor(metadata)
@@ -291,12 +321,16 @@ def tau_warnings(tau: float | None, metadata: dict) -> list[str]:
 class _Kept:
     """Counts of what a rule keeps, filled while its batches pass by."""
 
-    def __init__(self):
+    def __init__(self, taus: Mapping[str, float] | None = None):
         self.samples = self.tokens = 0
+        self.sources = SourceCounts(dict(taus or {}))
 
     def batches(self, scores, rule: Rule, report: _Progress) -> Iterator[pa.RecordBatch]:
         for batch in read_scores(scores, rule.columns):
             rows, samples, tokens = rule.apply(batch)
+            if rule.taus is not None:
+                ok, _, lengths = row_kinds(batch)
+                self.sources.add(batch, ok, lengths, rows)
             self.samples, self.tokens = self.samples + samples, self.tokens + tokens
             yield rows
             report(batch.num_rows)

@@ -32,7 +32,8 @@ SELECTION_SCHEMA = pa.schema(
     ]
 )
 FILE_TOKENS = 1 << 30  # answer tokens a file: offsets of Arrow lists are int32
-FOUND_OUT = ("selection.tau", "selection.tau_p", "shard")  # by the run itself; the first job there may be any
+# By the run itself; the first job there may be any.
+FOUND_OUT = ("selection.tau", "selection.tau_p", "selection.sources", "shard")
 IN_MEMORY_BYTES = 1 << 28  # larger selections are read through a memory-mapped copy
 
 
