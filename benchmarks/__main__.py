@@ -54,7 +54,42 @@ _command(
     "scale", "One million samples: write scores, select, start. About 3 minutes and 3 GB of temporary files."
 )
 _command("peak", "Register-only instruction peak of each instruction set.")
-_command("gpu", "The same on a GPU; without one, the plan.")
+
+
+@app.command("gpu")
+def gpu(
+    minutes: Annotated[
+        float,
+        typer.Option(help="What the run may take, start to end. What does not fit is not measured.", min=0.1),
+    ] = 20.0,
+    out: Annotated[Path, typer.Option(help="Folder of the result, the steps' logs and lines.")] = Path(
+        "gpu-results"
+    ),
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse", help="Tiny shapes in Triton's interpreter on a CPU: the script, not the speed."
+        ),
+    ] = False,
+    wheels: Annotated[
+        Path | None,
+        typer.Option(help="Folder of wheels of the peers, installed for the run without an index."),
+    ] = None,
+) -> None:
+    """Correctness, times and counters on a GPU, what matters most first; without one, the plan."""
+    from benchmarks import audit, terminal
+    from benchmarks.gpu import plan
+
+    if not rehearse and plan.why_not() is not None:
+        plan.show(console)
+        return
+    path, result = plan.measure(minutes, out, rehearse, wheels, _tell)
+    terminal.show_tables(result, console)
+    console.print(f"wrote {path}", highlight=False)
+    broken = audit.broken(result)
+    for line in broken:
+        _tell(f"gpu: {line}")
+    raise typer.Exit(1 if broken else 0)
 
 
 @app.command(
@@ -115,18 +150,11 @@ def measure(suite: str, quick: bool, threads: int | None, out: Path | None) -> l
     )
     torch.set_num_threads(threads)
     module = importlib.import_module(f"benchmarks.{suite}")
-    if hasattr(module, "plan") and module.why_not() is not None:
-        module.plan(quick, console)
-        return []
     keep = not quick or out is not None
     result = machine.header(suite, threads, quick) | {"cases": []}
     with log.status(suite) as status:
         say = (lambda text: status.update(f"{suite}: {text}")) if log.is_terminal else (lambda text: None)
-        if hasattr(module, "tasks"):
-            path = results.path_of(result, out or results.FOLDER) if keep else None
-            results.gather(result, module.tasks(quick, say), path, say if log.is_terminal else _tell)
-        else:
-            result["cases"] = module.run(threads, quick, say)
+        result["cases"] = module.run(threads, quick, say)
     show = terminal.show_tables if hasattr(module, "tables") else terminal.show
     show(result, console)
     if keep:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -103,7 +103,8 @@ class Timing(NamedTuple):
     seconds: float = math.inf  # that all rounds may take together
     timer: Callable[[Callable[[], Any], int], float] = wall_clock
     probe: Callable[[], float] | None = None  # asked beside the rounds, such as for the peak of the moment
-    extra_mib: Callable[[Callable[[], Any]], float] | None = None  # memory of one call
+    # further fields of a row, and what finds each of them from the callable that was timed
+    beside: Mapping[str, Callable[[Callable[[], Any]], Any]] | None = None
     settle_s: float = SETTLE_S
     say: Callable[[str], None] = lambda text: None
 
@@ -118,10 +119,11 @@ def measure(
 
     A row holds name, ours, baseline, note, status ("ok", "wrong", "cannot run" or "failed") and either the reason
     or max_error, p20_ms, p50_ms, p80_ms, samples, and `ratio` to the baselines' summed medians (None without one);
-    peak_mib too where `extra_mib` is given. There are `rounds` rounds; where they would take longer than `seconds`,
+    `beside` names further fields and what finds each of
+    them from the callable that was timed. There are `rounds` rounds; where they would take longer than `seconds`,
     only baselines and our own rows are in all of them, and the others in as few as FEW_ROUNDS.
     """
-    rounds, seconds, timer, probe, extra_mib, settle_s, say = Timing(**timing)
+    rounds, seconds, timer, probe, beside, settle_s, say = Timing(**timing)
     rows: dict[str, dict] = {}
     entrants: list[Entrant] = []
     for contender in contenders:
@@ -147,8 +149,9 @@ def measure(
     probed += _rounds(judged, range(common, rounds), timer, probe, settle_s, say)
     for entrant in entrants:
         rows[entrant.contender.name].update(_summary(entrant))
-        if extra_mib is not None:
-            rows[entrant.contender.name]["peak_mib"] = extra_mib(entrant.run)
+        for field, find in (beside or {}).items():
+            say(f"{field} of {entrant.contender.name}")
+            rows[entrant.contender.name][field] = find(entrant.run)
     add_ratios(rows.values())
     return {"rows": list(rows.values()), "probe": quantile(probed, 0.5) if probed else None}
 

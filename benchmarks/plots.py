@@ -15,15 +15,16 @@ DIGEST = "Digest of the result"  # a text of the PNG file
 
 def draw(result: dict, folder: Path) -> Path | None:
     """Draws a result; None for suites that have no picture."""
-    if result["suite"] == "peak":
+    cases = cases_of(result)
+    if not cases:
         return None
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = _lines(result["cases"])
-    columns, bars = max(map(len, lines)), [max(len(_bars(case)) for case in cases) for cases in lines]
+    lines = _lines(cases)
+    columns, bars = max(map(len, lines)), [max(len(_bars(case)) for case in line) for line in lines]
     heights = [0.27 * places + 0.95 for places in bars]  # the same height a bar in every panel
     figure, axes = pyplot.subplots(
         len(lines),
@@ -33,21 +34,32 @@ def draw(result: dict, folder: Path) -> Path | None:
         layout="constrained",
         gridspec_kw={"height_ratios": heights},
     )
-    ratios = [length for case in result["cases"] if _is_ratio(case) for _, length, _ in _bars(case)]
+    ratios = [length for case in cases if _is_ratio(case) for _, length, _ in _bars(case)]
     limit = max(1.3, min(LONGEST, 1.3 * max(ratios, default=1.0)))  # one scale for all ratios
-    for row, cases, places in zip(axes, lines, bars, strict=True):
-        for axis, case in zip(row, cases, strict=False):
+    for row, shown, places in zip(axes, lines, bars, strict=True):
+        for axis, case in zip(row, shown, strict=False):
             _panel(axis, case, places, limit)
-        for axis in row[len(cases) :]:
+        for axis in row[len(shown) :]:
             axis.set_visible(False)
-        _share_names(row, cases)
-    single = any(row.get("samples") == 1 for case in result["cases"] for row in results.timed(case))
+        _share_names(row, shown)
+    single = any(row.get("samples") == 1 for case in cases for row in results.timed(case))
     figure.suptitle(heading(result) + ("\n* one call, without a warm-up" if single else ""), fontsize=11)
     folder.mkdir(parents=True, exist_ok=True)
     path = path_of(result, folder)
     figure.savefig(path, dpi=110, metadata={"Software": None, DIGEST: results.digest(result)})
     pyplot.close(figure)
     return path
+
+
+def cases_of(result: dict) -> list[dict]:
+    """The cases that a picture shows; [] of suites that have none."""
+    if result["suite"] == "peak":
+        return []
+    if result["suite"] != "gpu":
+        return result["cases"]
+    from benchmarks.gpu import tables
+
+    return tables.drawn(result)
 
 
 def path_of(result: dict, folder: Path) -> Path:
@@ -83,7 +95,7 @@ def _title(result: dict) -> str:
         "train": "Loss and gradients: time over torch's three bare matrix products (1 = the products alone)",
         "memory": "Peak memory of one call beyond inputs, outputs and gradients, MiB (stroke: what is promised)",
         "blur": "Gaussian blur: milliseconds an image",
-        "gpu": "On a GPU: time over the bare products of the same run; blur in milliseconds",
+        "gpu": "On a GPU: device time over the bare products of the same run; blur in milliseconds",
     }[result["suite"]]
 
 

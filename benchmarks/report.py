@@ -3,6 +3,8 @@
 Each suite has a pair of markers, `<!-- benchmarks:score -->` and `<!-- /benchmarks:score -->`, in docs/benchmarks.md;
 what stands between them is replaced. A suite without results leaves its block without any table. The suites of scoring
 have their markers in docs/throughput.md, and the README one block, `scoring`, with their figures in a sentence.
+docs/kernels.md has two blocks that are never empty: `gpu`, what GPUs measured, and `predictions`, what they should
+take, beside what they took; both say "not measured" where that is so.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from benchmarks import audit, machine, memory, plots, results
 from benchmarks.harness import ONE_CALL
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("score", "train", "memory", "blur", "peak", "gpu")
+SUITES = ("score", "train", "memory", "blur", "peak")
 ON_OWN_PAGE = ("throughput", "scale")  # in docs/throughput.md
+GPU, PREDICTIONS = "gpu", "predictions"
+ON_KERNELS_PAGE = (PREDICTIONS, GPU)  # in docs/kernels.md, with results or without
 SCORING, KERNELS = "scoring", "kernels"  # sentences of the README, from the results of other suites
-IN_WORDS = {SCORING: ON_OWN_PAGE, KERNELS: ("score", "train")}
+FROM_OTHERS = {SCORING: ON_OWN_PAGE, KERNELS: ("score", "train"), PREDICTIONS: (GPU,)}
 WITHOUT_PLOT = ("peak", *ON_OWN_PAGE)
 DTYPES = ("float32", "bfloat16", "float16", "uint8")
 
@@ -43,11 +47,12 @@ class Paths:
             self.readme: (KERNELS, SCORING),
             self.readme.parent / "docs" / "benchmarks.md": SUITES,
             self.readme.parent / "docs" / "throughput.md": ON_OWN_PAGE,
+            self.readme.parent / "docs" / "kernels.md": ON_KERNELS_PAGE,
         }
 
     def stored(self, block: str) -> list[dict]:
         """The results that a block shows."""
-        suites = IN_WORDS.get(block, (block,))
+        suites = FROM_OTHERS.get(block, (block,))
         return [result for suite in suites for result in results.read_full(suite, self.results)]
 
 
@@ -57,10 +62,10 @@ def write(paths: Paths) -> list[Path]:
     for page, blocks in pages.items():
         text = page.read_text()
         for name in blocks:
-            if _has_marker(text, name) and paths.stored(name):
+            if _has_marker(text, name) and (name in ON_KERNELS_PAGE or paths.stored(name)):
                 text = _with_block(text, name, block(name, page, paths))
         page.write_text(text)
-    drawn = [plots.draw(result, paths.plots) for suite in SUITES for result in paths.stored(suite)]
+    drawn = [plots.draw(result, paths.plots) for suite in (*SUITES, GPU) for result in paths.stored(suite)]
     return [*pages, *(path for path in drawn if path is not None)]
 
 
@@ -79,7 +84,7 @@ def disagreements(paths: Paths) -> list[str]:
 def outdated(paths: Paths) -> list[str]:
     """One line for every stored result that other code measured than the checkout's, where git can say."""
     found = []
-    for suite in (*SUITES, *ON_OWN_PAGE):
+    for suite in (*SUITES, *ON_OWN_PAGE, GPU):
         for result in paths.stored(suite):
             changed = machine.changed_since(result["commit"])
             if changed:
@@ -103,19 +108,19 @@ def _of_page(page: Path, blocks: tuple[str, ...], paths: Paths) -> Iterator[str]
                 yield f"{name}: there are results, but {page.name} has no <!-- benchmarks:{name} --> block"
             continue
         shown = _pattern(name).search(text).group("block")
-        if not stored and shown.strip():
+        if not stored and shown.strip() and name not in ON_KERNELS_PAGE:
             yield f"{name}: {page.name} shows figures, but {paths.results} has no results"
-        if stored and shown != block(name, page, paths):
+        if (stored or name in ON_KERNELS_PAGE) and shown != block(name, page, paths):
             yield f"{name}: {page.name} differs from the results: run `python -m benchmarks report`"
 
 
 def _of_results(suite: str, paths: Paths) -> Iterator[str]:
-    if suite in IN_WORDS:
+    if suite in FROM_OTHERS:
         return
     for result in paths.stored(suite):
         for line in (*audit.broken(result), *audit.not_following(result)):
             yield f"{suite}: {line}"
-        if suite in WITHOUT_PLOT:
+        if suite in WITHOUT_PLOT or not plots.cases_of(result):
             continue
         picture = plots.path_of(result, paths.plots)
         if not picture.exists():
@@ -145,6 +150,10 @@ def block(suite: str, page: Path, paths: Paths) -> str:
         return _scoring(paths)
     if suite == KERNELS:
         return _kernels(paths)
+    if suite == PREDICTIONS:
+        return _predictions(paths)
+    if suite == GPU and not paths.stored(GPU):
+        return "Not measured: no GPU has run `python -m benchmarks gpu` yet.\n"
     return "\n".join(_machine_block(suite, result, page, paths) for result in paths.stored(suite))
 
 
@@ -179,23 +188,41 @@ def _kernels(paths: Paths) -> str:
     return "\n".join(lines) + "\n" if lines else ""
 
 
+def _predictions(paths: Paths) -> str:
+    """What ops should take on each GPU; then, GPU by GPU, what they took."""
+    from benchmarks import predictions  # reads the tiles, and with them imports Triton
+
+    lines = []
+    for table in (*predictions.tables(), predictions.measured_table(paths.stored(GPU))):
+        lines += [*_lines(table), ""]
+    return "\n".join(lines)
+
+
+def _lines(table: list[list[str]]) -> Iterator[str]:
+    """A table of which every column but the first holds numbers."""
+    head, *rows = table
+    return map(_line, (head, ["---", *["---:"] * (len(head) - 1)], *rows))
+
+
 def _machine_block(suite: str, result: dict, page: Path, paths: Paths) -> str:
     lines = [f"`{result['command']}`, {_caption(result)}", ""]
-    if suite in ON_OWN_PAGE:
-        for head, *rows in results.tables(result):
-            ruler = ["---", *["---:"] * (len(head) - 1)]
-            lines += [*map(_line, (head, ruler, *rows)), ""]
-        return "\n".join(lines)
+    if suite in (*ON_OWN_PAGE, GPU):
+        for table in results.tables(result):
+            lines += [*_lines(table), ""]
+        return "\n".join([*lines, *_picture(suite, result, page, paths)])
     for group, cases in _groups(result["cases"]):
         lines += [*_table(suite, group, cases), ""]
     lines += [*_notes(result["cases"]), *_comparisons(result["cases"]), *_absent(result["cases"])]
-    if suite not in WITHOUT_PLOT:
-        alternative = plots.heading(result).replace("\n", "; ")
-        lines += [
-            f"![{alternative}]({_relative(plots.path_of(result, paths.plots), page.parent)})",
-            "",
-        ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_picture(suite, result, page, paths)])
+
+
+def _picture(suite: str, result: dict, page: Path, paths: Paths) -> list[str]:
+    """The plot of a result on the page that shows it, where it has one."""
+    if suite in WITHOUT_PLOT or not plots.cases_of(result):
+        return []
+    picture = plots.path_of(result, paths.plots)
+    alternative = plots.heading(result).replace("\n", "; ")
+    return [f"![{alternative}]({_relative(picture, page.parent)})", ""]
 
 
 def _notes(cases: list[dict]) -> Iterator[str]:

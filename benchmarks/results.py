@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks import machine, peers
@@ -23,33 +23,12 @@ def write(result: dict, folder: Path) -> Path:
     """Stores a result; returns where."""
     folder.mkdir(parents=True, exist_ok=True)
     path = path_of(result, folder)
-    path.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    path.write_text(json.dumps(as_stored(result), indent=1) + "\n")
     return path
 
 
-def gather(
-    result: dict, tasks: dict[str, Callable[[], dict]], path: Path | None, say: Callable[[str], None]
-) -> None:
-    """Fills `result["cases"]`, one for each task. The result so far is stored beside `path` after each; one that the
-    same code left on the same machine is gone on with, and the file is removed at the end."""
-    partial = None if path is None else path.with_name(f"partial-{path.name}")
-    if partial is not None and partial.exists():
-        before = json.loads(partial.read_text())
-        if all(before.get(key) == _rounded(result[key]) for key in result if key not in ("date", "cases")):
-            result["cases"] = before["cases"]
-    cases = {case["task"]: case for case in result["cases"]}
-    for number, (name, measure) in enumerate(tasks.items(), 1):
-        if name in cases:
-            say(f"{name}: measured before")
-            continue
-        say(f"case {number} of {len(tasks)}: {name}")
-        cases[name] = measure() | {"task": name}
-        result["cases"] = [cases[task] for task in tasks if task in cases]
-        if partial is not None:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(_rounded(result)))
-    if partial is not None:
-        partial.unlink(missing_ok=True)
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
 
 
 def read_full(suite: str, folder: Path = FOLDER) -> list[dict]:
@@ -65,6 +44,10 @@ def digest(result: dict) -> str:
 
 def tables(result: dict) -> list[list[list[str]]]:
     """The tables of a suite that makes its own, each a list of rows, the first of them the head."""
+    if result["suite"] == "gpu":
+        from benchmarks.gpu import tables as gpu
+
+        return gpu.tables(result)
     return importlib.import_module(f"benchmarks.{result['suite']}").tables(result["cases"])
 
 
@@ -120,12 +103,12 @@ def names(cases: Iterable[dict]) -> list[str]:
     return list(dict.fromkeys(row["name"] for case in cases for row in timed(case)))
 
 
-def _rounded(value):
-    """Five significant digits are more than any timing holds."""
+def as_stored(value):
+    """A value as it reads back. Five significant digits are more than any timing holds."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: as_stored(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
+        return [as_stored(item) for item in value]
     return value

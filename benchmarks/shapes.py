@@ -50,8 +50,6 @@ GPU_HEADS = (
     Shape("Gemma 3 4B", 8192, 2560, 262208),
     Shape("Qwen2.5-VL-7B width, 152k vocabulary", 8192, 4096, 151936),
 )
-GPU_WIDE = (GPU_HEADS[0], GPU_HEADS[2])  # in float32 too
-GPU_QUICK = (Shape("LLaVA-1.5 7B", 1024, 4096, 32000),)
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,11 @@ TRAIN_RAGGED = Variant("bias, softcap, block, any D and stride", True, True, sto
 PAIR = Variant("pair", pair=True)
 ANY = Variant("any D and stride", even_k=False)
 
-# what the wide, narrow and irregular tiles are launched with (tile_configs.head_config); less code is not counted
+# what the wide, narrow and irregular tiles are launched with (tile_configs.head_config); of less code, what the
+# predictions read
 HEAD_VARIANTS = {
-    "fold": ((PLAIN, STATS), (STATS,), (RAGGED,)),
-    "store": ((TRAIN,), (TRAIN_CAPPED,), (TRAIN_RAGGED,)),
+    "fold": ((PLAIN, STATS), (PLAIN, STATS), (RAGGED,)),
+    "store": ((TRAIN,), (TRAIN, TRAIN_CAPPED), (TRAIN_RAGGED,)),
     "gradient": ((STATS,), (STATS,), (RAGGED,)),
 }
 

@@ -22,13 +22,16 @@ class GPU:
     bf16: float  # FLOP/s, dense
     float32: float  # FLOP/s of the float32 path of these kernels
     bandwidth: float  # bytes/s
+    processors: int  # multiprocessors, or compute units
+    clock: float  # cycles/s at which bf16 and float32 hold
 
 
 GPUS = (
-    GPU("A100 SXM 80 GB", "sm_80", 312e12, 156e12 / 3, 2.039e12),
-    GPU("H100 SXM", "sm_90", 989e12, 495e12 / 3, 3.35e12),
-    GPU("B200", "sm_100", 2250e12, 1125e12 / 3, 8.0e12),
-    GPU("MI300X", "gfx942", 1307e12, 163e12, 5.3e12),
+    GPU("A100 SXM 80 GB", "sm_80", 312e12, 156e12 / 3, 2.039e12, 108, 1.41e9),
+    GPU("H100 SXM", "sm_90", 989e12, 495e12 / 3, 3.35e12, 132, 1.83e9),
+    GPU("H200 SXM", "sm_90", 989e12, 495e12 / 3, 4.8e12, 132, 1.83e9),
+    GPU("B200", "sm_100", 2250e12, 1125e12 / 3, 8.0e12, 148, 1.85e9),
+    GPU("MI300X", "gfx942", 1307e12, 163e12, 5.3e12, 304, 2.1e9),
 )
 # (N, D, V, model)
 HEADS = (
@@ -37,6 +40,7 @@ HEADS = (
     (8192, 576, 49280, "SmolVLM-256M"),
     (8192, 2560, 262208, "Gemma 3 4B"),
     (8192, 4096, 151936, "the published H100 comparisons"),
+    (256, 4096, 32064, "LLaVA-1.5-7B, one small batch"),
 )
 # (planes, H, W, sigma)
 BLURS = ((3 * 16, 336, 336, 33.6), (3 * 16, 384, 384, 38.4), (3 * 16, 896, 896, 89.6))
@@ -52,14 +56,17 @@ def score(N: int, D: int, V: int, target: str, size: int, passes: int = 1) -> tu
 
 def train(N: int, D: int, V: int, target: str, size: int) -> tuple[float, float]:
     """(FLOP, bytes) of linear_cross_entropy: three GEMMs; the block five times, the weight gradient once a chunk."""
-    kind = "float32" if size == 4 else "16-bit"
-    tile = HEAD["store", target, kind][D <= NARROW]
-    dtype = torch.float32 if size == 4 else torch.bfloat16
-    rows = chunk_rows(N, N, D, V, dtype, (True, True, False), tile.block_v // tile.parts)
-    chunks = math.ceil(N / rows)
+    chunks = math.ceil(N / train_rows(N, D, V, target, size))
     block = 5 * size * N * V  # written, read and written by the epilogue, read by two GEMMs
     weight = chunks * (2 * size * V * D + 8 * V * D)
     return 6.0 * N * D * V, float(block + weight + 4 * size * N * D)
+
+
+def train_rows(N: int, D: int, V: int, target: str, size: int) -> int:
+    """Rows of a chunk of linear_cross_entropy with memory="fast", all rows kept and told, both gradients wanted."""
+    tile = HEAD["store", target, "float32" if size == 4 else "16-bit"][D <= NARROW]
+    dtype = torch.float32 if size == 4 else torch.bfloat16
+    return chunk_rows(N, N, D, V, dtype, (True, True, False), tile.block_v // tile.parts)
 
 
 def blur(planes: int, H: int, W: int, sigma: float, target: str, size: int) -> tuple[float, float]:

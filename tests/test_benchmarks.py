@@ -6,7 +6,6 @@ import io
 import json
 import math
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from benchmarks import (
     __main__,
     audit,
     blur,
-    gpu,
     harness,
     heads,
     machine,
@@ -116,6 +114,13 @@ def test_where_time_is_short_peers_have_few_rounds_and_what_is_judged_all():
     assert [row["samples"] for row in rows] == [6, 6, 6]
 
 
+def test_what_stands_beside_the_times_is_found_from_what_was_timed():
+    contender, timer, seen = scripted({"one": [600.0] * 9})
+    found = harness.measure([contender("one")], None, passes, rounds=1, timer=timer, settle_s=0,
+                            beside={"peak_mib": lambda run: run() or 1.5})  # fmt: skip
+    assert found["rows"][0]["peak_mib"] == 1.5 and seen == ["one"] * 3
+
+
 def test_refuses_what_is_wrong_and_lists_what_cannot_run():
     def broken(inputs):
         raise RuntimeError("no such kernel\nand a long story")
@@ -202,16 +207,6 @@ def test_memory_of_a_fresh_process():
     assert memory.output_bytes((torch.zeros(3), None, torch.zeros(2, dtype=torch.bfloat16))) == 16
 
 
-def test_gpu_without_a_gpu_measures_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    console = Console(record=True, width=120, file=io.StringIO())
-    gpu.plan(False, console)
-    text = console.export_text()
-    assert text.startswith("Nothing was measured")
-    assert all(name in text for name in ("bare GEMM", "quack", "Liger", "CCE", "torchvision", "LLaVA-1.5 7B"))
-    assert " ms" not in text
-
-
 def test_a_case_from_inputs_to_tables(tmp_path):
     """Timings of the library and of eager PyTorch, shares of the peak, comparisons, on the terminal and stored."""
     field = [c for c in score.contenders() if c.name in ("bare GEMM", "eager PyTorch") or c.ours]
@@ -229,60 +224,6 @@ def test_a_case_from_inputs_to_tables(tmp_path):
     assert "| eager PyTorch |" in report.block(
         "score", tmp_path / "page.md", report.Paths(tmp_path, tmp_path, tmp_path)
     )
-
-
-def test_a_suite_that_was_cut_off_goes_on_with_the_rest(tmp_path):
-    """The same code on the same machine keeps what it had measured; other code measures anew."""
-    path, run, header = tmp_path / "gpu-x.json", [], machine.header("gpu", 1, False)
-
-    def task(name: str, fails: bool = False) -> Callable[[], dict]:
-        def measure() -> dict:
-            run.append(name)
-            if fails:
-                raise KeyboardInterrupt
-            return {"label": name, "value": 1 / 3}
-
-        return measure
-
-    with pytest.raises(KeyboardInterrupt):
-        results.gather(header | {"cases": []}, {"a": task("a"), "b": task("b", True)}, path, lambda _: None)
-    assert [p.name for p in tmp_path.iterdir()] == ["partial-gpu-x.json"]
-    assert results.read_full("gpu", tmp_path) == []
-    for changes, again in (({}, ["b", "c"]), ({"commit": "other"}, ["a", "b", "c"])):
-        kept = (tmp_path / "partial-gpu-x.json").read_bytes()
-        run.clear()
-        result = header | changes | {"cases": []}
-        results.gather(result, {name: task(name) for name in "abc"}, path, lambda _: None)
-        assert run == again and [case["label"] for case in result["cases"]] == ["a", "b", "c"]
-        assert not list(tmp_path.iterdir())
-        (tmp_path / "partial-gpu-x.json").write_bytes(kept)
-
-
-def test_gpu_suite_on_a_stand_in(monkeypatch, tmp_path):
-    """The whole suite with the CPU in the place of the GPU: every case holds its rows and memory."""
-    for name, value in {
-        "DEVICE": "cpu",
-        "GPU_QUICK": (TINY,),
-        "GPU_BLUR": (Picture(2, 40, 40, 2.0),),
-        "event_clock": harness.wall_clock,
-        "extra_mib": lambda run: 1.5,
-    }.items():
-        monkeypatch.setattr(gpu, name, value)
-    monkeypatch.setattr(peers, "compiler", lambda: "left out here")
-    for op in ("score_ours", "train_ours"):
-        original = getattr(peers, op)
-        monkeypatch.setattr(peers, op, lambda name, device, original=original: original("torch", device))
-    monkeypatch.setattr(blur, "ours", lambda *_, original=blur.ours: original("torch"))
-    result = machine.header("gpu", 1, True) | {"cases": []}
-    results.gather(result, gpu.tasks(True, lambda text: None), None, lambda text: None)
-    cases = result["cases"]
-    assert [case["suite"] for case in cases] == ["score", "train", "blur", "blur", "blur"]
-    for case in cases:
-        rows = {row["name"]: row for row in case["rows"]}
-        assert not [name for name, row in rows.items() if row["status"] in ("wrong", "failed")], rows
-        assert all(row["peak_mib"] == 1.5 for row in rows.values() if row["status"] == "ok")
-        assert any(row["ours"] and row["ratio"] for row in rows.values())
-    assert plots.draw(machine.header("gpu", 1, False) | {"cases": cases}, tmp_path).exists()
 
 
 def stored(folder: Path, suite: str = "score", p50_ms: float = 10.0) -> dict:

@@ -80,9 +80,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib import metadata
-
-        return metadata.version("vig-kernels")
+        return import_module("vig_kernels").__version__
     if name not in _HOMES:
         raise AttributeError(f"module 'vig' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -45,11 +45,30 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib import metadata
-
-        return metadata.version("vig-kernels")
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'vig_kernels' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    """Of the installed package. A source checkout that nobody installed says so: "0.1.0+source"."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("vig-kernels")
+    except metadata.PackageNotFoundError:
+        return _source_version()
+
+
+def _source_version() -> str:
+    """From the checkout's pyproject.toml; without one (a copied folder) there is no number to give."""
+    import tomllib
+    from pathlib import Path
+
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    if not project.is_file():
+        return "0+source"
+    return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"] + "+source"

@@ -109,3 +109,25 @@ def test_local_traffic_is_read_from_assembly():
     assert static_counts.main_loop(lines, [3]) == {1, 2, 3, 4}
     sizes = [int(m.group(2) or 32) // 8 if (m := static_counts.LOCAL.search(line)) else 0 for line in lines]
     assert sizes == [8, 0, 4, 0, 0, 16]
+
+
+def test_an_epilogue_begins_behind_the_main_loop():
+    """Where the loop's own branch leads back over a product; a last turn set behind it counts as epilogue."""
+    from benchmarks import static_counts
+
+    lines = [
+        "  /*0000*/ LDC R1, c[0x0][0x28] ;", ".L_x_0:", "  /*0010*/ SYNCS.PHASECHK P0, [R2] ;",
+        "  /*0020*/ @!P0 BRA `(.L_x_0) ;", ".L_x_1:", "  /*0030*/ HGMMA.64x128x16.F32.BF16 R24 ;",
+        "  /*0040*/ IADD3 R3, R3, 0x1, RZ ;", "  /*0050*/ @P0 BRA `(.L_x_1) ;", "  /*0060*/ FMNMX R4, R4, R5, !PT ;",
+        "  /*0070*/ @P1 MUFU.EX2 R6, R7 ;", "  /*0080*/ NOP ;", "  /*0090*/ STG.E [R8], R6 ;",
+        "  /*00a0*/ BRA `(.L_x_0) ;",
+    ]  # fmt: skip
+    found = static_counts.after_loop(lines, [5], static_counts.SASS)
+    assert found == {"epilogue_instructions": 4, "epilogue_special": 1}
+    assert static_counts.after_loop(lines, [], static_counts.SASS)["epilogue_instructions"] == 10
+    amd = [
+        ".LBB0_1:", "  v_mfma_f32_32x32x8_bf16_1k v[0:15], v[16:17], v[18:19], v[0:15]", "  s_cbranch_scc1 .LBB0_1",
+        "  v_exp_f32_e32 v1, v2", "  s_nop 0", "  global_store_dword v0, v1, s[0:1]",
+    ]  # fmt: skip
+    found = static_counts.after_loop(amd, [1], static_counts.GCN)
+    assert found == {"epilogue_instructions": 2, "epilogue_special": 1}
