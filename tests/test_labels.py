@@ -14,8 +14,8 @@ from tiny import byte_tokenizer, llava_model, llava_processor, picture
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from vig import SelectiveCollator, SelectiveLabels, mask_labels, mask_row
+from vig.data.records import sample_from_record
 from vig.data.sample import SampleError
-from vig.data.samples import sample_from_record
 from vig.models.lm_head import IGNORE
 from vig.models.prompts import Encoder
 from vig.store.selections import Entry

@@ -9,7 +9,9 @@ from tokenizers.processors import TemplateProcessing
 
 from vig.data.records import sample_from_record
 from vig.data.sample import SampleError
-from vig.models.prompts import IGNORE, Encoder, PromptError, collate_pixels, without_images
+from vig.models.answer_spans import PromptError
+from vig.models.lm_head import IGNORE
+from vig.models.prompts import Encoder, collate_pixels, without_images
 
 TURNS = [("<image>\nWhat is it?", "A rëd cat."), ("Sure?", "Yes 😀")]
 

@@ -18,11 +18,12 @@ from vig.data.images import open_image, open_images
 from vig.data.records import caption_turns, sample_from_record
 from vig.data.sample import Sample, answers
 from vig.data.samples import read_samples
+from vig.models.answer_spans import PromptError
 from vig.models.families import ModelError
 from vig.models.loading import as_loaded, load
 from vig.models.null_image import NULLS
 from vig.models.null_pixels import PixelRange
-from vig.models.prompts import Encoder, PromptError, without_images
+from vig.models.prompts import Encoder, without_images
 from vig.scoring import batching
 from vig.scoring.loader import content_hash, load_records
 from vig.scoring.run import score_dataset

@@ -9,21 +9,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from vig.data.files import FolderInUse, lock_folder
+from vig.data.files import FolderInUse, StoreError, lock_folder
 from vig.selection.rule import token_draws
 from vig.selection.select import select
 from vig.store import selections
-from vig.store.scores import (
-    ScoreBlock,
-    ScoreRow,
-    ScoreWriter,
-    StoreError,
-    count_rows,
-    read_scores,
-    read_selection,
-    selection_metadata,
-    write_shard,
-)
+from vig.store.rows import ScoreBlock, ScoreRow
+from vig.store.scores import ScoreWriter, count_rows, read_scores, write_shard
+from vig.store.selections import read_selection, selection_metadata
 
 SETTINGS = {"model": "m", "null": {"kind": "blur", "params": {}}}
 

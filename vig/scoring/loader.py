@@ -21,7 +21,8 @@ from vig.data.images import open_image, open_images
 from vig.data.records import check_sample
 from vig.data.sample import BrokenRecord, Sample, SampleError
 from vig.data.workers import prefetch
-from vig.models.prompts import Encoded, Encoder, PromptError, without_images
+from vig.models.answer_spans import PromptError
+from vig.models.prompts import Encoded, Encoder, without_images
 from vig.scoring import batching
 from vig.scoring.prefix_sharing import View
 
