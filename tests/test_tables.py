@@ -220,7 +220,7 @@ import torch
 from vig.data.locate import locate
 from vig.models.families import family_of
 from vig.models.null_image import NullSettings
-from vig.reporting.report import _null_caption
+from vig.reporting.report import null_caption
 from vig_kernels import dispatch, linear_nll
 
 def error(function, *arguments):
@@ -235,7 +235,7 @@ print(json.dumps({
     "family": error(family_of, type("Config", (), {"model_type": "eye"})),
     "format": error(locate, Path("nowhere")),
     "backend": error(lambda: linear_nll(hidden, weight, torch.tensor([1, 2]), backend="best")),
-    "caption": _null_caption({"null": {"kind": "grey"}}),
+    "caption": null_caption({"null": {"kind": "grey"}}),
     "available": dispatch.why_not("linear_nll", "plain", torch.device("cpu")),
     "values": linear_nll(hidden, weight, torch.tensor([1, 2]), backend="plain").tolist(),
 }))
