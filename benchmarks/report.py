@@ -20,8 +20,9 @@ from benchmarks.harness import ONE_CALL
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("score", "train", "memory", "blur", "peak", "gpu")
 ON_OWN_PAGE = ("throughput", "scale")  # in docs/throughput.md
+OF_TRAINERS = ("trainers",)  # in docs/trainers.md
 SCORING = "scoring"
-WITHOUT_PLOT = ("peak", *ON_OWN_PAGE)
+WITHOUT_PLOT = ("peak", *ON_OWN_PAGE, *OF_TRAINERS)
 DTYPES = ("float32", "bfloat16", "float16", "uint8")
 
 
@@ -41,6 +42,7 @@ class Paths:
         return {
             self.readme: (*SUITES, SCORING),
             self.readme.parent / "docs" / "throughput.md": ON_OWN_PAGE,
+            self.readme.parent / "docs" / "trainers.md": OF_TRAINERS,
         }
 
     def stored(self, block: str) -> list[dict]:
@@ -77,7 +79,7 @@ def disagreements(paths: Paths) -> list[str]:
 def outdated(paths: Paths) -> list[str]:
     """One line for every stored result that other code measured than the checkout's, where git can say."""
     found = []
-    for suite in (*SUITES, *ON_OWN_PAGE):
+    for suite in (*SUITES, *ON_OWN_PAGE, *OF_TRAINERS):
         for result in paths.stored(suite):
             changed = machine.changed_since(result["commit"])
             if changed:
@@ -155,7 +157,7 @@ def _scoring(paths: Paths) -> str:
 
 def _machine_block(suite: str, result: dict, paths: Paths) -> str:
     lines = [f"`{result['command']}`, {_caption(result)}", ""]
-    if suite in ON_OWN_PAGE:
+    if suite in (*ON_OWN_PAGE, *OF_TRAINERS):
         for head, *rows in results.tables(result):
             ruler = ["---", *["---:"] * (len(head) - 1)]
             lines += [*map(_line, (head, ruler, *rows)), ""]
