@@ -53,6 +53,9 @@ _command(
 _command(
     "scale", "One million samples: write scores, select, start. About 3 minutes and 3 GB of temporary files."
 )
+_command(
+    "trainers", "A training step under HF's and TRL's trainers, stock and with the fused loss: 3 minutes."
+)
 _command("peak", "Register-only instruction peak of each instruction set.")
 
 

@@ -22,11 +22,12 @@ from benchmarks.harness import ONE_CALL
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("score", "train", "memory", "blur", "peak")
 ON_OWN_PAGE = ("throughput", "scale")  # in docs/throughput.md
+OF_TRAINERS = ("trainers",)  # in docs/trainers.md
 GPU, PREDICTIONS = "gpu", "predictions"
 ON_KERNELS_PAGE = (PREDICTIONS, GPU)  # in docs/kernels.md, with results or without
 SCORING, KERNELS = "scoring", "kernels"  # sentences of the README, from the results of other suites
 FROM_OTHERS = {SCORING: ON_OWN_PAGE, KERNELS: ("score", "train"), PREDICTIONS: (GPU,)}
-WITHOUT_PLOT = ("peak", *ON_OWN_PAGE)
+WITHOUT_PLOT = ("peak", *ON_OWN_PAGE, *OF_TRAINERS)
 DTYPES = ("float32", "bfloat16", "float16", "uint8")
 
 
@@ -48,6 +49,7 @@ class Paths:
             self.readme.parent / "docs" / "benchmarks.md": SUITES,
             self.readme.parent / "docs" / "throughput.md": ON_OWN_PAGE,
             self.readme.parent / "docs" / "kernels.md": ON_KERNELS_PAGE,
+            self.readme.parent / "docs" / "trainers.md": OF_TRAINERS,
         }
 
     def stored(self, block: str) -> list[dict]:
@@ -84,7 +86,7 @@ def disagreements(paths: Paths) -> list[str]:
 def outdated(paths: Paths) -> list[str]:
     """One line for every stored result that other code measured than the checkout's, where git can say."""
     found = []
-    for suite in (*SUITES, *ON_OWN_PAGE, GPU):
+    for suite in (*SUITES, *ON_OWN_PAGE, *OF_TRAINERS, GPU):
         for result in paths.stored(suite):
             changed = machine.changed_since(result["commit"])
             if changed:
@@ -206,7 +208,7 @@ def _lines(table: list[list[str]]) -> Iterator[str]:
 
 def _machine_block(suite: str, result: dict, page: Path, paths: Paths) -> str:
     lines = [f"`{result['command']}`, {_caption(result)}", ""]
-    if suite in (*ON_OWN_PAGE, GPU):
+    if suite in (*ON_OWN_PAGE, *OF_TRAINERS, GPU):
         for table in results.tables(result):
             lines += [*_lines(table), ""]
         return "\n".join([*lines, *_picture(suite, result, page, paths)])

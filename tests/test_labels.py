@@ -7,6 +7,7 @@ from functools import partial
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from test_trainer import samples, selection
@@ -18,7 +19,8 @@ from vig.data.records import sample_from_record
 from vig.data.sample import SampleError
 from vig.models.lm_head import IGNORE
 from vig.models.prompts import Encoder
-from vig.store.selections import Entry
+from vig.store.selections import SELECTION_SCHEMA, Entry, write_selection
+from vig.training import labels as labels_module
 from vig.training.align import lay
 from vig.training.labels import cut_batch, kept_rows
 from vig.training.loss import selective_loss
@@ -199,6 +201,17 @@ def test_selections_that_say_how_turns_end_need_no_ids():
     assert mask_row(row, "k", chosen([4, E], end_of_turn="add")) == [X] * 5 + [4, E, X]
     assert kept_rows(["k", "k"], chosen([4, E])) == [0, 1]
     assert kept_rows(["k"], chosen([4, E], [0, 0])) == []
+
+
+def test_a_folder_is_read_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    read, reads = labels_module.read_selection, []
+    monkeypatch.setattr(labels_module, "read_selection", lambda folder: reads.append(folder) or read(folder))
+    for kept in (True, False):
+        rows = pa.record_batch([["k"], ["k"], [True], [[4, E]], [[kept, True]]], schema=SELECTION_SCHEMA)
+        write_selection(tmp_path, [rows], dict)
+        for _ in range(3):
+            assert mask_row([X, 4, E], "k", tmp_path) == [X, 4 if kept else X, E]
+    assert len(reads) == 2
 
 
 def test_long_lists_are_shown_by_their_ends():

@@ -251,6 +251,24 @@ def test_gradient_checkpointing_with_a_process_of_text_alone(processor, tmp_path
         assert (moved - step).norm() < 1e-3 * step.norm()
 
 
+@pytest.mark.parametrize(
+    ("make", "more", "looks"),
+    [
+        (base, {"gradient_checkpointing": True}, True),
+        (
+            base,
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            False,
+        ),
+        (base, {"gradient_checkpointing": True, "ddp_find_unused_parameters": False}, False),
+        (text_model, {"gradient_checkpointing": True}, False),
+    ],
+)
+def test_unused_parameters_are_looked_for_where_pictures_may_be_missing(tmp_path, make, more, looks):
+    trainer = SelectiveTrainer(model=make(), args=arguments(tmp_path, **more))
+    assert trainer.accelerator.ddp_handler.find_unused_parameters is looks
+
+
 def fsdp_on_ranks(rank, folder, inputs):
     model = build("qwen2.5-vl")
     mesh = init_device_mesh("cpu", (2,))

@@ -267,35 +267,12 @@ def select(
 
 
 def _options_of_file(context: typer.Context, path: Path | None) -> Path | None:
-    """Makes the options of a YAML file the defaults of the others, which are read after it."""
+    """--config, which is read before the other options."""
     if path is not None:
-        from vig.training.config import read_config
+        from vig.training.config import take_options
 
-        names = _names_of_options(context)
-        found = _usage(read_config, path, names)
-        context.default_map = {names[name]: value for name, value in found.items()}
+        _usage(take_options, context, path)
     return path
-
-
-def _names_of_options(context: typer.Context) -> dict[str, str]:
-    """The name of each option as typed, without dashes in front and with underscores -> that of its parameter."""
-    return {
-        written.lstrip("-").replace("-", "_"): parameter.name
-        for parameter in context.command.params
-        for written in parameter.opts
-        if len(written.lstrip("-")) > 1 and parameter.name not in ("config", "help")
-    }
-
-
-def _given_options(context: typer.Context) -> dict[str, Any]:
-    """What the command line or its file gave, by the names that the file takes."""
-    names = _names_of_options(context)
-    given = {
-        name: context.params[parameter]
-        for name, parameter in names.items()
-        if (source := context.get_parameter_source(parameter)) is not None and source.name != "DEFAULT"
-    }
-    return {name: value for name, value in given.items() if name != "overwrite"}
 
 
 @app.command()
@@ -382,7 +359,7 @@ def train(
     """
     from accelerate import PartialState
 
-    from vig.training.config import write_config
+    from vig.training.config import write_options
     from vig.training.train import train as run
 
     terminal.quiet_libraries()
@@ -398,7 +375,7 @@ def train(
             eval_every=eval_every, report_to=tuple(report_to or ()),
         )  # fmt: skip
     if PartialState().is_main_process:
-        write_config(folder, _given_options(context))
+        write_options(context, folder)
         terminal.show_training(out, result)
     if result.interrupted:
         raise typer.Exit(STOPPED)

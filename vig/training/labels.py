@@ -10,7 +10,7 @@ to agree. Where the answer stands among the labels is found by its token ids (`v
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from vig.models.answer_spans import turn_ends
 from vig.models.image_tokens import image_token_id
 from vig.models.lm_head import IGNORE, count_kept
 from vig.selection.select import Selection
-from vig.store.selections import Entry, read_selection
+from vig.store.selections import Entry, read_selection, selection_files
 from vig.training.align import lay
 
 Selected = Mapping[str, Entry]
@@ -73,15 +73,24 @@ def mask_row(
     """The labels of one tokenised record, of which what is not selected has become -100.
 
     labels: (T,) token ids, -100 off the supervised tokens; completion-only, assistant-only or the full sequence.
-    selection: a folder (opened at each call: open it once with `vig.read_selection` for a whole dataset), what
-        `vig.select` returned, or a mapping key -> (keep, token_ids, token_keep).
+    selection: a folder (kept open between calls), what `vig.select` returned, or a mapping key -> (keep, token_ids,
+        token_keep).
     end_ids: the ids of end-of-turn tokens. A selection scored with ``end_of_turn="add"`` knows its own; else they are
         needed where the full sequence is supervised and its questions hold words of the answers.
 
     The supervised ids must allow exactly one way to lay the stored answer, all turns in order. A row that was cut short
     may hold the beginning of it. Raises SampleError with the key and both lists of ids for anything else.
     """
+    if isinstance(selection, str | Path):
+        stamp = tuple((str(file), file.stat().st_mtime_ns) for file in selection_files(selection))
+        selection = _kept_open(str(selection), stamp)
     return _mask(list(map(int, labels)), key, open_selection(selection), end_ids).labels
+
+
+@lru_cache(maxsize=1)
+def _kept_open(folder: str, stamp: tuple[tuple[str, int], ...]) -> Selected:
+    """A selection, read again where its files (`stamp`) have changed."""
+    return read_selection(folder)
 
 
 def mask_labels(

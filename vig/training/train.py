@@ -79,11 +79,7 @@ def train(
     """
     settings = TrainSettings(**settings)
     out = None if out is None else Path(out)
-    if out is None and settings.save_every:
-        raise TrainError(f"save_every = {settings.save_every}, but there is no folder to save in. Give out")
-    if settings.eval_every and eval_data is None:
-        raise TrainError(f"eval_every = {settings.eval_every}, but there is no held-out data. Give eval_data")
-    check_trackers(report_to, out)
+    _check_arguments(settings, out, eval_data, report_to)
     processes = _processes()
     device = choose_device(device, processes)
     with own_folder(out, processes) as after_death:
@@ -102,24 +98,19 @@ def train(
 
         kept = _kept(records, table, limit)
         collator = SelectiveCollator(
-            processor,
-            table,
-            end_of_turn=settings.end_of_turn,
-            max_length=settings.max_length or context(model),
-            image_root=image_root,
-            counts=True,
-        )
+            processor, table, end_of_turn=settings.end_of_turn, max_length=settings.max_length or context(model),
+            image_root=image_root, counts=True,
+        )  # fmt: skip
+        source = str(data) if isinstance(data, str | Path) else None
         provenance = {
             "model": loaded.name,
             "revision": loaded.revision,
-            "data": str(data) if isinstance(data, str | Path) else None,
+            "data": source,
             "selection": metadata or None,
         }
         if settings.save_every or checkpoints.found:
-            precision = computes_in(settings, device)
-            checkpoints.bind(
-                run_provenance(provenance, settings, kept.samples, precision, processes.num_processes)
-            )
+            precision, world = computes_in(settings, device), processes.num_processes
+            checkpoints.bind(run_provenance(provenance, settings, kept.samples, precision, world))
         if out is not None and processes.is_main_process:
             if overwrite:
                 checkpoints.clear()
@@ -142,6 +133,17 @@ def train(
                 checkpoints.clear()
         processes.wait_for_everyone()
     return result
+
+
+def _check_arguments(
+    settings: TrainSettings, out: Path | None, eval_data: Any, report_to: Sequence[str]
+) -> None:
+    """Raises TrainError for arguments that lack others, before a model is loaded."""
+    if out is None and settings.save_every:
+        raise TrainError(f"save_every = {settings.save_every}, but there is no folder to save in. Give out")
+    if settings.eval_every and eval_data is None:
+        raise TrainError(f"eval_every = {settings.eval_every}, but there is no held-out data. Give eval_data")
+    check_trackers(report_to, out)
 
 
 def _kept(records: Iterable[Record], table: Selected | None, limit: int | None) -> Kept:
@@ -172,12 +174,9 @@ def _held_out(
         raise TrainError("the held-out data (eval_data) holds no sample")
     encoder = trained.encoder
     collator = SelectiveCollator(
-        encoder.processor,
-        end_of_turn=encoder.end_of_turn,
-        max_length=encoder.max_length,
-        image_root=trained.image_root,
-        counts=True,
-    )
+        encoder.processor, end_of_turn=encoder.end_of_turn, max_length=encoder.max_length,
+        image_root=trained.image_root, counts=True,
+    )  # fmt: skip
     return HeldOut(samples, collator, settings, processes, device)
 
 

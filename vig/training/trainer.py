@@ -105,7 +105,7 @@ class FusedLossMixin:
         Trainer stops looking for such parameters where it checkpoints, since reentrant checkpointing cannot have it.
         """
         options = super()._build_accelerator_args(**kwargs)
-        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
         if self.args.ddp_find_unused_parameters is None and not reentrant and _has_vision(self.model):
             for handler in options.get("kwargs_handlers", ()):
                 if hasattr(handler, "find_unused_parameters"):
