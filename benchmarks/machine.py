@@ -87,6 +87,11 @@ def sentence(result: dict) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores ({units or 'no vector flags'}), {machine['memory_gib']} GiB"
 
 
+def place(result: dict) -> str:
+    """The machine, and on a CPU how many threads."""
+    return sentence(result) if result["machine"]["gpu"] else f"{sentence(result)}, {threads(result)}"
+
+
 def threads(result: dict) -> str:
     """ "1 thread", "2 threads"."""
     return f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"

@@ -77,7 +77,7 @@ def digest_of(path: Path) -> str | None:
 
 def heading(result: dict) -> str:
     """What a picture shows, and of which machine."""
-    return f"{_title(result)}\n{machine.sentence(result)}, {machine.threads(result)}"
+    return f"{_title(result)}\n{machine.place(result)}"
 
 
 def _lines(cases: list[dict]) -> list[list[dict]]:

@@ -244,7 +244,12 @@ def _caption(result: dict) -> str:
     versions = result["versions"]
     peers = [
         f"{name} {versions[package]}"
-        for name, package in (("TRL", "trl"), ("CCE", "cut-cross-entropy"), ("Liger", "liger-kernel"))
+        for name, package in (
+            ("TRL", "trl"),
+            ("CCE", "cut-cross-entropy"),
+            ("Liger", "liger-kernel"),
+            *((("Triton", "triton"),) if result["suite"] == "gpu" else ()),
+        )
         if package in versions and result["suite"] in ("score", "train", "memory", "gpu")
     ]
     if result["suite"] == "blur":
@@ -257,7 +262,7 @@ def _caption(result: dict) -> str:
             )
             if package in versions
         ]
-    parts = [machine.sentence(result), machine.threads(result), f"torch {versions['torch']}", *peers]
+    parts = [machine.place(result), f"torch {versions['torch']}", *peers]
     commit = result["commit"].replace("+", " with changes")
     return f"{', '.join(parts)}; commit {commit}, {result['date']}."
 

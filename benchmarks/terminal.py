@@ -37,7 +37,7 @@ def show_tables(result: dict, console: Console) -> None:
 
 def _show_head(result: dict, console: Console) -> None:
     console.print(
-        f"[bold]{result['suite']}[/] on {machine.sentence(result)}; {machine.threads(result)}; torch "
+        f"[bold]{result['suite']}[/] on {machine.place(result)}; torch "
         f"{result['versions']['torch']}; commit {result['commit']}",
         highlight=False,
     )

@@ -223,6 +223,58 @@ def test_a_contest_names_the_contender_at_hand_and_leaves_out_who_it_is_told_to(
     assert runner.read_lines(session.out).at == {"name": "mine", "ours": True}
 
 
+def test_the_device_sleeps_while_a_call_is_enqueued(monkeypatch):
+    """Flush, sleep, start, call, end; the sleep outlasts what the host took for the same call's last launches."""
+    order, asked = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("end" if order[-1] == "call" else "start")
+
+        def elapsed_time(self, end):
+            return 2.5
+
+    class Flush:
+        def zero_(self):
+            order.append("flush")
+
+    now = [0.0]
+    monkeypatch.setattr(device, "_flush_buffer", Flush)
+    monkeypatch.setattr(device.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(
+        torch.cuda, "_sleep", lambda cycles: (order.append("sleep"), asked.append(cycles)), raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def call():
+        order.append("call")
+        now[0] += 0.010
+
+    clock = device.EventClock()
+    assert clock(call, 3) == 2.5
+    assert order == ["flush", "sleep", "start", "call", "end"] * 3
+    seconds = [cycles / device.CYCLES_S for cycles in asked]
+    assert seconds == pytest.approx([device.SLEEP_S, 0.015, 0.015])
+
+    def slow():
+        order.append("call")
+        now[0] += 9.0
+
+    clock(slow, 2)
+    assert asked[-1] / device.CYCLES_S == pytest.approx(device.LONGEST_SLEEP_S)
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(device.DeviceLost, match=r"encountered$"):
+        clock(call, 1)
+
+
 @pytest.mark.parametrize(
     ("names", "path"),
     [
@@ -402,10 +454,26 @@ def test_pages_show_what_was_measured_and_say_what_was_not(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| NVIDIA H100 80GB HBM3: linear_nll"))
     floor, predicted, found, share = (float(cell) for cell in row.strip("| ").split(" | ")[1:])
     assert found == 14.3 and floor < predicted and share == pytest.approx(14.3 / predicted, rel=0.01)
+    assert "`python -m benchmarks gpu --threads 1`, NVIDIA H100 80GB HBM3, 79.6 GiB, torch" in text
     assert "(plots/gpu-nvidia-h100-80gb-hbm3.png)" in text and len(list(paths.plots.iterdir())) == 1
     assert report.disagreements(paths) == []
     page.write_text(text.replace("| 14.3 |", "| 13.3 |"))
     assert any("kernels.md differs" in line for line in report.disagreements(paths))
+
+
+def test_a_second_call_goes_on_only_with_the_same_code_and_machine(tmp_path):
+    stored(tmp_path)
+    (path,) = tmp_path.iterdir()
+    result = results.read(path) | {"commit": "abc1234"}
+    path.write_text(json.dumps(result))
+    header = {name: result[name] for name in ("commit", "machine", "versions", "rehearsal")}
+    assert plan.before(path, header) == (result["steps"], result["cases"])
+    for change in ({"commit": "def5678"}, {"versions": {"torch": "1.0"}}, {"rehearsal": True}):
+        assert plan.before(path, header | change) == ([], [])
+    for commit in ("unknown", "abc1234+"):  # nobody knows which code that was
+        path.write_text(json.dumps(result | {"commit": commit}))
+        assert plan.before(path, header | {"commit": commit}) == ([], [])
+    assert plan.before(tmp_path / "none.json", header) == ([], [])
 
 
 def test_without_results_the_page_says_not_measured(tmp_path):
@@ -460,7 +528,7 @@ def test_the_whole_suite_rehearsed(tmp_path):
     assert next(row for row in cases["training step"]["rows"] if row["ours"])["tokens_s"] > 0
     assert cases["correctness"]["rows"][0]["value"] >= 1
     assert any(
-        row["reason"] == "needs an NVIDIA GPU of compute capability 9.0"
+        row.get("reason") == "needs an NVIDIA GPU of compute capability 9.0"
         for row in cases["candidates"]["rows"]
     )
     assert len(tables.tables(result)) == 1 + sum(bool(case["rows"]) for case in result["cases"])

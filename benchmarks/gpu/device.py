@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.memory import MIB, output_bytes
 
-FLUSH_BYTES = 256 * MIB  # larger than any L2 cache
+FLUSH_BYTES = 256 * 2**20  # larger than any L2 cache
 CYCLES_S = 2.0e9  # of torch.cuda._sleep: no GPU runs faster, so a sleep is never shorter than asked for
 SLEEP_S, LONGEST_SLEEP_S = 1e-3, 60e-3
 CALLS = 5
@@ -110,6 +109,8 @@ def call_ms(run: Callable[[], Any]) -> float:
 
 def peak_mib(run: Callable[[], Any]) -> float:
     """Peak of the allocator during a call, less what stood before and the outputs."""
+    from benchmarks.memory import MIB, output_bytes
+
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

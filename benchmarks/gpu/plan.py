@@ -8,8 +8,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import astuple, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -128,23 +130,27 @@ def measure(
     A call with the same code, machine and folder goes on: what was measured before is kept.
     """
     started = time.monotonic()
-    header = machine.header("gpu", 1, rehearse) | {"minutes": minutes, "rehearsal": rehearse}
-    words = (f"--minutes {minutes:g}", "--rehearse" if rehearse else "")
-    header["command"] = " ".join(["python -m benchmarks gpu", *filter(None, words)])
-    path = results.path_of(header, out)
-
-    def store(records: list[dict], cases: list[dict]) -> None:
-        results.write(header | {"steps": records, "cases": cases}, out)
-
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         site = install(wheels, Path(scratch) / "site") if wheels else None
+        if site:  # the header names the peers' versions
+            stack.enter_context(patch.object(sys, "path", [str(site), *sys.path]))
+        header = header_of(minutes, rehearse)
+        path = results.path_of(header, out)
         launch = Processes(out / "steps", environment(rehearse, site, Path(scratch) / "triton"), rehearse)
-        spent = time.monotonic() - started
         run_steps(
-            rehearsed() if rehearse else steps(), 60 * minutes - spent, launch, store,
+            rehearsed() if rehearse else steps(), 60 * minutes - (time.monotonic() - started), launch,
+            lambda records, cases: results.write(header | {"steps": records, "cases": cases}, out),
             done=before(path, header), say=say,
         )  # fmt: skip
     return path, results.read(path)
+
+
+def header_of(minutes: float, rehearse: bool) -> dict:
+    """Of the result. A rehearsal counts as quick: its times are no figures."""
+    words = (f"--minutes {minutes:g}", "--rehearse" if rehearse else "")
+    command = " ".join(["python -m benchmarks gpu", *filter(None, words)])
+    header = machine.header("gpu", 1, quick=rehearse)
+    return header | {"minutes": minutes, "rehearsal": rehearse, "command": command}
 
 
 def before(path: Path, header: dict) -> tuple[list[dict], list[dict]]:
@@ -153,6 +159,10 @@ def before(path: Path, header: dict) -> tuple[list[dict], list[dict]]:
         return [], []
     earlier = results.read(path)
     fixed = ("commit", "machine", "versions", "rehearsal")
-    if any(earlier.get(name) != results.as_stored(header[name]) for name in fixed) or "+" in header["commit"]:
+    same = all(earlier.get(name) == results.as_stored(header[name]) for name in fixed)
+    commit = header["commit"]
+    if (
+        not same or commit == "unknown" or commit.endswith("+")
+    ):  # with changes, nobody knows which code it was
         return [], []
     return earlier["steps"], earlier["cases"]

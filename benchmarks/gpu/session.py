@@ -83,7 +83,7 @@ class Session:
             [guarded(contender) for contender in field if contender.name not in self.without],
             inputs,
             judge,
-            rounds=2 if self.rehearse else rounds,
+            rounds=1 if self.rehearse else rounds,
             seconds=0.0 if self.rehearse else seconds,
             timer=device.clock(self.device),
             beside=device.beside(self.device, peaks),

@@ -63,7 +63,7 @@ def _values(case: dict) -> list[list[str]]:
     rows = [row for row in case["rows"] if case.get("unit") or _shown(row)]
     end_to_end = any("outside_s" in row for row in rows)
     head = [case["label"], case.get("unit") or "value"]
-    head += ["of cuBLAS' rate (MFU)", "outside the model, s", "of, s"] if end_to_end else []
+    head += ["of cuBLAS' rate (MFU)", "outside tower and layers, s", "of, s"] if end_to_end else []
     table = [head]
     for row in rows:
         if row["status"] != "ok":
