@@ -78,6 +78,14 @@ def softcap(value) -> float | None:
     return cap
 
 
+def scale(value) -> float:
+    """A factor that float32 can hold."""
+    factor = number("logit_scale", value)
+    if not -LARGEST <= factor <= LARGEST:
+        raise ValueError(f"logit_scale={value!r} is beyond {LARGEST:.3g}, the end of float32's range")
+    return factor
+
+
 FORWARD_MODE_CURE = "differentiate with backward() or torch.autograd.grad, or take backend='reference'"
 
 
@@ -144,7 +152,7 @@ def linear(
 ) -> tuple[HeadProblem, ...]:
     """Check the arguments of a linear op, apply autocast and flatten to (N, D): a problem for each hidden."""
     options = (
-        number("logit_scale", logit_scale),
+        scale(logit_scale),
         softcap(logit_softcap),
         integer("ignore_index", ignore_index),
     )

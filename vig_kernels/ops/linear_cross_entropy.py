@@ -39,8 +39,8 @@ def linear_cross_entropy(
             hold. Where it requires grad, the recomputing path is taken, and all rows count.
         reduction: "mean", "sum" (divisor 1 unless num_items is given) or "none" ((...) float32, no divisor).
         num_items: the divisor of "mean" and "sum", e.g. the tokens of a whole accumulated batch: int, float or
-            0-d tensor on any device, never read back to the host. Without it "mean" divides by the number of
-            valid rows, or by the sum of their weights. A zero divisor gives loss 0.0 and zero gradients.
+            0-d tensor on any device, never read back from a GPU (nor checked there). Without it "mean" divides by the
+            number of valid rows, or by the sum of their weights. A zero divisor gives loss 0.0 and zero gradients.
         z_loss: weight of lse^2, which keeps the logits' normaliser near 1.
         num_kept: number of rows that are not ignored, if the caller knows it: a GPU then leaves the others out of its
             products without stalling to count them.
@@ -143,9 +143,15 @@ def _num_items(num_items):
         check.require(
             not num_items.is_complex(), TypeError, f"expected a real num_items, got {num_items.dtype}"
         )
-        return num_items.detach()
-    if num_items is None:
-        return None
+        num_items = num_items.detach()
+        # elsewhere looking would stall; a compiled graph and torch.vmap cannot branch on values
+        if num_items.device.type == "cpu" and type(num_items) is Tensor and not check.is_batched(num_items):
+            _positive(float(num_items))
+        return num_items
+    return None if num_items is None else _positive(num_items)
+
+
+def _positive(num_items: int | float) -> float:
     if check.number("num_items", num_items) < 0:
         raise ValueError(f"num_items={num_items!r} is negative")
     return float(num_items)
