@@ -2,9 +2,15 @@
 // The Python modules vig_kernels/kernels/cpu/*.py are the only callers and check every shape before they come here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 
 #include "buffers.h"
 #include "gaussian_blur.h"
+#include "interrupt.h"
 #include "isa.h"
 #include "linear_cross_entropy.h"
 #include "linear_nll.h"
@@ -27,6 +33,27 @@ vig::Dtype dtype_of(const std::string& name) {
   throw py::type_error("expected dtype float32, bfloat16, float16 or uint8, got " + name);
 }
 
+// Runs Python's signal handlers: true where one of them raised, Ctrl-C's KeyboardInterrupt above all.
+bool signal_raised() {
+  py::gil_scoped_acquire held;
+  return PyErr_CheckSignals() != 0;
+}
+
+// Python runs signal handlers in its main thread alone: nobody else need ask.
+bool in_main_thread() {
+#if defined(__linux__)
+  return syscall(SYS_gettid) == getpid();
+#else
+  return true;
+#endif
+}
+
+// Native work without Python's lock, which Ctrl-C ends.
+struct LongCall {
+  py::gil_scoped_release released;
+  vig::Interruptible interruptible{in_main_thread() ? signal_raised : nullptr};
+};
+
 using Shape = std::array<int64_t, 4>;
 using Images = std::tuple<uintptr_t, Shape>;  // (address, byte strides)
 
@@ -45,7 +72,7 @@ void gaussian_blur(const std::string& isa, const std::string& dtype, const Shape
   if (static_cast<int64_t>(sigma_y.size()) != shape[0] || static_cast<int64_t>(sigma_x.size()) != shape[0]) {
     throw py::value_error("expected a sigma for each of " + std::to_string(shape[0]) + " images");
   }
-  py::gil_scoped_release released;
+  LongCall call;
   vig::gaussian_blur(
       kernels,
       {.images = image_view(images), .out = image_view(out), .shape = shape.data(), .dtype = kind},
@@ -85,7 +112,7 @@ struct HeadArgs {
 void linear_nll(const HeadArgs& args, const std::vector<Rows>& passes, int64_t ignore_index,
                 const std::array<uintptr_t, 5>& out, int threads) {
   const vig::Head head = args.head();
-  py::gil_scoped_release released;
+  LongCall call;
   vig::KeptRows kept;
   for (const Rows& rows : passes) add_rows(kept, rows, ignore_index);
   const auto [nll, lse, lse_lo, entropy, argmax] = out;
@@ -102,7 +129,7 @@ void linear_nll(const HeadArgs& args, const std::vector<Rows>& passes, int64_t i
 double linear_cross_entropy(const HeadArgs& args, const Rows& rows, int64_t ignore_index, uintptr_t row_weight,
                             double z_loss, const std::array<uintptr_t, 3>& gradients, bool rounded, int threads) {
   const vig::Head head = args.head();
-  py::gil_scoped_release released;
+  LongCall call;
   vig::KeptRows kept;
   add_rows(kept, rows, ignore_index);
   std::vector<float> weights(kept.size(), 1.0f);
@@ -121,7 +148,7 @@ void linear_nll_backward(const HeadArgs& args, const Rows& rows, int64_t ignore_
                          const std::array<uintptr_t, 3>& upstream, const std::array<uintptr_t, 2>& saved,
                          const std::array<uintptr_t, 3>& gradients, int threads) {
   const vig::Head head = args.head();
-  py::gil_scoped_release released;
+  LongCall call;
   vig::KeptRows kept;
   add_rows(kept, rows, ignore_index);
   const auto [nll, lse, entropy] = upstream;
@@ -157,6 +184,12 @@ py::dict isas() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const vig::Interrupted&) {  // signal_raised() has set the Python error
+    }
+  });
   m.doc() = "CPU kernels of vig_kernels; reached through vig_kernels.kernels.cpu.native only.";
   m.def("isas", isas, "Instruction sets, best first: name -> None, or why this machine cannot run it.");
   m.def("isa", [](const std::string& name) { return std::string(vig::select_kernels(name.c_str()).name); },

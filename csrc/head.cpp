@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "interrupt.h"
 #include "pool.h"
 
 namespace vig {
@@ -153,7 +154,7 @@ void PanelSweep::start(int64_t rows) {
 
 void PanelSweep::fold_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked,
                              KeptLogits keep) {
-  for (int64_t panel = begin; panel < end; panel += together_) {
+  for (int64_t panel = begin; panel < end && !interrupted(); panel += together_) {
     const int64_t last = std::min(panel + together_, end);
     const int64_t after = last < end ? last : next;
     if (head_.words() > kPanelWords) {

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cast.h"
+#include "interrupt.h"
 #include "pool.h"
 
 namespace vig {
@@ -170,7 +171,7 @@ void ChunkGradients::hidden_product(const PanelRange& range, const float* logits
   const int64_t from = blocks_of_columns() * slice / slices, to = blocks_of_columns() * (slice + 1) / slices;
   const int64_t together = block_rows() / width;
   uint32_t* packed = reinterpret_cast<uint32_t*>(scratch_[worker].get());
-  for (int64_t block = range.begin; block < range.end; block += together) {
+  for (int64_t block = range.begin; block < range.end && !interrupted(); block += together) {
     const int64_t rows = std::min(together, range.end - block) * width;
     for (int64_t column = from; column < to; column += kColumnsTogether) {
       const int64_t columns = std::min(kColumnsTogether, to - column);

@@ -5,14 +5,19 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
+
+#include "interrupt.h"
 
 namespace vig {
 namespace {
 
 // The next task of a call mostly comes within microseconds, far sooner than a sleeping thread is woken.
 constexpr int kSpins = 500;
+constexpr std::chrono::milliseconds kLookEvery{50};  // whether the call was interrupted, while workers end
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -34,15 +39,13 @@ bool spin_until(Ready ready) {
 class Pool {
  public:
   void run(int64_t count, int threads, const std::function<void(int64_t, int)>& task) {
-    while (static_cast<int>(workers_.size()) < threads - 1) {
-      const int id = static_cast<int>(workers_.size()) + 1;
-      workers_.emplace_back([this, id, seen = generation_.load()] { wait_and_work(id, seen); });
-      workers_.back().detach();  // lives as long as the process: nothing to join at exit
+    while (static_cast<int>(workers_.size()) < threads - 1 && start_worker()) {
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       task_ = &task;
       count_ = count;
+      call_ = current_call();
       next_.store(0, std::memory_order_relaxed);
       invited_ = threads - 1;
       generation_.fetch_add(1, std::memory_order_release);
@@ -56,12 +59,30 @@ class Pool {
     lock.unlock();
     if (spin_until(done)) return;
     lock.lock();
-    done_.wait(lock, done);
+    while (!done_.wait_for(lock, kLookEvery, done)) {
+      lock.unlock();
+      interrupted();  // one that is stops the workers
+      lock.lock();
+    }
   }
 
  private:
+  // False where the system refuses (limits on processes or address space): the next call tries again.
+  bool start_worker() {
+    const int id = static_cast<int>(workers_.size()) + 1;
+    try {
+      workers_.emplace_back([this, id, seen = generation_.load()] { wait_and_work(id, seen); });
+    } catch (const std::system_error&) {
+      return false;
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+    workers_.back().detach();  // lives as long as the process: nothing to join at exit
+    return true;
+  }
+
   void work(int worker) {
-    for (;;) {
+    while (!interrupted()) {
       const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
       if (index >= count_) return;
       (*task_)(index, worker);
@@ -77,6 +98,7 @@ class Pool {
         start_.wait(lock, called);
         seen = generation_.load(std::memory_order_relaxed);
         if (id > invited_) continue;
+        join_call(call_);
         joined_.fetch_add(1, std::memory_order_relaxed);
       }
       work(id);
@@ -90,6 +112,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable start_, done_;
   const std::function<void(int64_t, int)>* task_ = nullptr;
+  Call* call_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
   int invited_ = 0;             // workers that may join, by number; 0 between calls
@@ -125,10 +148,11 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t, 
     if (!mine.in_use.exchange(true, std::memory_order_acquire)) {
       mine.pool.run(count, threads, task);
       mine.in_use.store(false, std::memory_order_release);
-      return;
+      return throw_if_interrupted();
     }
   }
-  for (int64_t index = 0; index < count; ++index) task(index, 0);
+  for (int64_t index = 0; index < count && !interrupted(); ++index) task(index, 0);
+  throw_if_interrupted();
 }
 
 }  // namespace vig

@@ -143,6 +143,8 @@ class DTensor(torch.Tensor):
         ({"logit_softcap": 0.0}, "logit_softcap=0.0 is not a finite positive number"),
         ({"logit_softcap": 1e-46}, r"logit_softcap=1e-46 is not in \[1.18e-38, 3.4e\+38\], float32's range"),
         ({"logit_softcap": 1e39}, r"logit_softcap=1e\+39 is not in"),
+        ({"logit_scale": 1e39}, r"logit_scale=1e\+39 is beyond 3.4e\+38, the end of float32's range"),
+        ({"logit_scale": -1e39}, r"logit_scale=-1e\+39 is beyond"),
         ({"ignore_index": None}, "expected ignore_index to be an int, got NoneType"),
         ({"weight": torch.empty(11, 8, device="meta")}, "expected hidden on meta with weight, got cpu"),
     ],

@@ -219,3 +219,12 @@ def test_arguments_from_numpy():
 def test_out_must_not_share_memory_with_itself():
     with pytest.raises(ValueError, match="share memory"):
         gaussian_blur(torch.rand(2, 3, 8, 8), 1.3, out=torch.empty(1, 3, 8, 8).expand(2, 3, 8, 8))
+
+
+@every
+def test_the_smallest_sigmas_leave_the_image_as_it_is(backend, device):
+    """Their squares underflow; the specification raised OverflowError."""
+    images = torch.rand(1, 5, 6, device=device)
+    for sigma in (1e-300, 5e-324):
+        assert torch.equal(gaussian_blur(images, sigma, backend=backend), images)
+        assert torch.equal(gaussian_blur(images, sigma, backend="reference"), images)

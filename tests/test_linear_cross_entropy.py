@@ -179,10 +179,10 @@ def test_formed_gradients_are_handed_out_without_a_copy():
     inputs = make(Case("big", N=4, D=64, V=4000), torch.float32, grad=True)
     loss = linear_cross_entropy(inputs.hidden, inputs.weight, inputs.target, backend="torch")
     node = loss.grad_fn
-    held = node.grads[1].data_ptr()  # not the tensor: the engine copies what is shared
+    held = node.grads[0][1].data_ptr()  # not the tensor: the engine copies what is shared
     loss.backward()
     assert inputs.weight.grad.data_ptr() == held
-    assert node.grads is None, "a loss kept for the log would keep the sums alive"
+    assert not node.grads, "a loss kept for the log would keep the sums alive"
 
 
 class ProductCounter(TorchDispatchMode):
@@ -363,3 +363,24 @@ def test_arguments_of_numpy_and_of_no_sense():
     ):
         with pytest.raises(error, match=message):
             linear_cross_entropy(hidden, weight, target, **options)
+
+
+@pytest.mark.parametrize("num_items", [-3, -3.0, torch.tensor(-3), torch.tensor(float("nan"))], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_divisor_that_makes_no_sense_is_refused(num_items, backend):
+    inputs = make(PLAIN, torch.float32)
+    with pytest.raises(ValueError, match=r"num_items=\S+ is (negative|not a finite number)"):
+        linear_cross_entropy(
+            inputs.hidden, inputs.weight, inputs.target, num_items=num_items, backend=backend
+        )
+
+
+def test_reference_of_ignored_rows_under_a_bias_of_minus_infinity():
+    """Values and gradients are 0, whatever the bias holds."""
+    leaves = [torch.randn(3, 4).requires_grad_(), torch.randn(6, 4).requires_grad_()]
+    leaves.append(torch.full((6,), float("-inf")).requires_grad_())
+    hidden, weight, bias = leaves
+    loss = linear_cross_entropy(
+        hidden, weight, torch.full((3,), -100), bias=bias, z_loss=0.1, backend="reference"
+    )
+    assert loss == 0 and not any(gradient.any() for gradient in torch.autograd.grad(loss, leaves))

@@ -78,6 +78,14 @@ def softcap(value) -> float | None:
     return cap
 
 
+def scale(value) -> float:
+    """A factor that float32 can hold."""
+    factor = number("logit_scale", value)
+    if not -LARGEST <= factor <= LARGEST:
+        raise ValueError(f"logit_scale={value!r} is beyond {LARGEST:.3g}, the end of float32's range")
+    return factor
+
+
 FORWARD_MODE_CURE = "differentiate with backward() or torch.autograd.grad, or take backend='reference'"
 
 
@@ -91,14 +99,38 @@ def forward_mode(*tensors: Tensor | None, cure: str = FORWARD_MODE_CURE) -> None
         )
 
 
+def transforms(*tensors: Tensor | None) -> None:
+    """RuntimeError for tensors that torch.func.grad, vjp or jacrev differentiates, and for dual ones.
+
+    Custom ops have no rule for the transforms; PyTorch's own message does not say what to do instead.
+    """
+    forward_mode(*tensors)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if any(t is not None and torch._C._functorch.is_gradtrackingtensor(_beneath_vmap(t)) for t in tensors):
+        raise RuntimeError(
+            "torch.func.grad, vjp and jacrev are not supported here: differentiate with backward() or "
+            "torch.autograd.grad (inside torch.func.vmap or with is_grads_batched=True for many upstream gradients), "
+            "or take backend='reference'"
+        )
+
+
+def is_batched(value: Tensor) -> bool:
+    """Whether it stands for many tensors at once: under torch.vmap, or (an older kind) under is_grads_batched."""
+    return torch._C._functorch.is_batchedtensor(value) or torch._C._functorch.is_legacy_batchedtensor(value)
+
+
+def _beneath_vmap(value: Tensor) -> Tensor:
+    while torch._C._functorch.is_batchedtensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
+
+
 def wants_grad(value: Tensor | None) -> bool:
     """Whether autograd may ask for its gradient. Inside torch.vmap the tensor beneath says so, not its wrapper."""
     if value is None:
         return False
-    if not torch.compiler.is_compiling():
-        while torch._C._functorch.is_batchedtensor(value):
-            value = torch._C._functorch.get_unwrapped(value)
-    return value.requires_grad
+    return (value if torch.compiler.is_compiling() else _beneath_vmap(value)).requires_grad
 
 
 @torch.compiler.assume_constant_result  # torch 2.8 does not trace into it
@@ -120,7 +152,7 @@ def linear(
 ) -> tuple[HeadProblem, ...]:
     """Check the arguments of a linear op, apply autocast and flatten to (N, D): a problem for each hidden."""
     options = (
-        number("logit_scale", logit_scale),
+        scale(logit_scale),
         softcap(logit_softcap),
         integer("ignore_index", ignore_index),
     )

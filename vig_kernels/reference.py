@@ -33,6 +33,7 @@ def linear_nll(
     ignored = target == ignore_index
     hidden = hidden.masked_fill(ignored.unsqueeze(-1), 0.0)  # whatever it holds
     logits = linear_logits(hidden, weight, bias, logit_scale, logit_softcap)
+    logits = logits.masked_fill(ignored.unsqueeze(-1), 0.0)  # whatever the bias holds: 0 * NaN is no gradient
     log_p = logits.log_softmax(-1)
     nll = -log_p.gather(-1, target.long().masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
     nll = torch.where(ignored, 0.0, nll)
@@ -103,7 +104,10 @@ def gaussian_blur(images, sigma, *, truncate=3.0, border="reflect"):
 @functools.lru_cache(maxsize=64)
 def _blur_matrix(size, sigma, truncate, border) -> Tensor:
     radius = math.ceil(truncate * sigma)
-    taps = [math.exp(-((k / sigma) ** 2) / 2) if sigma > 0 else 1.0 for k in range(-radius, radius + 1)]
+    # products, not powers: k / 1e-300 squared is infinite, not an OverflowError
+    taps = [
+        math.exp(-(k / sigma) * (k / sigma) / 2) if sigma > 0 else 1.0 for k in range(-radius, radius + 1)
+    ]
     matrix = torch.zeros(size, size, dtype=torch.float64)
     for i in range(size):
         for k, tap in zip(range(-radius, radius + 1), taps, strict=True):

@@ -39,8 +39,8 @@ def linear_cross_entropy(
             hold. Where it requires grad, the recomputing path is taken, and all rows count.
         reduction: "mean", "sum" (divisor 1 unless num_items is given) or "none" ((...) float32, no divisor).
         num_items: the divisor of "mean" and "sum", e.g. the tokens of a whole accumulated batch: int, float or
-            0-d tensor on any device, never read back to the host. Without it "mean" divides by the number of
-            valid rows, or by the sum of their weights. A zero divisor gives loss 0.0 and zero gradients.
+            0-d tensor on any device, never read back from a GPU (nor checked there). Without it "mean" divides by the
+            number of valid rows, or by the sum of their weights. A zero divisor gives loss 0.0 and zero gradients.
         z_loss: weight of lse^2, which keeps the logits' normaliser near 1.
         num_kept: number of rows that are not ignored, if the caller knows it: a GPU then leaves the others out of its
             products without stalling to count them.
@@ -57,8 +57,10 @@ def linear_cross_entropy(
     products, no buffer). The compiled CPU kernels round the gradients of bfloat16 inputs as they form them, for the
     weight where the logits of all kept rows fit 160 MiB (else through the same 4 V D bytes): an upstream factor that
     is not a power of two then rounds a second time.
-    A second backward (`retain_graph=True`) forms them again. Differentiating twice raises. What does not require grad
-    costs no product.
+    A second backward (`retain_graph=True`), or one in another thread at the same time, forms them again, and so does
+    one after a backward under `create_graph`. Gradients for many upstream factors at once (`is_grads_batched=True`,
+    torch.func.vmap of torch.autograd.grad) work; differentiating twice and torch.func.grad, vjp and jacrev raise. What
+    does not require grad costs no product.
 
     Raises:
         ValueError, TypeError, BackendUnavailable: as `linear_nll`.
@@ -102,7 +104,7 @@ def linear_cross_entropy(
             if row_weight is None:
                 row_weight = problem.weight.new_ones(problem.target.shape, dtype=torch.float32)
             row_weight, num_items = row_weight * _reciprocal(num_items, row_weight.device), None
-        check.forward_mode(problem.hidden, problem.weight, problem.bias)
+        check.transforms(problem.hidden, problem.weight, problem.bias)
         loss = _forward_op(*problem, row_weight, z_loss, list(_needs(problem)), name)[0]
     else:
         values = nll_values(problem, ("lse",) if z_loss else (), name)
@@ -141,9 +143,15 @@ def _num_items(num_items):
         check.require(
             not num_items.is_complex(), TypeError, f"expected a real num_items, got {num_items.dtype}"
         )
-        return num_items.detach()
-    if num_items is None:
-        return None
+        num_items = num_items.detach()
+        # elsewhere looking would stall; a compiled graph and torch.vmap cannot branch on values
+        if num_items.device.type == "cpu" and type(num_items) is Tensor and not check.is_batched(num_items):
+            _positive(float(num_items))
+        return num_items
+    return None if num_items is None else _positive(num_items)
+
+
+def _positive(num_items: int | float) -> float:
     if check.number("num_items", num_items) < 0:
         raise ValueError(f"num_items={num_items!r} is negative")
     return float(num_items)
@@ -229,7 +237,8 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(*grads)
     ctx.set_materialize_grads(False)
     ctx.options = problem[4:]
-    ctx.grads = grads  # held here, not saved: a float32 gradient is scaled in place and handed out
+    # held here, not saved: a backward pops the sums, scales those of float32 in place and hands them out
+    ctx.grads = [grads]
     ctx.dtypes = [
         x.dtype if need else None
         for x, need in zip((problem.hidden, problem.weight, problem.bias), needs, strict=True)
@@ -240,29 +249,31 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 12
+    sums = _taken(ctx)
     # asked for once at most: a checkpoint that does not re-enter gives what was saved a single time
-    saved = ctx.saved_tensors if ctx.grads is None or torch.is_grad_enabled() else ()
-    sums = _again(ctx, saved) if ctx.grads is None else ctx.grads
+    saved = ctx.saved_tensors if sums is None or torch.is_grad_enabled() else ()
+    if sums is None:
+        sums = _again(ctx, saved)
     grad_hidden, grad_weight, grad_bias = (
         None if dtype is None else _scaled(grad, grad_loss, dtype, saved)
         for grad, dtype in zip(sums, ctx.dtypes, strict=True)
     )
-    if _given_away(sums):
-        ctx.grads = None  # or the loss, kept for the log, would keep them alive
     return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def _traced(sums) -> bool:
-    """Whether torch.compile is looking: its tensors are not plain ones."""
-    return any(type(grad) is not Tensor for grad in sums)
+def _taken(ctx) -> list[Tensor] | None:
+    """The sums for whoever asks first, None for all others: list.pop is atomic, so two threads never share them.
 
-
-def _given_away(sums) -> bool:
-    """Whether this backward uses up the float32 sums. Under create_graph they must stay as they are."""
-    return not torch.is_grad_enabled() and not _traced(sums)
+    They are gone even if the backward then fails: what is scaled half is never seen again. Nor does a loss that is
+    kept for the log keep them alive.
+    """
+    try:
+        return ctx.grads.pop()
+    except IndexError:
+        return None
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, saved) -> Tensor:
@@ -270,16 +281,16 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, saved) -> Tensor:
 
     saved: the inputs that the gradient depends on; under create_graph they make it part of the graph.
     """
-    if _traced([grad]):  # the compiler reuses memory itself, and refuses a second derivative itself
+    if type(grad) is not Tensor:  # the compiler reuses memory itself, and refuses a second derivative itself
         return (grad * factor).to(dtype)
-    if dtype == grad.dtype and _given_away([grad]):
+    if dtype == grad.dtype and not torch.is_grad_enabled() and not check.is_batched(factor):
         return grad if grad.device.type == "cpu" and float(factor) == 1.0 else grad.mul_(factor)
     differentiated = [x for x in saved if x is not None and x.requires_grad]
     return _scale_op(grad, factor, dtype, differentiated[0] if torch.is_grad_enabled() else None)
 
 
 def _again(ctx, saved) -> list[Tensor]:
-    """The sums once more, bit for bit: the first backward has given them away."""
+    """The sums once more, bit for bit: another backward has taken them."""
     *tensors, row_weight = saved
     with torch.no_grad():
         return _forward_op(*tensors, *ctx.options, row_weight, *ctx.rest)[1:]
