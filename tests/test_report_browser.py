@@ -401,8 +401,9 @@ def test_nothing_collides_at_any_width(opened, width, scheme):
               const box = range.getBoundingClientRect();
               const near = groups.get(node.parentNode) || [];
               for (const other of near) {
-                if (box.left < other.right - 1 && other.left < box.right - 1 && box.top < other.bottom - 3 && other.top < box.bottom - 3)
-                  overlaps.push(node.textContent);
+                const across = box.left < other.right - 1 && other.left < box.right - 1;
+                const along = box.top < other.bottom - 3 && other.top < box.bottom - 3;
+                if (across && along) overlaps.push(node.textContent);
               }
               groups.set(node.parentNode, [...near, box]);
             }
