@@ -83,6 +83,11 @@ class KeepCurve:
     tokens: dict[str, np.ndarray]
     totals: np.ndarray
 
+    @property
+    def shown(self) -> list[tuple[int, str]]:
+        """(number, name) of the sources that have a sample with an image."""
+        return [(code, name) for code, name in enumerate(self.sources) if self.totals[code, 0]]
+
 
 @dataclass
 class ErrorGroup:

@@ -92,7 +92,7 @@ class Words:
         found = self._texts.get(ids)
         if found is None:
             joined = self._decode(ids) if self.tokenizer is not None else " ".join(map(str, ids))
-            found = self._texts[ids] = joined.strip()[:LONGEST] or repr(joined).strip("'")
+            found = self._texts[ids] = joined.strip()[:LONGEST] or repr(joined).strip("'").replace(" ", "␣")
         return found
 
 
