@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ import numpy as np
 
 PROMPT, ANSWER, KEPT = 96, 32, 0.34
 TIMED = 3  # steps
-TOKENS = (2048, 768)  # of a step
-CONTENDERS = ("Trainer", "SelectiveTrainer", "SFTTrainer", "FusedLossMixin, SFTTrainer")
-STOCK = {"SelectiveTrainer": "Trainer", "FusedLossMixin, SFTTrainer": "SFTTrainer"}
+PAIRS = {"Hugging Face": ("Trainer", "SelectiveTrainer"), "TRL": ("SFTTrainer", "FusedLossMixin, SFTTrainer")}
+CASES = ((2048, "Hugging Face"), (768, "Hugging Face"), (2048, "TRL"))  # tokens of a step, whose trainers
+STOCK = {ours: stock for stock, ours in PAIRS.values()}
 BOUNDS = {  # (tokens, contender, figure): largest ratio to the stock trainer
     (2048, "SelectiveTrainer", "processor_s"): 0.70,
     (2048, "FusedLossMixin, SFTTrainer", "processor_s"): 0.50,
@@ -36,17 +37,24 @@ BOUNDS = {  # (tokens, contender, figure): largest ratio to the stock trainer
 CLOSE = 1e-4  # relative difference of the first step's loss to the stock trainer's
 
 
-def run(threads: int, quick: bool, say: Callable[[str], None]) -> list[dict]:
-    """One case a number of tokens; a row a contender."""
-    cases = []
-    for tokens in (256,) if quick else TOKENS:
-        rows = []
-        for name in CONTENDERS:
-            say(f"{tokens:,} tokens: {name}")
-            rows.append({"name": name, "ours": name in STOCK} | _in_process(name, tokens, threads, quick))
-        _compare(rows, tokens)
-        cases.append({"label": f"{tokens:,} tokens a step", "tokens": tokens, "rows": rows})
-    return cases
+def tasks(quick: bool, say: Callable[[str], None]) -> dict[str, Callable[[], dict]]:
+    """A case each: a stock trainer and ours at a number of tokens."""
+    cases = [(256, "Hugging Face"), (256, "TRL")] if quick else CASES
+    return {f"{trainers}, {tokens:,} tokens a step": partial(case, tokens, trainers, quick, say)
+            for tokens, trainers in cases}  # fmt: skip
+
+
+def case(tokens: int, trainers: str, quick: bool, say: Callable[[str], None]) -> dict:
+    """A row a contender."""
+    import torch
+
+    rows = []
+    for name in PAIRS[trainers]:
+        say(f"{tokens:,} tokens: {name}")
+        row = _in_process(name, tokens, torch.get_num_threads(), quick)
+        rows.append({"name": name, "ours": name in STOCK} | row)
+    _compare(*rows, tokens)
+    return {"label": f"{trainers}, {tokens:,} tokens a step", "tokens": tokens, "rows": rows}
 
 
 def _in_process(name: str, tokens: int, threads: int, quick: bool) -> dict:
@@ -62,25 +70,18 @@ def _in_process(name: str, tokens: int, threads: int, quick: bool) -> dict:
     return {"status": "ok"} | json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _compare(rows: list[dict], tokens: int) -> None:
-    """Adds the ratios to the stock trainers, and what is asked of them; a row with another loss is wrong."""
-    named = {row["name"]: row for row in rows}
-    for name, stock in STOCK.items():
-        ours, theirs = named[name], named[stock]
-        if "ok" not in (ours["status"], theirs["status"]) or ours["status"] != theirs["status"]:
-            continue
-        if abs(ours["first_loss"] - theirs["first_loss"]) > CLOSE * theirs["first_loss"]:
-            ours |= {
-                "status": "wrong",
-                "reason": f"loss {ours['first_loss']:.6g}, {stock} has {theirs['first_loss']:.6g}",
-            }
-            continue
-        ours["to_stock"] = {figure: ours[figure] / theirs[figure] for figure in ("processor_s", "peak_mib")}
-        ours["promised"] = {
-            figure: bound
-            for (of, contender, figure), bound in BOUNDS.items()
-            if (of, contender) == (tokens, name)
-        }
+def _compare(theirs: dict, ours: dict, tokens: int) -> None:
+    """Adds our ratios to the stock trainer, and what is asked of them. With another loss our row is wrong."""
+    if not theirs["status"] == ours["status"] == "ok":
+        return
+    if abs(ours["first_loss"] - theirs["first_loss"]) > CLOSE * theirs["first_loss"]:
+        reason = f"loss {ours['first_loss']:.6g}, {theirs['name']} has {theirs['first_loss']:.6g}"
+        ours |= {"status": "wrong", "reason": reason}
+        return
+    ours["to_stock"] = {figure: ours[figure] / theirs[figure] for figure in ("processor_s", "peak_mib")}
+    ours["promised"] = {
+        figure: bound for (of, name, figure), bound in BOUNDS.items() if (of, name) == (tokens, ours["name"])
+    }
 
 
 def broken_bounds(cases: Sequence[dict]) -> list[str]:

@@ -621,3 +621,22 @@ def test_two_processes_take_the_steps_of_one(processor, tmp_path, unreadable):
     moved, should = results[0][4] - weights(base()), weights(one.model) - weights(base())
     assert (moved - should).norm() < 5e-3 * should.norm()
     assert torch.equal(weights(LlavaForConditionalGeneration.from_pretrained(folder)), results[0][4])
+
+
+def checkpointed_steps(rank: int, folder, items, processor):
+    result = train(
+        base(), items, None, None, processor=processor, batch_size=1, gradient_checkpointing=True, **TWO_STEPS
+    )
+    torch.save((result.losses, weights(result.model)), folder.with_suffix(f".{rank}"))
+
+
+def test_gradient_checkpointing_with_a_process_of_text_alone(processor, tmp_path):
+    """Its vision tower and projector get no gradient in the first step."""
+    picture, text = samples(3)[1:]
+    order = [index for batch in plan_batches(2, TrainSettings(batch_size=2, max_steps=2)) for index in batch]
+    items = [picture, text] if order[0] == 0 else [text, picture]  # rank 1 takes the second place of a step
+    one = train(base(), items, None, None, processor=processor, batch_size=2, **TWO_STEPS)
+    results = run_on_two(checkpointed_steps, tmp_path / "out", items, processor)
+    for losses, found in results:
+        assert losses == pytest.approx(one.losses, rel=1e-5)
+        assert torch.equal(found, results[0][1])

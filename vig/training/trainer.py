@@ -46,7 +46,7 @@ class FusedLossMixin:
     - A run resumes, and ``load_best_model_at_end`` loads, by transformers' own key conversion where a family's
       checkpoint names its weights in another way than the model.
     - Logged beside the loss: ``num_tokens`` (seen so far, TRL's name), ``num_kept_tokens`` (trained on so far) and
-      ``train_tokens_per_second`` (since the last log).
+      ``train_tokens_per_second`` (since the last log). TRL's entropy and token accuracy are not.
 
     z_loss: weight of lse^2, a class attribute.
     Raises ValueError for what the loss does not have: label smoothing, compute_loss_func, router losses, other loss
