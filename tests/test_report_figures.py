@@ -380,7 +380,9 @@ def test_colour_scale_and_numbers():
     )
     assert [signed(value) for value in (1.005, -0.004, -3.2, 0)] == ["+1.00", "0.00", "−3.20", "0.00"]
     assert [signed(value, 4) for value in (-0.00031, 1e-9)] == ["−0.0003", "0.0000"]
-    assert [rounded(value) for value in (-0.06243, 2.4e-6, 1.5)] == ["−0.0624", "2.4e−6", "1.5"]
+    assert [rounded(value) for value in (-0.06243, 2.4e-6, 1.5, -4.741e-4, 0)] == [
+        "−0.0624", "2.4e−6", "1.5", "−4.74e−4", "0",
+    ]  # fmt: skip
     assert (fitting(9_999_999), fitting(142_284_115)) == ("9,999,999", "142.3\u202fM")
     assert np.allclose(ticks(-0.3, 3.9), np.arange(0, 4)) and np.allclose(ticks(0, 0.05), np.arange(6) * 0.01)
     assert [places(width) for width in (5, 0.1, 0.002, 3e-8, 0)] == [2, 2, 4, 9, 2]

@@ -76,9 +76,9 @@ def _axis(low: float, high: float, floor: float, about: int = 5) -> str:
 
 
 def box_range(rows: list[tuple[str, Box]]) -> tuple[float, float]:
-    """The ends of a figure's axis: all whiskers, and zero."""
-    low = min(0.0, *(box.low for _, box in rows))
-    high = max(0.0, *(box.high for _, box in rows))
+    """The ends of a figure's axis: all whiskers and means, and zero."""
+    low = min(0.0, *(min(box.low, box.mean) for _, box in rows))
+    high = max(0.0, *(max(box.high, box.mean) for _, box in rows))
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 

@@ -39,7 +39,7 @@ function signed(value) {
 function rounded(value) {
   if (value == null || Number.isNaN(value)) return "none";
   const text = Number(value.toPrecision(3));
-  return String(Math.abs(text) < 1e-3 && text !== 0 ? text.toExponential() : text).replaceAll("-", "−");
+  return String(Math.abs(text) < 1e-3 && text !== 0 ? text.toExponential() : text).replaceAll("-", "−").replace("+", "");
 }
 const grouped = (count) => count.toLocaleString("en-US");
 const percent = (part, whole) => (whole ? ((100 * part) / whole).toFixed(1) : "0.0") + " %";

@@ -169,6 +169,7 @@ function wanted() {
   const first = numberOf("first");
   return first > 0 ? chunks.found.slice(0, first) : chunks.found;
 }
+const plainAnswer = (sample) => sample.t.filter((text) => !SPECIAL.test(text.trim())).join("");
 // A spreadsheet takes text that begins with one of these for a formula.
 const cell = (value) => {
   let text = value == null ? "" : String(value);
@@ -186,7 +187,7 @@ function saveCsv() {
   const rows = wanted().map((sample) => {
     const values = [sample.k, sample.i, state.sources[sample.s], sample.st, sample.v[0]];
     if (state.passes.length > 1) values.push(sample.v[1]);
-    return [...values, sample.length, isKept(sample) ? 1 : 0, marked.has(sample.k) ? 1 : 0, sample.q, sample.answer];
+    return [...values, sample.length, isKept(sample) ? 1 : 0, marked.has(sample.k) ? 1 : 0, sample.q, plainAnswer(sample)];
   });
   save(state.file + ".csv", "text/csv", [columns, ...rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n");
 }

@@ -294,7 +294,7 @@ def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) 
         "selected": bool(chosen),
         "sources": facts.sources.names,
         "command": f"vig select {where} --p {{p}}{level}",
-        "file": re.sub(r"[^\w.-]+", "-", page.title)[:60].strip("-.") or "samples",
+        "file": re.sub(r"[^\w-]+", "-", Path(page.title).stem)[:60].strip("-") + "-samples",
         "data": str(metadata.get("data") or ""),
         "scores": where,
         "embedded": len(facts.rows),

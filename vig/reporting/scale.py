@@ -38,9 +38,11 @@ def places(width: float) -> int:
 
 def rounded(value: float, digits: int = 3) -> str:
     """A value to so many digits, with a true minus and no padded exponent."""
-    text = f"{value:.{digits}g}"
+    text = f"{value:.{digits - 1}e}" if 0 < abs(value) < 1e-3 else f"{value:.{digits}g}"
     mantissa, _, exponent = text.partition("e")
-    text = f"{mantissa}e{int(exponent)}" if exponent else text
+    if exponent:
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        text = f"{mantissa}e{int(exponent)}"
     return text.replace("-", "−")
 
 
