@@ -121,12 +121,12 @@ def plain_loop(scorer: Scorer, samples: Sequence[Sample]) -> list[tuple[np.ndarr
         wanted = labels != -100
         columns = wanted.any(0).nonzero()[:, 0]  # positions that predict an answer token of any row
         target = labels[:, columns].clamp(min=0).to(model.device)
+        given = {name: value.to(model.device) for name, value in given.items()}
         sizes = [item.sizes for item in encoded]
         both = []
         for inputs in (given, scorer.passes.null_pixels(given, sizes, ["0"] * len(batch))):
-            placed = {name: value.to(model.device) for name, value in inputs.items()}
-            placed["pixel_values"] = placed["pixel_values"].to(model.dtype)
-            logits = model(**placed, use_cache=False, logits_to_keep=columns.to(model.device)).logits
+            inputs = inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}
+            logits = model(**inputs, use_cache=False, logits_to_keep=columns.to(model.device)).logits
             logp = torch.log_softmax(logits.float(), dim=-1)
             both.append(-logp.gather(2, target[..., None])[..., 0].cpu())
             del logits, logp
