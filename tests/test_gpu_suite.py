@@ -478,8 +478,9 @@ def test_a_second_call_goes_on_only_with_the_same_code_and_machine(tmp_path):
 
 def test_without_results_the_page_says_not_measured(tmp_path):
     paths = report.Paths(tmp_path / "README.md", tmp_path / "results", tmp_path / "plots")
-    assert report.block("gpu", paths).startswith("Not measured: no GPU has run")
-    predicted = report.block("predictions", paths)
+    page = tmp_path / "docs" / "kernels.md"
+    assert report.block("gpu", page, paths).startswith("Not measured: no GPU has run")
+    predicted = report.block("predictions", page, paths)
     assert "| any GPU: not measured |" in predicted
     assert plots.cases_of({"suite": "gpu", "cases": []}) == []
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 from PIL import Image
 
-from benchmarks import throughput
+from benchmarks import throughput, throughput_inputs
 from benchmarks.flops import BATCH, Flops
 from benchmarks.gpu import device
 from benchmarks.gpu.environment import product_rate, value_row
@@ -80,9 +80,9 @@ def make_scorer(session: Session) -> Scorer:
     size = {"height": side, "width": side}
     images = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     processor = transformers.LlavaProcessor(
-        images(size=size, crop_size=size), throughput.tokenizer(TEMPLATE_TOKENS),
+        images(size=size, crop_size=size), throughput_inputs.tokenizer(TEMPLATE_TOKENS),
         patch_size=config.vision_config.patch_size, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=throughput.TEMPLATE,
+        num_additional_image_tokens=1, chat_template=throughput_inputs.TEMPLATE,
     )  # fmt: skip
     return Scorer(
         model, processor, batch_tokens=512 if session.rehearse else BATCH_TOKENS,
@@ -189,9 +189,9 @@ def end_to_end(session: Session, questions: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         samples = make_samples(Path(folder), count, questions, session.rehearse)
         scorer = make_scorer(session)
-        encoded = [scorer.encoder.encode(sample) for sample in samples]
-        hashes = [[str(image) for image in sample.images] for sample in samples]
-        least = Flops.of(scorer.loaded.model).least(encoded, hashes, scorer.encoder.image_token_id)
+        views = throughput.views_of(scorer, samples)
+        encoded = [view.encoded for view in views]
+        least = Flops.of(scorer.loaded.model).least(views, scorer.encoder.image_token_id)
         rows, values = _rows(session, scorer, samples, least / rate if rate else None)
         differences = [throughput.largest_difference(values[-1], found) for found in values[:-1]]
         session.case(
