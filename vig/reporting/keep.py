@@ -2,7 +2,7 @@
 
 A token is kept at tau if its sample's VIG >= tau and its own VIG >= tau: if min(the two) >= tau. An end-of-turn token
 that goes with its sample counts with the sample's VIG. So one number a token says at which tau it leaves, and counting
-these between the taus of 200 values of p gives every count in one pass.
+these between the taus of 200 values of p, of all sources, gives every count in one pass.
 """
 
 from __future__ import annotations
@@ -45,11 +45,9 @@ class Keeper:
         self.taus = np.stack([self._taus(group) for group in [*groups, values]])
         if self.tau is None and len(values):
             self.tau = float(self.taus[-1][np.searchsorted(self.p, rules.p)])
-        kinds = ["all", "source"] if len(self.names) > 1 else ["all"]
-        shape = (len(self.names), len(self.p))
-        self.samples = {kind: np.zeros(shape, np.int64) for kind in kinds}
-        self.tokens = {kind: np.zeros(shape, np.int64) for kind in kinds}
-        self.totals = np.zeros((len(self.names), 2), np.int64)
+        self.edges = np.unique(self.taus[~np.isnan(self.taus)])  # (E,) every tau of every source
+        self.samples = np.zeros((len(self.names), len(self.edges) + 1), np.int64)  # by taus that they reach
+        self.tokens = np.zeros_like(self.samples)
 
     def _taus(self, values: np.ndarray) -> np.ndarray:
         if not len(values):
@@ -64,32 +62,35 @@ class Keeper:
         leaves = leaves_at(
             rows["token_ids"].flatten().to_numpy(), token_vig, np.repeat(vig, lengths), self.rules
         )
-        n = len(self.names)
-        self.totals[:, 0] += np.bincount(codes, minlength=n)
-        self.totals[:, 1] += np.bincount(codes, lengths, minlength=n).astype(np.int64)
-        owners = np.repeat(codes, lengths)
-        for kind in self.samples:
-            self.samples[kind] += self._kept(kind, vig, codes)
-            self.tokens[kind] += self._kept(kind, leaves, owners)
+        self.samples += self._reached(vig, codes)
+        self.tokens += self._reached(leaves, np.repeat(codes, lengths))
 
-    def _kept(self, kind: str, leaves: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """(S, P): how many of each source are kept at each p."""
-        n, size = len(self.names), len(self.p)
-        # taus fall as p grows: searched in the order of rising tau, counted from the end
-        if kind == "all":
-            passed = np.searchsorted(self.taus[-1][::-1], leaves, side="right")
-        else:
-            passed = np.zeros(len(leaves), np.int64)
-            for code in np.unique(codes).tolist():
-                mine = codes == code
-                passed[mine] = np.searchsorted(self.taus[code][::-1], leaves[mine], side="right")
-        counts = np.bincount(codes * (size + 1) + passed, minlength=n * (size + 1)).reshape(n, size + 1)
-        return counts[:, ::-1].cumsum(axis=1)[:, :size]
+    def _reached(self, leaves: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """(S, E + 1): of each source, how many reach 0, 1, ... of the taus."""
+        size = len(self.edges) + 1
+        reached = np.searchsorted(self.edges, leaves, side="right")
+        counts = np.bincount(codes * size + reached, minlength=len(self.names) * size)
+        return counts.reshape(len(self.names), size)
+
+    def _kept(self, counts: np.ndarray, taus: np.ndarray) -> np.ndarray:
+        """(S, P): how many of each source reach its taus (S, P); 0 where it has none."""
+        above = np.cumsum(counts[:, ::-1], axis=1)[:, ::-1]  # reach at least so many taus
+        places = np.searchsorted(self.edges, np.nan_to_num(taus, nan=-np.inf)) + 1
+        return np.take_along_axis(above, np.minimum(places, counts.shape[1] - 1), axis=1)
 
     def curve(self) -> KeepCurve | None:
-        if not self.totals[:, 0].sum():
+        if not self.samples.sum():
             return None
-        return KeepCurve(self.p, self.names, self.taus, self.samples, self.tokens, self.totals)
+        shape = (len(self.names), len(self.p))
+        rules = {"all": np.broadcast_to(self.taus[-1], shape)}
+        if len(self.names) > 1:
+            rules["source"] = self.taus[:-1]
+        samples, tokens = (
+            {rule: self._kept(counts, taus) for rule, taus in rules.items()}
+            for counts in (self.samples, self.tokens)
+        )
+        totals = np.stack([self.samples.sum(axis=1), self.tokens.sum(axis=1)], axis=1)
+        return KeepCurve(self.p, self.names, self.taus, samples, tokens, totals)
 
 
 def leaves_at(ids: np.ndarray, token_vig: np.ndarray, owner_vig: np.ndarray, rules: Rules) -> np.ndarray:
