@@ -15,6 +15,7 @@ import pyarrow as pa
 from vig.reporting.views import KeepCurve
 from vig.selection.rule import token_and_sample_vig
 from vig.selection.sources import Sources
+from vig.store.rows import segment_means
 
 STEP = 0.5  # per cent between two places of the slider
 DEFAULT_P = 70.0
@@ -22,7 +23,11 @@ DEFAULT_P = 70.0
 
 @dataclass(frozen=True)
 class Rules:
-    """How a selection chooses beside p: fields of the same names of `vig.select`. stop_ids: see `leaves_at`."""
+    """How a selection chooses beside p: fields of the same names of `vig.select`.
+
+    stop_ids: ids that at the end of a turn are end-of-turn tokens. keep_stops: these go with their sample.
+    content: they do not count in its mean. tau: the selection's own, where there is one.
+    """
 
     p: float = DEFAULT_P
     level: str = "both"
@@ -30,7 +35,37 @@ class Rules:
     tau_floor: float | None = None
     clip: float | None = None
     stop_ids: frozenset[int] = frozenset()
-    tau: float | None = None  # the selection's own, where there is one
+    keep_stops: bool = True
+    content: bool = False
+    tau: float | None = None
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether sample VIG is another than the stored one."""
+        return self.clip is not None or self.content
+
+
+def ends_of_turns(ids: np.ndarray, positions: np.ndarray, stop_ids: frozenset[int]) -> np.ndarray:
+    """(n,) bool: the last token of a turn, where it is one that ends turns. The next turn begins at position 0."""
+    last = np.ones(len(ids), bool)
+    last[:-1] = positions[1:] == 0
+    return last & np.isin(ids, np.fromiter(stop_ids, np.int64, len(stop_ids)))
+
+
+def values_of(
+    rows: pa.RecordBatch, lengths: np.ndarray, rules: Rules
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """VIG of the tokens of multimodal rows, the sample VIG that is selected by, and which tokens end turns."""
+    token_vig, vig = token_and_sample_vig(rows, np.ones(rows.num_rows, bool), lengths, rules.clip)
+    if not rules.stop_ids:
+        return token_vig, vig, np.zeros(len(token_vig), bool)
+    ids, positions = (rows[name].flatten().to_numpy() for name in ("token_ids", "positions"))
+    stops = ends_of_turns(ids, positions, rules.stop_ids)
+    if rules.content:
+        share = segment_means((~stops).astype(np.float64), lengths)
+        means = segment_means(np.where(stops, 0.0, token_vig), lengths)
+        vig = np.where(share > 0, means / np.where(share > 0, share, 1.0), segment_means(token_vig, lengths))
+    return token_vig, vig, stops
 
 
 class Keeper:
@@ -57,11 +92,9 @@ class Keeper:
 
     def add(self, rows: pa.RecordBatch, lengths: np.ndarray, codes: np.ndarray) -> None:
         """rows: multimodal ones alone, with their tokens."""
-        every = np.ones(rows.num_rows, bool)
-        token_vig, vig = token_and_sample_vig(rows, every, lengths, self.rules.clip)
-        leaves = leaves_at(
-            rows["token_ids"].flatten().to_numpy(), token_vig, np.repeat(vig, lengths), self.rules
-        )
+        token_vig, vig, stops = values_of(rows, lengths, self.rules)
+        stops &= self.rules.keep_stops
+        leaves = leaves_at(token_vig, np.repeat(vig, lengths), stops, self.rules.level)
         self.samples += self._reached(vig, codes)
         self.tokens += self._reached(leaves, np.repeat(codes, lengths))
 
@@ -93,12 +126,10 @@ class Keeper:
         return KeepCurve(self.p, self.names, self.taus, samples, tokens, totals)
 
 
-def leaves_at(ids: np.ndarray, token_vig: np.ndarray, owner_vig: np.ndarray, rules: Rules) -> np.ndarray:
+def leaves_at(token_vig: np.ndarray, owner_vig: np.ndarray, stops: np.ndarray, level: str) -> np.ndarray:
     """The highest tau at which each token is still kept: (n,) nats."""
-    if rules.level == "sample":
+    if level == "sample":
         return owner_vig
-    least = token_vig if rules.level == "token" else np.minimum(token_vig, owner_vig)
-    if rules.stop_ids and rules.level != "token":
-        stops = np.isin(ids, np.fromiter(rules.stop_ids, np.int64))
-        least = np.where(stops, owner_vig, least)
-    return least
+    if level == "token":
+        return token_vig
+    return np.where(stops, owner_vig, np.minimum(token_vig, owner_vig))
