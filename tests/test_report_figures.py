@@ -174,25 +174,40 @@ def test_the_slider_keeps_what_select_keeps(scores, level, more):
 
 
 def test_an_end_of_turn_token_stays_with_its_sample(scores, rows):
-    stop = {9, 17}
+    stop = set(range(5, 50))  # at the end of a turn alone
     curve = gather(scores, 0, rules=Rules(stop_ids=frozenset(stop))).keep
     place = int(np.searchsorted(curve.p, 70))
     tau, wanted = curve.taus[-1][place], 0
     for row in rows:
         if row["status"] == "ok" and row["vig"] >= tau:
             pairs = zip(row["token_ids"], row["token_nll_null"], row["token_nll_image"], strict=True)
-            wanted += sum(id in stop or null - image >= tau for id, null, image in pairs)
+            wanted += sum(null - image >= tau for _, null, image in pairs)
+            last = row["token_nll_null"][-1] - row["token_nll_image"][-1]
+            wanted += row["token_ids"][-1] in stop and last < tau
     assert curve.tokens["all"][:, place].sum() == wanted
+
+
+def test_a_mean_of_the_content_leaves_end_of_turn_tokens_out(scores, rows):
+    stop, values = set(range(5, 50)), []
+    for row in rows:
+        if row["status"] == "ok":
+            vig = np.array(row["token_nll_null"]) - np.array(row["token_nll_image"])
+            cut = row["token_ids"][-1] in stop and len(vig) > 1
+            values.append(float(vig[:-1].mean() if cut else vig.mean()))
+    curve = gather(scores, 0, rules=Rules(stop_ids=frozenset(stop), content=True)).keep
+    assert curve.taus[-1] == pytest.approx(np.percentile(values, 100 - curve.p))
 
 
 def test_the_slider_begins_where_the_selection_stands(scores):
     chosen = select(scores, 40, level="sample", tau_floor=0.1).metadata["selection"]
-    assert rules_of(chosen) == Rules(40, "sample", None, 0.1, tau=chosen["tau"])
-    assert rules_of({}) == Rules()
+    assert rules_of(chosen, {}) == Rules(40, "sample", None, 0.1, tau=chosen["tau"])
+    assert rules_of({}, {}) == Rules() and rules_of({}, {"stop_ids": [2]}) == Rules(stop_ids=frozenset({2}))
+    assert rules_of(chosen | {"stop_tokens": "keep"}, {"stop_ids": [2]}).stop_ids == {2}
+    assert not rules_of(chosen, {"stop_ids": [2]}).stop_ids
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         chosen = select(scores, 40, by="source").metadata["selection"]
-    assert rules_of(chosen) == Rules(40, "both", "source")
+    assert rules_of(chosen, {}) == Rules(40, "both", "source")
 
 
 # ---- strata

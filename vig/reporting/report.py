@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from vig.models.null_image import NULLS
 from vig.reporting.encode import sample_json, script_json
 from vig.reporting.facts import WORD_ROWS, Facts, gather
 from vig.reporting.figures import box_figures
-from vig.reporting.keep import DEFAULT_P, Rules
+from vig.reporting.keep import DEFAULT_P, Rules, ends_of_turns
 from vig.reporting.page import render
 from vig.reporting.scale import rounded
 from vig.reporting.strata import STRATA
@@ -66,11 +67,12 @@ def report(
     scores = open_scores(scores)
     metadata = score_metadata(scores)
     chosen, batches = open_selection(selection, metadata)
-    facts = gather(scores, samples, seed, rules_of(chosen))
+    rules = rules_of(chosen, metadata)
+    facts = gather(scores, samples, seed, rules)
     viewer = Viewer(metadata, processor=processor, data=data or metadata.get("data"), image_root=image_root)
     viewer.find({row["key"]: number for number, row in facts.rows.items()})
     kept = _kept_tokens({row["key"] for row in facts.rows.values()}, batches)
-    views = [_view(viewer, facts, number, kept) for number in sorted(facts.rows)]
+    views = [_view(viewer, facts, number, kept, rules) for number in sorted(facts.rows)]
     encoded, pictures = with_pictures(views, viewer, facts.sources.names, int(budget * MEGABYTE))
     figures = word_figures(facts.words, viewer.tokenizer, facts.multimodal > WORD_ROWS, find_tagger())
     page = Page(
@@ -108,21 +110,27 @@ def check_budget(budget: float) -> None:
         raise ValueError(f"the budget is the page's size in MB, above 0; got {budget!r}")
 
 
-def rules_of(chosen: dict) -> Rules:
-    """What the slider follows: the selection's own settings, or `select`'s defaults."""
+def rules_of(chosen: dict, metadata: dict) -> Rules:
+    """What the slider follows: the selection's own settings, or `select`'s defaults. metadata: of the scores."""
     names = ("p", "level", "by", "tau_floor", "clip", "tau")
     given = {name: chosen[name] for name in names if chosen.get(name) is not None}
     if given.get("level") == "random":
         given["level"] = "both"  # it keeps as many
     if given.get("by") == "source":
         given.pop("tau", None)  # there is one a source
-    return Rules(**given)
+    content, keep = chosen.get("mean") == "content", not chosen or chosen.get("stop_tokens") == "keep"
+    if content or keep:
+        given["stop_ids"] = frozenset(metadata.get("stop_ids") or ())
+    return Rules(**given, content=content, keep_stops=keep or not content)
 
 
-def _view(viewer: Viewer, facts: Facts, number: int, kept: dict[str, list[bool]]) -> SampleView:
+def _view(viewer: Viewer, facts: Facts, number: int, kept: dict[str, list[bool]], rules: Rules) -> SampleView:
     row = facts.rows[number]
     view = viewer.view(row, kept.get(row["key"]))
     view.row, view.picked = number, facts.picked[number]
+    if rules.stop_ids and rules.keep_stops and row["token_ids"]:
+        ends = ends_of_turns(np.array(row["token_ids"]), np.array(row["positions"]), rules.stop_ids)
+        view.stop = np.flatnonzero(ends).tolist()
     return view
 
 
@@ -284,7 +292,7 @@ def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) 
     where = str(scores) if isinstance(scores, str | Path) else "SCORES"
     if isinstance(scores, list | tuple):
         where = " ".join(str(one) for one in scores)
-    rules = rules_of(chosen)
+    rules = rules_of(chosen, metadata)
     place = 0 if page.keep is None else int(page.keep.p.searchsorted(page.p))
     level = "" if rules.level == "both" else f" --level {rules.level}"
     return {
