@@ -20,28 +20,30 @@ int64_t rows_per_chunk(const Head& head, bool stats, int threads) {
 }
 
 void finish_rows(const Head& head, const KeptRows& kept, int64_t begin, int64_t rows, PartialTable& table,
-                 const float* picked, const NllOutputs& out, bool stats, int threads) {
+                 const float* picked, const NllOutputs& out, int threads) {
   const int64_t lanes = head.kernels.lanes;
   parallel_for((rows + lanes - 1) / lanes, threads, [&](int64_t task, int) {
-    table.combine(head, task * lanes, stats);
+    table.combine(head, task * lanes, out.stats());
     for (int64_t n = task * lanes; n < std::min(rows, (task + 1) * lanes); ++n) {
-      const RowTotal total = table.total(n);
-      const int64_t slot = kept.slot(begin + n);
-      out.nll[slot] = static_cast<float>(total.nll(picked[n]));
-      const double lse = total.lse();
-      if (out.lse != nullptr) out.lse[slot] = static_cast<float>(lse);
-      if (out.lse_lo != nullptr) out.lse_lo[slot] = static_cast<float>(lse - static_cast<float>(lse));
-      if (out.entropy != nullptr) out.entropy[slot] = static_cast<float>(total.entropy());
-      if (out.argmax != nullptr) out.argmax[slot] = total.column;
+      out.store(kept.slot(begin + n), table.total(n), picked[n]);
     }
   });
 }
 
 }  // namespace
 
+void NllOutputs::store(int64_t slot, const RowTotal& total, float picked) const {
+  const double exact = total.lse();
+  if (nll != nullptr) nll[slot] = static_cast<float>(total.nll(picked));
+  if (lse != nullptr) lse[slot] = static_cast<float>(exact);
+  if (lse_lo != nullptr) lse_lo[slot] = static_cast<float>(exact - static_cast<float>(exact));
+  if (entropy != nullptr) entropy[slot] = static_cast<float>(total.entropy());
+  if (argmax != nullptr) argmax[slot] = total.column;
+}
+
 void linear_nll(const Head& head, const KeptRows& kept, const NllOutputs& out, int threads) {
   if (kept.size() == 0) return;
-  const bool stats = out.entropy != nullptr || out.argmax != nullptr;
+  const bool stats = out.stats();
   const PanelGroups groups(head);
   threads = static_cast<int>(std::min<int64_t>(threads, groups.count));
   const int64_t chunk_rows = std::min(rows_per_chunk(head, stats, threads), kept.size());
@@ -59,7 +61,7 @@ void linear_nll(const Head& head, const KeptRows& kept, const NllOutputs& out, i
                         {.data = nullptr, .first = 0});
       sweep.finish(rows, table.group(group));
     });
-    finish_rows(head, kept, begin, rows, table, picked.get(), out, stats, threads);
+    finish_rows(head, kept, begin, rows, table, picked.get(), out, threads);
   }
 }
 

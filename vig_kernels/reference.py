@@ -64,21 +64,27 @@ def linear_cross_entropy(
     num_items=None,
     z_loss=0.0,
     ignore_index=-100,
+    stats=(),
     **options,
 ):
-    """sum_n w_n (nll_n + z_loss lse_n^2) / divisor; divisor: num_items, else sum of w over valid rows; 0/0 = 0."""
-    nll, statistics = linear_nll(hidden, weight, target, ignore_index=ignore_index, stats=("lse",), **options)
+    """sum_n w_n (nll_n + z_loss lse_n^2) / divisor; divisor: num_items, else sum of w over valid rows; 0/0 = 0.
+
+    With stats ("nll", "lse", "entropy", "argmax") also what is known of each row, detached.
+    """
+    if token_weight is not None and not token_weight.requires_grad:
+        target = target.masked_fill(token_weight == 0, ignore_index)  # rows of weight 0 are ignored
+    names = tuple(name for name in ("lse", *stats) if name != "nll")
+    nll, statistics = linear_nll(hidden, weight, target, ignore_index=ignore_index, stats=names, **options)
     valid = (target != ignore_index).double()
     row_weight = valid if token_weight is None else torch.where(valid > 0, token_weight.double(), 0.0)
     losses = row_weight * (nll + z_loss * statistics["lse"] ** 2)
-    if reduction == "none":
-        return losses
     divisor = 1.0
     if num_items is not None:
         divisor = float(num_items)
     elif reduction == "mean":
         divisor = row_weight.sum()
-    return losses.sum() / divisor if divisor else losses.sum() * 0.0
+    loss = losses if reduction == "none" else losses.sum() / divisor if divisor else losses.sum() * 0.0
+    return (loss, {name: {"nll": nll, **statistics}[name].detach() for name in stats}) if stats else loss
 
 
 def gaussian_blur(images, sigma, *, truncate=3.0, border="reflect"):

@@ -25,10 +25,7 @@ def forward(problem: HeadProblem, stats: tuple[str, ...]) -> tuple[Tensor, dict[
         described,
         [native.rows_view(hidden, target)],
         problem.ignore_index,
-        [
-            nll.data_ptr(),
-            *(native.address(values.get(name)) for name in ("lse", "lse_lo", "entropy", "argmax")),
-        ],
+        native.outputs({"nll": nll, **values}),
         torch.get_num_threads(),
     )
     del kept_bias  # read until here
