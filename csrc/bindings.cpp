@@ -108,18 +108,19 @@ struct HeadArgs {
   }
 };
 
-// Addresses of nll, lse, lse_lo, entropy and argmax (0: not wanted).
-vig::NllOutputs nll_outputs(const std::array<uintptr_t, 5>& out) {
-  const auto [nll, lse, lse_lo, entropy, argmax] = out;
+// Addresses of nll, lse, lse_lo, entropy, argmax and, of two passes, kl (0: not wanted).
+vig::NllOutputs nll_outputs(const std::array<uintptr_t, 6>& out) {
+  const auto [nll, lse, lse_lo, entropy, argmax, kl] = out;
   return {.nll = pointer<float>(nll),
           .lse = pointer<float>(lse),
           .lse_lo = pointer<float>(lse_lo),
           .entropy = pointer<float>(entropy),
-          .argmax = pointer<int64_t>(argmax)};
+          .argmax = pointer<int64_t>(argmax),
+          .kl = pointer<float>(kl)};
 }
 
 void linear_nll(const HeadArgs& args, const std::vector<Rows>& passes, int64_t ignore_index,
-                const std::array<uintptr_t, 5>& out, int threads) {
+                const std::array<uintptr_t, 6>& out, int threads) {
   const vig::Head head = args.head();
   LongCall call;
   vig::KeptRows kept;
@@ -131,7 +132,7 @@ void linear_nll(const HeadArgs& args, const std::vector<Rows>& passes, int64_t i
 // (0: not needed), here and below. out: as linear_nll's.
 double linear_cross_entropy(const HeadArgs& args, const Rows& rows, int64_t ignore_index,
                             const std::tuple<uintptr_t, double>& terms, const std::array<uintptr_t, 3>& gradients,
-                            bool rounded, const std::array<uintptr_t, 5>& out, int threads) {
+                            bool rounded, const std::array<uintptr_t, 6>& out, int threads) {
   const vig::Head head = args.head();
   LongCall call;
   vig::KeptRows kept;

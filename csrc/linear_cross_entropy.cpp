@@ -83,10 +83,10 @@ ChunkTotals sweep_chunk(const Head& head, const RowChunk& chunk, bool stats, Swe
   const PanelGroups groups(head);
   ChunkTotals totals = {.table = PartialTable(groups.count, chunk.padded), .picked = make_buffer(chunk.rows)};
   parallel_for(groups.count, threads, [&](int64_t group, int worker) {
-    sweeps[worker]->start(chunk.rows);
+    sweeps[worker]->start(chunk);
     sweeps[worker]->fold_panels(chunk, groups.begin(group), groups.end(group), groups.begin(group + threads),
                                 totals.picked.get(), {.data = logits, .first = 0});
-    sweeps[worker]->finish(chunk.rows, totals.table.group(group));
+    sweeps[worker]->finish(chunk, totals.table.group(group));
   });
   for (int64_t first = 0; first < chunk.rows; first += head.kernels.lanes) totals.table.combine(head, first, stats);
   return totals;
@@ -167,7 +167,8 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const LossT
   Sweeps sweeps = make_sweeps(head, chunk_rows, values.stats(), threads);
   double loss = 0;
   for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
-    const RowChunk chunk(head, kept, begin, std::min(chunk_rows, kept.size() - begin), threads);
+    const RowRange range = {.begin = begin, .count = std::min(chunk_rows, kept.size() - begin)};
+    const RowChunk chunk(head, kept, range, threads);
     const ChunkTotals totals = sweep_chunk(head, chunk, values.stats(), sweeps, logits.get(), threads);
     RowSlopes slopes;
     loss += loss_of_chunk(totals, chunk.rows, {.row_weight = terms.row_weight + begin, .z_loss = terms.z_loss}, slopes);
@@ -228,11 +229,12 @@ void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream&
   for (int64_t first = 0; first < head.panels(); first += block) {
     const int64_t last = std::min(first + block, head.panels());
     for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
-      const RowChunk chunk(head, kept, begin, std::min(chunk_rows, kept.size() - begin), threads);
+      const RowRange range = {.begin = begin, .count = std::min(chunk_rows, kept.size() - begin)};
+      const RowChunk chunk(head, kept, range, threads);
       const int64_t together = std::clamp<int64_t>((last - first) / (8 * threads), 1, 8);  // panels of a task
       parallel_for((last - first + together - 1) / together, threads, [&](int64_t i, int worker) {
         const int64_t panel = first + i * together;
-        sweeps[worker]->start(chunk.rows);
+        sweeps[worker]->start(chunk);
         sweeps[worker]->fold_panels(chunk, panel, std::min(panel + together, last), head.panels(), picked.get(),
                                     {.data = logits.get(), .first = first});
       });

@@ -26,7 +26,9 @@ def test_opcheck_of_linear_ops(dtype, backend):
     torch.library.opcheck(OPS.linear_nll.default, (*head, None, True, True, True, backend))
     torch.library.opcheck(OPS.linear_nll.default, (*head, 5, True, False, False, backend))
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in head]
-    torch.library.opcheck(OPS.linear_vig.default, (*detached, None, detached[0] + 1, backend))
+    torch.library.opcheck(
+        OPS.linear_vig.default, (*detached, None, detached[0] + 1, [True, False, True, True, False], backend)
+    )
     torch.library.opcheck(
         OPS.linear_cross_entropy.default,
         (*head, 5, torch.rand(7), 0.1, [True, True, True], [True, False, True, True], backend),

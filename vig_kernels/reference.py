@@ -47,11 +47,33 @@ def linear_nll(
     return nll, {name: statistics[name]() for name in stats}
 
 
-def linear_vig(hidden_image, hidden_null, weight, target, **options):
-    """(vig, nll_image, nll_null), vig = nll_null - nll_image = log p(a | image) - log p(a | null)."""
-    nll_image = linear_nll(hidden_image, weight, target, **options)
-    nll_null = linear_nll(hidden_null, weight, target, **options)
-    return nll_null - nll_image, nll_image, nll_null
+def linear_vig(hidden_image, hidden_null, weight, target, *, stats=(), ignore_index=-100, **options):
+    """(vig, nll_image, nll_null), vig = nll_null - nll_image = log p(a | image) - log p(a | null).
+
+    With stats ("kl", and "entropy" and "argmax" with "_image" or "_null") also {name: value}:
+    kl = sum_v p_v (log p_v - log q_v), p of the image pass and q of the null pass; 0 where p is 0.
+    """
+    nll_image, image = linear_nll(
+        hidden_image, weight, target, ignore_index=ignore_index, stats=("entropy", "argmax"), **options
+    )
+    nll_null, null = linear_nll(
+        hidden_null, weight, target, ignore_index=ignore_index, stats=("entropy", "argmax"), **options
+    )
+    found = nll_null - nll_image, nll_image, nll_null
+    if not stats:
+        return found
+    values = {f"{name}_image": value for name, value in image.items()}
+    values |= {f"{name}_null": value for name, value in null.items()}
+    ignored = (target == ignore_index).unsqueeze(-1)
+    log_p, log_q = (
+        linear_logits(hidden.masked_fill(ignored, 0.0), weight, **options)
+        .masked_fill(ignored, 0.0)
+        .log_softmax(-1)
+        for hidden in (hidden_image, hidden_null)
+    )
+    terms = log_p.exp() * (log_p - log_q)
+    values["kl"] = torch.where(log_p.exp() == 0, 0.0, terms).sum(-1).clamp_min(0.0)
+    return found, {name: values[name] for name in stats}
 
 
 def linear_cross_entropy(

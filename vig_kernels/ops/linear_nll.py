@@ -115,7 +115,7 @@ def _forward_fake(*args):
 
 def empty_output(problem: HeadProblem, name: str, rows: int) -> Tensor:
     """An uninitialised (rows,) result: int64 for argmax, else float32."""
-    return problem.target.new_empty(rows, dtype=torch.int64 if name == "argmax" else torch.float32)
+    return problem.target.new_empty(rows, dtype=torch.int64 if name.startswith("argmax") else torch.float32)
 
 
 def _save(ctx, inputs, output):

@@ -154,7 +154,7 @@ def empty_gradient(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def outputs(values: dict[str, Tensor]) -> list[int]:
     """Where linear_nll's results go: addresses of those of `values`, 0 for the others."""
-    return [address(values.get(name)) for name in ("nll", "lse", "lse_lo", "entropy", "argmax")]
+    return [address(values.get(name)) for name in ("nll", "lse", "lse_lo", "entropy", "argmax", "kl")]
 
 
 def rows_view(hidden: Tensor, target: Tensor) -> tuple[int, int, int, int]:
