@@ -108,39 +108,45 @@ struct HeadArgs {
   }
 };
 
-// out: addresses of nll, lse, lse_lo, entropy and argmax (0: not wanted; nll is).
+// Addresses of nll, lse, lse_lo, entropy, argmax and, of two passes, kl (0: not wanted).
+vig::NllOutputs nll_outputs(const std::array<uintptr_t, 6>& out) {
+  const auto [nll, lse, lse_lo, entropy, argmax, kl] = out;
+  return {.nll = pointer<float>(nll),
+          .lse = pointer<float>(lse),
+          .lse_lo = pointer<float>(lse_lo),
+          .entropy = pointer<float>(entropy),
+          .argmax = pointer<int64_t>(argmax),
+          .kl = pointer<float>(kl)};
+}
+
 void linear_nll(const HeadArgs& args, const std::vector<Rows>& passes, int64_t ignore_index,
-                const std::array<uintptr_t, 5>& out, int threads) {
+                const std::array<uintptr_t, 6>& out, int threads) {
   const vig::Head head = args.head();
   LongCall call;
   vig::KeptRows kept;
   for (const Rows& rows : passes) add_rows(kept, rows, ignore_index);
-  const auto [nll, lse, lse_lo, entropy, argmax] = out;
-  vig::linear_nll(head, kept,
-                  {.nll = pointer<float>(nll),
-                   .lse = pointer<float>(lse),
-                   .lse_lo = pointer<float>(lse_lo),
-                   .entropy = pointer<float>(entropy),
-                   .argmax = pointer<int64_t>(argmax)},
-                  threads);
+  vig::linear_nll(head, kept, nll_outputs(out), threads);
 }
 
-// gradients: addresses of those of hidden, weight and bias (0: not needed), here and below.
-double linear_cross_entropy(const HeadArgs& args, const Rows& rows, int64_t ignore_index, uintptr_t row_weight,
-                            double z_loss, const std::array<uintptr_t, 3>& gradients, bool rounded, int threads) {
+// terms: address of the row weights (0: all are 1) and z_loss. gradients: addresses of those of hidden, weight and bias
+// (0: not needed), here and below. out: as linear_nll's.
+double linear_cross_entropy(const HeadArgs& args, const Rows& rows, int64_t ignore_index,
+                            const std::tuple<uintptr_t, double>& terms, const std::array<uintptr_t, 3>& gradients,
+                            bool rounded, const std::array<uintptr_t, 6>& out, int threads) {
   const vig::Head head = args.head();
   LongCall call;
   vig::KeptRows kept;
   add_rows(kept, rows, ignore_index);
+  const auto [row_weight, z_loss] = terms;
   std::vector<float> weights(kept.size(), 1.0f);
   for (int64_t n = 0; row_weight != 0 && n < kept.size(); ++n) weights[n] = pointer<float>(row_weight)[kept.slot(n)];
   const auto [hidden, weight, bias] = gradients;
-  return vig::linear_cross_entropy(head, kept, weights.data(), z_loss,
+  return vig::linear_cross_entropy(head, kept, {.row_weight = weights.data(), .z_loss = z_loss},
                                    {.hidden = pointer<char>(hidden),
                                     .weight = pointer<char>(weight),
                                     .rounded = rounded,
                                     .bias = pointer<float>(bias)},
-                                   threads);
+                                   nll_outputs(out), threads);
 }
 
 // upstream: addresses of the gradients of nll, lse and entropy (0: none); saved: of the forward's lse and entropy.
@@ -214,7 +220,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("linear_nll", linear_nll, py::arg("head"), py::arg("passes"), py::arg("ignore_index"), py::arg("out"),
         py::arg("threads"));
   m.def("linear_cross_entropy", linear_cross_entropy, py::arg("head"), py::arg("rows"), py::arg("ignore_index"),
-        py::arg("row_weight"), py::arg("z_loss"), py::arg("gradients"), py::arg("rounded"), py::arg("threads"));
+        py::arg("terms"), py::arg("gradients"), py::arg("rounded"), py::arg("out"), py::arg("threads"));
   m.def("linear_nll_backward", linear_nll_backward, py::arg("head"), py::arg("rows"), py::arg("ignore_index"),
         py::arg("upstream"), py::arg("saved"), py::arg("gradients"), py::arg("threads"));
   m.def("gaussian_blur", gaussian_blur, py::arg("isa"), py::arg("dtype"), py::arg("shape"), py::arg("images"),

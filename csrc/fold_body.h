@@ -141,6 +141,32 @@ void fold(const FoldArgs& f) {
   f.stats ? fold_tile<false, true>(f) : fold_tile<false, false>(f);
 }
 
+// Both halves of a panel, W columns at a time. A weight of 0 outdoes whatever the logits are: -inf less -inf is no part.
+void fold_difference(const DifferenceArgs& f) {
+  constexpr int W = Vec::W;
+  for (int n = 0; n < f.rows; ++n) {
+    const Vec::F running_max = Vec::load(f.lanes + n * f.lane_floats);
+    float* const at = f.sums + n * 2 * W;
+    Vec::F sum = Vec::zero();
+    if (!f.fresh) {
+      const Vec::F before = Vec::load(at);
+      sum = Vec::load(at + W);
+      if (Vec::any(Vec::greater(running_max, before))) {
+        const Vec::F factor = exp_of(Vec::sub(before, running_max));
+        sum = Vec::select(Vec::greater(factor, Vec::zero()), Vec::mul(sum, factor), Vec::zero());
+      }
+    }
+    for (int column = n * kPanel; column < (n + 1) * kPanel; column += W) {
+      const Vec::F logit = Vec::load(f.first + column);
+      const Vec::F e = exp_of(Vec::sub(logit, running_max));
+      const Vec::F term = Vec::mul(e, Vec::sub(logit, Vec::load(f.second + column)));
+      sum = Vec::add(sum, Vec::select(Vec::greater(e, Vec::zero()), term, Vec::zero()));
+    }
+    Vec::store(at, running_max);
+    Vec::store(at + W, sum);
+  }
+}
+
 // One step of a sum over parts of a row that have running maxima of their own, W rows at a time.
 template <bool Stats>
 inline void add_part(Vec::F part_max, Vec::F part_sum, Vec::F part_moment, Vec::F running_max, Vec::F& sum,

@@ -94,17 +94,20 @@ KeptRows KeptRows::part(int64_t begin, int64_t count) const {
 
 int64_t padded_rows(const Head& head, int64_t rows) { return round_up(rows, 4 * head.kernels.tile); }
 
-RowChunk::RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_t count, int threads)
-    : rows(count), padded(padded_rows(head, count)), hidden(count), target(count),
-      packed(make_buffer(padded * head.words())) {
-  for (int64_t n = 0; n < count; ++n) {
-    hidden[n] = kept.hidden(begin + n);
-    target[n] = kept.target(begin + n);
+RowChunk::RowChunk(const Head& head, const KeptRows& kept, const RowRange& which, int threads)
+    : range(which), apart(which.second > 0 ? padded_rows(head, which.count) : 0), rows(apart + which.count),
+      padded(padded_rows(head, rows)), hidden(rows), target(rows), packed(make_buffer(padded * head.words())) {
+  for (int64_t n = 0; n < rows; ++n) {
+    const int64_t from = kept_row(n);
+    if (from < 0) continue;
+    hidden[n] = kept.hidden(from);
+    target[n] = kept.target(from);
   }
   const int64_t tile = head.kernels.tile, words = head.words();
-  parallel_for((count + tile - 1) / tile, threads, [&](int64_t i, int) {
+  parallel_for((rows + tile - 1) / tile, threads, [&](int64_t i, int) {
     const int64_t row = i * tile;
-    const int width = static_cast<int>(std::min(tile, count - row));
+    const int width = static_cast<int>(std::min(tile, (row < apart ? pass_rows() : rows) - row));
+    if (width <= 0) return;
     const int unit = static_cast<int>(tile / 3), padded = (width + unit - 1) / unit * unit;
     const char* rows_of_tile[64];
     for (int r = 0; r < padded; ++r) rows_of_tile[r] = hidden[row + std::min(r, width - 1)];
@@ -119,7 +122,7 @@ RowChunk::RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_
   });
 }
 
-PanelSweep::PanelSweep(const Head& head, int64_t max_rows, bool stats)
+PanelSweep::PanelSweep(const Head& head, int64_t max_rows, bool stats, bool pairs)
     : head_(head), stats_(stats), interleaved_(interleaves_packing(head, max_rows)),
       together_(panels_together(head, interleaved_)),
       packed_(make_buffer(std::min(head.words(), kPanelWords) * head.kernels.panel * together_ *
@@ -127,7 +130,10 @@ PanelSweep::PanelSweep(const Head& head, int64_t max_rows, bool stats)
       product_(make_buffer((head.words() > kPanelWords ? round_up(max_rows, head.kernels.tile) : head.kernels.tile) *
                            head.kernels.panel)),
       lanes_(make_buffer(padded_rows(head, max_rows) * lane_floats(head.kernels.lanes, stats))),
-      bias_(make_buffer(head.kernels.panel * together_)), rows_(head.kernels.panel) {}
+      bias_(make_buffer(head.kernels.panel * together_)),
+      pair_(make_buffer(pairs ? 2 * head.kernels.tile * head.kernels.panel : 0)),
+      difference_(make_buffer(pairs ? padded_rows(head, max_rows) * 2 * head.kernels.lanes : 0)),
+      rows_(head.kernels.panel) {}
 
 bool PanelSweep::interleaves_packing(const Head& head, int64_t rows) {
   const int64_t tiles = rows / head.kernels.tile;
@@ -146,10 +152,12 @@ int64_t PanelSweep::bytes_per_row(const Head& head, bool stats) {
   return 4 * (lane_floats(head.kernels.lanes, stats) + (head.words() > kPanelWords ? head.kernels.panel : 0));
 }
 
-void PanelSweep::start(int64_t rows) {
+void PanelSweep::start(const RowChunk& chunk) {
   fresh_ = true;
   const int64_t floats = lane_floats(head_.kernels.lanes, stats_);  // rows that only fill up the last vector
-  std::fill(lanes_.get() + rows * floats, lanes_.get() + padded_rows(head_, rows) * floats, 0.0f);
+  for (int64_t end = chunk.pass_rows(); end <= chunk.rows; end += chunk.step()) {
+    std::fill(lanes_.get() + end * floats, lanes_.get() + padded_rows(head_, end) * floats, 0.0f);
+  }
 }
 
 void PanelSweep::fold_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked,
@@ -194,7 +202,8 @@ void PanelSweep::fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64
                                      float* picked, KeptLogits keep) {
   const Kernels& k = head_.kernels;
   const int64_t words = head_.words(), panel_words = words * k.panel;
-  const int64_t tiles = (end - begin) * ((chunk.rows + k.tile - 1) / k.tile);
+  const int64_t passes = chunk.apart > 0 ? 2 : 1;
+  const int64_t tiles = (end - begin) * passes * ((chunk.pass_rows() + k.tile - 1) / k.tile);
   const int64_t coming = std::min(end + together_, group_end);
   // The last rows are left to pack().
   const bool swap = interleaved_ && coming > end && coming * k.panel <= head_.vocab;
@@ -205,25 +214,26 @@ void PanelSweep::fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64
   InterleavedPacking packer =
       swap ? InterleavedPacking(head_, end, coming, packed(1 - half_), tiles, !packed_already_) : InterleavedPacking();
   Prefetch prefetch(head_, swap ? head_.panels() : next, end - begin, tiles);
-  for (int64_t row = 0; row < chunk.rows; row += k.tile) {
-    const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk.rows - row));
-    const uint32_t* a = reinterpret_cast<const uint32_t*>(chunk.packed.get()) + row * words;
+  for (int64_t first = 0; first < chunk.pass_rows(); first += k.tile) {
+    const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk.pass_rows() - first));
     for (int64_t panel = begin; panel < end; ++panel) {
       const uint32_t* b = packed(half_) + (panel - begin) * panel_words;
-      const auto [from, to] = prefetch.take();
-      const auto [packing, lines] = packer.take();
-      k.multiply({.a = a,
-                  .b = b,
-                  .c = product_.get(),
-                  .ldc = k.panel,
-                  .words = words,
-                  .rows = rows,
-                  .prefetch = from,
-                  .prefetch_end = to,
-                  .packing = packing,
-                  .lines = lines},
-                 head_.pairs());
-      fold_tile(chunk, panel, panel - begin, row, rows, product_.get(), picked, keep);
+      for (int64_t row = first; row < chunk.rows; row += chunk.step()) {
+        const auto [from, to] = prefetch.take();
+        const auto [packing, lines] = packer.take();
+        k.multiply({.a = reinterpret_cast<const uint32_t*>(chunk.packed.get()) + row * words,
+                    .b = b,
+                    .c = product_.get(),
+                    .ldc = k.panel,
+                    .words = words,
+                    .rows = rows,
+                    .prefetch = from,
+                    .prefetch_end = to,
+                    .packing = packing,
+                    .lines = lines},
+                   head_.pairs());
+        fold_tile(chunk, panel, panel - begin, row, rows, product_.get(), picked, keep);
+      }
     }
   }
   packed_already_ = swap;
@@ -239,28 +249,30 @@ void PanelSweep::fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64
 void PanelSweep::fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t next, float* picked, KeptLogits keep) {
   const Kernels& k = head_.kernels;
   const int64_t words = head_.words(), blocks = (words + kPanelWords - 1) / kPanelWords;
-  Prefetch prefetch(head_, next, 1, blocks * ((chunk.rows + k.tile - 1) / k.tile));
+  const int64_t tiles = (chunk.pass_rows() + k.tile - 1) / k.tile;
+  Prefetch prefetch(head_, next, 1, blocks * tiles * (chunk.apart > 0 ? 2 : 1));
   for (int64_t begin = 0; begin < words; begin += kPanelWords) {
     const int64_t end = std::min(words, begin + kPanelWords);
     pack(panel, packed(0), begin, end);
     set_bias(panel, 0);
-    for (int64_t row = 0; row < chunk.rows; row += k.tile) {
-      const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk.rows - row));
+    for (int64_t first = 0; first < chunk.pass_rows(); first += k.tile) {
+      const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk.pass_rows() - first));
       const int unit = k.tile / 3, padded = (rows + unit - 1) / unit * unit;
-      const uint32_t* a = reinterpret_cast<const uint32_t*>(chunk.packed.get()) + row * words + begin * padded;
-      float* product = product_.get() + row * k.panel;
-      const auto [from, to] = prefetch.take();
-      k.multiply({.a = a,
-                  .b = packed(0),
-                  .c = product,
-                  .ldc = k.panel,
-                  .words = end - begin,
-                  .rows = rows,
-                  .accumulate = begin > 0,
-                  .prefetch = from,
-                  .prefetch_end = to},
-                 head_.pairs());
-      if (end == words) fold_tile(chunk, panel, 0, row, rows, product, picked, keep);
+      for (int64_t row = first; row < chunk.rows; row += chunk.step()) {
+        float* product = product_.get() + row * k.panel;
+        const auto [from, to] = prefetch.take();
+        k.multiply({.a = reinterpret_cast<const uint32_t*>(chunk.packed.get()) + row * words + begin * padded,
+                    .b = packed(0),
+                    .c = product,
+                    .ldc = k.panel,
+                    .words = end - begin,
+                    .rows = rows,
+                    .accumulate = begin > 0,
+                    .prefetch = from,
+                    .prefetch_end = to},
+                   head_.pairs());
+        if (end == words) fold_tile(chunk, panel, 0, row, rows, product, picked, keep);
+      }
     }
   }
 }
@@ -269,6 +281,10 @@ void PanelSweep::fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, 
                            const float* product, float* picked, KeptLogits keep) {
   const Kernels& k = head_.kernels;
   const int64_t first = panel * k.panel;
+  const bool second = chunk.apart > 0 && row >= chunk.apart, fresh = fresh_ && place == 0;
+  float* kept = nullptr;
+  if (chunk.apart > 0) kept = pair_.get() + (second ? k.tile * k.panel : 0);
+  if (keep.data != nullptr) kept = keep.data + ((panel - keep.first) * chunk.padded + row) * k.panel;
   k.fold({.product = product,
           .rows = rows,
           .columns = static_cast<int>(std::min<int64_t>(k.panel, head_.vocab - first)),
@@ -277,16 +293,35 @@ void PanelSweep::fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, 
           .picked = picked + row,
           .lanes = lanes_.get() + row * lane_floats(k.lanes, stats_),
           .stats = stats_,
-          .fresh = fresh_ && place == 0,
+          .fresh = fresh,
           .scale = head_.scale,
           .bias = bias_.get() + place * k.panel,
           .cap = head_.cap,
-          .keep = keep.data == nullptr ? nullptr
-                                       : keep.data + ((panel - keep.first) * chunk.padded + row) * k.panel});
+          .keep = kept});
+  if (second) fold_difference(row - chunk.apart, rows, fresh);
 }
 
-void PanelSweep::finish(int64_t rows, const Partials& out) const {
-  head_.kernels.reduce_lanes(lanes_.get(), round_up(rows, head_.kernels.lanes), stats_, out);
+// A tile whose logits of both passes stand in pair_.
+void PanelSweep::fold_difference(int64_t row, int rows, bool fresh) {
+  const Kernels& k = head_.kernels;
+  const int64_t floats = lane_floats(k.lanes, stats_);
+  k.fold_difference({.first = pair_.get(),
+                     .second = pair_.get() + k.tile * k.panel,
+                     .rows = rows,
+                     .lanes = lanes_.get() + row * floats,
+                     .lane_floats = floats,
+                     .sums = difference_.get() + row * 2 * k.lanes,
+                     .fresh = fresh});
+}
+
+void PanelSweep::finish(const RowChunk& chunk, const Partials& out) const {
+  const int64_t lanes = head_.kernels.lanes;
+  head_.kernels.reduce_lanes(lanes_.get(), round_up(chunk.rows, lanes), stats_, out);
+  for (int64_t n = 0; out.difference != nullptr && n < chunk.pass_rows(); ++n) {
+    const float* sums = difference_.get() + n * 2 * lanes;  // all lanes of a row have one running max
+    out.difference[n] = 0;
+    for (int64_t i = 0; i < lanes; ++i) out.difference[n] += sums[lanes + i];
+  }
 }
 
 PanelGroups::PanelGroups(const Head& head)
@@ -294,15 +329,16 @@ PanelGroups::PanelGroups(const Head& head)
       large_count(panels * 12 / 13 / (4 * small)),
       count(large_count + (panels - begin(large_count) + small - 1) / small) {}
 
-PartialTable::PartialTable(int64_t groups, int64_t rows)
-    : memory_(make_buffer((groups + 1) * rows * 5)), groups_(groups + 1) {
+PartialTable::PartialTable(int64_t groups, int64_t rows, bool pairs)
+    : memory_(make_buffer((groups + 1) * rows * (pairs ? 6 : 5))), groups_(groups + 1) {
   for (int64_t g = 0; g <= groups; ++g) {
-    float* at = memory_.get() + g * rows * 5;
+    float* at = memory_.get() + g * rows * (pairs ? 6 : 5);
     groups_[g] = {.running_max = at,
                   .sum = at + rows,
                   .moment = at + 2 * rows,
                   .greatest = at + 3 * rows,
-                  .column = reinterpret_cast<int32_t*>(at + 4 * rows)};
+                  .column = reinterpret_cast<int32_t*>(at + 4 * rows),
+                  .difference = pairs ? at + 5 * rows : nullptr};
   }
 }
 
@@ -316,6 +352,20 @@ RowTotal PartialTable::total(int64_t row) const {
           .log_sum = std::log(static_cast<double>(all.sum[row])),
           .mean_above = static_cast<double>(all.moment[row]) / all.sum[row],
           .column = all.column[row]};
+}
+
+// KL = sum_v p_v (z_v - z'_v) - lse + lse', where the sum is that of the differences over that of the weights.
+double PartialTable::divergence(int64_t row, int64_t other) const {
+  const RowTotal first = total(row), second = total(other);
+  double difference = 0;
+  for (size_t g = 0; g + 1 < groups_.size(); ++g) {
+    const Partials& group = groups_[g];
+    const double weight = std::exp(group.running_max[row] - first.running_max);
+    if (weight > 0) difference += weight * group.difference[row];
+  }
+  const double mean = difference / groups_.back().sum[row];
+  const double found = mean - ((first.running_max - second.running_max) + (first.log_sum - second.log_sum));
+  return found < 0 ? 0 : found;
 }
 
 double RowTotal::nll(float picked) const { return (running_max - picked) + log_sum; }

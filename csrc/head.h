@@ -59,14 +59,29 @@ inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 
 int64_t padded_rows(const Head& head, int64_t rows);
 
+// Which rows of a call: [begin, begin + count) and, where there is a second pass, as many from begin + second on.
+struct RowRange {
+  int64_t begin, count;
+  int64_t second = 0;  // from a row of the first pass to that of the second; 0: there is none
+};
+
 // Some rows of a call, packed tile by tile: tile i starts at word i * tile * words and has [word][rows of the tile].
 struct RowChunk {
-  int64_t rows, padded;  // padded: to whole tiles and vectors
+  RowRange range;
+  int64_t apart;         // row n of the second pass is row apart + n, what lies between is not there; 0: one pass
+  int64_t rows, padded;  // the last row's end; padded: to whole tiles and vectors
   std::vector<const char*> hidden;
   std::vector<int64_t> target;
   Buffer packed;
 
-  RowChunk(const Head& head, const KeptRows& kept, int64_t begin, int64_t count, int threads);
+  RowChunk(const Head& head, const KeptRows& kept, const RowRange& range, int threads);
+  int64_t pass_rows() const { return rows - apart; }
+  int64_t step() const { return apart > 0 ? apart : rows; }  // from pass to pass
+  // The number of row n among the kept ones, or -1 where there is none.
+  int64_t kept_row(int64_t n) const {
+    if (n < pass_rows()) return range.begin + n;
+    return n < apart ? -1 : range.begin + range.second + n - apart;
+  }
 };
 
 // Where the logits of panels from `first` on are kept: [panel][padded rows][panel columns].
@@ -78,12 +93,12 @@ struct KeptLogits {
 // A thread's own memory for one panel at a time.
 class PanelSweep {
  public:
-  PanelSweep(const Head& head, int64_t max_rows, bool stats);
+  PanelSweep(const Head& head, int64_t max_rows, bool stats, bool pairs = false);  // pairs: chunks have two passes
 
-  void start(int64_t rows);  // forgets all maxima and sums
+  void start(const RowChunk& chunk);  // forgets all maxima and sums
   // Folds panels [begin, end) of the vocabulary into the rows' lanes; `next` is where this thread will probably go on.
   void fold_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked, KeptLogits keep);
-  void finish(int64_t rows, const Partials& out) const;
+  void finish(const RowChunk& chunk, const Partials& out) const;
 
   static int64_t bytes_per_row(const Head& head, bool stats);
 
@@ -100,6 +115,7 @@ class PanelSweep {
   void fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t next, float* picked, KeptLogits keep);
   void fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, int64_t row, int rows, const float* product,
                  float* picked, KeptLogits keep);
+  void fold_difference(int64_t row, int rows, bool fresh);
 
   const Head& head_;
   const bool stats_, interleaved_;  // interleaved: the next panels are packed between products, in the other half
@@ -108,6 +124,7 @@ class PanelSweep {
   int64_t half_ = 0;
   bool packed_already_ = false;  // the panels that are next stand packed in this half
   Buffer packed_, product_, lanes_, bias_;
+  Buffer pair_, difference_;  // logits of a tile, pass by pass, and sums over their differences
   std::vector<const char*> rows_;
 };
 
@@ -135,10 +152,12 @@ struct RowTotal {
 // What each group of panels gathered for each row, and their sum in the groups' order.
 class PartialTable {
  public:
-  PartialTable(int64_t groups, int64_t padded_rows);
+  PartialTable(int64_t groups, int64_t padded_rows, bool pairs = false);
   const Partials& group(int64_t g) const { return groups_[g]; }
   void combine(const Head& head, int64_t first, bool stats);  // one vector of rows, from `first` on
   RowTotal total(int64_t row) const;
+  // KL divergence in nats of the softmax of `row` from that of row `other` of the second pass.
+  double divergence(int64_t row, int64_t other) const;
 
  private:
   Buffer memory_;

@@ -71,11 +71,22 @@ struct FoldArgs {
   float* keep;               // [rows][panel] logits, or null
 };
 
+// The same entries of two tiles of logits, once both are folded: what the first says beyond the second.
+struct DifferenceArgs {
+  const float *first, *second;  // [rows][panel] logits, -inf past the vocabulary
+  int rows;
+  const float* lanes;           // [rows][lane_floats] of the first: the running max comes first
+  int64_t lane_floats;
+  float* sums;                  // [rows][2 * lanes]: running max, sum of e^(first - running max) (first - second)
+  bool fresh;                   // what stands in `sums` is not read
+};
+
 // What rows have gathered: arrays over rows. sum = sum of e^(logit - running_max), moment the same times
 // (logit - running_max). The running max may lag a little behind the greatest logit: see fold_body.h.
 struct Partials {
   float *running_max, *sum, *moment, *greatest;
   int32_t* column;  // the first that holds the greatest logit
+  float* difference = nullptr;  // of a pair's first rows: sum of e^(logit - running_max) (logit - the second's logit)
 };
 
 // Gradients of a panel's logits, from the logits that the sweep kept.
@@ -136,6 +147,7 @@ struct Kernels {
   void (*round_tile)(const float* tile, int rows, uint16_t* out, int64_t stride);         // to bfloat16, until fence()
   void (*fence)();
   void (*fold)(const FoldArgs&);
+  void (*fold_difference)(const DifferenceArgs&);
   void (*reduce_lanes)(const float* lanes, int64_t rows, bool stats, const Partials& out);  // rows: whole vectors
   // `lanes` rows from `first` on.
   void (*combine)(const Partials* groups, int64_t count, int64_t first, bool stats, const Partials& out);

@@ -23,9 +23,9 @@ Head head_for(const Head& head, const KeptRows& kept) {
 
 using Sweeps = std::vector<std::unique_ptr<PanelSweep>>;
 
-Sweeps make_sweeps(const Head& head, int64_t rows, int threads) {
+Sweeps make_sweeps(const Head& head, int64_t rows, bool stats, int threads) {
   Sweeps sweeps;
-  for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, rows, false));
+  for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, rows, stats));
   return sweeps;
 }
 
@@ -72,29 +72,38 @@ class HiddenSums {
   std::vector<float> sums_;
 };
 
-// Log-sum-exp of every row, with the logits kept; returns the chunk's share of the loss and what its slopes are.
-double forward_chunk(const Head& head, const RowChunk& chunk, const float* weight, double z_loss, Sweeps& sweeps,
-                     float* logits, RowSlopes& slopes, int threads) {
+// A chunk of rows once all its logits have been seen, and kept.
+struct ChunkTotals {
+  PartialTable table;
+  Buffer picked;
+};
+
+ChunkTotals sweep_chunk(const Head& head, const RowChunk& chunk, bool stats, Sweeps& sweeps, float* logits,
+                        int threads) {
   const PanelGroups groups(head);
-  PartialTable table(groups.count, chunk.padded);
-  const Buffer picked = make_buffer(chunk.rows);
+  ChunkTotals totals = {.table = PartialTable(groups.count, chunk.padded), .picked = make_buffer(chunk.rows)};
   parallel_for(groups.count, threads, [&](int64_t group, int worker) {
-    sweeps[worker]->start(chunk.rows);
+    sweeps[worker]->start(chunk);
     sweeps[worker]->fold_panels(chunk, groups.begin(group), groups.end(group), groups.begin(group + threads),
-                                picked.get(), {.data = logits, .first = 0});
-    sweeps[worker]->finish(chunk.rows, table.group(group));
+                                totals.picked.get(), {.data = logits, .first = 0});
+    sweeps[worker]->finish(chunk, totals.table.group(group));
   });
-  for (int64_t first = 0; first < chunk.rows; first += head.kernels.lanes) table.combine(head, first, false);
+  for (int64_t first = 0; first < chunk.rows; first += head.kernels.lanes) totals.table.combine(head, first, stats);
+  return totals;
+}
+
+// The chunk's share of the loss, and what its slopes are; terms are those of its rows.
+double loss_of_chunk(const ChunkTotals& totals, int64_t rows, const LossTerms& terms, RowSlopes& slopes) {
   double loss = 0;
-  const std::vector<float> zeros(chunk.rows);
+  const std::vector<float> zeros(rows);
   slopes = {.lse = zeros, .lse_lo = zeros, .weight = zeros, .onehot = zeros, .moment = {}, .entropy = {}};
-  for (int64_t n = 0; n < chunk.rows; ++n) {
-    const RowTotal total = table.total(n);
-    const double w = weight[n], lse = total.lse();
-    if (w != 0.0) loss += w * (total.nll(picked[n]) + z_loss * lse * lse);
+  for (int64_t n = 0; n < rows; ++n) {
+    const RowTotal total = totals.table.total(n);
+    const double w = terms.row_weight[n], lse = total.lse();
+    if (w != 0.0) loss += w * (total.nll(totals.picked[n]) + terms.z_loss * lse * lse);
     slopes.lse[n] = static_cast<float>(lse);
     slopes.lse_lo[n] = static_cast<float>(lse - slopes.lse[n]);
-    slopes.weight[n] = static_cast<float>(w * (1.0 + 2.0 * z_loss * lse));
+    slopes.weight[n] = static_cast<float>(w * (1.0 + 2.0 * terms.z_loss * lse));
     slopes.onehot[n] = static_cast<float>(w);
   }
   return loss;
@@ -136,8 +145,8 @@ void clear(T* data, int64_t count) {
 
 }  // namespace
 
-double linear_cross_entropy(const Head& given, const KeptRows& kept, const float* row_weight, double z_loss,
-                            const LossGradients& out, int threads) {
+double linear_cross_entropy(const Head& given, const KeptRows& kept, const LossTerms& terms, const LossGradients& out,
+                            const NllOutputs& values, int threads) {
   const Head head = head_for(given, kept);
   const Needs needs = {.hidden = out.hidden != nullptr, .weight = out.weight != nullptr, .bias = out.bias != nullptr};
   const Dtype stored = out.rounded ? Dtype::kBFloat16 : Dtype::kFloat32;
@@ -155,12 +164,15 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const float
   uint16_t* grad_rounded = direct ? reinterpret_cast<uint16_t*>(out.weight) : nullptr;
   const Buffer logits = make_buffer(padded_rows(head, chunk_rows) * columns);
   const Buffer row = make_buffer(head.depth);
-  Sweeps sweeps = make_sweeps(head, chunk_rows, threads);
+  Sweeps sweeps = make_sweeps(head, chunk_rows, values.stats(), threads);
   double loss = 0;
   for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
-    const RowChunk chunk(head, kept, begin, std::min(chunk_rows, kept.size() - begin), threads);
+    const RowRange range = {.begin = begin, .count = std::min(chunk_rows, kept.size() - begin)};
+    const RowChunk chunk(head, kept, range, threads);
+    const ChunkTotals totals = sweep_chunk(head, chunk, values.stats(), sweeps, logits.get(), threads);
     RowSlopes slopes;
-    loss += forward_chunk(head, chunk, row_weight + begin, z_loss, sweeps, logits.get(), slopes, threads);
+    loss += loss_of_chunk(totals, chunk.rows, {.row_weight = terms.row_weight + begin, .z_loss = terms.z_loss}, slopes);
+    for (int64_t n = 0; n < chunk.rows; ++n) values.store(kept.slot(begin + n), totals.table.total(n), totals.picked[n]);
     ChunkGradients gradients(head, chunk, needs, threads);
     gradients.run({.begin = 0,
                    .end = head.panels(),
@@ -213,15 +225,16 @@ void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream&
   const Buffer sums = make_buffer(needs.weight && !direct ? block * width * depth : 0);
   const Buffer picked = make_buffer(chunk_rows);
   HiddenSums grad_hidden(head, kept, out.hidden);
-  Sweeps sweeps = make_sweeps(head, chunk_rows, threads);
+  Sweeps sweeps = make_sweeps(head, chunk_rows, false, threads);
   for (int64_t first = 0; first < head.panels(); first += block) {
     const int64_t last = std::min(first + block, head.panels());
     for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
-      const RowChunk chunk(head, kept, begin, std::min(chunk_rows, kept.size() - begin), threads);
+      const RowRange range = {.begin = begin, .count = std::min(chunk_rows, kept.size() - begin)};
+      const RowChunk chunk(head, kept, range, threads);
       const int64_t together = std::clamp<int64_t>((last - first) / (8 * threads), 1, 8);  // panels of a task
       parallel_for((last - first + together - 1) / together, threads, [&](int64_t i, int worker) {
         const int64_t panel = first + i * together;
-        sweeps[worker]->start(chunk.rows);
+        sweeps[worker]->start(chunk);
         sweeps[worker]->fold_panels(chunk, panel, std::min(panel + together, last), head.panels(), picked.get(),
                                     {.data = logits.get(), .first = first});
       });

@@ -1,4 +1,5 @@
 #pragma once
+#include "linear_nll.h"
 #include "logit_gradients.h"
 
 namespace vig {
@@ -12,9 +13,16 @@ struct LossGradients {
   float* bias;
 };
 
-// sum_n w_n (nll_n + z_loss lse_n^2) over the kept rows, and its gradients, in one sweep: three matrix products.
-double linear_cross_entropy(const Head& head, const KeptRows& kept, const float* row_weight, double z_loss,
-                            const LossGradients& out, int threads);
+// sum_n w_n (nll_n + z_loss lse_n^2)
+struct LossTerms {
+  const float* row_weight;  // of the kept rows
+  double z_loss;
+};
+
+// The loss over the kept rows, its gradients and the rows' values, in one sweep: three matrix products. Neither loss nor
+// gradients depend on which values are wanted.
+double linear_cross_entropy(const Head& head, const KeptRows& kept, const LossTerms& terms, const LossGradients& out,
+                            const NllOutputs& values, int threads);
 
 // Upstream gradients by slot (null: none) and what the forward found, in nats.
 struct Upstream {

@@ -19,47 +19,60 @@ int64_t rows_per_chunk(const Head& head, bool stats, int threads) {
   return std::max(rows / tile, int64_t{1}) * tile;
 }
 
-void finish_rows(const Head& head, const KeptRows& kept, int64_t begin, int64_t rows, PartialTable& table,
-                 const float* picked, const NllOutputs& out, bool stats, int threads) {
+void finish_rows(const Head& head, const KeptRows& kept, const RowChunk& chunk, PartialTable& table,
+                 const float* picked, const NllOutputs& out, int threads) {
   const int64_t lanes = head.kernels.lanes;
-  parallel_for((rows + lanes - 1) / lanes, threads, [&](int64_t task, int) {
-    table.combine(head, task * lanes, stats);
-    for (int64_t n = task * lanes; n < std::min(rows, (task + 1) * lanes); ++n) {
-      const RowTotal total = table.total(n);
-      const int64_t slot = kept.slot(begin + n);
-      out.nll[slot] = static_cast<float>(total.nll(picked[n]));
-      const double lse = total.lse();
-      if (out.lse != nullptr) out.lse[slot] = static_cast<float>(lse);
-      if (out.lse_lo != nullptr) out.lse_lo[slot] = static_cast<float>(lse - static_cast<float>(lse));
-      if (out.entropy != nullptr) out.entropy[slot] = static_cast<float>(total.entropy());
-      if (out.argmax != nullptr) out.argmax[slot] = total.column;
-    }
+  const auto each_row = [&](auto&& finish) {
+    parallel_for((chunk.rows + lanes - 1) / lanes, threads, [&](int64_t task, int) {
+      for (int64_t n = task * lanes; n < std::min(chunk.rows, (task + 1) * lanes); ++n) finish(n);
+    });
+  };
+  each_row([&](int64_t n) {
+    if (n % lanes == 0) table.combine(head, n, out.stats());
+    if (chunk.kept_row(n) >= 0) out.store(kept.slot(chunk.kept_row(n)), table.total(n), picked[n]);
+  });
+  if (out.kl == nullptr) return;
+  each_row([&](int64_t n) {  // once both of its passes are there
+    if (n < chunk.pass_rows()) out.kl[kept.slot(chunk.kept_row(n))] = table.divergence(n, chunk.apart + n);
   });
 }
 
 }  // namespace
 
+void NllOutputs::store(int64_t slot, const RowTotal& total, float picked) const {
+  const double exact = total.lse();
+  if (nll != nullptr) nll[slot] = static_cast<float>(total.nll(picked));
+  if (lse != nullptr) lse[slot] = static_cast<float>(exact);
+  if (lse_lo != nullptr) lse_lo[slot] = static_cast<float>(exact - static_cast<float>(exact));
+  if (entropy != nullptr) entropy[slot] = static_cast<float>(total.entropy());
+  if (argmax != nullptr) argmax[slot] = total.column;
+}
+
 void linear_nll(const Head& head, const KeptRows& kept, const NllOutputs& out, int threads) {
   if (kept.size() == 0) return;
-  const bool stats = out.entropy != nullptr || out.argmax != nullptr;
+  const bool stats = out.stats(), pairs = out.kl != nullptr;
   const PanelGroups groups(head);
   threads = static_cast<int>(std::min<int64_t>(threads, groups.count));
-  const int64_t chunk_rows = std::min(rows_per_chunk(head, stats, threads), kept.size());
+  const int64_t pass_rows = pairs ? kept.size() / 2 : kept.size(), most = rows_per_chunk(head, stats, threads);
+  const int64_t chunk_rows = std::min(pairs ? std::max<int64_t>(most / 2, 1) : most, pass_rows);
+  const int64_t held = pairs ? padded_rows(head, chunk_rows) + chunk_rows : chunk_rows;
   std::vector<std::unique_ptr<PanelSweep>> sweeps;
-  for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, chunk_rows, stats));
-  PartialTable table(groups.count, padded_rows(head, chunk_rows));
-  const Buffer picked = make_buffer(chunk_rows);
-  for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
-    const int64_t rows = std::min(chunk_rows, kept.size() - begin);
-    const RowChunk chunk(head, kept, begin, rows, threads);
+  for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, held, stats, pairs));
+  PartialTable table(groups.count, padded_rows(head, held), pairs);
+  const Buffer picked = make_buffer(held);
+  for (int64_t begin = 0; begin < pass_rows; begin += chunk_rows) {
+    const RowRange range = {.begin = begin,
+                            .count = std::min(chunk_rows, pass_rows - begin),
+                            .second = pairs ? pass_rows : 0};
+    const RowChunk chunk(head, kept, range, threads);
     parallel_for(groups.count, threads, [&](int64_t group, int worker) {
       PanelSweep& sweep = *sweeps[worker];
-      sweep.start(rows);
+      sweep.start(chunk);
       sweep.fold_panels(chunk, groups.begin(group), groups.end(group), groups.begin(group + threads), picked.get(),
                         {.data = nullptr, .first = 0});
-      sweep.finish(rows, table.group(group));
+      sweep.finish(chunk, table.group(group));
     });
-    finish_rows(head, kept, begin, rows, table, picked.get(), out, stats, threads);
+    finish_rows(head, kept, chunk, table, picked.get(), out, threads);
   }
 }
 

@@ -384,3 +384,59 @@ def test_reference_of_ignored_rows_under_a_bias_of_minus_infinity():
         hidden, weight, torch.full((3,), -100), bias=bias, z_loss=0.1, backend="reference"
     )
     assert loss == 0 and not any(gradient.any() for gradient in torch.autograd.grad(loss, leaves))
+
+
+STATS = ("nll", "lse", "entropy", "argmax")
+
+
+@every
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "logits-1e4"], ids=str)
+def test_statistics_beside_the_loss(case, dtype, memory, backend, device):
+    """Within the promise of linear_nll; loss and gradients keep their bits; a row of weight 0 counts as ignored."""
+    inputs = make(case, dtype, device, grad=True)
+    token_weight = torch.rand(case.N, generator=torch.Generator().manual_seed(3)).to(device)
+    token_weight[1:2] = 0.0
+    options = {"token_weight": token_weight, "z_loss": 1e-3}
+    plain = losses(inputs, options | {"memory": memory}, backend)[0]
+    (loss, found), (_, exact) = (
+        call(inputs.hidden, inputs.weight, inputs.target, **inputs.options, **options, stats=STATS, **more)
+        for call, more in (
+            (linear_cross_entropy, {"memory": memory, "backend": backend}),
+            (reference.linear_cross_entropy, {}),
+        )
+    )
+    assert torch.equal(loss, plain)
+    for mine, theirs in zip(
+        torch.autograd.grad(loss, inputs.leaves()), torch.autograd.grad(plain, inputs.leaves()), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    assert list(found) == list(STATS) and not any(value.requires_grad for value in found.values())
+    allowed = bound(inputs)
+    for name in STATS[:3]:
+        assert found[name].dtype == torch.float32
+        assert ((found[name].double() - exact[name]).abs() <= allowed).all(), name
+    kept = exact["argmax"] >= 0
+    logits = reference.linear_logits(inputs.hidden, inputs.weight, **without(inputs.options, "ignore_index"))
+    chosen = logits[kept].gather(1, found["argmax"][kept, None])[:, 0]
+    assert (logits[kept].amax(1, keepdim=False) - chosen <= 2 * allowed[kept]).all() if kept.any() else True
+    assert torch.equal(found["argmax"] >= 0, kept) and not found["nll"][~kept].any()
+
+
+def without(options, *names):
+    return {name: value for name, value in options.items() if name not in names}
+
+
+@every
+def test_statistics_have_the_shape_of_the_target(backend, device):
+    inputs = make(PLAIN, torch.float32, device, grad=True)
+    hidden, target = inputs.hidden.reshape(3, 3, 16), inputs.target.reshape(3, 3)
+    for reduction in ("mean", "none"):
+        loss, found = linear_cross_entropy(
+            hidden, inputs.weight, target, reduction=reduction, stats=("argmax", "nll"), backend=backend
+        )
+        assert {name: value.shape for name, value in found.items()} == {"argmax": (3, 3), "nll": (3, 3)}
+        assert loss.shape == ((3, 3) if reduction == "none" else ())
+    with pytest.raises(ValueError, match="stats='kl' is not one of 'nll', 'lse', 'entropy', 'argmax'"):
+        linear_cross_entropy(hidden, inputs.weight, target, stats=("kl",))

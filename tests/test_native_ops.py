@@ -91,6 +91,25 @@ def test_values_against_float64(isa):
     run()
 
 
+def test_divergences_against_float64(isa):
+    """Within 1e-5 + 2e-6 (A_image + A_null), and nll_image as it is without."""
+
+    @fuzz
+    @given(heads(), st.sampled_from([0.0, 0.01, 2.0]))
+    def run(head, change):
+        hidden, weight, target, bias, scale, cap = head
+        problem = HeadProblem(hidden, weight, target, bias, scale, cap)
+        null = hidden + change * hidden.flip(0)
+        _, image, _, found = linear_vig_cpu.with_stats(problem, null, ("kl",))
+        assert torch.equal(image, linear_nll_cpu.forward(problem, ())[0])
+        options = {"bias": bias, "logit_scale": scale, "logit_softcap": cap}
+        _, exact = reference.linear_vig(hidden, null, weight, target, stats=("kl",), **options)
+        both = bound(hidden, weight, bias, scale) + bound(null, weight, bias, scale)
+        assert ((found["kl"].double() - exact["kl"]).abs() <= 2 * both - 3e-5).all()
+
+    run()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_depend_on_neither_threads_nor_other_rows(isa, dtype, threads):
     random = torch.Generator().manual_seed(5)
@@ -105,7 +124,9 @@ def test_bits_depend_on_neither_threads_nor_other_rows(isa, dtype, threads):
         nll, stats = linear_nll_cpu.forward(
             HeadProblem(hidden, weight, target, *rest), ("lse", "entropy", "argmax")
         )
-        pair = linear_vig_cpu.forward(HeadProblem(hidden, weight, target, *rest), hidden.flip(0))[1:]
+        _, *pair, between = linear_vig_cpu.with_stats(
+            HeadProblem(hidden, weight, target, *rest), hidden.flip(0), ("kl", "entropy_null")
+        )
         formed = linear_cross_entropy_cpu.forward_backward(
             HeadProblem(hidden, weight, target), row_weight, 0.1, Needs(True, True, False)
         )
@@ -115,7 +136,7 @@ def test_bits_depend_on_neither_threads_nor_other_rows(isa, dtype, threads):
             HeadProblem(hidden, weight, target, *rest),
             Needs(),
         )
-        return [nll, *stats.values(), *pair, *formed[:3], *again[:2]]
+        return [nll, *stats.values(), *pair, *between.values(), *formed[:3], *again[:2]]
 
     threads(1)
     alone = everything()

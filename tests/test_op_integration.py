@@ -26,10 +26,12 @@ def test_opcheck_of_linear_ops(dtype, backend):
     torch.library.opcheck(OPS.linear_nll.default, (*head, None, True, True, True, backend))
     torch.library.opcheck(OPS.linear_nll.default, (*head, 5, True, False, False, backend))
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in head]
-    torch.library.opcheck(OPS.linear_vig.default, (*detached, None, detached[0] + 1, backend))
+    torch.library.opcheck(
+        OPS.linear_vig.default, (*detached, None, detached[0] + 1, [True, False, True, True, False], backend)
+    )
     torch.library.opcheck(
         OPS.linear_cross_entropy.default,
-        (*head, 5, torch.rand(7), 0.1, [True, True, True], backend),
+        (*head, 5, torch.rand(7), 0.1, [True, True, True], [True, False, True, True], backend),
     )
 
 
@@ -44,7 +46,9 @@ def test_opcheck_of_blur(backend):
 def objective(hidden, weight, bias, backend):
     """All linear ops on one graph."""
     hidden = torch.tanh(hidden)
-    loss = linear_cross_entropy(hidden, weight, TARGET, bias=bias, z_loss=1e-2, num_items=9, backend=backend)
+    loss, logged = linear_cross_entropy(
+        hidden, weight, TARGET, bias=bias, z_loss=1e-2, num_items=9, stats=("entropy",), backend=backend
+    )
     nll, values = linear_nll(
         hidden, weight, TARGET, bias=bias, stats=("lse", "entropy", "argmax"), backend=backend
     )
@@ -56,6 +60,7 @@ def objective(hidden, weight, bias, backend):
         + (values["entropy"] * upstream).sum()
         + values["lse"].sum()
         + vig.sum()
+        + logged["entropy"].sum()
     )
 
 

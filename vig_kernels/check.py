@@ -47,6 +47,19 @@ def flag(name: str, value, allowed: tuple) -> None:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
+def stats(value, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of statistics."""
+    if isinstance(value, str):
+        raise TypeError(f"expected stats to be a tuple such as ({value!r},), got the string {value!r}")
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(
+            f"expected stats to be a tuple such as ({allowed[0]!r},), got {type(value).__name__} {value!r:.80}"
+        )
+    for name in value:
+        flag("stats", name, allowed)
+    return tuple(value)
+
+
 def number(name: str, value, *, positive: bool = False) -> float:
     # comparisons, not math.isfinite: torch.compile passes numbers that vary from call to call as symbols
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):

@@ -47,11 +47,33 @@ def linear_nll(
     return nll, {name: statistics[name]() for name in stats}
 
 
-def linear_vig(hidden_image, hidden_null, weight, target, **options):
-    """(vig, nll_image, nll_null), vig = nll_null - nll_image = log p(a | image) - log p(a | null)."""
-    nll_image = linear_nll(hidden_image, weight, target, **options)
-    nll_null = linear_nll(hidden_null, weight, target, **options)
-    return nll_null - nll_image, nll_image, nll_null
+def linear_vig(hidden_image, hidden_null, weight, target, *, stats=(), ignore_index=-100, **options):
+    """(vig, nll_image, nll_null), vig = nll_null - nll_image = log p(a | image) - log p(a | null).
+
+    With stats ("kl", and "entropy" and "argmax" with "_image" or "_null") also {name: value}:
+    kl = sum_v p_v (log p_v - log q_v), p of the image pass and q of the null pass; 0 where p is 0.
+    """
+    nll_image, image = linear_nll(
+        hidden_image, weight, target, ignore_index=ignore_index, stats=("entropy", "argmax"), **options
+    )
+    nll_null, null = linear_nll(
+        hidden_null, weight, target, ignore_index=ignore_index, stats=("entropy", "argmax"), **options
+    )
+    found = nll_null - nll_image, nll_image, nll_null
+    if not stats:
+        return found
+    values = {f"{name}_image": value for name, value in image.items()}
+    values |= {f"{name}_null": value for name, value in null.items()}
+    ignored = (target == ignore_index).unsqueeze(-1)
+    log_p, log_q = (
+        linear_logits(hidden.masked_fill(ignored, 0.0), weight, **options)
+        .masked_fill(ignored, 0.0)
+        .log_softmax(-1)
+        for hidden in (hidden_image, hidden_null)
+    )
+    terms = log_p.exp() * (log_p - log_q)
+    values["kl"] = torch.where(log_p.exp() == 0, 0.0, terms).sum(-1).clamp_min(0.0)
+    return found, {name: values[name] for name in stats}
 
 
 def linear_cross_entropy(
@@ -64,21 +86,27 @@ def linear_cross_entropy(
     num_items=None,
     z_loss=0.0,
     ignore_index=-100,
+    stats=(),
     **options,
 ):
-    """sum_n w_n (nll_n + z_loss lse_n^2) / divisor; divisor: num_items, else sum of w over valid rows; 0/0 = 0."""
-    nll, statistics = linear_nll(hidden, weight, target, ignore_index=ignore_index, stats=("lse",), **options)
+    """sum_n w_n (nll_n + z_loss lse_n^2) / divisor; divisor: num_items, else sum of w over valid rows; 0/0 = 0.
+
+    With stats ("nll", "lse", "entropy", "argmax") also what is known of each row, detached.
+    """
+    if token_weight is not None and not token_weight.requires_grad:
+        target = target.masked_fill(token_weight == 0, ignore_index)  # rows of weight 0 are ignored
+    names = tuple(name for name in ("lse", *stats) if name != "nll")
+    nll, statistics = linear_nll(hidden, weight, target, ignore_index=ignore_index, stats=names, **options)
     valid = (target != ignore_index).double()
     row_weight = valid if token_weight is None else torch.where(valid > 0, token_weight.double(), 0.0)
     losses = row_weight * (nll + z_loss * statistics["lse"] ** 2)
-    if reduction == "none":
-        return losses
     divisor = 1.0
     if num_items is not None:
         divisor = float(num_items)
     elif reduction == "mean":
         divisor = row_weight.sum()
-    return losses.sum() / divisor if divisor else losses.sum() * 0.0
+    loss = losses if reduction == "none" else losses.sum() / divisor if divisor else losses.sum() * 0.0
+    return (loss, {name: {"nll": nll, **statistics}[name].detach() for name in stats}) if stats else loss
 
 
 def gaussian_blur(images, sigma, *, truncate=3.0, border="reflect"):

@@ -119,12 +119,12 @@ void check_problem(const vig::Kernels& kernels, const Problem& p) {
   }
   std::vector<float> hidden(p.rows * p.depth), weight(p.vocab * p.depth), bias(p.vocab);
   const std::vector<float> ones(p.rows, 1.0f);
-  const double found = vig::linear_cross_entropy(head, kept, ones.data(), 0.0,
+  const double found = vig::linear_cross_entropy(head, kept, {.row_weight = ones.data(), .z_loss = 0.0},
                                                  {.hidden = reinterpret_cast<char*>(hidden.data()),
                                                   .weight = reinterpret_cast<char*>(weight.data()),
                                                   .rounded = false,
                                                   .bias = p.bias ? bias.data() : nullptr},
-                                                 2);
+                                                 {}, 2);
   CHECK(close(found, loss, tolerance * p.rows), "%s loss %g, not %g", kernels.name, found, loss);
   const double slack = p.dtype == vig::Dtype::kFloat32 ? 1e-5 : 2e-2;
   for (double g : grad_weight) largest = std::max(largest, std::fabs(g));
@@ -138,12 +138,12 @@ void check_problem(const vig::Kernels& kernels, const Problem& p) {
   }
   if (p.dtype == vig::Dtype::kBFloat16) {
     std::vector<uint16_t> rounded_hidden(hidden.size()), rounded_weight(weight.size());
-    vig::linear_cross_entropy(head, kept, ones.data(), 0.0,
+    vig::linear_cross_entropy(head, kept, {.row_weight = ones.data(), .z_loss = 0.0},
                               {.hidden = reinterpret_cast<char*>(rounded_hidden.data()),
                                .weight = reinterpret_cast<char*>(rounded_weight.data()),
                                .rounded = true,
                                .bias = nullptr},
-                              2);
+                              {}, 2);
     for (size_t i = 0; i < weight.size(); ++i) {
       CHECK(rounded_weight[i] == vig::to_bfloat16(weight[i]), "%s dW %zu is not the rounded sum", kernels.name, i);
     }

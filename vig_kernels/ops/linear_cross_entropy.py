@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch
-from vig_kernels.ops.linear_nll import nll_values
+from vig_kernels.ops.linear_nll import empty_output, nll_values
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs
 
 # The largest float32 copy of a 16-bit hidden gradient that the fast path may hold; on a CPU logits stand beside it.
 HIDDEN_BUFFER_BYTES, CPU_HIDDEN_BUFFER_BYTES = 240 << 20, 96 << 20
+STATS = ("nll", *check.STATS)
+NO_STATS_IN_TRAINING = ("triton",)  # backends whose training sweep has none; that of linear_nll does
 CAST_BYTES = 8 << 20  # what is cast at a time when a float32 gradient is scaled into its output
 
 
@@ -29,8 +31,9 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    stats: tuple[str, ...] = (),
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """loss = sum_n w_n (nll_n + z_loss lse_n^2) / divisor, over the rows whose target is not `ignore_index`.
 
     Args:
@@ -45,9 +48,13 @@ def linear_cross_entropy(
         num_kept: number of rows that are not ignored, if the caller knows it: a GPU then leaves the others out of its
             products without stalling to count them.
         memory: "fast" or "low".
+        stats: any of "nll", "lse", "entropy" (nats) and "argmax" (int64): what is known of each row, detached. 0.0, and
+            -1 for argmax, on rows that are ignored or of weight 0.
 
     Returns:
-        0-d float32, or (...) float32 for reduction="none" (0.0 on ignored rows).
+        0-d float32, or (...) float32 for reduction="none" (0.0 on ignored rows); with `stats` a pair
+        (loss, {name: (...) tensor}). Loss and gradients have the same bits with and without. Statistics come from the
+        loss's own sweep; only the triton backend's "fast" losses form the logits once more for them.
 
     "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32 until
     backward, where the upstream factor (on a GPU and for float16 the divisor too) is applied and the result is cast
@@ -67,6 +74,7 @@ def linear_cross_entropy(
     """
     check.flag("reduction", reduction, ("mean", "sum", "none"))
     check.flag("memory", memory, ("fast", "low"))
+    stats = check.stats(stats, STATS)
     z_loss = check.number("z_loss", z_loss)
     (problem,) = check.linear(
         {"hidden": hidden},
@@ -105,16 +113,18 @@ def linear_cross_entropy(
                 row_weight = problem.weight.new_ones(problem.target.shape, dtype=torch.float32)
             row_weight, num_items = row_weight * _reciprocal(num_items, row_weight.device), None
         check.transforms(problem.hidden, problem.weight, problem.bias)
-        loss = _forward_op(*problem, row_weight, z_loss, list(_needs(problem)), name)[0]
+        wanted = [stat in stats for stat in STATS]
+        loss, *found = _forward_op(*problem, row_weight, z_loss, list(_needs(problem)), wanted, name)
+        values = dict(zip(STATS, found[-len(STATS) :], strict=True))
     else:
-        values = nll_values(problem, ("lse",) if z_loss else (), name)
+        values = nll_values(problem, ("lse", *stats) if z_loss else stats, name)
         losses = values["nll"] + z_loss * values["lse"].square() if z_loss else values["nll"]
         if row_weight is not None:
             losses = losses * torch.where(valid, row_weight, 0.0)
-        if reduction == "none":
-            return losses.reshape(hidden.shape[:-1])
-        loss = losses.sum()
-    return loss if num_items is None else _divided(loss, num_items)
+        loss = losses.reshape(hidden.shape[:-1]) if reduction == "none" else losses.sum()
+    if num_items is not None and reduction != "none":
+        loss = _divided(loss, num_items)
+    return (loss, {s: values[s].detach().reshape(hidden.shape[:-1]) for s in stats}) if stats else loss
 
 
 def _takes_divisor(weight: Tensor) -> bool:
@@ -201,25 +211,42 @@ def _grad_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.d
 @torch.library.custom_op(
     "vig_kernels::linear_cross_entropy",
     mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor? row_weight, float z_loss, bool[] needs, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({HEAD_SCHEMA}, Tensor? row_weight, float z_loss, bool[] needs, bool[] wanted, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_op(*args):
-    """(loss_sum, gradients of loss_sum as `_grad_dtypes` says, empty where not needed)."""
-    problem, (row_weight, z_loss, needs, backend) = HeadProblem(*args[:8]), args[8:]
+    """(loss_sum, gradients of loss_sum as `_grad_dtypes` says, STATS); empty where not needed or wanted."""
+    problem, (row_weight, z_loss, needs, wanted, backend) = HeadProblem(*args[:8]), args[8:]
     check.target_range(problem)
     check.num_kept(problem)
     if problem.target.numel() == 0:
         return tuple(torch.zeros_like(x) for x in _forward_fake(*args))
     run = dispatch.module("linear_cross_entropy", backend).forward_backward
+    names = [stat for stat, asked in zip(STATS, wanted, strict=True) if asked]
     with torch.autocast(problem.hidden.device.type, enabled=False):
-        loss, *grads = run(problem, row_weight, z_loss, Needs(*needs))
-    return loss, *(loss.new_empty(0) if grad is None else grad for grad in grads)
+        if names and backend not in NO_STATS_IN_TRAINING:
+            values = {name: empty_output(problem, name, problem.target.shape[0]) for name in names}
+            for name, value in values.items():
+                value.fill_(-1 if name == "argmax" else 0)
+            loss, *grads = run(problem, row_weight, z_loss, Needs(*needs), values)
+        else:
+            loss, *grads = run(problem, row_weight, z_loss, Needs(*needs))
+            values = _swept_apart(problem, names, backend)
+    values = [values[name] if name in values else empty_output(problem, name, 0) for name in STATS]
+    return loss, *(loss.new_empty(0) if grad is None else grad for grad in grads), *values
+
+
+def _swept_apart(problem: HeadProblem, names: list[str], backend: str) -> dict[str, Tensor]:
+    if not names:
+        return {}
+    run = dispatch.module("linear_nll", backend).forward
+    nll, values = run(problem, tuple(name for name in names if name != "nll"))
+    return {"nll": nll} | values
 
 
 @_forward_op.register_fake
 def _forward_fake(*args):
-    problem, (_, _, needs, backend) = HeadProblem(*args[:8]), args[8:]
+    problem, (_, _, needs, wanted, backend) = HeadProblem(*args[:8]), args[8:]
     hidden = problem.hidden
     grads = [
         hidden.new_empty(x.shape if need else 0, dtype=dtype if need else torch.float32)
@@ -227,14 +254,16 @@ def _forward_fake(*args):
             (hidden, problem.weight, problem.bias), needs, _grad_dtypes(backend, hidden.dtype), strict=True
         )
     ]
-    return hidden.new_empty((), dtype=torch.float32), *grads
+    asked = zip(STATS, wanted, strict=True)
+    values = [empty_output(problem, name, problem.target.shape[0] if asks else 0) for name, asks in asked]
+    return hidden.new_empty((), dtype=torch.float32), *grads, *values
 
 
 def _save(ctx, inputs, output):
     problem, (row_weight, *ctx.rest) = HeadProblem(*inputs[:8]), inputs[8:]
     needs = Needs(*ctx.rest[1])
-    _, *grads = output
-    ctx.mark_non_differentiable(*grads)
+    _, *grads = output[: -len(STATS)]
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.options = problem[4:]
     # held here, not saved: a backward pops the sums, scales those of float32 in place and hands them out
@@ -248,7 +277,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 12
+        return (None,) * 13
     sums = _taken(ctx)
     # asked for once at most: a checkpoint that does not re-enter gives what was saved a single time
     saved = ctx.saved_tensors if sums is None or torch.is_grad_enabled() else ()
@@ -258,7 +287,7 @@ def _backward(ctx, grad_loss, *_):
         None if dtype is None else _scaled(grad, grad_loss, dtype, saved)
         for grad, dtype in zip(sums, ctx.dtypes, strict=True)
     )
-    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
+    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 9
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
@@ -292,8 +321,10 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, saved) -> Tensor:
 def _again(ctx, saved) -> list[Tensor]:
     """The sums once more, bit for bit: another backward has taken them."""
     *tensors, row_weight = saved
+    z_loss, needs, wanted, backend = ctx.rest
+    without = z_loss, needs, [False] * len(wanted), backend
     with torch.no_grad():
-        return _forward_op(*tensors, *ctx.options, row_weight, *ctx.rest)[1:]
+        return _forward_op(*tensors, *ctx.options, row_weight, *without)[1 : -len(STATS)]
 
 
 @torch.library.custom_op(

@@ -52,7 +52,7 @@ def linear_nll(
         ValueError, TypeError: with the offending value (target indices count the flattened rows).
         BackendUnavailable: a named backend that cannot run here.
     """
-    stats = _stats(stats)
+    stats = check.stats(stats, check.STATS)
     (problem,) = check.linear(
         {"hidden": hidden},
         weight,
@@ -68,25 +68,14 @@ def linear_nll(
     return (nll, {stat: values[stat].reshape(shape) for stat in stats}) if stats else nll
 
 
-def _stats(stats) -> tuple[str, ...]:
-    if isinstance(stats, str):
-        raise TypeError(f"expected stats to be a tuple such as ({stats!r},), got the string {stats!r}")
-    if not isinstance(stats, (tuple, list)):
-        raise TypeError(
-            f"expected stats to be a tuple such as ('lse',), got {type(stats).__name__} {stats!r:.80}"
-        )
-    for stat in stats:
-        check.flag("stats", stat, check.STATS)
-    return tuple(stats)
-
-
 def nll_values(problem: HeadProblem, stats: tuple[str, ...], backend: str) -> dict[str, Tensor]:
-    """{"nll": (N,), stat: (N,)} of a problem, attached to the graph."""
+    """{"nll": (N,), stat: (N,)} of a problem, attached to the graph; "nll" is there whether asked for or not."""
     hidden, weight, target, bias = problem[:4]
     if backend == "reference":
         check.target_range(problem)
         options = problem.reference_options()
-        nll, values = reference.linear_nll(hidden, weight, target, **options, stats=("lse", *stats))
+        names = tuple(name for name in ("lse", *stats) if name != "nll")
+        nll, values = reference.linear_nll(hidden, weight, target, **options, stats=names)
         return {"nll": nll.float()} | {k: v if k == "argmax" else v.float() for k, v in values.items()}
     check.transforms(hidden, weight, bias)
     grad = torch.is_grad_enabled() and any(map(check.wants_grad, (hidden, weight, bias)))
@@ -118,7 +107,7 @@ def nll_forward_op(*args):
         nll, values = run(problem, stats)
     outputs = [nll]
     for stat in STATS:
-        outputs.append(values[stat] if stat in values else _output(problem, stat, 0))
+        outputs.append(values[stat] if stat in values else empty_output(problem, stat, 0))
     return tuple(outputs)
 
 
@@ -127,12 +116,12 @@ def _forward_fake(*args):
     problem, (*wanted, _) = HeadProblem(*args[:8]), args[8:]
     rows = problem.target.shape[0]
     asked = zip(("nll", *STATS), (True, *wanted, wanted[0]), strict=True)
-    return tuple(_output(problem, name, rows if wanted else 0) for name, wanted in asked)
+    return tuple(empty_output(problem, name, rows if wanted else 0) for name, wanted in asked)
 
 
-def _output(problem: HeadProblem, name: str, rows: int) -> Tensor:
+def empty_output(problem: HeadProblem, name: str, rows: int) -> Tensor:
     """An uninitialised (rows,) result: int64 for argmax, else float32."""
-    return problem.target.new_empty(rows, dtype=torch.int64 if name == "argmax" else torch.float32)
+    return problem.target.new_empty(rows, dtype=torch.int64 if name.startswith("argmax") else torch.float32)
 
 
 def _save(ctx, inputs, output):

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
+from vig_kernels.ops.linear_nll import empty_output
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem
+
+STATS = ("kl", "entropy_image", "entropy_null", "argmax_image", "argmax_null")
 
 
 class TokenVIG(NamedTuple):
@@ -28,15 +31,23 @@ def linear_vig(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    stats: tuple[str, ...] = (),
     backend: str = "auto",
-) -> TokenVIG:
+) -> TokenVIG | tuple[TokenVIG, dict[str, Tensor]]:
     """VIG_t = NLL(a_t | a_<t, Q, null image) - NLL(a_t | a_<t, Q, image), in nats, in one sweep of the weight.
 
     Token-level Visual Information Gain of arXiv 2602.17186, section 3; a sample's VIG is the mean over its answer
     tokens. Arguments, accuracy and errors are those of `linear_nll`, for two hidden states of one shape. Ignored
     rows give 0.0 three times; equal hidden states give exactly 0.0. `nll_image` has the bits of `linear_nll`.
     No gradient.
+
+    stats: any of "kl", "entropy_image", "entropy_null" (nats), "argmax_image" and "argmax_null" (int64), (...) each: a
+    pair (TokenVIG, {name: tensor}) is returned then. kl = KL(p_image || p_null) = sum_v p_v (log p_v - log q_v), at
+    least 0, exactly 0 for equal hidden states, and within 1e-5 + 2e-6 (A_image + A_null) of float64, where A is the
+    row's in the bound of `linear_nll`. They come from the same sweep, and VIG keeps its bits; only the triton backend
+    forms the logits of both passes once more for "kl", in the chunked sweep of the torch backend.
     """
+    stats = check.stats(stats, STATS)
     problem, null = check.linear(
         {"hidden_image": hidden_image, "hidden_null": hidden_null},
         weight,
@@ -49,35 +60,53 @@ def linear_vig(
     name = dispatch.resolve("linear_vig", backend, problem.weight.device)
     if name == "reference":
         check.target_range(problem)
-        found = reference.linear_vig(
-            problem.hidden, null.hidden, *problem[1:3], **problem.reference_options()
-        )
+        options = problem.reference_options() | {"stats": STATS}
+        found, values = reference.linear_vig(problem.hidden, null.hidden, *problem[1:3], **options)
         vig, nll_image, nll_null = (x.float() for x in found)
+        values = {
+            name: value if value.dtype == torch.int64 else value.float() for name, value in values.items()
+        }
     else:
         check.forward_mode(problem.hidden, null.hidden, problem.weight, problem.bias)
-        vig, nll_image, nll_null = _op(*problem, null.hidden, name)
+        wanted = [stat in stats for stat in STATS]
+        vig, nll_image, nll_null, *values = _op(*problem, null.hidden, wanted, name)
+        values = dict(zip(STATS, values, strict=True))
     vig = vig.masked_fill(nll_image == nll_null, 0.0)  # also where both are infinite
     shape = hidden_image.shape[:-1]
-    return TokenVIG(vig.reshape(shape), nll_image.reshape(shape), nll_null.reshape(shape))
+    found = TokenVIG(vig.reshape(shape), nll_image.reshape(shape), nll_null.reshape(shape))
+    return (found, {stat: values[stat].reshape(shape) for stat in stats}) if stats else found
 
 
 @torch.library.custom_op(
     "vig_kernels::linear_vig",
     mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor hidden_null, str backend) -> (Tensor, Tensor, Tensor)",
+    schema=f"({HEAD_SCHEMA}, Tensor hidden_null, bool[] wanted, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _op(*args):
-    """(vig, nll_image, nll_null); the problem's hidden rows are those of the image pass."""
-    problem, (hidden_null, backend) = HeadProblem(*args[:8]), args[8:]
+    """(vig, nll_image, nll_null, STATS, empty where not wanted); the problem's rows are those of the image pass."""
+    problem, (hidden_null, wanted, backend) = HeadProblem(*args[:8]), args[8:]
     check.target_range(problem)
     if problem.target.numel() == 0:
         return _fake(*args)
-    run = dispatch.module("linear_vig", backend).forward
+    stats = tuple(stat for stat, asked in zip(STATS, wanted, strict=True) if asked)
+    run = dispatch.module("linear_vig", backend).with_stats
     with torch.autocast(problem.hidden.device.type, enabled=False):
-        return run(problem, hidden_null)
+        vig, nll_image, nll_null, values = run(problem, hidden_null, stats)
+        if "kl" in stats and "kl" not in values:
+            *_, more = dispatch.module("linear_vig", "torch").with_stats(problem, hidden_null, ("kl",))
+            values = values | more
+    return (
+        vig,
+        nll_image,
+        nll_null,
+        *(values[stat] if stat in values else empty_output(problem, stat, 0) for stat in STATS),
+    )
 
 
 @_op.register_fake
 def _fake(*args):
-    target = HeadProblem(*args[:8]).target
-    return tuple(target.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
+    problem, wanted = HeadProblem(*args[:8]), args[9]
+    rows = problem.target.shape[0]
+    asked = zip((*TokenVIG._fields, *STATS), (True, True, True, *wanted), strict=True)
+    return tuple(empty_output(problem, name, rows if asks else 0) for name, asks in asked)

@@ -14,8 +14,11 @@ def forward_backward(
     row_weight: Tensor | None,  # (N,) float32
     z_loss: float,
     needs: Needs,
+    values: dict[str, Tensor] | None = None,  # (N,) tensors to fill: any of nll, lse, entropy, argmax
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss_sum, grad_hidden, grad_weight, grad_bias), loss_sum = sum_n w_n (nll_n + z_loss lse_n^2).
+
+    Rows that are ignored keep what stands in `values`.
 
     Gradients are those of loss_sum; what is not needed is None and costs nothing. float32, but those of bfloat16
     inputs are rounded as they are stored (float32 buffers of their size would cost as much as the products; rows of
@@ -32,10 +35,10 @@ def forward_backward(
         described,
         native.rows_view(problem.hidden, target),
         problem.ignore_index,
-        native.address(row_weight),
-        z_loss,
+        (native.address(row_weight), z_loss),
         [native.address(x) for x in grads],
         stored == torch.bfloat16,
+        native.outputs(values or {}),
         torch.get_num_threads(),
     )
     del kept_bias  # read until here

@@ -27,7 +27,7 @@ def forward(problem: HeadProblem, stats: tuple[str, ...]) -> tuple[Tensor, dict[
         described,
         [native.rows_view(hidden, target)],
         problem.ignore_index,
-        [native.address(values.get(name)) for name in ("nll", "lse", "lse_lo", "entropy", "argmax")],
+        native.outputs(values),
         torch.get_num_threads(),
     )
     del kept_bias  # read until here

@@ -9,20 +9,34 @@ from vig_kernels.kernels.cpu import native
 from vig_kernels.problem import HeadProblem
 
 
-def forward(problem: HeadProblem, hidden_null: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(vig, nll_image, nll_null), each (N,) float32 in nats, vig = nll_null - nll_image; ignored rows 0.0.
+def with_stats(
+    problem: HeadProblem, hidden_null: Tensor, stats: tuple[str, ...]
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(vig, nll_image, nll_null, stats), (N,) each, in nats, vig = nll_null - nll_image; ignored rows 0.0 and -1.
 
-    problem.hidden are the rows of the image pass, hidden_null (N, D) those of the null pass.
+    problem.hidden are the rows of the image pass, hidden_null (N, D) those of the null pass. For "kl" a tile of rows
+    of each pass meets the packed panel before the next: both logits of an entry are in cache then.
     """
     hidden, target = problem.hidden, problem.target.contiguous()
-    nll = hidden.new_zeros((2, hidden.shape[0]), dtype=torch.float32)
+    both = (2, hidden.shape[0])
+    values = {"nll": hidden.new_zeros(both, dtype=torch.float32)}
+    for stat in stats:  # one sweep gives a statistic of both passes, which stand one behind the other
+        kind = stat.split("_")[0]
+        values[kind] = target.new_full(both, -1) if kind == "argmax" else torch.zeros_like(values["nll"])
     described, kept_bias = native.head(problem)
     native.module().linear_nll(
         described,
         [native.rows_view(hidden, target), native.rows_view(hidden_null, target)],
         problem.ignore_index,
-        [nll.data_ptr(), 0, 0, 0, 0],
+        native.outputs(values),
         torch.get_num_threads(),
     )
     del kept_bias  # read until here
-    return nll[1] - nll[0], nll[0].clone(), nll[1].clone()
+    image, null = values["nll"]
+    found = {stat: values[stat.split("_")[0]][int(stat.endswith("_null"))].clone() for stat in stats}
+    return null - image, image.clone(), null.clone(), found
+
+
+def forward(problem: HeadProblem, hidden_null: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(vig, nll_image, nll_null)."""
+    return with_stats(problem, hidden_null, ())[:3]

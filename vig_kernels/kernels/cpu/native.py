@@ -152,6 +152,11 @@ def empty_gradient(like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(like.shape)
 
 
+def outputs(values: dict[str, Tensor]) -> list[int]:
+    """Where linear_nll's results go: addresses of those of `values`, 0 for the others."""
+    return [address(values.get(name)) for name in ("nll", "lse", "lse_lo", "entropy", "argmax", "kl")]
+
+
 def rows_view(hidden: Tensor, target: Tensor) -> tuple[int, int, int, int]:
     """(address, rows, bytes from row to row, address of the targets) of hidden (N, D) and contiguous target (N,)."""
     return (

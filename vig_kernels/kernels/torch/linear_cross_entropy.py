@@ -5,6 +5,8 @@ Rows come in chunks whose float32 logits fill at most 96 MiB; they are turned in
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,16 @@ LOGITS_BYTES = 96 << 20
 
 
 def forward_backward(
-    problem: HeadProblem, row_weight: Tensor | None, z_loss: float, needs: Needs
+    problem: HeadProblem,
+    row_weight: Tensor | None,
+    z_loss: float,
+    needs: Needs,
+    values: dict[str, Tensor] | None = None,  # (N,) tensors to fill: any of nll, lse, entropy, argmax
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """loss_sum = sum_n w_n (nll_n + z_loss lse_n^2) and its float32 gradients (None where not needed)."""
+    """loss_sum = sum_n w_n (nll_n + z_loss lse_n^2) and its float32 gradients (None where not needed).
+
+    Rows that are ignored keep what stands in `values`.
+    """
     hidden, weight, target = problem[:3]
     size, width = hidden.shape
     kept = compact(problem)
@@ -47,12 +56,28 @@ def forward_backward(
         for part in chunks(live.shape[0], step):
             h = gather_rows(hidden, kept, part).masked_fill_(dead[part].unsqueeze(1), 0.0)
             rows = slice(part.start, part.stop) if kept is None else kept[part]
-            loss += _chunk(problem, h, live[part], dead[part], live_weight[part], z_loss, sums, rows)
+            chunk = LiveRows(rows, live[part], dead[part], live_weight[part])
+            loss += _chunk(problem, h, chunk, z_loss, sums, values or {})
     return (loss, *sums)
 
 
-def _chunk(problem: HeadProblem, h: Tensor, target, dead, row_weight, z_loss, sums, rows) -> Tensor:
-    """Loss of one chunk of rows; its gradients are added to `sums`."""
+def _spread(e: Tensor, columns: list[slice]) -> Tensor:
+    """(n,) sum of e log e: of exp(z - base) times z - base."""
+    return sum(torch.xlogy(e[:, part], e[:, part]).sum(1) for part in columns)
+
+
+class LiveRows(NamedTuple):
+    """What is known of each row of a chunk."""
+
+    rows: slice | Tensor  # of the problem
+    target: Tensor  # (n,)
+    dead: Tensor  # (n,) bool: without a valid target
+    weight: Tensor  # (n,) 0 for dead ones
+
+
+def _chunk(problem: HeadProblem, h: Tensor, chunk: LiveRows, z_loss: float, sums, values) -> Tensor:
+    """Loss of one chunk of rows; its gradients are added to `sums`, its values stored."""
+    rows, target, dead, row_weight = chunk
     vocabulary, width = problem.weight.shape
     columns = list(chunks(vocabulary, tile_shape(width)[1]))
     z = h.new_empty(h.shape[0], vocabulary)
@@ -62,10 +87,17 @@ def _chunk(problem: HeadProblem, h: Tensor, target, dead, row_weight, z_loss, su
     target_logit = z.gather(1, at).squeeze(1)
     top = z.amax(1)
     base = finite_or_zero(top)
+    argmax = z.argmax(1) if "argmax" in values else None
     total = z.sub_(base.unsqueeze(1)).exp_().sum(1)
     log_total = total.log()
     lse = base + log_total
-    loss = row_weight * ((base - target_logit) + log_total + z_loss * lse.square())
+    nll = (base - target_logit) + log_total
+    loss = row_weight * (nll + z_loss * lse.square())
+    found = {"nll": nll, "lse": lse, "argmax": argmax}
+    if "entropy" in values:
+        found["entropy"] = (log_total - _spread(z, columns) / total).clamp_(min=0.0)
+    for name, value in values.items():
+        value[rows] = torch.where(dead, value[rows], found[name])
 
     grad_hidden, grad_weight, grad_bias = sums
     if any(grad is not None for grad in sums):

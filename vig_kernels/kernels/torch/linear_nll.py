@@ -41,10 +41,15 @@ class RunningRows:
             (size,), float("nan"), **like
         )  # stays NaN where target is out of range
         self.spread = torch.zeros(size, **like) if "entropy" in stats else None  # sum exp(z - max) (z - max)
+        # sum exp(z - max) (z - other), other: the logits of the second pass
+        self.difference = torch.zeros(size, **like) if "kl" in stats else None
         self.best = torch.zeros(size, dtype=torch.int64, device=target.device) if "argmax" in stats else None
 
-    def fold(self, z: Tensor, first: int) -> None:
-        """Take in the logits z (n, v) of columns first, first + 1, ...; z is overwritten."""
+    def fold(self, z: Tensor, first: int, above: Tensor | None = None) -> None:
+        """Take in the logits z (n, v) of columns first, first + 1, ...; z is overwritten.
+
+        above: how far z is above the second pass's logits, where the divergence from that is wanted; overwritten.
+        """
         width = z.shape[1]
         local = self.target - first
         inside = (local >= 0) & (local < width)
@@ -63,7 +68,12 @@ class RunningRows:
             self.spread = (self.spread + self.total * lowered) * shrink + z.clamp_(min=-1e30).mul_(e).sum(1)
             self.total = self.total * shrink + e.sum(1)
         else:
-            self.total = self.total * shrink + z.exp_().sum(1)
+            e = z.exp_()
+            self.total = self.total * shrink + e.sum(1)
+        if above is not None:  # where e is 0, both logits may be -inf
+            above.mul_(e).masked_fill_(e == 0, 0.0)
+            shrunk = (self.difference * shrink).masked_fill_(shrink == 0, 0.0)
+            self.difference = shrunk + above.sum(1)
         self.top = top
 
     def results(self) -> dict[str, Tensor]:
@@ -78,11 +88,19 @@ class RunningRows:
             values["argmax"] = self.best
         return values
 
+    def divergence(self, other: RunningRows) -> Tensor:
+        """KL of this softmax from that of the second pass, nats: sum_v p_v (z_v - z'_v) - lse + lse'."""
+        change = (self.top - other.top) + (self.total.log() - other.total.log())
+        return (self.difference / self.total - change).clamp_(min=0.0)
+
 
 def sweep(
     problem: HeadProblem, hiddens: tuple[Tensor, ...], stats: tuple[str, ...]
 ) -> list[dict[str, Tensor]]:
-    """Values of every row for each of `hiddens`, each weight tile being read (and upcast) once for all of them."""
+    """Values of every row for each of `hiddens`, each weight tile being read (and upcast) once for all of them.
+
+    "kl" is the divergence of the first of two passes from the second; it stands among the values of the first.
+    """
     target, (size, width) = problem.target, problem.hidden.shape
     wanted = ("nll", *stats)
     empty = {"argmax": -1}
@@ -107,11 +125,20 @@ def sweep(
             states = [RunningRows(live[rows], stats) for _ in hiddens]
             for columns in chunks(problem.weight.shape[0], tile_columns):
                 weight = problem.weight[columns].float()
-                for hidden, state in zip(upcast, states, strict=True):
-                    state.fold(logits_tile(hidden, weight, columns, problem), columns.start)
+                if "kl" in stats:
+                    image, null = (logits_tile(hidden, weight, columns, problem) for hidden in upcast)
+                    above = image - null
+                    states[1].fold(null, columns.start)
+                    del null
+                    states[0].fold(image, columns.start, above)
+                else:
+                    for hidden, state in zip(upcast, states, strict=True):
+                        state.fold(logits_tile(hidden, weight, columns, problem), columns.start)
             ignored = live[rows] == problem.ignore_index
             for output, state in zip(outputs, states, strict=True):
                 values = state.results()
+                if "kl" in stats:
+                    values["kl"] = states[0].divergence(states[1])
                 for name in wanted:
                     value = values[name].masked_fill_(ignored, empty.get(name, 0))
                     if kept is None:

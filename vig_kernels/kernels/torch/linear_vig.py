@@ -8,7 +8,16 @@ from vig_kernels.kernels.torch.linear_nll import sweep
 from vig_kernels.problem import HeadProblem
 
 
+def with_stats(
+    problem: HeadProblem, hidden_null: Tensor, stats: tuple[str, ...]
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(vig, nll_image, nll_null, stats), (N,) each: the tiles of linear_nll, hence its bits."""
+    kinds = tuple(dict.fromkeys(stat.split("_")[0] for stat in stats))
+    image, null = sweep(problem, (problem.hidden, hidden_null), kinds)
+    found = {stat: (null if stat.endswith("_null") else image)[stat.split("_")[0]] for stat in stats}
+    return null["nll"] - image["nll"], image["nll"], null["nll"], found
+
+
 def forward(problem: HeadProblem, hidden_null: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(vig, nll_image, nll_null), (N,) float32 each: the tiles of linear_nll, hence its bits."""
-    image, null = sweep(problem, (problem.hidden, hidden_null), ())
-    return null["nll"] - image["nll"], image["nll"], null["nll"]
+    """(vig, nll_image, nll_null)."""
+    return with_stats(problem, hidden_null, ())[:3]

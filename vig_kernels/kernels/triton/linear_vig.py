@@ -15,7 +15,23 @@ from vig_kernels.problem import HeadProblem
 from .linear_nll import sweep
 
 
+def with_stats(
+    problem: HeadProblem, hidden_null: Tensor, stats: tuple[str, ...]
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(vig, nll_image, nll_null, stats), each (N,), as linear_nll defines nll; one sweep of the weight.
+
+    Statistics are those of one pass: "kl" needs both logits of an entry, which meet in no tile here, and is left out.
+    """
+    kinds = tuple(dict.fromkeys(stat.split("_")[0] for stat in stats if stat != "kl"))
+    image, null = sweep(problem, kinds, hidden_null)
+    found = {
+        stat: (null if stat.endswith("_null") else image)[stat.split("_")[0]]
+        for stat in stats
+        if stat != "kl"
+    }
+    return null["vig"], image["nll"], null["nll"], found
+
+
 def forward(problem: HeadProblem, hidden_null: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(vig, nll_image, nll_null), each (N,) float32, as linear_nll defines nll; one sweep of the weight."""
-    image, null = sweep(problem, (), hidden_null)
-    return null["vig"], image["nll"], null["nll"]
+    """(vig, nll_image, nll_null)."""
+    return with_stats(problem, hidden_null, ())[:3]
