@@ -80,6 +80,29 @@ double lse_of(const std::vector<double>& logits) {
 
 bool close(double found, double exact, double tolerance) { return std::fabs(found - exact) <= tolerance; }
 
+// The divergence of each row from the row as far from the other end: a second pass whose rows run backwards.
+void check_divergence(const vig::Kernels& kernels, const Problem& p, const Inputs& in, double tolerance) {
+  const int64_t row = p.depth * vig::size_of(p.dtype);
+  const vig::Head head = head_of(kernels, p, in);
+  vig::KeptRows kept;
+  kept.add(in.hidden.data(), row, in.target.data(), p.rows, -100);
+  kept.add(in.hidden.data() + (p.rows - 1) * row, -row, in.target.data(), p.rows, -100);
+  std::vector<float> nll(2 * p.rows), plain(2 * p.rows), kl(p.rows);
+  vig::linear_nll(head, kept, only_nll(plain), 2);
+  vig::NllOutputs out = only_nll(nll);
+  out.kl = kl.data();
+  vig::linear_nll(head, kept, out, 2);
+  for (int64_t i = 0; i < kept.size() / 2; ++i) {
+    const int64_t n = kept.slot(i);
+    const std::vector<double> first = logits_of(p, in, n), second = logits_of(p, in, p.rows - 1 - n);
+    const double lse = lse_of(first), other = lse_of(second);
+    double exact = other - lse;
+    for (int64_t v = 0; v < p.vocab; ++v) exact += std::exp(first[v] - lse) * (first[v] - second[v]);
+    CHECK(nll[n] == plain[n], "%s: kl changes bits of row %ld", kernels.name, long(n));
+    CHECK(close(kl[n], exact, 4 * tolerance), "%s kl %g, not %g", kernels.name, kl[n], exact);
+  }
+}
+
 void check_problem(const vig::Kernels& kernels, const Problem& p) {
   const Inputs in(p);
   const int64_t size = vig::size_of(p.dtype);
@@ -97,6 +120,7 @@ void check_problem(const vig::Kernels& kernels, const Problem& p) {
                   1);
   vig::linear_nll(head, kept, only_nll(again), 3);
   const double tolerance = 1e-5 + 1e-6 * p.depth + (p.dtype == vig::Dtype::kFloat16 ? 2e-3 * p.depth : 0);
+  if (kept.size() > 0) check_divergence(kernels, p, in, tolerance);
   std::vector<double> grad_hidden(p.rows * p.depth), grad_weight(p.vocab * p.depth);
   double loss = 0, largest = 0;
   for (int64_t i = 0; i < kept.size(); ++i) {
