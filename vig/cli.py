@@ -21,6 +21,7 @@ from rich.console import Console
 import vig
 from vig import terminal
 from vig.data.formats import expected
+from vig.data.reading import Reading, Source, parse_names
 from vig.models.end_of_turn import END_OF_TURN
 from vig.models.families import FAMILIES
 from vig.models.null_image import BLUR_SIGMA, NULLS
@@ -60,6 +61,14 @@ Data = Annotated[Path, typer.Argument(help=f"Instruction data: {expected()}.")]
 ImageRoot = Annotated[
     Path | None, typer.Option(help="Folder that image paths start from. Default: the data's own.")
 ]
+Split = Annotated[
+    str | None, typer.Option(help="Which split, of a folder that holds several: train, test, ...")
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(help="Columns of other names: messages=conv,images=pics; ignore=mask leaves one out."),
+]
+Roles = Annotated[list[str] | None, typer.Option(help="Roles of other names: assistant=helper,user=client.")]
 Null = Annotated[str, typer.Option(help=f"Null image: {_any_of(NULLS)}.")]
 Sigma = Annotated[float, typer.Option(help="Blur's sigma, a fraction of the picture's shorter side.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
@@ -103,6 +112,9 @@ def inspect(
         str | None, typer.Option(help="With a photograph as DATA: the answer to score.")
     ] = None,
     image_root: ImageRoot = None,
+    split: Split = None,
+    columns: Columns = None,
+    roles: Roles = None,
     null: Null = "blur",
     sigma: Sigma = BLUR_SIGMA,
     dtype: Dtype = "auto",
@@ -121,6 +133,7 @@ def inspect(
     if picture.is_dir() or not picture.absolute().parent.is_dir():
         raise typer.BadParameter(f"{picture} is not the name of a file in a folder that is there")
     _usage(check_settings, null, sigma, dtype, "auto", end_of_turn, device)
+    data = _source(data, split, columns, roles)
     sample = find_sample(data, index=index, key=key, question=question, answer=answer, image_root=image_root)
     with terminal.waiting(err, f"loading {model}"):
         scorer = Scorer(
@@ -141,6 +154,9 @@ def score(
     data: Data,
     folder: Annotated[Path, typer.Option("-o", "--out", help="Folder of the scores. Run again to resume.")],
     image_root: ImageRoot = None,
+    split: Split = None,
+    columns: Columns = None,
+    roles: Roles = None,
     null: Null = "blur",
     sigma: Sigma = BLUR_SIGMA,
     dtype: Dtype = "auto",
@@ -188,6 +204,7 @@ def score(
         raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
     part = None if shard is None else _usage(batching.parse_shard, shard)
     _usage(check_settings, null, sigma, dtype, backend, end_of_turn, device)
+    data = _source(data, split, columns, roles)
     check_data(data, image_root)  # before a model is loaded
     terminal.quiet_libraries()
     options = {
@@ -306,6 +323,9 @@ def train(
         Path | None, typer.Option(help="Folder of the selection. Without: all tokens.")
     ] = None,
     image_root: ImageRoot = None,
+    split: Split = None,
+    columns: Columns = None,
+    roles: Roles = None,
     epochs: Annotated[float, typer.Option(help="Passes over the kept samples, more than 0.")] = 1.0,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a micro-batch.")] = 8,
@@ -364,6 +384,8 @@ def train(
 
     from vig.training.train import train as run
 
+    if split or columns or roles:  # else as the selection was scored
+        data = _source(data, split, columns, roles)
     terminal.quiet_libraries()
     with terminal.training(err) as on_progress:
         result = run(
@@ -425,6 +447,21 @@ def demo(
 
     terminal.quiet_libraries()
     run(folder, console=out, command=lambda words: app(words, standalone_mode=False))
+
+
+def _source(data: Path, split: str | None, columns: list[str] | None, roles: list[str] | None) -> Source:
+    """The data and how they are read; says which files of a folder are not."""
+    from vig.data.locate import locate
+
+    names = [
+        _usage(parse_names, given or (), option)
+        for given, option in ((columns, "--columns"), (roles, "--roles"))
+    ]
+    source = Source(data, _usage(Reading, split, *names))
+    about = locate(data, split).about_unread()
+    if about is not None:
+        err.print(f"note: {about}", markup=False)
+    return source
 
 
 def _usage(check, *values: Any) -> Any:

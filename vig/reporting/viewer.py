@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from vig.data.images import open_images
-from vig.data.sample import BrokenRecord, Sample, SampleError, text_of
+from vig.data.reading import Reading, Source
+from vig.data.sample import BrokenRecord, Sample, SampleError, is_answer, text_of
 from vig.data.samples import read_samples
 from vig.reporting.facts import Facts
 from vig.reporting.views import SampleView, Word
@@ -60,7 +61,8 @@ class Viewer:
         if shuffled:  # it takes its pictures from the whole window
             size, limit = self.metadata.get("window") or batching.WINDOW, self.metadata.get("limit")
         try:
-            records = read_samples(self.data, image_root=self.image_root, limit=limit)
+            source = Source(Path(self.data), Reading.stored(self.metadata))
+            records = read_samples(source, image_root=self.image_root, limit=limit)
             for window in batching.chunks(records, size):
                 for record in window:
                     if record.key in missing:
@@ -185,7 +187,7 @@ def questions_of(sample: Sample) -> list[str]:
     """What was asked before each answer, image marks left out."""
     questions, said = [], []
     for message in sample.messages:
-        if message["role"] == "assistant":
+        if is_answer(message):
             questions.append("\n".join(said))
             said = []
         else:

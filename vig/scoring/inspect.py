@@ -10,9 +10,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from vig.data.records import CAPTION_QUESTION, IMAGE_MARK, sample_from_record
+from vig.data.records import IMAGE_MARK, sample_from_record
 from vig.data.sample import BrokenRecord, DataError, Sample, SampleError
 from vig.data.samples import read_samples
+from vig.data.turns import CAPTION_QUESTION
 from vig.models.null_pixels import as_image
 from vig.models.prompts import Encoded
 from vig.scoring import batching
@@ -51,8 +52,8 @@ def find_sample(
 
     Raises DataError where there is no such record, SampleError where it is broken.
     """
-    data = Path(data)
-    if data.is_file() and answer is not None:
+    if Path(data).is_file() and answer is not None:
+        data = Path(data)
         turns = [("human", f"{IMAGE_MARK}\n{question or CAPTION_QUESTION}"), ("gpt", answer)]
         record = {
             "id": data.name,

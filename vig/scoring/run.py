@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vig.data.files import check_writable, lock_folder
+from vig.data.reading import Source
 from vig.data.sample import BrokenRecord, DataError, Sample
 from vig.data.samples import read_samples
 from vig.scoring import batching
@@ -170,9 +171,9 @@ class RecordCount:
     def __init__(self, data: str | Path, limit: int | None = None):
         self.limit = limit
         self._asked, self._known = False, None
-        code = "import sys; from vig.data.samples import count_records; print(count_records(sys.argv[1]))"
+        code = "import sys; from vig.data.samples import count_records; print(count_records(*sys.argv[1:]))"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code, str(data)],
+            [sys.executable, "-c", code, str(data), *filter(None, [Source.of(data).reading.split])],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip

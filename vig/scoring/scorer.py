@@ -30,7 +30,13 @@ from vig.scoring.dual_pass import TokenNLL, TwoPasses
 from vig.scoring.loader import LoadedRecord, ahead, load_records, new_pixel_bytes, workers_beside
 from vig.scoring.prefix_sharing import shared_by
 from vig.scoring.self_check import Proofs, is_out_of_memory
-from vig.store.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
+from vig.store.fingerprints import (
+    data_fingerprint,
+    data_settings,
+    processor_json,
+    text_hash,
+    weights_fingerprint,
+)
 from vig.store.rows import ScoreRow
 from vig_kernels.dispatch import named, resolve
 
@@ -318,6 +324,7 @@ class Scorer:
             # under the names they were given: what a link's own name says, its target's may not
             "data": None if data is None else str(Path(data).absolute()),
             "data_fingerprint": None if data is None else data_fingerprint(data),
+            **({} if data is None else data_settings(data)),
             "image_root": None if image_root is None else str(Path(image_root).absolute()),
             "null": self.null.metadata(),
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),

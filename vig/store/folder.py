@@ -27,7 +27,16 @@ MANIFEST = "_manifest.json"
 OLD_MANIFEST = "manifest.json"  # as early folders have it: read, and replaced by the next run
 # Settings that may differ between a run and its resumption: they do not change what is scored.
 NOT_BINDING = frozenset(
-    {"library_version", "data", "image_root", "batch_tokens", "batch_size", "noise_floor", "sharing"}
+    {
+        "library_version",
+        "data",
+        "image_root",
+        "batch_tokens",
+        "batch_size",
+        "noise_floor",
+        "sharing",
+        "data_format",
+    }
 )
 ABOUT_THE_DATA = frozenset({"data_fingerprint", "limit", "window", "shard"})
 JOB = re.compile(r"shard-(\d+)-of-(\d+)")

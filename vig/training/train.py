@@ -15,6 +15,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from torch import nn
 
+from vig.data.reading import Reading, Source
 from vig.data.samples import read_samples
 from vig.selection.select import Selection
 from vig.training.batches import MicroBatches, plan_batches
@@ -81,8 +82,9 @@ def train(
         table = open_selection(selection)
         metadata = getattr(table, "metadata", {})
         records = data
-        if isinstance(data, str | Path):  # raises for data that is not there, before a model is loaded
-            records = read_samples(data, image_root=image_root, limit=limit)
+        if isinstance(data, str | os.PathLike):  # raises for data that is not there, before a model is loaded
+            as_scored = data if isinstance(data, Source) else Source(Path(data), Reading.stored(metadata))
+            records = read_samples(as_scored, image_root=image_root, limit=limit)
         options = {"revision": revision, "attn": attn, "trust_remote_code": trust_remote_code}
         loaded = load_model(model, processor, settings, device, metadata, options)
         torch.manual_seed(settings.seed)
