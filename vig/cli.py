@@ -22,7 +22,7 @@ import vig
 from vig import terminal
 from vig.data.formats import expected
 from vig.data.reading import Reading, Source, parse_names
-from vig.models.end_of_turn import END_OF_TURN
+from vig.models.end_of_turn import DEFAULT, END_OF_TURN
 from vig.models.families import FAMILIES
 from vig.models.null_image import BLUR_SIGMA, NULLS
 
@@ -76,7 +76,12 @@ Device = Annotated[
     str | None, typer.Option(help="cuda, cuda:1, cpu, ... Default: the GPU where there is one.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")]
-EndOfTurn = Annotated[str, typer.Option(help=f"End-of-turn tokens in the answers: {_any_of(END_OF_TURN)}.")]
+EndOfTurn = Annotated[
+    str | None,
+    typer.Option(
+        help=f"End-of-turn tokens in the answers: {_any_of(END_OF_TURN)}. Default: {DEFAULT}, or as the folder has it."
+    ),
+]
 MaxLength = Annotated[
     int | None, typer.Option(min=2, help="Longest sequence in tokens. Default: the model's context.")
 ]
@@ -119,7 +124,7 @@ def inspect(
     sigma: Sigma = BLUR_SIGMA,
     dtype: Dtype = "auto",
     device: Device = None,
-    end_of_turn: EndOfTurn = "template",
+    end_of_turn: EndOfTurn = None,
     picture: Annotated[Path, typer.Option("-o", "--out", help="PNG of image and null image.")] = Path(
         "inspect.png"
     ),
@@ -132,7 +137,7 @@ def inspect(
 
     if picture.is_dir() or not picture.absolute().parent.is_dir():
         raise typer.BadParameter(f"{picture} is not the name of a file in a folder that is there")
-    _usage(check_settings, null, sigma, dtype, "auto", end_of_turn, device)
+    _usage(check_settings, null, sigma, dtype, "auto", end_of_turn or DEFAULT, device)
     data = _source(data, split, columns, roles)
     sample = find_sample(data, index=index, key=key, question=question, answer=answer, image_root=image_root)
     with terminal.waiting(err, f"loading {model}"):
@@ -169,7 +174,7 @@ def score(
         bool, typer.Option("--dry-run", help="Check every record, estimate the time.")
     ] = False,
     retry: Annotated[str | None, typer.Option(help='"failed": score the error rows again.')] = None,
-    end_of_turn: EndOfTurn = "template",
+    end_of_turn: EndOfTurn = None,
     max_length: MaxLength = None,
     workers: Annotated[
         int | None,
@@ -203,7 +208,7 @@ def score(
     if engine not in ("plain", "ray"):
         raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
     part = None if shard is None else _usage(batching.parse_shard, shard)
-    _usage(check_settings, null, sigma, dtype, backend, end_of_turn, device)
+    _usage(check_settings, null, sigma, dtype, backend, end_of_turn or DEFAULT, device)
     data = _source(data, split, columns, roles)
     check_data(data, image_root)  # before a model is loaded
     terminal.quiet_libraries()
@@ -269,6 +274,16 @@ def select(
     ] = None,
     tau_floor: Annotated[float | None, typer.Option(help="Lowest tau, in nats.")] = None,
     seed: Annotated[int, typer.Option(help="For level random.")] = 0,
+    stop_tokens: Annotated[
+        str,
+        typer.Option(
+            help="End-of-turn tokens of kept samples: keep, or select by VIG as the paper's rule does."
+        ),
+    ] = "keep",
+    mean: Annotated[
+        str,
+        typer.Option(help="Sample VIG over all answer tokens, or over content: without end-of-turn tokens."),
+    ] = "all",
     export: Annotated[
         Path | None,
         typer.Option(
@@ -288,18 +303,20 @@ def select(
     from vig.selection.export import check_export, export_records
     from vig.selection.select import check_choice
     from vig.selection.select import select as choose
+    from vig.selection.stop_tokens import Stops
 
     if clip is not None and not 0 < clip < 1:
         raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
     lowest = None if clip is None else math.log(clip)
     _usage(check_choice, p, level, lowest, tau_floor, seed)
+    _usage(Stops.of, {"stop_ids": []}, stop_tokens, mean)
     if export is not None:
         _usage(check_export, export)
     with warnings.catch_warnings(), terminal.share(err, "selecting") as on_share:
         warnings.simplefilter("ignore")  # the summary below shows them
         chosen = choose(
             scores[0] if len(scores) == 1 else scores, p, level=level, out=folder, tau_floor=tau_floor,
-            clip=lowest, seed=seed, overwrite=overwrite, progress=on_share,
+            clip=lowest, seed=seed, stop_tokens=stop_tokens, mean=mean, overwrite=overwrite, progress=on_share,
         )  # fmt: skip
     for line in chosen.figures():
         out.print(line, markup=False)

@@ -77,6 +77,9 @@ class Source(os.PathLike):
     def of(cls, data: str | os.PathLike) -> Source:
         return data if isinstance(data, cls) else cls(Path(data))
 
+    def absolute(self) -> Source:
+        return Source(self.path.absolute(), self.reading)
+
     def __fspath__(self) -> str:
         return str(self.path)
 

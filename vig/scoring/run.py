@@ -19,7 +19,7 @@ from vig.data.samples import read_samples
 from vig.scoring import batching
 from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes
 from vig.scoring.scorer import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
-from vig.store.folder import output_folder, read_manifest, siblings
+from vig.store.folder import output_folder, read_manifest, recorded_setting, siblings
 from vig.store.scores import ScoreWriter
 
 MEASURED = {"noise_floor", "sharing"}  # settings that a run finds out, and a resumed one takes over
@@ -101,6 +101,9 @@ def _writing(folder: Path, scorer: Scorer, data: str | Path, run: dict[str, Any]
     workers = scorer.workers
     with lock_folder(folder) as lock:
         check_writable(folder)
+        recorded = recorded_setting(folder, "end_of_turn")
+        if scorer.follows_end_of_turn and recorded is not None:
+            scorer.encoder.end_of_turn = recorded
         if lock.after_death:  # perhaps at an image that crashed its decoder: a process apart dies alone
             scorer.workers = max(1, workers)
         try:

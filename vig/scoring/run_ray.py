@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from vig.data.files import StoreError, check_writable
+from vig.data.reading import Source
 from vig.data.sample import BrokenRecord, Sample
 from vig.data.samples import read_samples
 from vig.scoring import batching
 from vig.scoring.run import RecordCount, check_data, part_of, record_splits, run_settings
 from vig.scoring.scorer import KEPT_ERRORS, Progress, Scorer
-from vig.store.folder import output_folder
+from vig.store.folder import output_folder, recorded_setting
 from vig.store.scores import ScoreWriter, replace_rows, write_shard
 
 NO_RAY = 'the ray engine needs Ray Data. Install it: pip install "vig-kernels[ray]"'
@@ -42,7 +43,7 @@ class Job:
 
     model: str
     options: dict[str, Any]  # of `Scorer`
-    data: str
+    data: Source
     image_root: str | None
     limit: int | None
     window: int
@@ -82,7 +83,9 @@ def score_dataset_on_ray(
     check_data(data, image_root)
     root = None if image_root is None else str(Path(image_root).absolute())
     here = str(Path(model).resolve()) if Path(model).is_dir() else model
-    job = Job(here, options or {}, str(Path(data).absolute()), root, limit, window, str(folder), stuck_after)
+    recorded = {"end_of_turn": recorded_setting(folder, "end_of_turn")}
+    options = recorded | {name: value for name, value in (options or {}).items() if value is not None}
+    job = Job(here, options, Source.of(data).absolute(), root, limit, window, str(folder), stuck_after)
     if gpus_per_actor is None:
         gpus_per_actor = float("GPU" in ray.cluster_resources())
     resources = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vig.data.sample import BrokenRecord, Sample
+from vig.models.end_of_turn import DEFAULT
 from vig.models.families import ModelError
 from vig.models.loading import (
     LoadedModel,
@@ -76,7 +77,8 @@ class Scorer:
         picture's shorter side.
     dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
     batch_tokens: rows x longest row of a batch; batch_size: at most so many rows.
-    end_of_turn: which end-of-turn tokens count as answer (`vig.models.prompts.Encoder`).
+    end_of_turn: which end-of-turn tokens count as answer (`vig.models.prompts.Encoder`); unless given, as a folder
+        recorded that is resumed, else "add".
     max_length: longer samples are error rows; the model's context unless given.
     workers: processes that decode and tokenise ahead of the model, and may die of a sample, which is an error row
         then; None: as many as keep it fed (`vig.scoring.loader.workers_beside`).
@@ -97,7 +99,7 @@ class Scorer:
         batch_tokens: int = batching.BATCH_TOKENS,
         batch_size: int | None = None,
         backend: str = "auto",
-        end_of_turn: str = "template",
+        end_of_turn: str | None = None,
         max_length: int | None = None,
         workers: int | None = 0,
         revision: str | None = None,
@@ -105,7 +107,8 @@ class Scorer:
         share: bool = True,
         trust_remote_code: bool = False,
     ):
-        check_settings(null, sigma, dtype, backend, end_of_turn)
+        check_settings(null, sigma, dtype, backend, end_of_turn or DEFAULT)
+        self.follows_end_of_turn = end_of_turn is None  # of a folder that scores are added to
         self.null = NullSettings(null, sigma)
         if batch_tokens < 1 or (batch_size is not None and batch_size < 1):
             raise ValueError(f"batch_tokens = {batch_tokens}, batch_size = {batch_size}, expected at least 1")
@@ -126,7 +129,9 @@ class Scorer:
         else:
             self.loaded = as_loaded(model, processor, device=device)
         self.max_length = max_length or context_length(self.loaded)
-        self.encoder = Encoder(self.loaded.processor, end_of_turn=end_of_turn, max_length=self.max_length)
+        self.encoder = Encoder(
+            self.loaded.processor, end_of_turn=end_of_turn or DEFAULT, max_length=self.max_length
+        )
         self.passes = TwoPasses(
             self.loaded, self.encoder, self.null, backend, share=share, longest=batch_tokens
         )
@@ -330,6 +335,7 @@ class Scorer:
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "backend": resolve("linear_vig", self.backend, self.loaded.model.device),
             "end_of_turn": self.encoder.end_of_turn,
+            "stop_ids": [] if self.encoder.end_of_turn == "drop" else self.encoder.stop_ids,
             "max_length": self.max_length,
             "batch_tokens": self.batch_tokens,
             "batch_size": self.batch_size,

@@ -2,6 +2,7 @@
 
     tau_p = the (100 - p)-th percentile of sample VIG over the multimodal samples
     keep the samples with VIG >= tau_p, and in them the tokens with VIG_t >= tau_p       (level "both")
+    and the end-of-turn tokens of the kept samples, unless the paper's rule is asked for (`vig.selection.stop_tokens`)
 
 Source: "Selective Training for Large Vision Language Models via Visual Information Gain", arXiv 2602.17186,
 section 3. Scores are facts, so any p and level can be chosen without scoring again.
@@ -16,7 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vig.data.files import StoreError, lock_folder
+from vig.selection.stop_tokens import NO_STOPS, Stops
 from vig.store.folder import shards_in
 from vig.store.rows import METADATA_KEY, list_array, segment_means
 from vig.store.scores import count_rows, open_scores, read_scores, score_metadata, unfinished
@@ -104,14 +106,31 @@ class Rule:
     seed: int = 0
     sample_limit: int | None = None  # level "random": the highest draw that is kept; None: nothing is
     token_limit: int | None = None
+    stops: Stops = NO_STOPS
 
-    columns = ("key", "id", "status", "n_tokens", "vig", "token_ids", "token_nll_image", "token_nll_null")
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the scores, that it reads."""
+        more = ("positions",) if self.stops.ids else ()
+        return (
+            "key",
+            "id",
+            "status",
+            "n_tokens",
+            "vig",
+            "token_ids",
+            "token_nll_image",
+            "token_nll_null",
+            *more,
+        )
 
     def apply(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int, int]:
         """Selection rows, the number of multimodal samples kept, and of tokens kept in them."""
         ok, text_only, lengths = read_rows(batch)
         keep = np.zeros(batch.num_rows, bool)
         keep[ok], multimodal_tokens = self._choose(batch, ok, lengths[ok])
+        if self.stops.keep:
+            multimodal_tokens |= self.stops.mask(batch, ok) & np.repeat(keep[ok], lengths[ok])
         keep |= text_only
         owners_ok = np.repeat(ok, lengths)
         tokens = np.ones(len(owners_ok), bool)
@@ -137,7 +156,7 @@ class Rule:
             draw = sample_draws(hash_keys(batch["key"])[ok], self.seed)
             keep = draw <= self.sample_limit
             return keep, (token_draws(draw, lengths) <= self.token_limit) & np.repeat(keep, lengths)
-        token_vig, vig = token_and_sample_vig(batch, ok, lengths, self.clip)
+        token_vig, vig = token_and_sample_vig(batch, ok, lengths, self.clip, self.stops)
         passed = token_vig >= self.tau
         if self.level == "token":
             return segment_means(passed, lengths) > 0, passed
@@ -160,6 +179,7 @@ def token_and_sample_vig(
     ok: np.ndarray,  # (R,) bool
     lengths: np.ndarray,  # of the ok rows
     clip: float | None,
+    stops: Stops = NO_STOPS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """VIG_t = nll_null_t - nll_image_t, float64, of the multimodal samples' tokens, and their sample VIG.
 
@@ -175,6 +195,8 @@ def token_and_sample_vig(
     if clip is not None:
         image, null = np.minimum(image, -clip, dtype=np.float64), np.minimum(null, -clip, dtype=np.float64)
     token_vig = np.subtract(null, image, dtype=np.float64)
+    if not stops.in_mean:
+        return token_vig, stops.sample_vig(batch, ok, lengths, token_vig)
     return token_vig, rows["vig"].to_numpy() if clip is None else segment_means(token_vig, lengths)
 
 
@@ -210,6 +232,8 @@ def select(
     clip: float | None = None,
     tau_floor: float | None = None,
     seed: int = 0,
+    stop_tokens: str = "keep",
+    mean: str = "all",
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[float], None] | None = None,
@@ -224,6 +248,9 @@ def select(
         "random": as many samples and tokens as "both" keeps, drawn by a hash of key and seed.
     clip: lowest log-probability in nats (below 0; math.log(0.01), say) that either pass counts with.
     tau_floor: lowest tau in nats.
+    stop_tokens: "keep" keeps the end-of-turn tokens of every kept sample, whatever their VIG; "select" only those with
+        VIG >= tau, as the paper's rule does. Scores that do not say which tokens these are have the paper's rule.
+    mean: "all" answer tokens enter a sample's VIG, as the paper's do; "content" leaves end-of-turn tokens out.
     out: folder to write the selection to, in Parquet. A selection there that was made with the same settings is
         replaced; one of others raises SettingsDiffer, unless overwrite is set.
     progress: called with the share done, 0 to 1.
@@ -235,23 +262,26 @@ def select(
     check_choice(p, level, clip, tau_floor, seed)
     scores = open_scores(scores)
     folder, about = Path(out) if out is not None else None, score_metadata(scores)
-    choice = {"p": p, "level": level, "clip": clip, "tau_floor": tau_floor, "seed": seed}
+    stops = Stops.of(about, stop_tokens, mean)
+    choice = {"p": p, "level": level, "clip": clip, "tau_floor": tau_floor, "seed": seed} | stops.settings()
     if folder is not None and shards_in(folder):
         raise StoreError(f"{folder} holds scores. Give the selection a folder of its own")
     with nullcontext() if folder is None else lock_folder(folder):
         if folder is not None and not overwrite:
             refuse_other_selection(folder, {**about, "selection": choice})
         report = _Progress(progress, count_rows(scores), passes=3 if level == "random" else 2)
-        facts = _first_pass(scores, clip, report)
+        facts = _first_pass(scores, clip, stops, report)
         _refuse_duplicates(scores, facts.hashes)
         missing = unfinished(scores)
         notes = list(missing)
         tau_p = float(np.percentile(facts.vig, 100 - p)) if len(facts.vig) else None
         tau = tau_p if tau_p is None or tau_floor is None else max(tau_p, float(tau_floor))
         notes += tau_warnings(tau, about)
-        rule = Rule("both" if level == "random" else level, math.inf if tau is None else tau, clip, seed)
+        kind = "both" if level == "random" else level
+        rule = Rule(kind, math.inf if tau is None else tau, clip, seed, stops=stops)
         if level == "random" and tau is not None:
-            rule = _random_rule(rule, facts, _count(scores, rule, report), notes)
+            both = _count(scores, replace(rule, stops=stops.by_vig_alone()), report)
+            rule = _random_rule(rule, facts, both, notes)
         counts = {
             "samples_total": len(facts.vig),
             "samples_kept": 0,
@@ -279,8 +309,8 @@ def select(
     for line in notes:
         warnings.warn(line, stacklevel=2)
     return Selection(
-        scores, **chosen, counts=counts, metadata=metadata, warnings=notes, unfinished=missing, rule=rule,
-        out=folder,
+        scores, p, level, tau, tau_p, clip, tau_floor, seed, counts=counts, metadata=metadata, warnings=notes,
+        unfinished=missing, rule=rule, out=folder,
     )  # fmt: skip
 
 
@@ -308,16 +338,17 @@ class _Progress:
             self.tell(min(1.0, self.done / self.total))
 
 
-def _first_pass(scores, clip: float | None, report: _Progress) -> _Facts:
-    columns = ["key", "status", "n_tokens", "vig"]
-    columns += [] if clip is None else ["token_nll_image", "token_nll_null"]
+def _first_pass(scores, clip: float | None, stops: Stops, report: _Progress) -> _Facts:
+    columns, from_tokens = ["key", "status", "n_tokens", "vig"], clip is not None or not stops.in_mean
+    if from_tokens:
+        columns += ["token_nll_image", "token_nll_null", *(stops.columns if stops.ids else ())]
     vigs, sizes, hashes, text_only, text_tokens, errors = [np.empty(0)], [], [], 0, 0, 0
-    for batch in read_scores(scores, columns, batch_size=1 << 16 if clip is None else 1 << 13):
+    for batch in read_scores(scores, columns, batch_size=1 << 13 if from_tokens else 1 << 16):
         ok, text, lengths = read_rows(batch)
-        if clip is None:
-            vigs.append(batch["vig"].to_numpy(zero_copy_only=False)[ok])
+        if from_tokens:
+            vigs.append(token_and_sample_vig(batch, ok, lengths[ok], clip, stops)[1])
         else:
-            vigs.append(token_and_sample_vig(batch, ok, lengths[ok], clip)[1])
+            vigs.append(batch["vig"].to_numpy(zero_copy_only=False)[ok])
         sizes.append(lengths[ok].astype(np.int32))
         hashes.append(hash_keys(batch["key"])[ok])
         text_only += int(text.sum())
@@ -387,9 +418,9 @@ def _count(scores, rule: Rule, report: _Progress) -> _Kept:
 
 
 def _random_rule(rule: Rule, facts: _Facts, both: _Kept, notes: list[str]) -> Rule:
-    """Limits that let through exactly as many samples and tokens as "both" does."""
+    """Limits that let through exactly as many samples and tokens as "both" does, stop tokens that are kept aside."""
     if both.samples == 0:
-        return Rule("random", rule.tau, rule.clip, rule.seed)
+        return replace(rule, level="random")
     draws = sample_draws(facts.hashes, rule.seed)
     sample_limit = int(np.partition(draws, both.samples - 1)[both.samples - 1])
     chosen = draws <= sample_limit
@@ -400,7 +431,7 @@ def _random_rule(rule: Rule, facts: _Facts, both: _Kept, notes: list[str]) -> Ru
             f'the random samples have {available:,} tokens, fewer than the {both.tokens:,} that "both" keeps'
         )
     token_limit = _kth_smallest(draws, lengths, min(both.tokens, available))
-    return Rule("random", rule.tau, rule.clip, rule.seed, sample_limit, token_limit)
+    return replace(rule, level="random", sample_limit=sample_limit, token_limit=token_limit)
 
 
 def _kth_smallest(draws: np.ndarray, lengths: np.ndarray, k: int) -> int:

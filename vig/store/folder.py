@@ -36,6 +36,7 @@ NOT_BINDING = frozenset(
         "noise_floor",
         "sharing",
         "data_format",
+        "stop_ids",
     }
 )
 ABOUT_THE_DATA = frozenset({"data_fingerprint", "limit", "window", "shard"})
@@ -148,6 +149,15 @@ def read_manifest(folder: Path) -> dict | None:
     except (ValueError, KeyError, TypeError) as error:
         cure = "Delete it: the shards beside it are checked and listed again."
         raise StoreError(f"{path} is damaged ({error}). {cure}") from error
+
+
+def recorded_setting(folder: str | Path, name: str) -> Any:
+    """A setting that the scores in a folder, or of a job in it, were made with; None where there are none."""
+    for place in (Path(folder), *job_folders(Path(folder)).values()):
+        manifest = read_manifest(place) if place.is_dir() else None
+        if manifest is not None and manifest["shards"]:
+            return manifest["settings"].get(name)
+    return None
 
 
 def unfinished(files: Iterable[Path]) -> list[str]:

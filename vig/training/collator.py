@@ -15,6 +15,7 @@ from PIL import Image
 
 from vig.data.records import sample_from_record
 from vig.data.sample import BrokenRecord, ImageSource, Sample, SampleError
+from vig.models.end_of_turn import DEFAULT
 from vig.models.lm_head import IGNORE, count_kept
 from vig.models.prompts import Encoded, Encoder
 from vig.selection.select import Selection
@@ -143,7 +144,7 @@ class SelectiveCollator:
     processor: the model's transformers processor, or a tokenizer for text alone.
     selection: mapping key -> (keep, token_ids, token_keep), the folder of one, or what `vig.select` returned;
         None keeps every answer token.
-    end_of_turn: "template" | "add" | "drop"; what the selection was scored with unless given.
+    end_of_turn: "add" | "template" | "drop"; what the selection was scored with unless given, "add" without one.
     max_length: longer sequences lose their end. An answer cut short is a prefix of the scored one; it keeps the
         selection of its tokens and is counted in `truncated`. Any other difference between the answer tokens
         here and in the selection raises SampleError with both values.
@@ -170,7 +171,7 @@ class SelectiveCollator:
     ):
         self.selection = open_selection(selection)
         metadata = getattr(self.selection, "metadata", {})
-        end_of_turn = end_of_turn or metadata.get("end_of_turn", "template")
+        end_of_turn = end_of_turn or metadata.get("end_of_turn", DEFAULT if not metadata else "template")
         self.encoder = Encoder(processor, end_of_turn=end_of_turn, max_length=max_length, truncate=True)
         self.image_root, self.counts, self.skip_unreadable = image_root, counts, skip_unreadable
         self.truncated = 0  # answers cut short, counted at every visit
