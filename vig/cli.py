@@ -20,6 +20,7 @@ from rich.console import Console
 
 import vig
 from vig import terminal
+from vig.data.error_log import ErrorLog
 from vig.data.formats import expected
 from vig.data.reading import Reading, Source, parse_names
 from vig.models.end_of_turn import DEFAULT, END_OF_TURN
@@ -174,6 +175,9 @@ def score(
         bool, typer.Option("--dry-run", help="Check every record, estimate the time.")
     ] = False,
     retry: Annotated[str | None, typer.Option(help='"failed": score the error rows again.')] = None,
+    errors: Annotated[
+        Path | None, typer.Option(help="Write all errors here, one JSON object a line; also with --dry-run.")
+    ] = None,
     end_of_turn: EndOfTurn = None,
     max_length: MaxLength = None,
     workers: Annotated[
@@ -242,25 +246,25 @@ def score(
             done = score_dataset_on_ray(
                 model, data, folder, options=options, actors=actors, on_progress=on_progress, **run
             )
-        terminal.show_scores(out, folder, done)
-        _exit_for(done)
+        _end_scoring(folder, part, done, errors)
         return
     with terminal.waiting(err, f"loading {model}"):
         scorer = Scorer(model, **options)
     with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
         if dry_run:
-            estimate = dry_run_dataset(
-                scorer, data, image_root=image_root, limit=limit, shard=part, window=window,
-                on_progress=on_progress,
-            )  # fmt: skip
-            done = estimate.progress
+            with ErrorLog(errors) as log:
+                estimate = dry_run_dataset(
+                    scorer, data, image_root=image_root, limit=limit, shard=part, window=window,
+                    on_progress=on_progress, errors=log,
+                )  # fmt: skip
         else:
             done = score_dataset(scorer, data, folder, on_progress=on_progress, **run)
     if dry_run:
-        terminal.show_estimate(out, estimate)
-    else:
-        terminal.show_scores(out, folder, done)
-    _exit_for(done)
+        terminal.show_estimate(out, estimate, log)
+        if estimate.progress.failed:
+            raise typer.Exit(SOME_FAILED)
+        return
+    _end_scoring(folder, part, done, errors)
 
 
 @app.command()
@@ -489,8 +493,16 @@ def _usage(check, *values: Any) -> Any:
         raise typer.BadParameter(str(error)) from None
 
 
-def _exit_for(done: Progress) -> None:
-    if done.failed or done.failed_before:
+def _end_scoring(folder: Path, part: tuple[int, int] | None, done: Progress, errors: Path | None) -> None:
+    """Shows what was scored; exit code 3 where some samples could not be. errors: a file for them all."""
+    from vig.store.errors import stored_errors
+    from vig.store.folder import output_folder
+
+    failed = done.failed or done.failed_before
+    with ErrorLog(errors) as log:
+        log.extend(stored_errors(output_folder(folder, part)) if failed else ())
+    terminal.show_scores(out, output_folder(folder, part), done, log)
+    if failed:
         raise typer.Exit(SOME_FAILED)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +13,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vig.data.error_log import ErrorLog
 from vig.data.files import check_writable, lock_folder
 from vig.data.reading import Source
 from vig.data.sample import BrokenRecord, DataError, Sample
 from vig.data.samples import read_samples
 from vig.scoring import batching
 from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes
+from vig.scoring.progress_bar import bar
 from vig.scoring.scorer import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
+from vig.store.errors import log_errors, stored_errors
 from vig.store.folder import output_folder, read_manifest, recorded_setting, siblings
 from vig.store.scores import ScoreWriter
 
@@ -37,6 +41,7 @@ def score_dataset(
     retry_failed: bool = False,
     window: int = batching.WINDOW,
     on_progress: Callable[[Progress], None] | None = None,
+    progress_bar: bool = True,
 ) -> Progress:
     """Scores `data` into the folder `out`; the same call resumes where an earlier one stopped.
 
@@ -44,7 +49,20 @@ def score_dataset(
     may run at the same time, and `out` is complete when all have ended. retry_failed: score the error rows of
     finished windows again. Raises ValueError for a window, shard or limit that makes no sense, DataError, ModelError
     and StoreError (other settings, no permission, disk full).
+    progress_bar: on a terminal, unless on_progress is given. Samples that could not be scored are warned of; all of
+    them stand in `_errors.jsonl` of the folder.
     """
+    if on_progress is None:
+        with bar(progress_bar) as on_bar:
+            done = score_dataset(
+                scorer, data, out, image_root=image_root, limit=limit, shard=shard, retry_failed=retry_failed,
+                window=window, on_progress=on_bar or (lambda state: None),
+            )  # fmt: skip
+        if done.failed or done.failed_before:
+            lines = ErrorLog().extend(stored_errors(output_folder(out, shard))).lines()
+            failed = f"{done.failed + done.failed_before:,} samples could not be scored:"
+            warnings.warn("\n".join([failed, *lines]), stacklevel=2)
+        return done
     batching.check_part(window, shard, limit)
     check_data(data, image_root)
     folder = output_folder(out, shard)
@@ -82,6 +100,7 @@ def score_dataset(
                 record_splits(writer, number, progress)
         writer.mark_complete()
         progress.failed_before = writer.counts()["errors"] - progress.failed
+        log_errors(folder)
     progress.total = progress.done
     if on_progress is not None:
         on_progress(progress)
@@ -232,10 +251,12 @@ def dry_run_dataset(
     shard: tuple[int, int] | None = None,
     window: int = batching.WINDOW,
     on_progress: Callable[[Progress], None] | None = None,
+    errors: ErrorLog | None = None,
 ) -> Estimate:
     """Opens, decodes and tokenises every record, scores only a few to take the time, stores nothing.
 
-    shard: (i, n), only the records of that job's windows, what is scored already included.
+    shard: (i, n), only the records of that job's windows, what is scored already included. errors: takes those of all
+    records.
     """
     batching.check_part(window, shard, limit)
     check_data(data, image_root)
@@ -253,8 +274,10 @@ def dry_run_dataset(
     )
     with RecordCount(data, limit) as count:
         for block in _blocks(windows, scorer):
-            rows = [error_row(item) for item in block]
-            tally(estimate.progress, [row for row in rows if row is not None], None)
+            rows = [row for row in map(error_row, block) if row is not None]
+            tally(estimate.progress, rows, None)
+            if errors is not None:
+                errors.extend((row.key, row.id, row.status.removeprefix("error: ")) for row in rows)
             good = [item for item in block if item.encoded is not None]
             for item in good:
                 estimate.multimodal += item.is_multimodal

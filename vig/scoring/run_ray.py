@@ -29,6 +29,7 @@ from vig.data.samples import read_samples
 from vig.scoring import batching
 from vig.scoring.run import RecordCount, check_data, part_of, record_splits, run_settings
 from vig.scoring.scorer import KEPT_ERRORS, Progress, Scorer
+from vig.store.errors import log_errors
 from vig.store.folder import output_folder, recorded_setting
 from vig.store.scores import ScoreWriter, replace_rows, write_shard
 
@@ -116,6 +117,7 @@ def score_dataset_on_ray(
             raise StoreError(f"{folder}: windows {missing} were not scored. Run the same command again")
         writer.mark_complete()
         progress.failed_before = writer.counts()["errors"] - progress.failed
+        log_errors(folder)
     return progress
 
 
