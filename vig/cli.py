@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 import vig
 from vig import terminal
@@ -29,6 +30,24 @@ from vig.models.null_image import BLUR_SIGMA, NULLS
 
 if TYPE_CHECKING:
     from vig.scoring.scorer import Progress
+
+ADVANCED = {
+    "batch_tokens", "batch_size", "workers", "backend", "revision", "attn", "window", "no_share", "engine", "actors",
+    "trust_remote_code", "max_length", "end_of_turn", "device", "columns", "roles", "clip", "seed", "stop_tokens",
+    "accumulate", "schedule", "warmup", "weight_decay", "max_grad_norm", "z_loss", "freeze", "gradient_checkpointing",
+    "processor", "errors", "retry", "shard", "mean",
+}  # fmt: skip
+
+
+class Command(TyperCommand):
+    """A command whose help has the common options first, and the rest under "Advanced"."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        for parameter in self.params:
+            if parameter.name in ADVANCED:
+                parameter.rich_help_panel = "Advanced"
+
 
 app = typer.Typer(
     help="Visual Information Gain: score, select, train, look. Source: arXiv 2602.17186.",
@@ -107,7 +126,7 @@ def program(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     model: Model,
     data: Data,
@@ -154,7 +173,7 @@ def inspect(
         out.print(f"image and null image as the model sees them: {picture}", markup=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def score(
     model: Model,
     data: Data,
@@ -203,14 +222,15 @@ def score(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
-    from vig.scoring import batching
-    from vig.scoring.run import check_data, dry_run_dataset, score_dataset
-    from vig.scoring.scorer import Scorer, check_settings
-
     if retry not in (None, "failed"):
         raise typer.BadParameter(f"got {retry!r}, expected failed", param_hint="--retry")
     if engine not in ("plain", "ray"):
         raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
+    with terminal.waiting(err, f"starting: {data}, {model}"):  # torch and transformers take seconds
+        from vig.scoring import batching
+        from vig.scoring.run import check_data, dry_run_dataset, score_dataset
+        from vig.scoring.scorer import Scorer, check_settings
+
     part = None if shard is None else _usage(batching.parse_shard, shard)
     _usage(check_settings, null, sigma, dtype, backend, end_of_turn or DEFAULT, device)
     data = _source(data, split, columns, roles)
@@ -267,7 +287,7 @@ def score(
     _end_scoring(folder, part, done, errors)
 
 
-@app.command()
+@app.command(cls=Command)
 def select(
     scores: Annotated[list[Path], typer.Argument(help="Folders of scores.")],
     folder: Annotated[Path, typer.Option("-o", "--out", help="Folder of the selection.")],
@@ -335,7 +355,7 @@ def select(
         raise typer.Exit(SOME_FAILED)
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     model: Model,
     data: Data,
@@ -361,7 +381,9 @@ def train(
     z_loss: Annotated[float, typer.Option(help="Weight of lse^2.")] = 0.0,
     freeze: Annotated[
         list[str] | None,
-        typer.Option(help="Pattern of frozen parameters; repeat. Default: the vision tower."),
+        typer.Option(
+            help="Pattern of frozen parameters; repeat. Default: the vision tower. none: nothing is frozen."
+        ),
     ] = None,
     lora_rank: Annotated[int, typer.Option(min=0, help="Train LoRA adapters of this rank (needs peft).")] = 0,
     dtype: Annotated[
@@ -426,7 +448,7 @@ def train(
         raise typer.Exit(SOME_FAILED)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     scores: Annotated[list[Path], typer.Argument(help="Folders of scores.")],
     page: Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")] = Path("report.html"),
@@ -457,7 +479,7 @@ def report(
     out.print(f"report: {page}", markup=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     folder: Annotated[
         Path, typer.Option("-o", "--out", help="Where to work; an earlier demo there is replaced.")

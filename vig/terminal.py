@@ -182,6 +182,10 @@ def show_scores(console: Console, folder: Path, state: Progress, errors: ErrorLo
         console.print(f"{state.resumed:,} were done before")
     if state.straddles:
         console.print(f"{state.straddles:,} answer tokens hold characters from outside their answer")
+    if state.unknown:
+        console.print(
+            f"warning: {state.unknown:,} answer tokens are unknown to the tokenizer: the model never sees what they say"
+        )
     if state.splits:
         console.print(f"{state.splits:,} batches did not fit into memory and were halved")
     show_errors(console, state, errors)

@@ -63,6 +63,7 @@ class Encoded:
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) of each decoded image
     truncated: int = 0  # answer tokens cut off by max_length
     straddles: int = 0  # answer tokens that hold characters from outside their answer
+    unknown: int = 0  # answer tokens that are the tokenizer's unknown token
     image_end: int = 0  # position behind the last image token
     null_pixels: dict[str, Tensor] | None = field(default=None, repr=False)  # nulls made from other images
 
@@ -153,6 +154,7 @@ class Encoder:
                 straddles(text, span, moved, offsets[turn[0]], offsets[turn[-1]])
                 for span, moved, turn in zip(spans, expanded, turns, strict=True)
             ),
+            unknown=sum(input_ids[index] == self.tokenizer.unk_token_id for turn in turns for index in turn),
             image_end=_end_of(self.image_token_id, input_ids) if images else 0,
         )
         return self._fit(encoded, refuse)
@@ -300,7 +302,8 @@ class Encoder:
             return encoded
         if not self.truncate:
             raise refuse(
-                f"it has {length} tokens, the context holds {longest}", "Shorten it or raise max_length"
+                f"it has {length} tokens, the context holds {longest}",
+                "Shorten it or raise --max-length (max_length=)",
             )
         if self.image_token_id in encoded.input_ids[longest:]:
             raise refuse(

@@ -187,7 +187,7 @@ def _fitting(count: int) -> str:
 
 def _tau_notes(chosen: dict, metadata: dict) -> list[str]:
     """What `select` warned of."""
-    return tau_warnings(chosen["tau"], metadata) if chosen else []
+    return tau_warnings(chosen["tau"], metadata, chosen["counts"]) if chosen else []
 
 
 def _error_notes(facts: Facts) -> list[str]:

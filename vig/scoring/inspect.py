@@ -16,6 +16,7 @@ from vig.data.samples import read_samples
 from vig.data.turns import CAPTION_QUESTION
 from vig.models.null_pixels import as_image
 from vig.models.prompts import Encoded
+from vig.models.token_texts import token_texts
 from vig.scoring import batching
 from vig.scoring.scorer import Scorer
 from vig.store.rows import ScoreRow
@@ -95,15 +96,16 @@ def inspect(
     encoded = scorer.encoder.encode(sample)
     tokenizer = scorer.encoder.tokenizer
     answer_index = set(encoded.answer_index)
+    texts = token_texts(tokenizer, encoded.input_ids)
     pieces = [
-        (tokenizer.decode([id]), place in answer_index, id == scorer.encoder.image_token_id)
+        (texts[place], place in answer_index, id == scorer.encoder.image_token_id)
         for place, id in enumerate(encoded.input_ids)
     ]
     images, nulls = pictures(scorer, sample, window)
     return Inspection(
         sample,
         list(_folded(pieces)),
-        [tokenizer.decode([id]) for id in encoded.answer_ids],
+        [texts[place] for place in encoded.answer_index],
         images,
         nulls,
         row,

@@ -55,6 +55,7 @@ class Progress:
     tokens: int = 0  # answer tokens scored in this run
     text_only: int = 0
     straddles: int = 0  # answer tokens that hold characters from outside their answer
+    unknown: int = 0  # answer tokens that stand for text which the tokenizer does not know
     splits: int = 0  # batches that did not fit into memory and were halved
     splits_noted: int = 0  # of them, those that the manifest tells of
     failed: int = 0  # records that this run could not score
@@ -197,6 +198,7 @@ class Scorer:
                     rows[place] = row
                 tally(progress, scored, on_progress)
         progress.straddles += sum(item.encoded.straddles for item in block if item.encoded is not None)
+        progress.unknown += sum(item.encoded.unknown for item in block if item.encoded is not None)
         return rows
 
     def _batches(self, block: Sequence[LoadedRecord], places: Sequence[int]) -> list[list[int]]:

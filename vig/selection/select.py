@@ -39,7 +39,8 @@ from vig.store.selections import (
 )
 
 LEVELS = ("both", "sample", "token", "random")
-LOW_TAU = 1e-3  # nats; at or under it nearly every token passes
+LOW_TAU = 1e-3  # nats; at or under it tau hardly tells tokens apart
+NEAR_FLOOR = 10  # times the noise floor
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -276,7 +277,6 @@ def select(
         notes = list(missing)
         tau_p = float(np.percentile(facts.vig, 100 - p)) if len(facts.vig) else None
         tau = tau_p if tau_p is None or tau_floor is None else max(tau_p, float(tau_floor))
-        notes += tau_warnings(tau, about)
         kind = "both" if level == "random" else level
         rule = Rule(kind, math.inf if tau is None else tau, clip, seed, stops=stops)
         if level == "random" and tau is not None:
@@ -294,6 +294,7 @@ def select(
         chosen = {**choice, "tau": tau, "tau_p": tau_p}
         metadata = {**about, "selection": {**chosen, "counts": counts}}
         kept = _Kept()
+        quiet = _barely_used(facts.vig, about)
 
         def final_metadata() -> dict:
             counts.update(samples_kept=kept.samples, tokens_kept=kept.tokens)
@@ -306,6 +307,7 @@ def select(
             for _ in batches:
                 pass
             final_metadata()
+        notes += [*tau_warnings(tau, about, counts), *quiet, *_mistaken_share(p)]
     for line in notes:
         warnings.warn(line, stacklevel=2)
     return Selection(
@@ -382,14 +384,38 @@ def noise_floor(metadata: dict) -> float | None:
     return metadata.get("noise_floor", metadata.get("notes", {}).get("noise_floor"))
 
 
-def tau_warnings(tau: float | None, metadata: dict) -> list[str]:
-    """What a reader of the selection should know of its tau. metadata: of the scores."""
+def _mistaken_share(p: float) -> list[str]:
+    return (
+        [f"p = {p:g} keeps {p:g} % of the samples with an image. Was --p {100 * p:g} meant?"] if p < 1 else []
+    )
+
+
+def _barely_used(vig: np.ndarray, metadata: dict) -> list[str]:
+    """Where half of the samples gain hardly more from their image than arithmetic alone makes."""
+    floor = noise_floor(metadata)
+    if floor is None or not len(vig):
+        return []
+    median = float(np.median(np.abs(vig)))
+    if median > NEAR_FLOOR * floor:
+        return []
+    return [
+        f"this model barely uses the image: of half of the samples |VIG| is at most {median:.3g} nats, and the noise "
+        f"floor is {floor:.3g}"
+    ]
+
+
+def tau_warnings(tau: float | None, metadata: dict, counts: dict[str, int] | None = None) -> list[str]:
+    """What a reader of the selection should know of its tau. metadata: of the scores; counts: of the selection."""
     if tau is None:
         return ["no scored sample has an image: there is no tau, and only text-only samples are kept"]
     floor = noise_floor(metadata)
     if tau <= LOW_TAU:
+        passing = ""
+        if counts is not None:
+            kept = _share(counts["tokens_kept"], counts["tokens_total"])
+            passing = f": {kept} of the answer tokens with an image are kept"
         return [
-            f"tau = {tau:.3g} is at or under {LOW_TAU:g} nats: nearly every token passes; a tau_floor helps"
+            f"tau = {tau:.3g} is at or under {LOW_TAU:g} nats{passing}. --tau-floor (tau_floor=) sets a lowest tau"
         ]
     if floor is not None and tau <= floor:
         return [f"tau = {tau:.3g} is at or under the scores' noise floor, {floor:.3g} nats"]

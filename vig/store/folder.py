@@ -50,7 +50,12 @@ class SettingsDiffer(StoreError):
         self, problem: str, sides: tuple[str, str], differences: list[tuple[str, Any, Any]], cure: str
     ):
         self.differences = differences
-        lines = [f"  {name}: {sides[0]} {old!r}, {sides[1]} {new!r}" for name, old, new in differences]
+        lines = [
+            "  the data changed since"
+            if name == "data_fingerprint"
+            else f"  {name}: {sides[0]} {old!r}, {sides[1]} {new!r}"
+            for name, old, new in differences
+        ]
         super().__init__("\n".join([f"{problem}:", *lines, cure]))
 
 

@@ -25,6 +25,7 @@ from vig.training.folder import check_space, own_folder, prepare_folder, save
 from vig.training.loop import run
 from vig.training.model import choose_device, computes_in, context, load_model, prepare
 from vig.training.settings import TrainError, TrainProgress, TrainResult, TrainSettings
+from vig.training.stop_check import warn_if_nothing_stops
 
 
 def train(
@@ -102,7 +103,7 @@ def train(
         made_of = {
             "model": loaded.name,
             "revision": loaded.revision,
-            "data": str(data) if isinstance(data, str | Path) else None,
+            "data": str(data) if isinstance(data, str | os.PathLike) else None,
             "selection": metadata or None,
         }
         if settings.save_every or checkpoints.found:
@@ -116,7 +117,8 @@ def train(
         resumed, steps = checkpoints.step, len(plan) // settings.accumulate
         to_come = MicroBatches(kept.samples, plan[resumed * settings.accumulate :], collator)
         # After a death, perhaps at an image that crashed its decoder, a process apart dies alone.
-        batches = to_come.made(max(settings.workers, int(after_death)))
+        made = to_come.made(max(settings.workers, int(after_death)))
+        batches = warn_if_nothing_stops(made, collator.encoder.stop_ids)
 
         state, interrupted = run(processes, device, model, batches, steps, settings, checkpoints, on_progress)
         result = _result(model.eval(), out, kept, resumed, state, interrupted)
