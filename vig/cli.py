@@ -9,18 +9,42 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 import vig
 from vig import terminal
+from vig.data.error_log import ErrorLog
 from vig.data.formats import expected
-from vig.models.end_of_turn import END_OF_TURN
+from vig.data.reading import Reading, Source, parse_names
+from vig.models.end_of_turn import DEFAULT, END_OF_TURN
 from vig.models.families import FAMILIES
 from vig.models.null_image import BLUR_SIGMA, NULLS
 from vig_kernels import backend_table
+
+if TYPE_CHECKING:
+    from vig.scoring.scorer import Progress
+
+ADVANCED = {
+    "batch_tokens", "batch_size", "workers", "backend", "revision", "attn", "window", "no_share", "engine", "actors",
+    "trust_remote_code", "max_length", "end_of_turn", "device", "columns", "roles", "clip", "seed", "stop_tokens",
+    "accumulate", "schedule", "warmup", "weight_decay", "max_grad_norm", "z_loss", "freeze", "gradient_checkpointing",
+    "processor", "errors", "retry", "shard", "mean", "by", "eval_every", "report_to",
+}  # fmt: skip
+
+
+class Command(TyperCommand):
+    """A command whose help has the common options first, and the rest under "Advanced"."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        for parameter in self.params:
+            if parameter.name in ADVANCED:
+                parameter.rich_help_panel = "Advanced"
+
 
 app = typer.Typer(
     help="Visual Information Gain: score, select, train, look. Source: arXiv 2602.17186.",
@@ -53,6 +77,14 @@ Data = Annotated[Path, typer.Argument(help=f"Instruction data: {expected()}.")]
 ImageRoot = Annotated[
     Path | None, typer.Option(help="Folder that image paths start from. Default: the data's own.")
 ]
+Split = Annotated[
+    str | None, typer.Option(help="Which split, of a folder that holds several: train, test, ...")
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(help="Columns of other names: messages=conv,images=pics; ignore=mask leaves one out."),
+]
+Roles = Annotated[list[str] | None, typer.Option(help="Roles of other names: assistant=helper,user=client.")]
 Null = Annotated[str, typer.Option(help=f"Null image: {_any_of(NULLS)}.")]
 Sigma = Annotated[float, typer.Option(help="Blur's sigma, a fraction of the picture's shorter side.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
@@ -60,7 +92,12 @@ Device = Annotated[
     str | None, typer.Option(help="cuda, cuda:1, cpu, ... Default: the GPU where there is one.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")]
-EndOfTurn = Annotated[str, typer.Option(help=f"End-of-turn tokens in the answers: {_any_of(END_OF_TURN)}.")]
+EndOfTurn = Annotated[
+    str | None,
+    typer.Option(
+        help=f"End-of-turn tokens in the answers: {_any_of(END_OF_TURN)}. Default: {DEFAULT}, or as the folder has it."
+    ),
+]
 MaxLength = Annotated[
     int | None, typer.Option(min=2, help="Longest sequence in tokens. Default: the model's context.")
 ]
@@ -85,7 +122,7 @@ def program(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     model: Model,
     data: Data,
@@ -96,11 +133,14 @@ def inspect(
         str | None, typer.Option(help="With a photograph as DATA: the answer to score.")
     ] = None,
     image_root: ImageRoot = None,
+    split: Split = None,
+    columns: Columns = None,
+    roles: Roles = None,
     null: Null = "blur",
     sigma: Sigma = BLUR_SIGMA,
     dtype: Dtype = "auto",
     device: Device = None,
-    end_of_turn: EndOfTurn = "template",
+    end_of_turn: EndOfTurn = None,
     picture: Annotated[Path, typer.Option("-o", "--out", help="PNG of image and null image.")] = Path(
         "inspect.png"
     ),
@@ -118,6 +158,7 @@ def inspect(
         ScoreSettings, null=null, sigma=sigma, dtype=dtype, device=device, end_of_turn=end_of_turn,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    data = _source(data, split, columns, roles)
     sample = find_sample(data, index=index, key=key, question=question, answer=answer, image_root=image_root)
     with terminal.waiting(err, f"loading {model}"):
         scorer = Scorer(model, **vars(settings))
@@ -129,12 +170,15 @@ def inspect(
         out.print(f"image and null image as the model sees them: {picture}", markup=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def score(
     model: Model,
     data: Data,
     folder: Annotated[Path, typer.Option("-o", "--out", help="Folder of the scores. Run again to resume.")],
     image_root: ImageRoot = None,
+    split: Split = None,
+    columns: Columns = None,
+    roles: Roles = None,
     null: Null = "blur",
     sigma: Sigma = BLUR_SIGMA,
     dtype: Dtype = "auto",
@@ -147,7 +191,10 @@ def score(
         bool, typer.Option("--dry-run", help="Check every record, estimate the time.")
     ] = False,
     retry: Annotated[str | None, typer.Option(help='"failed": score the error rows again.')] = None,
-    end_of_turn: EndOfTurn = "template",
+    errors: Annotated[
+        Path | None, typer.Option(help="Write all errors here, one JSON object a line; also with --dry-run.")
+    ] = None,
+    end_of_turn: EndOfTurn = None,
     max_length: MaxLength = None,
     workers: Annotated[
         int | None,
@@ -172,21 +219,23 @@ def score(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
-    from vig.scoring import batching
-    from vig.scoring.run import run_dry, run_scoring
-    from vig.scoring.scorer import Scorer
-    from vig.scoring.settings import RunSpec, ScoreSettings
-
     if retry not in (None, "failed"):
         raise typer.BadParameter(f"got {retry!r}, expected failed", param_hint="--retry")
     if engine not in ("plain", "ray"):
         raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
+    with terminal.waiting(err, f"starting: {data}, {model}"):  # torch and transformers take seconds
+        from vig.scoring import batching
+        from vig.scoring.run import run_dry, run_scoring
+        from vig.scoring.scorer import Scorer
+        from vig.scoring.settings import RunSpec, ScoreSettings
+
     part = None if shard is None else _usage(batching.parse_shard, shard)
     settings = _usage(
         ScoreSettings, null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens,
         batch_size=batch_size, backend=backend, end_of_turn=end_of_turn, max_length=max_length, workers=workers,
         revision=revision, attn=attn, share=not no_share, trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    data = _source(data, split, columns, roles)
     run = RunSpec(data, image_root, limit, part, window, retry_failed=retry == "failed")
     run.check_data()  # before a model is loaded
     terminal.quiet_libraries()
@@ -200,19 +249,19 @@ def score(
             scorer = Scorer(model, **vars(settings))
         with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
             if dry_run:
-                estimate = run_dry(scorer, run, on_progress)
-                done = estimate.progress
+                with ErrorLog(errors) as log:
+                    estimate = run_dry(scorer, run, on_progress, log)
             else:
                 done = run_scoring(scorer, run, folder, on_progress)
     if dry_run:
-        terminal.show_estimate(out, estimate)
-    else:
-        terminal.show_scores(out, folder, done)
-    if done.failed or done.failed_before:
-        raise typer.Exit(SOME_FAILED)
+        terminal.show_estimate(out, estimate, log)
+        if estimate.progress.failed:
+            raise typer.Exit(SOME_FAILED)
+        return
+    _end_scoring(folder, part, done, errors)
 
 
-@app.command()
+@app.command(cls=Command)
 def select(
     scores: Annotated[list[Path], typer.Argument(help="Folders of scores.")],
     folder: Annotated[Path, typer.Option("-o", "--out", help="Folder of the selection.")],
@@ -226,6 +275,16 @@ def select(
     by: Annotated[
         str | None, typer.Option(help="source: p within each source, so that none is emptied.")
     ] = None,
+    stop_tokens: Annotated[
+        str,
+        typer.Option(
+            help="End-of-turn tokens of kept samples: keep, or select by VIG as the paper's rule does."
+        ),
+    ] = "keep",
+    mean: Annotated[
+        str,
+        typer.Option(help="Sample VIG over all answer tokens, or over content: without end-of-turn tokens."),
+    ] = "all",
     export: Annotated[
         Path | None,
         typer.Option(
@@ -249,14 +308,15 @@ def select(
     if clip is not None and not 0 < clip < 1:
         raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
     lowest = None if clip is None else math.log(clip)
-    _usage(Choice, p, level, lowest, tau_floor, seed, by)
+    _usage(Choice, p, level, lowest, tau_floor, seed, by, stop_tokens, mean)
     if export is not None:
         _usage(check_export, export)
     with warnings.catch_warnings(), terminal.share(err, "selecting") as on_share:
         warnings.simplefilter("ignore")  # the summary below shows them
         chosen = choose(
             scores[0] if len(scores) == 1 else scores, p, level=level, out=folder, tau_floor=tau_floor,
-            clip=lowest, seed=seed, by=by, overwrite=overwrite, progress=on_share,
+            clip=lowest, seed=seed, by=by, stop_tokens=stop_tokens, mean=mean, overwrite=overwrite,
+            progress=on_share,
         )  # fmt: skip
     terminal.show_selection(out, folder, chosen)
     if export is not None:
@@ -275,7 +335,7 @@ def _options_of_file(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     context: typer.Context,
     model: Model,
@@ -285,6 +345,9 @@ def train(
         Path | None, typer.Option(help="Folder of the selection. Without: all tokens.")
     ] = None,
     image_root: ImageRoot = None,
+    split: Split = None,
+    columns: Columns = None,
+    roles: Roles = None,
     epochs: Annotated[float, typer.Option(help="Passes over the kept samples, more than 0.")] = 1.0,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a micro-batch.")] = 8,
@@ -299,7 +362,9 @@ def train(
     z_loss: Annotated[float, typer.Option(help="Weight of lse^2.")] = 0.0,
     freeze: Annotated[
         list[str] | None,
-        typer.Option(help="Pattern of frozen parameters; repeat. Default: the vision tower."),
+        typer.Option(
+            help="Pattern of frozen parameters; repeat. Default: the vision tower. none: nothing is frozen."
+        ),
     ] = None,
     lora_rank: Annotated[int, typer.Option(min=0, help="Train LoRA adapters of this rank (needs peft).")] = 0,
     dtype: Annotated[
@@ -362,6 +427,8 @@ def train(
     from vig.training.config import write_options
     from vig.training.train import train as run
 
+    if split or columns or roles:  # else as the selection was scored
+        data = _source(data, split, columns, roles)
     terminal.quiet_libraries()
     with terminal.training(err) as on_progress:
         result = run(
@@ -383,7 +450,7 @@ def train(
         raise typer.Exit(SOME_FAILED)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     scores: Annotated[list[Path], typer.Argument(help="Folders of scores.")],
     page: Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")] = Path("report.html"),
@@ -410,7 +477,7 @@ def report(
     out.print(f"report: {page}", markup=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     a: Annotated[Path, typer.Argument(help="Folder of scores.")],
     b: Annotated[Path, typer.Argument(help="Scores of the same data with other settings.")],
@@ -448,7 +515,7 @@ def compare(
         (err if as_json else out).print(f"page: {page}", markup=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def plot(
     scores: Annotated[list[Path], typer.Argument(help="Folders of scores.")],
     folder: Annotated[Path, typer.Option("-o", "--out", help="Folder of the figures.")] = Path("figures"),
@@ -482,7 +549,7 @@ def _processor(name: str | None) -> Any:
     return AutoProcessor.from_pretrained(name)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     folder: Annotated[
         Path, typer.Option("-o", "--out", help="Where to work; an earlier demo there is replaced.")
@@ -495,12 +562,40 @@ def demo(
     run(folder, console=out, command=lambda words: app(words, standalone_mode=False))
 
 
+def _source(data: Path, split: str | None, columns: list[str] | None, roles: list[str] | None) -> Source:
+    """The data and how they are read; says which files of a folder are not."""
+    from vig.data.locate import locate
+
+    names = [
+        _usage(parse_names, given or (), option)
+        for given, option in ((columns, "--columns"), (roles, "--roles"))
+    ]
+    source = Source(data, _usage(Reading, split, *names))
+    about = locate(data, split).about_unread()
+    if about is not None:
+        err.print(f"note: {about}", markup=False)
+    return source
+
+
 def _usage(check, *values: Any, **named: Any) -> Any:
     """What `check` makes of an option's values; what it refuses is wrong usage, which ends with exit code 2."""
     try:
         return check(*values, **named)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def _end_scoring(folder: Path, part: tuple[int, int] | None, done: Progress, errors: Path | None) -> None:
+    """Shows what was scored; exit code 3 where some samples could not be. errors: a file for them all."""
+    from vig.store.errors import stored_errors
+    from vig.store.folder import output_folder
+
+    failed = done.failed or done.failed_before
+    with ErrorLog(errors) as log:
+        log.extend(stored_errors(output_folder(folder, part)) if failed else ())
+    terminal.show_scores(out, output_folder(folder, part), done, log)
+    if failed:
+        raise typer.Exit(SOME_FAILED)
 
 
 def main() -> None:

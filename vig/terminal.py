@@ -19,6 +19,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from vig.data.error_log import ErrorLog
+
 if TYPE_CHECKING:
     from vig.models.null_image import NullSettings
     from vig.scoring.inspect import Inspection
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from vig.training.settings import TrainProgress, TrainResult
 
 LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
-SHOWN_ERRORS = 10
+SHOWN_REASONS = 8
 
 
 def wants_traceback() -> bool:
@@ -171,11 +173,13 @@ def show_training(console: Console, result: TrainResult) -> None:
     console.print(f"{result.kept:,} samples kept, {result.dropped:,} not selected")
     if result.truncated:
         console.print(f"{result.truncated:,} answers were cut short by max_length")
-    for line in result.errors[:SHOWN_ERRORS]:
+    errors = ErrorLog()
+    for line in result.errors:
+        errors.add_line(line)
+    for line in errors.lines(SHOWN_REASONS):
         console.print(line, style="red", markup=False)
-    if len(result.errors) > SHOWN_ERRORS:
-        more = len(result.errors) - SHOWN_ERRORS
-        console.print(f"... and {more:,} more: `errors` in {result.out}/train.json", markup=False)
+    if result.errors and result.out is not None:
+        console.print(f"all of them: `errors` in {result.out}/train.json", markup=False)
     if result.broken:
         console.print(f"{result.broken:,} records could not be read")
     if result.left_out:
@@ -203,8 +207,8 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def show_scores(console: Console, folder: Path, state: Progress) -> None:
-    """The summary of `vig score`."""
+def show_scores(console: Console, folder: Path, state: Progress, errors: ErrorLog) -> None:
+    """The summary of `vig score`. errors: of all rows in the folder."""
     here = state.done - state.resumed
     scored = here - state.failed
     console.print(
@@ -216,9 +220,15 @@ def show_scores(console: Console, folder: Path, state: Progress) -> None:
         console.print(f"{state.resumed:,} were done before")
     if state.boundary_tokens:
         console.print(f"{state.boundary_tokens:,} boundary tokens hold characters from outside their answer")
+    if state.unknown:
+        console.print(
+            f"warning: {state.unknown:,} answer tokens are unknown to the tokenizer: the model never sees what they say"
+        )
     if state.splits:
         console.print(f"{state.splits:,} batches did not fit into memory and were halved")
-    show_errors(console, state)
+    show_errors(console, state, errors)
+    if errors.count:
+        console.print(f"all of them: {folder / '_errors.jsonl'}", markup=False)
     console.print(f"scores: {folder}", markup=False)
 
 
@@ -237,13 +247,10 @@ def show_warnings(console: Console, chosen: Selection) -> None:
         console.print(f"warning: {line}", markup=False)
 
 
-def show_errors(console: Console, state: Progress) -> None:
-    """Says how many samples failed, and of the first ones which, why, and what helps."""
-    for line in state.errors[:SHOWN_ERRORS]:
+def show_errors(console: Console, state: Progress, errors: ErrorLog) -> None:
+    """Says how many samples failed, by reason: which, why, and what helps."""
+    for line in errors.lines(SHOWN_REASONS):
         console.print(line, style="red", markup=False)
-    if state.failed > SHOWN_ERRORS:
-        more = state.failed - SHOWN_ERRORS
-        console.print(f"... and {more:,} more: rows with status `error: ...` among the scores")
     if state.failed:
         console.print(f"{state.failed:,} of {state.done:,} samples could not be scored")
     if state.failed_before:
@@ -252,7 +259,7 @@ def show_errors(console: Console, state: Progress) -> None:
         )
 
 
-def show_estimate(console: Console, estimate: Estimate) -> None:
+def show_estimate(console: Console, estimate: Estimate, errors: ErrorLog) -> None:
     """The summary of `vig score --dry-run`."""
     state = estimate.progress
     console.print(
@@ -265,7 +272,9 @@ def show_estimate(console: Console, estimate: Estimate) -> None:
             f"estimate: {duration(seconds)} here, at {estimate.tokens_per_second:,.0f} tokens/s measured on "
             f"{estimate.measured:,} samples"
         )
-    show_errors(console, state)
+    show_errors(console, state, errors)
+    if errors.path is not None:
+        console.print(f"all of them: {errors.path}", markup=False)
     console.print("dry run: nothing was scored")
 
 

@@ -24,7 +24,8 @@ from vig.reporting.thumbnails import Thumbnails
 from vig.reporting.viewer import Viewer
 from vig.reporting.views import Page, SampleView
 from vig.reporting.words import find_tagger, word_figures
-from vig.selection.select import Selection, noise_floor, tau_warnings
+from vig.selection.advice import noise_floor, tau_warnings
+from vig.selection.select import Selection
 from vig.store.folder import ABOUT_THE_DATA, SettingsDiffer, settings_differences
 from vig.store.scores import open_scores, score_metadata, unfinished
 from vig.store.selections import selection_files, selection_metadata
@@ -261,8 +262,7 @@ def _tau_notes(chosen: dict, metadata: dict) -> list[str]:
     """What `select` warned of."""
     if not chosen:
         return []
-    taus = {row["source"]: row["tau"] for row in chosen.get("sources") or []}
-    return tau_warnings(chosen["tau"], metadata, taus)
+    return tau_warnings(chosen["tau"], metadata, chosen["counts"], chosen.get("sources"))
 
 
 def _settings(metadata: dict, chosen: dict) -> list[tuple[str, str]]:
