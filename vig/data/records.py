@@ -17,7 +17,7 @@ from vig.data.formats import FIELDS, FORMS, IMAGE_FIELDS, IMAGES, MEDIA_FIELDS, 
 from vig.data.image_sources import image_source
 from vig.data.reading import SPEAKERS, Reading
 from vig.data.sample import Sample, SampleError, check_characters, is_answer, shortened, text_of
-from vig.data.turns import Unusable, decoded, turn_list
+from vig.data.turns import Unusable, check_text, decoded, turn_list
 
 ROLES = {
     "human": "user",
@@ -288,17 +288,6 @@ def _add_text(parts: list[dict[str, Any]], piece: str, after_mark: bool, before_
     piece = piece.removesuffix("\n") if before_mark else piece
     if piece:
         parts.append({"type": "text", "text": piece})
-
-
-def check_text(where: str, text: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        lone = f"{text[error.start]!r} at character {error.start}"
-        cure = "Write it in UTF-8, and characters beyond \\uffff as pairs of surrogates"
-        raise Unusable(f"the {where} holds the lone surrogate {lone}", cure) from None
 
 
 def _medium(mark: str) -> str:

@@ -45,6 +45,18 @@ def decoded(text: str, what: str) -> Any:
         raise Unusable(f"the {what} are text, but not JSON ({error})", "Write them as JSON") from None
 
 
+def check_text(where: str, text: str) -> None:
+    """Raises Unusable for text that no UTF-8 can hold."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        lone = f"{text[error.start]!r} at character {error.start}"
+        cure = "Write it in UTF-8, and characters beyond \\uffff as pairs of surrogates"
+        raise Unusable(f"the {where} holds the lone surrogate {lone}", cure) from None
+
+
 def conversations(record: dict[str, Any]) -> list[dict[str, Any]]:
     return turn_list(record["conversations"])
 
