@@ -222,13 +222,13 @@ def test_the_published_template_of_llava_1_5(case):
     encoder = Encoder(processor)
     encoded = encoder.encode(one)
     tokens = encoder.tokenizer.convert_ids_to_tokens(encoded.answer_ids)
-    assert tokens == ["Yes", "</s>"] * (case + 1) and encoded.straddles == 0
+    assert tokens == ["Yes", "</s>"] * (case + 1) and encoded.boundary_tokens == 0
     assert Encoder(processor, end_of_turn="drop").encode(one).answer_ids == [encoded.answer_ids[0]] * (
         case + 1
     )
     marked = Encoder(processor, end_of_turn="template").encode(one)
     as_marked = encoder.tokenizer.convert_ids_to_tokens(marked.answer_ids)
-    assert as_marked == ["Yes", " US", "Yes", "\u0120"][-2 * (case + 1) :] and marked.straddles == case
+    assert as_marked == ["Yes", " US", "Yes", "\u0120"][-2 * (case + 1) :] and marked.boundary_tokens == case
 
 
 @pytest.mark.parametrize("template", [tiny.MARKED, tiny.UNMARKED], ids=["marked", "unmarked"])

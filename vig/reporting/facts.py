@@ -69,7 +69,7 @@ def gather(scores, n_samples: int, seed: int = 0, rules: Rules | None = None) ->
     """Read the scores. rules: what the slider follows, `select`'s defaults unless given."""
     rules = rules or Rules()
     facts = Facts()
-    vig = _sample_pass(scores, facts, rules.clip)
+    vig = _sample_pass(scores, facts, rules)
     keeper = Keeper(rules, vig, facts.sources)
     facts.tau = keeper.tau
     picker, word_rows = Picker(n_samples, facts.tau, facts.sources), Pool(WORD_ROWS)
@@ -95,12 +95,14 @@ def _light(scores, sources: Sources, seed: int):
         start += batch.num_rows
 
 
-def _sample_pass(scores, facts: Facts, clip: float | None) -> tuple[np.ndarray, np.ndarray]:
+def _sample_pass(scores, facts: Facts, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
     """Sample VIG (M,) of multimodal samples, as `select` takes it, and the codes of their sources (M,) uint8."""
     values, codes = [np.empty(0)], [np.empty(0, np.uint8)]
-    columns = ["key", "source", "status", "n_tokens", "vig"]
-    columns += [] if clip is None else ["token_nll_image", "token_nll_null"]
-    for batch in read_scores(scores, columns, batch_size=1 << 16 if clip is None else 1 << 13):
+    columns, stops = ["key", "source", "status", "n_tokens", "vig"], rules.stops
+    from_tokens = rules.clip is not None or not stops.in_mean
+    if from_tokens:
+        columns += ["token_nll_image", "token_nll_null", *(stops.columns if stops.ids else ())]
+    for batch in read_scores(scores, columns, batch_size=1 << 13 if from_tokens else 1 << 16):
         ok, text_only, lengths = row_kinds(batch)
         vig = batch["vig"].to_numpy(zero_copy_only=False)[ok]
         of_source = facts.sources.codes(batch["source"])[ok]
@@ -110,7 +112,9 @@ def _sample_pass(scores, facts: Facts, clip: float | None) -> tuple[np.ndarray, 
         facts.by_source.add(vig, of_source)
         facts.text_only += int(text_only.sum())
         _add_errors(facts, batch, ~ok & ~text_only)
-        values.append(vig if clip is None else token_and_sample_vig(batch, ok, lengths[ok], clip)[1])
+        if from_tokens:
+            vig = token_and_sample_vig(batch, ok, lengths[ok], rules.clip, stops)[1]
+        values.append(vig)
         codes.append(of_source.astype(np.uint8))
     return np.concatenate(values), np.concatenate(codes)
 

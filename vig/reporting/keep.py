@@ -1,7 +1,7 @@
 """What is kept at each p, exactly as `vig select` keeps it: for the report's slider and for `vig plot --sweep`.
 
 A token is kept at tau if its sample's VIG >= tau and its own VIG >= tau: if min(the two) >= tau. An end-of-turn token
-that goes with its sample counts with the sample's VIG. So one number a token says at which tau it leaves, and counting
+that stays with its sample counts with the sample's VIG. So one number a token says at which tau it leaves, and counting
 these between the taus of 200 values of p gives every count in one pass.
 """
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 from vig.reporting.views import KeepCurve
 from vig.selection.rule import token_and_sample_vig
 from vig.selection.sources import Sources
+from vig.selection.stop_tokens import NO_STOPS, Stops
 
 STEP = 0.5  # per cent between two places of the slider
 DEFAULT_P = 70.0
@@ -22,14 +23,14 @@ DEFAULT_P = 70.0
 
 @dataclass(frozen=True)
 class Rules:
-    """How a selection chooses beside p: fields of the same names of `vig.select`. stop_ids: see `leaves_at`."""
+    """How a selection chooses beside p: fields of the same names of `vig.select`. stops: its end-of-turn tokens."""
 
     p: float = DEFAULT_P
     level: str = "both"
     by: str | None = None
     tau_floor: float | None = None
     clip: float | None = None
-    stop_ids: frozenset[int] = frozenset()
+    stops: Stops = NO_STOPS
     tau: float | None = None  # the selection's own, where there is one
 
 
@@ -60,10 +61,14 @@ class Keeper:
     def add(self, rows: pa.RecordBatch, lengths: np.ndarray, codes: np.ndarray) -> None:
         """rows: multimodal ones alone, with their tokens."""
         every = np.ones(rows.num_rows, bool)
-        token_vig, vig = token_and_sample_vig(rows, every, lengths, self.rules.clip)
-        leaves = leaves_at(
-            rows["token_ids"].flatten().to_numpy(), token_vig, np.repeat(vig, lengths), self.rules
-        )
+        stops = self.rules.stops
+        token_vig, vig = token_and_sample_vig(rows, every, lengths, self.rules.clip, stops)
+        leaves = leaves_at(self.rules.level, token_vig, vig, lengths)
+        if stops.keep and len(lengths):
+            with_sample = vig
+            if self.rules.level == "token":  # whose samples stay as long as one of their tokens
+                with_sample = np.maximum.reduceat(token_vig, np.cumsum(lengths) - lengths)
+            leaves = np.where(stops.mask(rows, every), np.repeat(with_sample, lengths), leaves)
         n = len(self.names)
         self.totals[:, 0] += np.bincount(codes, minlength=n)
         self.totals[:, 1] += np.bincount(codes, lengths, minlength=n).astype(np.int64)
@@ -92,12 +97,9 @@ class Keeper:
         return KeepCurve(self.p, self.names, self.taus, self.samples, self.tokens, self.totals)
 
 
-def leaves_at(ids: np.ndarray, token_vig: np.ndarray, owner_vig: np.ndarray, rules: Rules) -> np.ndarray:
-    """The highest tau at which each token is still kept: (n,) nats."""
-    if rules.level == "sample":
-        return owner_vig
-    least = token_vig if rules.level == "token" else np.minimum(token_vig, owner_vig)
-    if rules.stop_ids and rules.level != "token":
-        stops = np.isin(ids, np.fromiter(rules.stop_ids, np.int64))
-        least = np.where(stops, owner_vig, least)
-    return least
+def leaves_at(level: str, token_vig: np.ndarray, vig: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The highest tau at which each token is still kept, by VIG alone: (n,) nats. vig, lengths: of the samples."""
+    owners = np.repeat(vig, lengths)
+    if level == "sample":
+        return owners
+    return token_vig if level == "token" else np.minimum(token_vig, owners)

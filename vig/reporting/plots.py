@@ -63,7 +63,7 @@ def plot(
     scores, out = open_scores(scores), Path(out)
     metadata = score_metadata(scores)
     chosen, _ = open_selection(selection, metadata)
-    facts = gather(scores, 0, seed, rules_of(chosen))
+    facts = gather(scores, 0, seed, rules_of(chosen, metadata))
     if not facts.multimodal:
         raise StoreError("no scored sample has an image: there is no VIG to draw")
     viewer = Viewer(metadata, processor=processor)

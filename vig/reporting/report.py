@@ -26,6 +26,7 @@ from vig.reporting.views import Page, SampleView
 from vig.reporting.words import find_tagger, word_figures
 from vig.selection.advice import noise_floor, tau_warnings
 from vig.selection.select import Selection
+from vig.selection.stop_tokens import Stops
 from vig.store.folder import ABOUT_THE_DATA, SettingsDiffer, settings_differences
 from vig.store.scores import open_scores, score_metadata, unfinished
 from vig.store.selections import selection_files, selection_metadata
@@ -67,7 +68,7 @@ def report(
     scores = open_scores(scores)
     metadata = score_metadata(scores)
     chosen, batches = open_selection(selection, metadata)
-    facts = gather(scores, samples, seed, rules_of(chosen))
+    facts = gather(scores, samples, seed, rules_of(chosen, metadata))
     viewer = Viewer(metadata, processor=processor, data=data or metadata.get("data"), image_root=image_root)
     viewer.find({row["key"]: number for number, row in facts.rows.items()})
     kept = _kept_tokens({row["key"] for row in facts.rows.values()}, batches)
@@ -109,15 +110,16 @@ def check_budget(budget: float) -> None:
         raise ValueError(f"the budget is the page's size in MB, above 0; got {budget!r}")
 
 
-def rules_of(chosen: dict) -> Rules:
-    """What the slider follows: the selection's own settings, or `select`'s defaults."""
+def rules_of(chosen: dict, scored: dict) -> Rules:
+    """What the slider follows: the selection's own settings, or `select`'s defaults. scored: metadata of the scores."""
     names = ("p", "level", "by", "tau_floor", "clip", "tau")
     given = {name: chosen[name] for name in names if chosen.get(name) is not None}
     if given.get("level") == "random":
         given["level"] = "both"  # it keeps as many
     if given.get("by") == "source":
         given.pop("tau", None)  # there is one a source
-    return Rules(**given)
+    stop_tokens = chosen.get("stop_tokens", "select") if chosen else "keep"
+    return Rules(**given, stops=Stops.of(scored, stop_tokens, chosen.get("mean", "all")))
 
 
 def _view(viewer: Viewer, facts: Facts, number: int, kept: dict[str, list[bool]]) -> SampleView:
@@ -284,16 +286,20 @@ def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) 
     where = str(scores) if isinstance(scores, str | Path) else "SCORES"
     if isinstance(scores, list | tuple):
         where = " ".join(str(one) for one in scores)
-    rules = rules_of(chosen)
+    rules = rules_of(chosen, metadata)
     place = 0 if page.keep is None else int(page.keep.p.searchsorted(page.p))
-    level = "" if rules.level == "both" else f" --level {rules.level}"
+    options = "" if rules.level == "both" else f" --level {rules.level}"
+    if rules.stops.ids and not rules.stops.keep:
+        options += " --stop-tokens select"
+    if not rules.stops.in_mean:
+        options += " --mean content"
     return {
         "level": rules.level,
         "rule": "source" if rules.by == "source" else "all",
         "place": place,
         "selected": bool(chosen),
         "sources": facts.sources.names,
-        "command": f"vig select {where} --p {{p}}{level}",
+        "command": f"vig select {where} --p {{p}}{options}",
         "file": re.sub(r"[^\w-]+", "-", Path(page.title).stem)[:60].strip("-") + "-samples",
         "data": str(metadata.get("data") or ""),
         "scores": where,
