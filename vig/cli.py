@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import faulthandler
 import io
+import json
 import math
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +39,14 @@ ADVANCED = {
     "accumulate", "schedule", "warmup", "weight_decay", "max_grad_norm", "z_loss", "freeze", "gradient_checkpointing",
     "processor", "errors", "retry", "shard", "mean",
 }  # fmt: skip
+
+
+def _summarise(as_json: bool, show: Callable[[], None], summary: Callable[[], dict[str, Any]]) -> None:
+    """Shows what a command did, or prints its summary as one JSON object."""
+    if as_json:
+        out.print(json.dumps(summary(), ensure_ascii=False, default=str), markup=False, highlight=False)
+    else:
+        show()
 
 
 class Command(TyperCommand):
@@ -108,6 +118,7 @@ MaxLength = Annotated[
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
 Backend = Annotated[str, typer.Option(help=f"Kernels: {_any_of(('auto', *BACKENDS))}.")]
 
 
@@ -149,6 +160,7 @@ def inspect(
         "inspect.png"
     ),
     trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
 ) -> None:
     """Show what the model sees of one sample: prompt, answer mask, image, null image, VIG of each token."""
     from vig.scoring.inspect import find_sample, sheet, window_of
@@ -167,10 +179,14 @@ def inspect(
         )  # fmt: skip
     others = window_of(data, sample, image_root=image_root) if scorer.null.stage == "image" else None
     seen = look(scorer, sample, others)
-    terminal.show_inspection(out, seen, scorer.null)
     if seen.images:
         sheet(seen.images, seen.nulls).save(picture, "PNG")
-        out.print(f"image and null image as the model sees them: {picture}", markup=False)
+    shown = picture if seen.images else None
+    _summarise(
+        as_json,
+        lambda: terminal.show_inspection(out, seen, scorer.null, shown),
+        lambda: terminal.inspection_summary(seen, scorer.null, shown),
+    )
 
 
 @app.command(cls=Command)
@@ -220,6 +236,7 @@ def score(
         int | None, typer.Option(min=1, help="With --engine ray: how many. Default: one a GPU.")
     ] = None,
     trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
 ) -> None:
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
     if retry not in (None, "failed"):
@@ -266,7 +283,7 @@ def score(
             done = score_dataset_on_ray(
                 model, data, folder, options=options, actors=actors, on_progress=on_progress, **run
             )
-        _end_scoring(folder, part, done, errors)
+        _end_scoring(folder, part, done, errors, as_json)
         return
     with terminal.waiting(err, f"loading {model}"):
         scorer = Scorer(model, **options)
@@ -280,11 +297,15 @@ def score(
         else:
             done = score_dataset(scorer, data, folder, on_progress=on_progress, **run)
     if dry_run:
-        terminal.show_estimate(out, estimate, log)
+        _summarise(
+            as_json,
+            lambda: terminal.show_estimate(out, estimate, log),
+            lambda: terminal.estimate_summary(estimate, log),
+        )
         if estimate.progress.failed:
             raise typer.Exit(SOME_FAILED)
         return
-    _end_scoring(folder, part, done, errors)
+    _end_scoring(folder, part, done, errors, as_json)
 
 
 @app.command(cls=Command)
@@ -320,6 +341,7 @@ def select(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a selection made with other settings.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Choose samples and tokens from scores; no model is needed. Exit code 3: the scores are not complete."""
     import warnings
@@ -342,11 +364,17 @@ def select(
             scores[0] if len(scores) == 1 else scores, p, level=level, out=folder, tau_floor=tau_floor,
             clip=lowest, seed=seed, stop_tokens=stop_tokens, mean=mean, overwrite=overwrite, progress=on_share,
         )  # fmt: skip
-    for line in chosen.figures():
-        out.print(line, markup=False)
-    out.print(f"selection: {folder}", markup=False)
-    if export is not None:
-        out.print(f"{export_records(chosen, export, data=data):,} records: {export}", markup=False)
+    exported = None if export is None else export_records(chosen, export, data=data)
+
+    def show() -> None:
+        for line in chosen.figures():
+            out.print(line, markup=False)
+        out.print(f"selection: {folder}", markup=False)
+        if exported is not None:
+            out.print(f"{exported:,} records: {export}", markup=False)
+
+    about = {"selection": folder, "export": export, "exported": exported, "warnings": chosen.warnings}
+    _summarise(as_json, show, lambda: chosen.metadata["selection"] | about)
     if chosen.unfinished:
         err.print("vig: the scores are not complete, and neither is this selection")
     for line in chosen.warnings:
@@ -418,6 +446,7 @@ def train(
     ] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation, such as sdpa.")] = None,
     trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
 ) -> None:
     """Train on the selected tokens of the selected samples, with the fused masked loss.
 
@@ -441,7 +470,9 @@ def train(
             revision=revision, attn=attn, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     if PartialState().is_main_process:
-        terminal.show_training(out, result)
+        _summarise(
+            as_json, lambda: terminal.show_training(out, result), lambda: terminal.training_summary(result)
+        )
     if result.interrupted:
         raise typer.Exit(STOPPED)
     if result.errors:
@@ -459,6 +490,7 @@ def report(
     ] = None,
     image_root: ImageRoot = None,
     samples: Annotated[int, typer.Option(min=0, help="How many samples to show.")] = 24,
+    as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page: image, null image, and each answer token coloured by its VIG."""
     from transformers import AutoProcessor
@@ -476,7 +508,7 @@ def report(
         image_root=image_root,
         samples=samples,
     )
-    out.print(f"report: {page}", markup=False)
+    _summarise(as_json, lambda: out.print(f"report: {page}", markup=False), lambda: {"report": page})
 
 
 @app.command(cls=Command)
@@ -484,12 +516,16 @@ def demo(
     folder: Annotated[
         Path, typer.Option("-o", "--out", help="Where to work; an earlier demo there is replaced.")
     ] = Path("demo-output"),
+    as_json: Json = False,
 ) -> None:
     """The whole road in miniature, offline: drawn scenes, a tiny model, score, select, train, examine, report."""
     from vig.demo.run import demo as run
 
     terminal.quiet_libraries()
-    run(folder, console=out, command=lambda words: app(words, standalone_mode=False))
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        figures = run(folder, console=out, command=lambda words: app(words, standalone_mode=False))
+    if as_json:
+        out.print(json.dumps(figures), markup=False)
 
 
 def _source(data: Path, split: str | None, columns: list[str] | None, roles: list[str] | None) -> Source:
@@ -515,7 +551,9 @@ def _usage(check, *values: Any) -> Any:
         raise typer.BadParameter(str(error)) from None
 
 
-def _end_scoring(folder: Path, part: tuple[int, int] | None, done: Progress, errors: Path | None) -> None:
+def _end_scoring(
+    folder: Path, part: tuple[int, int] | None, done: Progress, errors: Path | None, as_json: bool
+) -> None:
     """Shows what was scored; exit code 3 where some samples could not be. errors: a file for them all."""
     from vig.store.errors import stored_errors
     from vig.store.folder import output_folder
@@ -523,7 +561,12 @@ def _end_scoring(folder: Path, part: tuple[int, int] | None, done: Progress, err
     failed = done.failed or done.failed_before
     with ErrorLog(errors) as log:
         log.extend(stored_errors(output_folder(folder, part)) if failed else ())
-    terminal.show_scores(out, output_folder(folder, part), done, log)
+    place = output_folder(folder, part)
+    _summarise(
+        as_json,
+        lambda: terminal.show_scores(out, place, done, log),
+        lambda: terminal.scores_summary(place, done, log),
+    )
     if failed:
         raise typer.Exit(SOME_FAILED)
 
