@@ -6,8 +6,11 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not b
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +37,14 @@ ADVANCED = {
     "accumulate", "schedule", "warmup", "weight_decay", "max_grad_norm", "z_loss", "freeze", "gradient_checkpointing",
     "processor", "errors", "retry", "shard", "mean", "by", "eval_every", "report_to",
 }  # fmt: skip
+
+
+def _summarise(as_json: bool, show: Callable[[], None], summary: Callable[[], dict[str, Any]]) -> None:
+    """Shows what a command did, or prints its summary as one JSON object."""
+    if as_json:
+        out.print(json.dumps(summary(), ensure_ascii=False, default=str), markup=False, highlight=False)
+    else:
+        show()
 
 
 class Command(TyperCommand):
@@ -104,6 +115,7 @@ MaxLength = Annotated[
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
 Backend = Annotated[str, typer.Option(help=f"Kernels: {backend_table.choices()}.")]
 
 
@@ -145,6 +157,7 @@ def inspect(
         "inspect.png"
     ),
     trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
 ) -> None:
     """Show what the model sees of one sample: prompt, answer mask, image, null image, VIG of each token."""
     from vig.scoring.inspect import find_sample, sheet, window_of
@@ -164,10 +177,14 @@ def inspect(
         scorer = Scorer(model, **vars(settings))
     others = window_of(data, sample, image_root=image_root) if scorer.null.stage == "image" else None
     seen = look(scorer, sample, others)
-    terminal.show_inspection(out, seen, scorer.null)
     if seen.images:
         sheet(seen.images, seen.nulls).save(picture, "PNG")
-        out.print(f"image and null image as the model sees them: {picture}", markup=False)
+    shown = picture if seen.images else None
+    _summarise(
+        as_json,
+        lambda: terminal.show_inspection(out, seen, scorer.null, shown),
+        lambda: terminal.inspection_summary(seen, scorer.null, shown),
+    )
 
 
 @app.command(cls=Command)
@@ -217,6 +234,7 @@ def score(
         int | None, typer.Option(min=1, help="With --engine ray: how many. Default: one a GPU.")
     ] = None,
     trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
 ) -> None:
     """Score a dataset: log-likelihood of every answer token with the image and with its null."""
     if retry not in (None, "failed"):
@@ -254,11 +272,15 @@ def score(
             else:
                 done = run_scoring(scorer, run, folder, on_progress)
     if dry_run:
-        terminal.show_estimate(out, estimate, log)
+        _summarise(
+            as_json,
+            lambda: terminal.show_estimate(out, estimate, log),
+            lambda: terminal.estimate_summary(estimate, log),
+        )
         if estimate.progress.failed:
             raise typer.Exit(SOME_FAILED)
         return
-    _end_scoring(folder, part, done, errors)
+    _end_scoring(folder, part, done, errors, as_json)
 
 
 @app.command(cls=Command)
@@ -297,6 +319,7 @@ def select(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a selection made with other settings.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Choose samples and tokens from scores; no model is needed. Exit code 3: the scores are not complete."""
     import warnings
@@ -318,9 +341,15 @@ def select(
             clip=lowest, seed=seed, by=by, stop_tokens=stop_tokens, mean=mean, overwrite=overwrite,
             progress=on_share,
         )  # fmt: skip
-    terminal.show_selection(out, folder, chosen)
-    if export is not None:
-        out.print(f"{export_records(chosen, export, data=data):,} records: {export}", markup=False)
+    exported = None if export is None else export_records(chosen, export, data=data)
+
+    def show() -> None:
+        terminal.show_selection(out, folder, chosen)
+        if exported is not None:
+            out.print(f"{exported:,} records: {export}", markup=False)
+
+    about = {"selection": folder, "export": export, "exported": exported, "warnings": chosen.warnings}
+    _summarise(as_json, show, lambda: chosen.metadata["selection"] | about)
     terminal.show_warnings(err, chosen)
     if chosen.unfinished:
         raise typer.Exit(SOME_FAILED)
@@ -417,6 +446,7 @@ def train(
     ] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation, such as sdpa.")] = None,
     trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
 ) -> None:
     """Train on the selected tokens of the selected samples, with the fused masked loss.
 
@@ -443,7 +473,9 @@ def train(
         )  # fmt: skip
     if PartialState().is_main_process:
         write_options(context, folder)
-        terminal.show_training(out, result)
+        _summarise(
+            as_json, lambda: terminal.show_training(out, result), lambda: terminal.training_summary(result)
+        )
     if result.interrupted:
         raise typer.Exit(STOPPED)
     if result.errors:
@@ -463,6 +495,7 @@ def report(
     samples: Annotated[int, typer.Option(min=0, help="How many samples to show.")] = 500,
     title: Annotated[str | None, typer.Option(help="Title of the page. Default: the data's name.")] = None,
     budget: Annotated[float, typer.Option(help="Size of the page in MB; pictures shrink to fit.")] = 15.0,
+    as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page: figures, a slider for p, and samples to search, filter and export."""
     from vig.reporting.report import check_budget
@@ -474,7 +507,7 @@ def report(
         scores, page, selection=selection, data=data, processor=_processor(processor), image_root=image_root,
         samples=samples, title=title, budget=budget,
     )  # fmt: skip
-    out.print(f"report: {page}", markup=False)
+    _summarise(as_json, lambda: out.print(f"report: {page}", markup=False), lambda: {"report": page})
 
 
 @app.command(cls=Command)
@@ -485,7 +518,7 @@ def compare(
     page: Annotated[
         Path | None, typer.Option("-o", "--out", help="Also write a page with the samples that moved most.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON object.")] = False,
+    as_json: Json = False,
     moved: Annotated[int, typer.Option(min=0, help="Samples listed in each direction.")] = 24,
     data: Annotated[Path | None, typer.Option(help="The data, if it is not where it was scored.")] = None,
     image_root: ImageRoot = None,
@@ -493,8 +526,6 @@ def compare(
     budget: Annotated[float, typer.Option(help="Size of the page in MB; pictures shrink to fit.")] = 15.0,
 ) -> None:
     """Compare two scorings of one dataset: another model, null image, sigma, checkpoint or dtype."""
-    import json
-
     from vig.reporting.report import check_budget
     from vig.selection.compare import check_p
     from vig.selection.compare import compare as run
@@ -502,11 +533,7 @@ def compare(
     _usage(check_p, p)
     _usage(check_budget, budget)
     found = run(a, b, p, moved=moved)
-    if as_json:
-        out.print(json.dumps(found.as_dict(), default=str), markup=False)
-    else:
-        for line in found.lines():
-            out.print(line, markup=False)
+    _summarise(as_json, lambda: out.print("\n".join(found.lines()), markup=False), found.as_dict)
     if page is not None:
         from vig.reporting.compare_page import comparison_page
 
@@ -527,6 +554,7 @@ def plot(
     processor: Annotated[
         str | None, typer.Option(help="Checkpoint whose tokenizer to use, if the scores' own has moved.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Draw the report's figures for papers, as PNG and SVG; needs matplotlib."""
     from vig.reporting.plots import FORMATS, check_formats
@@ -538,7 +566,11 @@ def plot(
     files = draw(
         scores, folder, selection=selection, sweep=sweep, formats=kinds, processor=_processor(processor)
     )
-    out.print(f"{len(files)} files: {folder}", markup=False)
+    _summarise(
+        as_json,
+        lambda: out.print(f"{len(files)} files: {folder}", markup=False),
+        lambda: {"figures": folder, "files": files},
+    )
 
 
 def _processor(name: str | None) -> Any:
@@ -554,12 +586,16 @@ def demo(
     folder: Annotated[
         Path, typer.Option("-o", "--out", help="Where to work; an earlier demo there is replaced.")
     ] = Path("demo-output"),
+    as_json: Json = False,
 ) -> None:
     """An end-to-end example, offline: drawn scenes, a tiny model; score, select, train, evaluate, report."""
     from vig.demo.run import demo as run
 
     terminal.quiet_libraries()
-    run(folder, console=out, command=lambda words: app(words, standalone_mode=False))
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        figures = run(folder, console=out, command=lambda words: app(words, standalone_mode=False))
+    if as_json:
+        out.print(json.dumps(figures), markup=False)
 
 
 def _source(data: Path, split: str | None, columns: list[str] | None, roles: list[str] | None) -> Source:
@@ -585,7 +621,9 @@ def _usage(check, *values: Any, **named: Any) -> Any:
         raise typer.BadParameter(str(error)) from None
 
 
-def _end_scoring(folder: Path, part: tuple[int, int] | None, done: Progress, errors: Path | None) -> None:
+def _end_scoring(
+    folder: Path, part: tuple[int, int] | None, done: Progress, errors: Path | None, as_json: bool
+) -> None:
     """Shows what was scored; exit code 3 where some samples could not be. errors: a file for them all."""
     from vig.store.errors import stored_errors
     from vig.store.folder import output_folder
@@ -593,7 +631,12 @@ def _end_scoring(folder: Path, part: tuple[int, int] | None, done: Progress, err
     failed = done.failed or done.failed_before
     with ErrorLog(errors) as log:
         log.extend(stored_errors(output_folder(folder, part)) if failed else ())
-    terminal.show_scores(out, output_folder(folder, part), done, log)
+    place = output_folder(folder, part)
+    _summarise(
+        as_json,
+        lambda: terminal.show_scores(out, place, done, log),
+        lambda: terminal.scores_summary(place, done, log),
+    )
     if failed:
         raise typer.Exit(SOME_FAILED)
 

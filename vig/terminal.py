@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -278,7 +278,52 @@ def show_estimate(console: Console, estimate: Estimate, errors: ErrorLog) -> Non
     console.print("dry run: nothing was scored")
 
 
-def show_inspection(console: Console, seen: Inspection, null: NullSettings) -> None:
+# --- the same for --json ---
+
+COUNTS = ("done", "resumed", "tokens", "text_only", "failed", "failed_before", "seconds")
+
+
+def scores_summary(folder: Path, state: Progress, errors: ErrorLog) -> dict[str, Any]:
+    counts = {name: getattr(state, name) for name in COUNTS}
+    return {"scores": folder, **counts, "unknown_tokens": state.unknown, "errors": errors.summary()}
+
+
+def estimate_summary(estimate: Estimate, errors: ErrorLog) -> dict[str, Any]:
+    counts = {name: getattr(estimate.progress, name) for name in COUNTS}
+    speed = {
+        name: getattr(estimate, name)
+        for name in ("multimodal", "model_tokens", "measured", "tokens_per_second")
+    }
+    return {"dry_run": True, **counts, **speed, "errors": errors.summary()}
+
+
+def training_summary(result: TrainResult) -> dict[str, Any]:
+    counts = (
+        "out", "steps", "resumed", "interrupted", "samples", "tokens", "truncated", "kept", "dropped", "broken",
+        "left_out", "seconds",
+    )  # fmt: skip
+    ends = {"first_loss": result.losses[0], "last_loss": result.losses[-1]} if result.losses else {}
+    if result.evals:
+        ends["eval_loss"] = result.evals[-1][1]
+    return {name: getattr(result, name) for name in counts} | ends | {"errors": result.errors}
+
+
+def inspection_summary(seen: Inspection, null: NullSettings, picture: Path | None) -> dict[str, Any]:
+    row = seen.row
+    lists = {
+        "token_nll_image": list(map(float, row.token_nll_image)),
+        "token_nll_null": None if row.vig is None else list(map(float, row.token_nll_null)),
+    }
+    about = {
+        "key": seen.sample.key,
+        "id": seen.sample.id,
+        "null": null.kind,
+        "answers_from": seen.answers_from,
+    }
+    return about | {"vig": row.vig, "tokens": seen.answer, **lists, "picture": picture}
+
+
+def show_inspection(console: Console, seen: Inspection, null: NullSettings, picture: Path | None) -> None:
     """Prompt with the answer tokens underlined, then each answer token with its numbers."""
     prompt = Text()
     for piece, is_answer in seen.tokens:
@@ -294,3 +339,5 @@ def show_inspection(console: Console, seen: Inspection, null: NullSettings) -> N
     console.print(table)
     if seen.row.vig is not None:
         console.print(f"sample VIG {seen.row.vig:+.4f} nats over {seen.row.n_tokens} answer tokens")
+    if picture is not None:
+        console.print(f"image and null image as the model sees them: {picture}", markup=False)

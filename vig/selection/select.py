@@ -187,7 +187,8 @@ def select(
     could not be scored never.
 
     level: "both"; "sample": all tokens of the kept samples; "token": tokens >= tau of every sample;
-        "random": as many samples and tokens as "both" keeps, drawn by a hash of key and seed.
+        "random": as many samples as "both" keeps and as many tokens as pass tau in them, drawn by a hash of key and
+        seed; end-of-turn tokens that are kept in any case come on top.
     clip: lowest log-probability in nats (below 0; math.log(0.01), say) that either pass counts with.
     tau_floor: lowest tau in nats.
     by: "source" takes p within each source, with a tau of its own; ``sources`` of the result counts them.
