@@ -5,9 +5,11 @@ A table stands in its page between `<!-- table: NAME -->` and `<!-- /table: NAME
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from vig.data.formats import FORMATS, FORMS, Form
 from vig.models.families import FAMILIES
 from vig.models.null_image import NULLS
 
@@ -30,9 +32,24 @@ def families() -> str:
     return markdown(["family", "model_type", "where its pixels lie", "left alone"], rows)
 
 
+def formats() -> str:
+    rows = ([row.name, ", ".join(f"`{end}`" for end in row.suffixes), row.holds] for row in FORMATS)
+    return markdown(["format", "files", "what they hold"], rows)
+
+
+def records() -> str:
+    def example(form: Form) -> str:
+        return f"`{json.dumps(form.example)}`"
+
+    rows = ([form.name, " and ".join(f"`{field}`" for field in form.fields), example(form)] for form in FORMS)
+    return markdown(["form", "known by", "a record"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "null images": ("null-images.md", null_images),
     "families": ("families.md", families),
+    "formats": ("formats.md", formats),
+    "records": ("formats.md", records),
 }  # name -> its page and what makes it
 
 

@@ -97,7 +97,7 @@ def test_data_that_is_gone_or_changed_is_refused_and_the_old_export_stays(tmp_pa
     export_records(chosen, out, data=tmp_path / "elsewhere" / "data.json")
     assert out.read_bytes() == before
     write_data(tmp_path, "data.json", records[1:])
-    with pytest.raises(StoreError, match="not the data that was scored"):
+    with pytest.raises(StoreError, match="changed since it was scored"):
         export_records(chosen, out)
     assert out.read_bytes() == before and not list(tmp_path.glob(".*.tmp"))
     records_before = (tmp_path / "elsewhere" / "data.json").read_bytes()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -53,7 +56,7 @@ def test_end_of_turn_is_written_where_the_template_has_none():
     added = Encoder(tiny.llava_processor(template), end_of_turn="add")
     encoded = added.encode(sample())
     assert turns_of(added, encoded) == ["A rëd cat.</s>", "Yes 😀</s>"]
-    plain = Encoder(tiny.llava_processor(template)).encode(sample())
+    plain = Encoder(tiny.llava_processor(template), end_of_turn="template").encode(sample())
     assert len(encoded.input_ids) == len(plain.input_ids) + 2
 
 
@@ -78,7 +81,7 @@ def test_a_template_that_strips_answers_is_followed():
     template = tiny.UNMARKED.replace("part['text'] + eos_token", "part['text'] | trim + eos_token")
     encoder = Encoder(tiny.llava_processor(template))
     encoded = encoder.encode(sample([("<image>\nWhat?", "  spaced  ")]))
-    assert turns_of(encoder, encoded) == ["spaced"]
+    assert turns_of(encoder, encoded) == ["spaced</s>"]
 
 
 def test_a_template_that_rewrites_answers_is_refused():
@@ -108,11 +111,12 @@ def test_boundary_tokens_are_counted():
     template = tiny.MARKED.replace("{{ part['text'] + eos_token }}", "{{ part['text'] }}")
     processor = tiny.llava_processor(template.replace("message['role'] + ': '", "message['role'] + ': é'"))
     processor.tokenizer.backend_tokenizer.add_tokens(["éA"])
-    encoded = Encoder(processor).encode(sample([("<image>\nx", "A cat")]), None)
+    encoded = Encoder(processor, end_of_turn="template").encode(sample([("<image>\nx", "A cat")]), None)
     assert encoded.boundary_tokens == 1
     processor.chat_template = processor.chat_template.replace("{% endgeneration %}", "{% endgeneration %}é")
     processor.tokenizer.backend_tokenizer.add_tokens(["té"])
-    assert Encoder(processor).encode(sample([("<image>\nx", "A cat")]), None).boundary_tokens == 2
+    marked = Encoder(processor, end_of_turn="template").encode(sample([("<image>\nx", "A cat")]), None)
+    assert marked.boundary_tokens == 2
 
 
 @pytest.mark.parametrize("longest", [30, 70, 84])
@@ -169,7 +173,7 @@ def test_text_only_samples_and_text_models():
         "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
     plain = Encoder(tokenizer)
-    assert turns_of(plain, plain.encode(text)) == ["Hi."]
+    assert turns_of(plain, plain.encode(text)) == ["Hi.</s>"]
     with pytest.raises(SampleError, match="the processor takes none"):
         plain.encode(sample())
 
@@ -196,3 +200,107 @@ def test_collate_pixels_pads_tiles():
     joined = collate_pixels([{"pixel_values": first}, {"pixel_values": second}], [1, 1])["pixel_values"]
     assert joined.shape == (2, 5, 3, 4, 4)
     assert joined[0, 2:].abs().sum() == 0 and joined[0, :2].min() == 1 and joined[1].min() == 1
+
+
+LLAVA15 = (  # as published with llava-hf/llava-1.5-7b-hf: a space behind every text, no end-of-turn token
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_the_published_template_of_llava_1_5(case):
+    """Its marks hold a space behind the answer, which a tokenizer may join with the next "USER:"."""
+    processor = tiny.llava_processor(LLAVA15)
+    processor.tokenizer.backend_tokenizer.add_tokens([" US", "Yes"])
+    record = json.loads((Path(__file__).parent / "cases_data" / "llava15_template.json").read_text())[case]
+    one = sample_from_record(record | {"image": tiny.picture(0)}, key="k")
+    encoder = Encoder(processor)
+    encoded = encoder.encode(one)
+    tokens = encoder.tokenizer.convert_ids_to_tokens(encoded.answer_ids)
+    assert tokens == ["Yes", "</s>"] * (case + 1) and encoded.boundary_tokens == 0
+    assert Encoder(processor, end_of_turn="drop").encode(one).answer_ids == [encoded.answer_ids[0]] * (
+        case + 1
+    )
+    marked = Encoder(processor, end_of_turn="template").encode(one)
+    as_marked = encoder.tokenizer.convert_ids_to_tokens(marked.answer_ids)
+    assert as_marked == ["Yes", " US", "Yes", "\u0120"][-2 * (case + 1) :] and marked.boundary_tokens == case
+
+
+@pytest.mark.parametrize("template", [tiny.MARKED, tiny.UNMARKED], ids=["marked", "unmarked"])
+@pytest.mark.parametrize("answer", ["Yes", " Yes", "Yes \n", "end", "a: a", "</s> is the end", "s"])
+def test_what_a_template_writes_beside_an_answer_is_none(template, answer):
+    """Text before it and white space behind it, in the mark; the answer's own white space stays."""
+    beside = template.replace(
+        "{{ part['text'] + eos_token }}", "{{ 'a: ' + part['text'] + ' \n' + eos_token }}"
+    )
+    beside = beside.replace("{% endgeneration %}", "{{ ' \n' }}{% endgeneration %}")
+    encoder = Encoder(tiny.llava_processor(beside))
+    (only,) = turns_of(encoder, encoder.encode(sample([("<image>\nWhat?", answer)])))
+    assert only == answer + " \n</s>"
+    dropped = Encoder(tiny.llava_processor(beside), end_of_turn="drop")
+    assert turns_of(dropped, dropped.encode(sample([("<image>\nWhat?", answer)]))) == [answer]
+
+
+@pytest.mark.parametrize("template", [tiny.MARKED, tiny.UNMARKED], ids=["marked", "unmarked"])
+def test_answers_that_are_not_trained_are_part_of_the_prompt(template):
+    turns = [
+        {"role": "user", "content": "<image>q"},
+        {"role": "assistant", "content": "draft", "loss": False},
+        {"role": "user", "content": "again"},
+        {"role": "assistant", "content": "A cat"},
+    ]
+    one = sample_from_record({"image": tiny.picture(0), "messages": turns}, key="k")
+    encoder = Encoder(tiny.llava_processor(template))
+    encoded = encoder.encode(one)
+    assert turns_of(encoder, encoded) == ["A cat</s>"]
+    assert "draft" in encoder.tokenizer.decode(encoded.input_ids)
+
+
+def test_turns_and_tools_that_the_template_leaves_out_are_refused():
+    silent = "{% for m in messages if m['role'] != 'system' %}" + tiny.MARKED.partition("%}")[2].replace(
+        "message", "m"
+    )
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<image>q"},
+        {"role": "assistant", "content": "A cat"},
+    ]
+    record = {"image": tiny.picture(0), "messages": turns}
+    with pytest.raises(SampleError, match="does not render the system turn"):
+        Encoder(tiny.llava_processor(silent)).encode(sample_from_record(record, key="k"))
+    record = {"image": tiny.picture(0), "messages": turns[1:], "tools": [{"name": "zoom"}]}
+    one = sample_from_record(record, key="k")
+    with pytest.raises(SampleError, match="does not render the field tools"):
+        Encoder(tiny.llava_processor()).encode(one)
+    for template in (tiny.MARKED, tiny.UNMARKED):
+        encoder = Encoder(tiny.llava_processor("{% if tools %}{{ tools }}{% endif %}" + template))
+        encoded = encoder.encode(one)
+        assert "zoom" in encoder.tokenizer.decode(encoded.input_ids) and turns_of(encoder, encoded) == [
+            "A cat</s>"
+        ]
+
+
+def test_a_system_field_changes_what_is_scored():
+    from vig.data.samples import read_samples
+    from vig.scoring.scorer import Scorer
+
+    cases = Path(__file__).parent / "cases_data"
+    with_system, without = Scorer(tiny.llava_model(), tiny.llava_processor()).score(
+        read_samples(cases / "sharegpt_system_field.json")
+    )
+    assert list(with_system.token_ids) == list(without.token_ids)
+    assert list(with_system.token_nll_image) != list(without.token_nll_image)
+
+
+def test_adjacent_text_parts_are_one_answer():
+    from vig.data.samples import read_samples
+
+    (one,) = read_samples(Path(__file__).parent / "cases_data" / "two_text_parts.json")
+    for template in (tiny.MARKED, tiny.UNMARKED):
+        encoder = Encoder(tiny.llava_processor(template))
+        assert turns_of(encoder, encoder.encode(one)) == ["A cat</s>"]

@@ -303,7 +303,7 @@ def test_a_caption_that_is_no_text_is_a_broken_record(tmp_path):
     as_parquet(tmp_path / "a", rows)
     first, second = read_samples(tmp_path / "a.parquet")
     assert answers(first) == ["a cat"]
-    assert second.id == "1" and second.error.reason == "the caption is NoneType"
+    assert second.id == "1" and second.error.reason == "the field caption is empty"
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".tar"])

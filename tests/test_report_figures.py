@@ -21,6 +21,7 @@ from vig.reporting.strata import STRATA, Pool
 from vig.reporting.thumbnails import EXACT_PIXELS, Thumbnails
 from vig.reporting.words import Words, class_of, find_tagger, word_classes, word_figures
 from vig.selection.select import select
+from vig.selection.stop_tokens import Stops
 from vig.store.rows import ScoreBlock, ScoreRow
 from vig.store.scores import ScoreWriter, read_scores
 
@@ -173,9 +174,28 @@ def test_the_slider_keeps_what_select_keeps(scores, level, more):
     assert curve.totals[:, 1].sum() == chosen.counts["tokens_total"]
 
 
+@pytest.mark.parametrize("level", ["both", "sample", "token"])
+@pytest.mark.parametrize("mean", ["all", "content"])
+def test_the_slider_keeps_end_of_turn_tokens_as_select_does(tmp_path, level, mean):
+    about = {"model": "m", "stop_ids": list(range(5, 30))}
+    with ScoreWriter(tmp_path, about) as writer:
+        writer.write(0, block(600, 3))
+        writer.mark_complete()
+    for stop_tokens in ("keep", "select"):
+        for p in (0.5, 40, 99.5):
+            chosen = select(tmp_path, p, level=level, mean=mean, stop_tokens=stop_tokens)
+            rules = rules_of(chosen.metadata["selection"], about)
+            assert rules == Rules(p, level, stops=Stops.of(about, stop_tokens, mean), tau=chosen.tau)
+            curve = gather(tmp_path, 0, rules=rules).keep
+            place = int(np.searchsorted(curve.p, p))
+            assert curve.taus[-1][place] == chosen.tau
+            assert curve.tokens["all"][:, place].sum() == chosen.counts["tokens_kept"]
+    assert rules_of({}, about) == Rules(stops=Stops.of(about, "keep", "all"))
+
+
 def test_an_end_of_turn_token_stays_with_its_sample(scores, rows):
     stop = set(range(5, 50))  # at the end of a turn alone
-    curve = gather(scores, 0, rules=Rules(stop_ids=frozenset(stop))).keep
+    curve = gather(scores, 0, rules=Rules(stops=Stops(tuple(stop), keep=True))).keep
     place = int(np.searchsorted(curve.p, 70))
     tau, wanted = curve.taus[-1][place], 0
     for row in rows:
@@ -194,16 +214,14 @@ def test_a_mean_of_the_content_leaves_end_of_turn_tokens_out(scores, rows):
             vig = np.array(row["token_nll_null"]) - np.array(row["token_nll_image"])
             cut = row["token_ids"][-1] in stop and len(vig) > 1
             values.append(float(vig[:-1].mean() if cut else vig.mean()))
-    curve = gather(scores, 0, rules=Rules(stop_ids=frozenset(stop), content=True)).keep
+    curve = gather(scores, 0, rules=Rules(stops=Stops(tuple(stop), in_mean=False))).keep
     assert curve.taus[-1] == pytest.approx(np.percentile(values, 100 - curve.p))
 
 
 def test_the_slider_begins_where_the_selection_stands(scores):
     chosen = select(scores, 40, level="sample", tau_floor=0.1).metadata["selection"]
     assert rules_of(chosen, {}) == Rules(40, "sample", None, 0.1, tau=chosen["tau"])
-    assert rules_of({}, {}) == Rules() and rules_of({}, {"stop_ids": [2]}) == Rules(stop_ids=frozenset({2}))
-    assert rules_of(chosen | {"stop_tokens": "keep"}, {"stop_ids": [2]}).stop_ids == {2}
-    assert not rules_of(chosen, {"stop_ids": [2]}).stop_ids
+    assert rules_of({}, {}) == Rules()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         chosen = select(scores, 40, by="source").metadata["selection"]

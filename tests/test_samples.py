@@ -100,7 +100,7 @@ def test_an_array_is_read_item_by_item(tmp_path, chunk):
         (record(conversations=[{"from": "robot", "value": "<image>"}]), "unknown role 'robot'"),
         (record(conversations=[{"from": "gpt", "value": 3}]), "a assistant turn's value is int"),
         (record(conversations="hello"), "the turns are not a list"),
-        (record(image="http://a/b.png"), "is an address"),
+        (record(image="http://a/b.png"), "is a web address"),
         (record(image="../secret.png"), "leaves the image root"),
         (record(image=3), "an image is a int"),
         (
@@ -220,8 +220,8 @@ def test_a_pipe_is_not_waited_for_and_pictures_written_as_text_make_short_messag
         with pytest.raises(SampleError, match=r"is not a file\. Replace or remove it"):
             open_image(path, "k", "i")
     text = "A" * 100_000
-    with pytest.raises(SampleError, match=r"AAA... \(100,\d+ characters\) is an address") as raised:
-        sample_from_record(record(image=f"data:image/png;base64,{text}"), key="k", image_root=tmp_path)
+    with pytest.raises(SampleError, match=r"AAA... \(100,\d+ characters\) is a web address") as raised:
+        sample_from_record(record(image=f"https://a.b/{text}"), key="k", image_root=tmp_path)
     assert len(str(raised.value)) < 300
     assert len(str(SampleError("k", text, "no turns", "Write some"))) < 300
     sample = sample_from_record(record(image=text), key="k", image_root=tmp_path)
@@ -236,12 +236,6 @@ def test_files_of_the_system_among_photographs_are_none(tmp_path):
     (tmp_path / "._a.png").write_bytes(b"of macOS")
     (only,) = read_samples(tmp_path)
     assert only.id == "a.png" and count_records(tmp_path) == 1
-
-
-def test_a_folder_of_folders_names_one_to_give(tmp_path):
-    (tmp_path / "train").mkdir()
-    with pytest.raises(DataError, match=rf"{tmp_path / 'train'} is not searched: give it"):
-        list(read_samples(tmp_path))
 
 
 def test_blank_lines_are_no_records_and_take_no_number(tmp_path):
@@ -311,9 +305,9 @@ def test_an_array_that_breaks_off_keeps_what_was_before(tmp_path):
 def test_data_that_cannot_be_read_at_all(tmp_path):
     with pytest.raises(DataError, match="no such data"):
         read_samples(tmp_path / "none.json")
-    (tmp_path / "data.csv").write_text("a,b")
-    with pytest.raises(DataError, match=r"got '\.csv'"):
-        read_samples(tmp_path / "data.csv")
+    (tmp_path / "data.docx").write_text("a,b")
+    with pytest.raises(DataError, match=r"got '\.docx'"):
+        read_samples(tmp_path / "data.docx")
     with pytest.raises(DataError, match="no such image root"):
         read(tmp_path, "[]", image_root=tmp_path / "nowhere")
 

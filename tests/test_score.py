@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 
 from vig.data.files import StoreError
 from vig.data.images import open_image, open_images
-from vig.data.records import caption_turns, sample_from_record
+from vig.data.records import sample_from_record
 from vig.data.sample import Sample, answers
 from vig.data.samples import read_samples
 from vig.models.answer_spans import PromptError
@@ -340,7 +340,7 @@ def test_whatever_is_raised_while_a_sample_is_prepared_is_its_own_error(data, nu
     one, images = scorer(null=null), [tiny.picture(number) for number in range(5)]
     words = ["good", "type", "key", "runtime", "well"]
     samples = [
-        sample_from_record({"image": image, "conversations": caption_turns(word)}, key=word)
+        sample_from_record({"image": image, "caption": word}, key=word)
         for image, word in zip(images, words, strict=True)
     ]
     errors = {"type": TypeError("not a str"), "key": KeyError("x"), "runtime": RuntimeError("odd")}

@@ -165,12 +165,13 @@ def test_low_tau_unfinished_scores_and_noise_are_said(tmp_path):
     flat = ScoreBlock(
         list("abcd"), list("abcd"), ["s"] * 4, ["ok"] * 4, np.ones(4), zeros, zeros, zeros, zeros
     )
-    with pytest.warns(UserWarning, match="nearly every token passes"):
+    passing = r"4 of 4 \(100.0 %\) of the answer tokens with an image are kept\. --tau-floor"
+    with pytest.warns(UserWarning, match=passing):
         selection = select(flat.table())
     assert selection.counts["tokens_kept"] == 4 and any(
         "warning: tau" in line for line in selection.summary()
     )
-    with pytest.warns(UserWarning, match="nearly every token"):
+    with pytest.warns(UserWarning, match=r"0 of 4 \(0.0 %\) of the answer tokens"):
         assert select(flat.table(), tau_floor=1e-3).counts["tokens_kept"] == 0
     with ScoreWriter(tmp_path, SETTINGS) as writer:
         writer.write(0, block(50, 0))
@@ -178,6 +179,9 @@ def test_low_tau_unfinished_scores_and_noise_are_said(tmp_path):
     with pytest.warns(UserWarning) as said:
         select(tmp_path)
     assert "unfinished" in str(said[0].message) and "noise floor, 40" in str(said[1].message)
+    assert "this model barely uses the image" in str(said[2].message)
+    with pytest.warns(UserWarning, match=r"p = 0.7 keeps 0.7 % .* Was --p 70 meant\?"):
+        select(block(50, 0).table(), 0.7)
 
 
 def test_a_score_that_is_no_number_counts_as_not_scored():

@@ -17,8 +17,9 @@ import tiny_formats
 from typer.testing import CliRunner
 
 from vig import cli
-from vig.data.formats import FORMATS, Format
+from vig.data.formats import FORMATS, FORMS, Form, Format, file_suffixes
 from vig.data.images import open_images
+from vig.data.records import sample_from_record
 from vig.data.sample import DataError, answers
 from vig.data.samples import count_records, read_samples
 from vig.models.end_of_turn import END_OF_TURN
@@ -64,8 +65,7 @@ def test_help_lists_every_row():
     assert f"answers: {', '.join(list(END_OF_TURN)[:-1])} or {list(END_OF_TURN)[-1]}." in said
     assert f"Kernels: auto, {', '.join(backend_table.names()[:-1])} or {backend_table.names()[-1]}." in said
     assert all(family.name in said for family in FAMILIES.values())
-    assert all(suffix in said for row in FORMATS if not row.whole_folder for suffix in row.suffixes)
-    assert all(f"a folder of {row.name}" in said for row in FORMATS if row.whole_folder)
+    assert all(suffix in said for suffix in file_suffixes())
 
 
 def test_errors_list_every_row(tmp_path):
@@ -78,9 +78,7 @@ def test_errors_list_every_row(tmp_path):
     for path in (tmp_path / "data.docx", tmp_path / "nowhere"):
         with pytest.raises(DataError) as error:
             read_samples(path)
-        assert all(
-            suffix in str(error.value) for row in FORMATS if not row.whole_folder for suffix in row.suffixes
-        )
+        assert all(suffix in str(error.value) for suffix in file_suffixes())
 
 
 def test_pages_hold_the_tables_that_are_made():
@@ -106,6 +104,13 @@ def test_every_format_gives_the_same_samples(tmp_path, row: Format):
     assert len({sample.key for sample in samples}) == len(samples)
     assert count_records(data) in (len(samples), None)
     assert list(read_samples(data, wanted=lambda number: number == 1)) == [None, samples[1], None]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_the_record_shown_for_a_form_is_of_that_form(form: Form):
+    sample = sample_from_record(form.example, key="k")
+    assert len(sample.images) == 1 and all(text.startswith(("A cat", "A chair")) for text in answers(sample))
+    assert form.fields[0] in form.example and sample.messages[0]["content"][0] == {"type": "image"}
 
 
 # --- a newcomer adds one of each, by the steps of CONTRIBUTING.md ---

@@ -73,10 +73,26 @@ def photographs(folder: Path) -> Path:
     return folder
 
 
+def imagefolder(folder: Path) -> Path:
+    pictures_beside(folder)
+    lines = [json.dumps({"file_name": row["image"], "text": row["caption"]}) for row in records(False)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def csv(folder: Path) -> Path:
+    pictures_beside(folder)
+    lines = ["id,image,caption", *(",".join(row.values()) for row in records(False))]
+    (folder / "data.csv").write_text("\n".join(lines))
+    return folder / "data.csv"
+
+
 WRITERS: dict[str, Callable[[Path], Path]] = {
+    "imagefolder": imagefolder,
     "JSON": json_array,
     "Parquet": parquet,
     "Arrow": arrow,
     "WebDataset": webdataset,
+    "CSV": csv,
     "photographs": photographs,
 }  # what each writes into a folder and returns is the data

@@ -48,6 +48,23 @@ def data(**changes) -> Callable[[Path], None]:
     return lambda folder: write(folder, [record(0), record(1, **changes), record(2)])
 
 
+def untrained() -> list[dict]:
+    asked, said = turns("red")
+    return [asked, said | {"loss": False}]
+
+
+def splits(folder: Path) -> None:
+    (folder / "parts").mkdir()
+    for name in ("train", "test"):
+        (folder / "parts" / f"{name}.json").write_text(json.dumps([record(0)]))
+
+
+def kinds(folder: Path) -> None:
+    (folder / "kinds").mkdir()
+    (folder / "kinds" / "a.arrow").write_bytes(b"")
+    (folder / "kinds" / "b.tar").write_bytes(b"")
+
+
 def write(folder: Path, records: list) -> None:
     (folder / "data.json").write_text(json.dumps(records))
 
@@ -110,13 +127,15 @@ def file_in_the_way(folder: Path) -> None:
 SCORE = "score {dir}/model {dir}/data.json -o {dir}/scores"
 CASES = (
     Case("a data file that is not there", SCORE.replace("data.json", "nowhere.json")),
-    Case("data of an unknown format", SCORE.replace("data.json", "data.csv"), file("data.csv", b"a,b")),
+    Case("data of an unknown format", SCORE.replace("data.json", "data.docx"), file("data.docx", b"a,b")),
     Case("an empty folder as data", SCORE.replace("data.json", "empty"), lambda f: (f / "empty").mkdir()),
     Case(
-        "a folder whose data lie in a folder within",
-        SCORE.replace("data.json", "data"),
-        lambda f: (f / "data" / "train").mkdir(parents=True),
+        "a folder that holds several splits",
+        SCORE.replace("data.json", "parts"),
+        splits,
     ),
+    Case("a folder that holds data of several kinds", SCORE.replace("data.json", "kinds"), kinds),
+    Case("data in UTF-16", SCORE, lambda f: (f / "data.json").write_bytes("[]".encode("utf-16"))),
     Case("data without a record", SCORE, file("data.json", b"")),
     Case("a JSON array that breaks off", SCORE, half("data.json")),
     Case("two JSON arrays, one behind the other", SCORE, twice("data.json")),
@@ -139,6 +158,9 @@ CASES = (
     Case("a decompression bomb: 60,000 x 60,000 pixels in 1 kB", SCORE, bomb),
     Case("an image path that leaves the image root", SCORE, data(image="../../etc/passwd")),
     Case("a symbolic link that leaves the image root", SCORE, link_out),
+    Case("a field that holds a video", SCORE, data(video="1.mp4")),
+    Case("images in a field that is not known", SCORE, data(image=None, photo="1.png")),
+    Case("a turn that no trainer learns from", SCORE, data(conversations=untrained())),
     Case("an image that is a web address", SCORE, data(image="http://example.org/1.png")),
     Case("an answer longer than the model's context", SCORE, data(conversations=turns("long " * 200))),
     Case("an image root that is not there", SCORE + " --image-root {dir}/nowhere"),

@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
+
+from vig.data.error_log import ErrorLog
 
 if TYPE_CHECKING:
     from vig.models.null_image import NullSettings
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from vig.training.settings import TrainProgress, TrainResult
 
 LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
-SHOWN_ERRORS = 10
+SHOWN_REASONS = 8
 
 
 def wants_traceback() -> bool:
@@ -171,11 +173,13 @@ def show_training(console: Console, result: TrainResult) -> None:
     console.print(f"{result.kept:,} samples kept, {result.dropped:,} not selected")
     if result.truncated:
         console.print(f"{result.truncated:,} answers were cut short by max_length")
-    for line in result.errors[:SHOWN_ERRORS]:
+    errors = ErrorLog()
+    for line in result.errors:
+        errors.add_line(line)
+    for line in errors.lines(SHOWN_REASONS):
         console.print(line, style="red", markup=False)
-    if len(result.errors) > SHOWN_ERRORS:
-        more = len(result.errors) - SHOWN_ERRORS
-        console.print(f"... and {more:,} more: `errors` in {result.out}/train.json", markup=False)
+    if result.errors and result.out is not None:
+        console.print(f"all of them: `errors` in {result.out}/train.json", markup=False)
     if result.broken:
         console.print(f"{result.broken:,} records could not be read")
     if result.left_out:
@@ -203,8 +207,8 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def show_scores(console: Console, folder: Path, state: Progress) -> None:
-    """The summary of `vig score`."""
+def show_scores(console: Console, folder: Path, state: Progress, errors: ErrorLog) -> None:
+    """The summary of `vig score`. errors: of all rows in the folder."""
     here = state.done - state.resumed
     scored = here - state.failed
     console.print(
@@ -216,9 +220,15 @@ def show_scores(console: Console, folder: Path, state: Progress) -> None:
         console.print(f"{state.resumed:,} were done before")
     if state.boundary_tokens:
         console.print(f"{state.boundary_tokens:,} boundary tokens hold characters from outside their answer")
+    if state.unknown:
+        console.print(
+            f"warning: {state.unknown:,} answer tokens are unknown to the tokenizer: the model never sees what they say"
+        )
     if state.splits:
         console.print(f"{state.splits:,} batches did not fit into memory and were halved")
-    show_errors(console, state)
+    show_errors(console, state, errors)
+    if errors.count:
+        console.print(f"all of them: {folder / '_errors.jsonl'}", markup=False)
     console.print(f"scores: {folder}", markup=False)
 
 
@@ -237,13 +247,10 @@ def show_warnings(console: Console, chosen: Selection) -> None:
         console.print(f"warning: {line}", markup=False)
 
 
-def show_errors(console: Console, state: Progress) -> None:
-    """Says how many samples failed, and of the first ones which, why, and what helps."""
-    for line in state.errors[:SHOWN_ERRORS]:
+def show_errors(console: Console, state: Progress, errors: ErrorLog) -> None:
+    """Says how many samples failed, by reason: which, why, and what helps."""
+    for line in errors.lines(SHOWN_REASONS):
         console.print(line, style="red", markup=False)
-    if state.failed > SHOWN_ERRORS:
-        more = state.failed - SHOWN_ERRORS
-        console.print(f"... and {more:,} more: rows with status `error: ...` among the scores")
     if state.failed:
         console.print(f"{state.failed:,} of {state.done:,} samples could not be scored")
     if state.failed_before:
@@ -252,7 +259,7 @@ def show_errors(console: Console, state: Progress) -> None:
         )
 
 
-def show_estimate(console: Console, estimate: Estimate) -> None:
+def show_estimate(console: Console, estimate: Estimate, errors: ErrorLog) -> None:
     """The summary of `vig score --dry-run`."""
     state = estimate.progress
     console.print(
@@ -265,11 +272,58 @@ def show_estimate(console: Console, estimate: Estimate) -> None:
             f"estimate: {duration(seconds)} here, at {estimate.tokens_per_second:,.0f} tokens/s measured on "
             f"{estimate.measured:,} samples"
         )
-    show_errors(console, state)
+    show_errors(console, state, errors)
+    if errors.path is not None:
+        console.print(f"all of them: {errors.path}", markup=False)
     console.print("dry run: nothing was scored")
 
 
-def show_inspection(console: Console, seen: Inspection, null: NullSettings) -> None:
+# --- the same for --json ---
+
+COUNTS = ("done", "resumed", "tokens", "text_only", "failed", "failed_before", "seconds")
+
+
+def scores_summary(folder: Path, state: Progress, errors: ErrorLog) -> dict[str, Any]:
+    counts = {name: getattr(state, name) for name in COUNTS}
+    return {"scores": folder, **counts, "unknown_tokens": state.unknown, "errors": errors.summary()}
+
+
+def estimate_summary(estimate: Estimate, errors: ErrorLog) -> dict[str, Any]:
+    counts = {name: getattr(estimate.progress, name) for name in COUNTS}
+    speed = {
+        name: getattr(estimate, name)
+        for name in ("multimodal", "model_tokens", "measured", "tokens_per_second")
+    }
+    return {"dry_run": True, **counts, **speed, "errors": errors.summary()}
+
+
+def training_summary(result: TrainResult) -> dict[str, Any]:
+    counts = (
+        "out", "steps", "resumed", "interrupted", "samples", "tokens", "truncated", "kept", "dropped", "broken",
+        "left_out", "seconds",
+    )  # fmt: skip
+    ends = {"first_loss": result.losses[0], "last_loss": result.losses[-1]} if result.losses else {}
+    if result.evals:
+        ends["eval_loss"] = result.evals[-1][1]
+    return {name: getattr(result, name) for name in counts} | ends | {"errors": result.errors}
+
+
+def inspection_summary(seen: Inspection, null: NullSettings, picture: Path | None) -> dict[str, Any]:
+    row = seen.row
+    lists = {
+        "token_nll_image": list(map(float, row.token_nll_image)),
+        "token_nll_null": None if row.vig is None else list(map(float, row.token_nll_null)),
+    }
+    about = {
+        "key": seen.sample.key,
+        "id": seen.sample.id,
+        "null": null.kind,
+        "answers_from": seen.answers_from,
+    }
+    return about | {"vig": row.vig, "tokens": seen.answer, **lists, "picture": picture}
+
+
+def show_inspection(console: Console, seen: Inspection, null: NullSettings, picture: Path | None) -> None:
     """Prompt with the answer tokens underlined, then each answer token with its numbers."""
     prompt = Text()
     for piece, is_answer in seen.tokens:
@@ -285,3 +339,5 @@ def show_inspection(console: Console, seen: Inspection, null: NullSettings) -> N
     console.print(table)
     if seen.row.vig is not None:
         console.print(f"sample VIG {seen.row.vig:+.4f} nats over {seen.row.n_tokens} answer tokens")
+    if picture is not None:
+        console.print(f"image and null image as the model sees them: {picture}", markup=False)

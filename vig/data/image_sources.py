@@ -2,35 +2,63 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from PIL import Image
 
 from vig.data.sample import ImageSource, SampleError, check_characters, shortened
 
+BASE64_BEGINNINGS = (
+    "/9j/",
+    "iVBORw0KGgo",
+    "R0lGOD",
+    "UklGR",
+    "Qk",
+    "SUkqA",
+    "TU0AK",
+    "AAAA",
+)  # of known formats
+SHORTEST_PICTURE = 60  # characters of base64
+DATA_ADDRESS = re.compile(r"data:[\w/+.-]*(?:;[\w=.-]+)*;base64,")
+FIELDS_OF_PICTURES = ("bytes", "path", "image", "image_url", "url", "base64", "data")
 FOLLOW_LINKS = "VIG_FOLLOW_LINKS"  # an environment variable: 1 follows links that leave the image root
 
 
 def image_source(value: Any, root: str | None, key: str, id: str) -> ImageSource:
+    """What an image of a record is: a picture, its bytes (also as text), or a path below `root`. Raises SampleError."""
+    value = value if isinstance(value, str) else _inner(value)
     if isinstance(value, Image.Image | bytes):
         return value
-    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        return value["bytes"]
-    if isinstance(value, dict) and isinstance(value.get("path"), str):
-        value = value["path"]
     if not isinstance(value, str | Path):
         raise SampleError(
             key, id, f"an image is a {type(value).__name__}", "Give a path, bytes or a PIL image"
         )
-    check_characters("image path", str(value), key, id)
-    if "\0" in str(value):
-        raise SampleError(key, id, f"the image path {str(value)!r} holds a zero byte", "Remove it")
-    if "://" in str(value) or str(value).startswith("data:"):
-        reason = f"the image {shortened(value)} is an address"
-        raise SampleError(key, id, reason, "Store it as a file and give its path")
+    text = str(value)
+    if text.startswith("data:") or (len(text) > SHORTEST_PICTURE and text.startswith(BASE64_BEGINNINGS)):
+        content = _from_base64(text)
+        if content is not None:
+            return content
+        if text.startswith("data:"):
+            reason = f"the image {shortened(text)} is not base64"
+            raise SampleError(
+                key, id, reason, "Write data:image/png;base64, and the bytes in base64 behind it"
+            )
+    if not text.isascii():
+        check_characters("image path", text, key, id)
+    if "\0" in text:
+        raise SampleError(key, id, f"the image path {text!r} holds a zero byte", "Remove it")
+    if text.startswith("file://"):
+        value = text = unquote(text.removeprefix("file://").removeprefix("localhost"))
+    if "://" in text:
+        reason = f"the image {shortened(text)} is a web address"
+        raise SampleError(key, id, reason, "Download it first, and give the path of the file")
     if root is None:
         return Path(value)
     path = os.path.join(root, value)
@@ -45,6 +73,28 @@ def image_source(value: Any, root: str | None, key: str, id: str) -> ImageSource
         reason += f" by a link, to {real}"
         cure = f"If the links are yours, set {FOLLOW_LINKS}=1"
     raise SampleError(key, id, reason, cure)
+
+
+def _inner(value: Any) -> Any:
+    """What a struct of bytes and path, or of an address, holds."""
+    while isinstance(value, dict):
+        value = next((value[name] for name in FIELDS_OF_PICTURES if value.get(name) is not None), None)
+    return bytes(value) if isinstance(value, bytearray | memoryview) else value
+
+
+def _from_base64(text: str) -> bytes | None:
+    """The bytes that an address or a plain text holds in base64; None where it is none."""
+    address = DATA_ADDRESS.match(text)
+    try:
+        content = base64.b64decode("".join(text[address.end() if address else 0 :].split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return content if address or _is_picture(content) else None
+
+
+def _is_picture(content: bytes) -> bool:
+    beginnings = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+    return content.startswith(beginnings) or content[4:8] == b"ftyp"
 
 
 def _lies_in(folder: str, path: str) -> bool:

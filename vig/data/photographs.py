@@ -1,7 +1,8 @@
-"""A folder of photographs, each with its caption beside it: ``photo.txt`` beside ``photo.jpg``."""
+"""Photographs, each with its caption beside it: ``photo.txt`` beside ``photo.jpg``; in a folder and those within it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from vig.data.rows import SKIPPED, Lost, Named, Wanted
 def photograph_rows(folder: Path, wanted: Wanted) -> Iterator[Any]:
     """One record a photograph, named after its file."""
     for number, photograph in enumerate(photographs(folder)):
-        yield Named(photograph.name, _record(photograph)) if wanted(number) else SKIPPED
+        name = photograph.relative_to(folder).as_posix()
+        yield Named(name, _record(photograph, name)) if wanted(number) else SKIPPED
 
 
 def count_photographs(folder: Path) -> int:
@@ -21,14 +23,21 @@ def count_photographs(folder: Path) -> int:
 
 
 def photographs(folder: Path) -> list[Path]:
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in IMAGES and not file.name.startswith(".")  # macOS writes ._photo.jpg
-    )
+    """The images of a folder and of the folders within it, by name; those of the folder first."""
+    return [file for file in visible_files(folder) if file.name.lower().endswith(IMAGES)]
 
 
-def _record(photograph: Path) -> dict[str, Any] | Lost:
+def visible_files(folder: Path) -> list[Path]:
+    """The files of a folder and of the folders within it, without what systems and archivers hide there
+    (macOS writes ``._photo.jpg``)."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        found += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+    return found
+
+
+def _record(photograph: Path, name: str) -> dict[str, Any] | Lost:
     caption = photograph.with_suffix(".txt")
     if not caption.is_file():
         return Lost("no answer turn", f"Write the caption to score into {caption.name} beside it")
@@ -39,4 +48,4 @@ def _record(photograph: Path) -> dict[str, Any] | Lost:
         return Lost(f"the caption {caption} is not UTF-8 ({where})", "Save it as UTF-8")
     except OSError as error:
         return Lost(f"the caption {caption} cannot be read ({error.strerror})", "Check its permissions")
-    return {"id": photograph.name, "image": photograph.name, "caption": text}
+    return {"id": name, "image": str(photograph), "caption": text}

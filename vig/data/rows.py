@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vig.data.formats import Format
+from vig.data.sample import DataError
 
 REPAIR = "Repair the file; the records before it are read"
 DAMAGE = (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, tarfile.TarError, zlib.error)
@@ -66,6 +67,8 @@ def read_rows(path: Path, form: Format, wanted: Wanted = every) -> Iterator[Row]
             else:
                 yield Row(number, record, name=name)
             number += 1
+    except DataError:
+        raise
     except DAMAGE as error:
         yield Row(
             number, None, f"the {form.name} file breaks off after {number} records ({reason_of(error)})"

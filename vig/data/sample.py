@@ -18,8 +18,9 @@ class Sample:
     """One conversation about zero or more images.
 
     `key` is unique (source file name and record number), `id` is what the data says and may repeat.
-    `messages` have ``role`` (user, assistant, system) and ``content``, a list of parts:
-    ``{"type": "image"}`` or ``{"type": "text", "text": ...}``; image parts stand in the order of `images`.
+    `messages` have ``role`` (user, assistant, system, tool) and ``content``, a list of parts:
+    ``{"type": "image"}`` or ``{"type": "text", "text": ...}``; image parts stand in the order of `images`. An assistant
+    turn with ``"trained": False`` is no answer: it is part of the prompt. `tools`: JSON schemas for the chat template.
     """
 
     key: str
@@ -27,6 +28,7 @@ class Sample:
     images: tuple[ImageSource, ...]
     messages: tuple[dict[str, Any], ...]
     source: str
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 class SampleError(ValueError):
@@ -71,9 +73,14 @@ class DataError(ValueError):
     """The data as a whole cannot be read: no such file, or a format that no reader knows."""
 
 
+def is_answer(message: dict[str, Any]) -> bool:
+    """Whether a message is scored and trained: an assistant turn, unless the data say that it is not."""
+    return message["role"] == "assistant" and message.get("trained", True)
+
+
 def answers(sample: Sample) -> list[str]:
-    """The text of every assistant turn, in order."""
-    return [text_of(message) for message in sample.messages if message["role"] == "assistant"]
+    """The text of every answer, in order."""
+    return [text_of(message) for message in sample.messages if is_answer(message)]
 
 
 def text_of(message: dict[str, Any]) -> str:
@@ -81,7 +88,7 @@ def text_of(message: dict[str, Any]) -> str:
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def shortened(name: Any) -> str:
+def shortened(name: Any, longest: int = LONGEST_NAME) -> str:
     """A name for a message: pictures written as text run to megabytes."""
     name = str(name)
-    return name if len(name) <= LONGEST_NAME else f"{name[:100]}... ({len(name):,} characters)"
+    return name if len(name) <= longest else f"{name[: min(longest, 100)]}... ({len(name):,} characters)"

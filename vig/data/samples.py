@@ -7,21 +7,24 @@ carries its key, its id and the cure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from pkgutil import resolve_name
 
 from vig.data.locate import Located, locate
-from vig.data.records import TURNS, sample_from_record, turns_of_caption
+from vig.data.reading import Reading, Source
+from vig.data.records import sample_from_record
 from vig.data.rows import SKIPPED, Wanted, every, read_rows
 from vig.data.sample import BrokenRecord, DataError, Sample, SampleError, writable
 
 
 def read_samples(
-    path: str | Path,
+    path: str | Path | Source,
     *,
     image_root: str | Path | None = None,
+    split: str | None = None,
+    columns: Mapping[str, str | list[str]] | None = None,
+    roles: Mapping[str, str | list[str]] | None = None,
     limit: int | None = None,
     wanted: Callable[[int], bool] | None = None,
 ) -> Iterator[Sample | BrokenRecord | None]:
@@ -31,31 +34,41 @@ def read_samples(
     image_root: folder that relative image paths start from; the data file's own folder unless given. Paths
         that leave it are refused, also by symbolic links, which VIG_FOLLOW_LINKS=1 follows. (The links of the hub's
         cache are followed without it.)
+    split: which one, of a folder that holds several.
+    columns, roles: our names -> the data's: {"messages": "conv", "ignore": ["mask"]}, {"assistant": ["bot"]}.
     limit: read at most this many records.
     wanted: of a record's number, counted from 0 over all files, whether it is needed; asked when it is reached.
         None stands in the place of the others, which cost as little as the format allows (`vig.data.rows`).
-    Raises DataError where the file is missing or of an unknown format, ValueError for a negative limit.
+    Raises DataError where the file is missing or of an unknown format, or the folder holds several kinds of data or
+    several splits; ValueError for a negative limit, a field or a role that is not known.
     """
     if limit is not None and limit < 0:
         raise ValueError(f"limit = {limit}, expected at least 0 records")
-    data = locate(path)
+    source = Source.of(path)
+    reading = source.reading
+    if split or columns or roles:
+        reading = Reading(split or reading.split, columns or reading.columns, roles or reading.roles)
+    data = locate(source.path, reading.split)
     root = Path(image_root) if image_root is not None else data.root
     if not root.is_dir():
         raise DataError(f"no such image root: {root}. Give the folder of the images with --image-root")
-    return islice(_read(data, root.absolute(), wanted or every), limit)
+    return islice(_read(data, root.absolute(), reading, wanted or every), limit)
 
 
-def count_records(path: str | Path) -> int | None:
+def count_records(path: str | Path | Source, split: str | None = None) -> int | None:
     """How many records `read_samples` yields; None where only reading all the images too would tell."""
-    data = locate(path)
-    counts = [resolve_name(data.format.count)(file) for file in data.paths]
+    source = Source.of(path)
+    data = locate(source.path, split or source.reading.split)
+    counts = [data.format.n_records(file) for file in data.paths]
     return None if None in counts else sum(counts)
 
 
-def _read(data: Located, root: Path, wanted: Wanted) -> Iterator[Sample | BrokenRecord | None]:
+def _read(
+    data: Located, root: Path, reading: Reading, wanted: Wanted
+) -> Iterator[Sample | BrokenRecord | None]:
     total = 0  # records of the files before
-    for file in data.paths:
-        before, number, source = total, -1, writable(file.name)
+    for file, own_name in zip(data.paths, data.names, strict=True):
+        before, number, source = total, -1, writable(own_name)
         rows = read_rows(file, data.format, lambda row, n=before: wanted(n + row))
         for number, record, problem, cure, name in rows:
             if record is SKIPPED or not wanted(before + number):
@@ -65,9 +78,7 @@ def _read(data: Located, root: Path, wanted: Wanted) -> Iterator[Sample | Broken
             try:
                 if problem is not None:
                     raise SampleError(key, name or "", problem, cure)
-                if isinstance(record, dict) and "caption" in record and not record.keys() & TURNS:
-                    record = record | {"conversations": turns_of_caption(record, key)}
-                yield sample_from_record(record, key=key, image_root=root, source=source)
+                yield sample_from_record(record, key=key, image_root=root, source=source, reading=reading)
             except SampleError as error:
                 yield BrokenRecord(key, error.id, source, error)
         total = before + number + 1

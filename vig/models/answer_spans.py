@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from vig.models.image_tokens import PREFIX_TEMPLATE, has_bidirectional_prefix
@@ -47,7 +48,8 @@ def answer_template(processor: Any) -> tuple[str, str]:
     return (training, "TRL's training template") if training else (template, "sentinels")
 
 
-def turn_ends(tokenizer: Any, image_token: str | None) -> re.Pattern[str]:
+def turn_end_tokens(tokenizer: Any, image_token: str | None) -> list[str]:
+    """The tokens that may end a turn, longest first."""
     ends = {str(token) for token in tokenizer.all_special_tokens}
     ends |= {
         token
@@ -55,19 +57,27 @@ def turn_ends(tokenizer: Any, image_token: str | None) -> re.Pattern[str]:
         if re.fullmatch(r"<\|?(im_end|end[\w|]*|eot\w*)\|?>", token)
     }
     ends -= {image_token, tokenizer.unk_token, tokenizer.bos_token}
-    return re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or r"(?!)")
+    return sorted(ends, key=lambda token: (-len(token), token))
+
+
+def any_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
 def end_turns(
-    text: str, spans: list[Span], end_of_turn: str, turn_ends: re.Pattern[str], eos: str | None
+    text: str,
+    spans: list[Span],  # one an answer, in order
+    answers: Sequence[str],
+    end_of_turn: str,
+    turn_ends: re.Pattern[str],
+    eos: str | None,
 ) -> tuple[str, list[Span]]:
-    """Moves the end of each answer's span as `end_of_turn` says; "add" may write an end-of-sequence token."""
+    """Moves the edges of each answer's span as `end_of_turn` says; "add" may write an end-of-sequence token."""
     if end_of_turn == "template":
         return text, spans
     moved, shift = [], 0
-    for start, end in spans:
-        start, end = start + shift, end + shift
-        body = _text_end(text, start, end, turn_ends)
+    for (start, end), answer in zip(spans, answers, strict=True):
+        start, body = own_text(text, (start + shift, end + shift), answer, turn_ends)
         if end_of_turn == "drop":
             moved.append((start, body))
             continue
@@ -77,12 +87,27 @@ def end_turns(
             continue
         if eos is None:
             raise PromptError(
-                "end_of_turn = 'add', but the tokenizer has no end-of-sequence token. Use 'template'"
+                "end_of_turn = 'add', but the tokenizer has no end-of-sequence token. Use --end-of-turn template"
             )
         text = text[:body] + eos + text[body:]
         shift += len(eos)
         moved.append((start, body + len(eos)))
     return text, moved
+
+
+def own_text(text: str, span: Span, answer: str, turn_ends: re.Pattern[str]) -> Span:
+    """Where the answer's own text stands in what a mark holds; template text beside it is left out."""
+    start, end = span
+    body = _text_end(text, start, end, turn_ends)
+    if text[start:body].endswith(answer.rstrip()):
+        start = body - len(answer.rstrip())
+    elif text[start:body].endswith(answer.strip()):  # some templates strip what they are given
+        start = body - len(answer.strip())
+    else:
+        start = max(text.rfind(answer, start, end), start)
+    if text.startswith(answer, start):
+        body = start + len(answer)  # with white space that is its own
+    return start, body
 
 
 def _text_end(text: str, start: int, end: int, turn_ends: re.Pattern[str]) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 END_OF_TURN = {
+    "add": "the answer's text and the end-of-turn token after it, written there if the template writes none",
     "template": "exactly what the template marks",
-    "add": "with the end-of-turn token after each answer, written there if the template writes none",
     "drop": "the answer's text alone",
 }
+DEFAULT = "add"  # as in LLaVA's own labels
 
 
 def check_end_of_turn(end_of_turn: str) -> None:

@@ -24,18 +24,19 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vig.data.images import open_images
-from vig.data.sample import Sample, SampleError, answers
+from vig.data.sample import Sample, SampleError, answers, is_answer
 from vig.models.answer_spans import (
     PromptError,
     Span,
     answer_template,
+    any_of,
     count_boundary_tokens,
     end_turns,
     expanded_spans,
     overlapping,
-    turn_ends,
+    turn_end_tokens,
 )
-from vig.models.end_of_turn import check_end_of_turn
+from vig.models.end_of_turn import DEFAULT, check_end_of_turn
 from vig.models.image_tokens import (
     has_bidirectional_prefix,
     image_token_id,
@@ -62,6 +63,7 @@ class Encoded:
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) of each decoded image
     truncated: int = 0  # answer tokens cut off by max_length
     boundary_tokens: int = 0  # answer tokens that hold characters from outside their answer
+    unknown: int = 0  # answer tokens that are the tokenizer's unknown token
     image_end: int = 0  # position behind the last image token
     null_pixels: dict[str, Tensor] | None = field(default=None, repr=False)  # nulls made from other images
 
@@ -82,8 +84,8 @@ class Encoded:
 class Encoder:
     """Renders, tokenises and marks samples with a transformers processor (or a tokenizer, for text alone).
 
-    end_of_turn: "template" supervises exactly what the template marks; "add" also the end-of-turn token after
-        each answer (written there if the template writes none); "drop" the answer's text alone.
+    end_of_turn: "add" supervises the answer's text and the end-of-turn token after it (written there if the template
+        writes none); "template" exactly what the template marks; "drop" the answer's text alone.
     max_length: the longest sequence in tokens. Longer ones raise, or with `truncate` lose their end.
     Raises PromptError where the processor has no chat template or its tokenizer no character offsets.
     """
@@ -92,7 +94,7 @@ class Encoder:
         self,
         processor: Any,
         *,
-        end_of_turn: str = "template",
+        end_of_turn: str = DEFAULT,
         max_length: int | None = None,
         truncate: bool = False,
     ):
@@ -109,7 +111,11 @@ class Encoder:
         self.image_token_id = image_token_id(processor)
         self.placeholders = placeholders(processor)
         self.has_bidirectional_prefix = has_bidirectional_prefix(processor)
-        self._turn_ends = turn_ends(self.tokenizer, self.image_token)
+        ends = turn_end_tokens(self.tokenizer, self.image_token)
+        self._turn_ends = any_of(ends)
+        self.stop_ids = sorted(
+            self.tokenizer.convert_tokens_to_ids(ends)
+        )  # of the tokens that may end a turn
 
     def encode(self, sample: Sample, images: list[Image.Image] | None = None) -> Encoded:
         """Encodes one sample. images: its decoded images; opened from the sample unless given.
@@ -122,7 +128,10 @@ class Encoder:
         refuse = partial(SampleError, sample.key, sample.id)
         self._check_text(sample, refuse)
         text, spans = self._render(sample, refuse)
-        text, spans = end_turns(text, spans, self.end_of_turn, self._turn_ends, self.tokenizer.eos_token)
+        self._check_rendered(sample, text, refuse)
+        text, spans = end_turns(
+            text, spans, answers(sample), self.end_of_turn, self._turn_ends, self.tokenizer.eos_token
+        )
         outputs = self._tokenise(text, images, refuse)
         input_ids = outputs["input_ids"][0].tolist()
         offsets = outputs["offset_mapping"][0].tolist()
@@ -145,6 +154,7 @@ class Encoder:
                 count_boundary_tokens(text, span, moved, offsets[turn[0]], offsets[turn[-1]])
                 for span, moved, turn in zip(spans, expanded, turns, strict=True)
             ),
+            unknown=sum(input_ids[index] == self.tokenizer.unk_token_id for turn in turns for index in turn),
             image_end=_end_of(self.image_token_id, input_ids) if images else 0,
         )
         return self._fit(encoded, refuse)
@@ -187,20 +197,37 @@ class Encoder:
     def _render(self, sample: Sample, refuse) -> tuple[str, list[Span]]:
         if self.source_of_answers == "sentinels":
             return self._render_by_sentinels(sample, refuse)
-        text, spans = self._apply_template(list(sample.messages), marks=True)
-        n_answers = len(answers(sample))
-        if len(spans) != n_answers:
+        text, spans = self._apply_template(sample.messages, sample.tools, marks=True)
+        spoken = [message for message in sample.messages if message["role"] == "assistant"]
+        if len(spans) != len(spoken):
             raise refuse(
-                f"the template marks {len(spans)} answers, the sample has {n_answers}",
+                f"the template marks {len(spans)} answers, the sample has {len(spoken)}",
                 "Check the roles of the turns, and the {% generation %} marks of the template",
             )
-        return text, spans
+        return text, [span for span, message in zip(spans, spoken, strict=True) if is_answer(message)]
 
-    def _apply_template(self, messages: list[dict], *, marks: bool) -> tuple[str, list[Span]]:
+    def _check_rendered(self, sample: Sample, text: str, refuse) -> None:
+        """What the template leaves out, the model would never see."""
+        for message in sample.messages:
+            if message["role"] == "assistant":
+                continue
+            for part in message["content"]:
+                if part["type"] == "text" and part["text"].strip() not in text:
+                    cure = "Leave the turn out, or give the processor a chat template that renders it"
+                    raise refuse(f"the chat template does not render the {message['role']} turn", cure)
+        if sample.tools and self._apply_template(sample.messages, (), marks=False)[0] == text:
+            cure = "Leave the field out, or give the processor a chat template for tools"
+            raise refuse("the chat template does not render the field tools", cure)
+
+    def _apply_template(
+        self, messages: Sequence[dict], tools: Sequence[dict], *, marks: bool
+    ) -> tuple[str, list[Span]]:
+        messages = list(messages)
         if self.image_token is None:  # templates of text models expect plain strings
             messages = [message | {"content": _joined(message)} for message in messages]
         rendered, spans = render_jinja_template(
             conversations=[messages],
+            tools=list(tools) or None,
             chat_template=self.template,
             return_assistant_tokens_mask=marks,
             **self.tokenizer.special_tokens_map,
@@ -209,16 +236,14 @@ class Encoder:
 
     def _render_by_sentinels(self, sample: Sample, refuse) -> tuple[str, list[Span]]:
         texts = answers(sample)
-        truth, _ = self._apply_template(list(sample.messages), marks=False)
+        truth, _ = self._apply_template(sample.messages, sample.tools, marks=False)
         sentinels = [f"\u27e6answer{turn}\u27e7" for turn in range(len(texts))]
         turn = iter(sentinels)
         masked = [
-            message | {"content": [{"type": "text", "text": next(turn)}]}
-            if message["role"] == "assistant"
-            else message
+            message | {"content": [{"type": "text", "text": next(turn)}]} if is_answer(message) else message
             for message in sample.messages
         ]
-        frame, _ = self._apply_template(masked, marks=False)
+        frame, _ = self._apply_template(masked, sample.tools, marks=False)
         if all(frame.count(sentinel) == 1 for sentinel in sentinels):
             pieces = re.split("|".join(map(re.escape, sentinels)), frame)
             for put_back in (
@@ -277,7 +302,8 @@ class Encoder:
             return encoded
         if not self.truncate:
             raise refuse(
-                f"it has {length} tokens, the context holds {longest}", "Shorten it or raise max_length"
+                f"it has {length} tokens, the context holds {longest}",
+                "Shorten it or raise --max-length (max_length=)",
             )
         if self.image_token_id in encoded.input_ids[longest:]:
             raise refuse(

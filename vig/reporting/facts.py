@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from vig.reporting.counters import Counter
-from vig.reporting.keep import Keeper, Rules, values_of
+from vig.reporting.keep import Keeper, Rules
 from vig.reporting.strata import Light, Picker, Pool
 from vig.reporting.views import ErrorGroup, KeepCurve
 from vig.selection.rule import row_kinds, sample_draws, token_and_sample_vig
@@ -98,9 +98,11 @@ def _light(scores, sources: Sources, seed: int):
 def _sample_pass(scores, facts: Facts, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
     """Sample VIG (M,) of multimodal samples, as `select` takes it, and the codes of their sources (M,) uint8."""
     values, codes = [np.empty(0)], [np.empty(0, np.uint8)]
-    columns = ["key", "source", "status", "n_tokens", "vig"]
-    columns += ["token_ids", "positions", "token_nll_image", "token_nll_null"] if rules.needs_tokens else []
-    for batch in read_scores(scores, columns, batch_size=1 << 13 if rules.needs_tokens else 1 << 16):
+    columns, stops = ["key", "source", "status", "n_tokens", "vig"], rules.stops
+    from_tokens = rules.clip is not None or not stops.in_mean
+    if from_tokens:
+        columns += ["token_nll_image", "token_nll_null", *(stops.columns if stops.ids else ())]
+    for batch in read_scores(scores, columns, batch_size=1 << 13 if from_tokens else 1 << 16):
         ok, text_only, lengths = row_kinds(batch)
         vig = batch["vig"].to_numpy(zero_copy_only=False)[ok]
         of_source = facts.sources.codes(batch["source"])[ok]
@@ -110,8 +112,8 @@ def _sample_pass(scores, facts: Facts, rules: Rules) -> tuple[np.ndarray, np.nda
         facts.by_source.add(vig, of_source)
         facts.text_only += int(text_only.sum())
         _add_errors(facts, batch, ~ok & ~text_only)
-        if rules.needs_tokens:
-            vig = values_of(batch.filter(pa.array(ok)), lengths[ok], rules)[1]
+        if from_tokens:
+            vig = token_and_sample_vig(batch, ok, lengths[ok], rules.clip, stops)[1]
         values.append(vig)
         codes.append(of_source.astype(np.uint8))
     return np.concatenate(values), np.concatenate(codes)

@@ -15,7 +15,7 @@ import pyarrow as pa
 from vig.reporting.views import KeepCurve
 from vig.selection.rule import token_and_sample_vig
 from vig.selection.sources import Sources
-from vig.store.rows import segment_means
+from vig.selection.stop_tokens import NO_STOPS, Stops
 
 STEP = 0.5  # per cent between two places of the slider
 DEFAULT_P = 70.0
@@ -23,49 +23,15 @@ DEFAULT_P = 70.0
 
 @dataclass(frozen=True)
 class Rules:
-    """How a selection chooses beside p: fields of the same names of `vig.select`.
-
-    stop_ids: ids that at the end of a turn are end-of-turn tokens. keep_stops: these go with their sample.
-    content: they do not count in its mean. tau: the selection's own, where there is one.
-    """
+    """How a selection chooses beside p: fields of the same names of `vig.select`. stops: its end-of-turn tokens."""
 
     p: float = DEFAULT_P
     level: str = "both"
     by: str | None = None
     tau_floor: float | None = None
     clip: float | None = None
-    stop_ids: frozenset[int] = frozenset()
-    keep_stops: bool = True
-    content: bool = False
-    tau: float | None = None
-
-    @property
-    def needs_tokens(self) -> bool:
-        """Whether sample VIG is another than the stored one."""
-        return self.clip is not None or self.content
-
-
-def ends_of_turns(ids: np.ndarray, positions: np.ndarray, stop_ids: frozenset[int]) -> np.ndarray:
-    """(n,) bool: the last token of a turn, where it is one that ends turns. The next turn begins at position 0."""
-    last = np.ones(len(ids), bool)
-    last[:-1] = positions[1:] == 0
-    return last & np.isin(ids, np.fromiter(stop_ids, np.int64, len(stop_ids)))
-
-
-def values_of(
-    rows: pa.RecordBatch, lengths: np.ndarray, rules: Rules
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """VIG of the tokens of multimodal rows, the sample VIG that is selected by, and which tokens end turns."""
-    token_vig, vig = token_and_sample_vig(rows, np.ones(rows.num_rows, bool), lengths, rules.clip)
-    if not rules.stop_ids:
-        return token_vig, vig, np.zeros(len(token_vig), bool)
-    ids, positions = (rows[name].flatten().to_numpy() for name in ("token_ids", "positions"))
-    stops = ends_of_turns(ids, positions, rules.stop_ids)
-    if rules.content:
-        share = segment_means((~stops).astype(np.float64), lengths)
-        means = segment_means(np.where(stops, 0.0, token_vig), lengths)
-        vig = np.where(share > 0, means / np.where(share > 0, share, 1.0), segment_means(token_vig, lengths))
-    return token_vig, vig, stops
+    stops: Stops = NO_STOPS
+    tau: float | None = None  # the selection's own, where there is one
 
 
 class Keeper:
@@ -92,9 +58,14 @@ class Keeper:
 
     def add(self, rows: pa.RecordBatch, lengths: np.ndarray, codes: np.ndarray) -> None:
         """rows: multimodal ones alone, with their tokens."""
-        token_vig, vig, stops = values_of(rows, lengths, self.rules)
-        stops &= self.rules.keep_stops
-        leaves = leaves_at(token_vig, np.repeat(vig, lengths), stops, self.rules.level)
+        every, rules = np.ones(rows.num_rows, bool), self.rules
+        token_vig, vig = token_and_sample_vig(rows, every, lengths, rules.clip, rules.stops)
+        leaves = leaves_at(rules.level, token_vig, vig, lengths)
+        if rules.stops.keep and len(lengths):
+            with_sample = vig
+            if rules.level == "token":  # whose samples stay as long as one of their tokens
+                with_sample = np.maximum.reduceat(token_vig, np.cumsum(lengths) - lengths)
+            leaves = np.where(rules.stops.mask(rows, every), np.repeat(with_sample, lengths), leaves)
         self.samples += self._reached(vig, codes)
         self.tokens += self._reached(leaves, np.repeat(codes, lengths))
 
@@ -126,10 +97,9 @@ class Keeper:
         return KeepCurve(self.p, self.names, self.taus, samples, tokens, totals)
 
 
-def leaves_at(token_vig: np.ndarray, owner_vig: np.ndarray, stops: np.ndarray, level: str) -> np.ndarray:
-    """The highest tau at which each token is still kept: (n,) nats."""
+def leaves_at(level: str, token_vig: np.ndarray, vig: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The highest tau at which each token is still kept, by VIG alone: (n,) nats. vig, lengths: of the samples."""
+    owners = np.repeat(vig, lengths)
     if level == "sample":
-        return owner_vig
-    if level == "token":
-        return token_vig
-    return np.where(stops, owner_vig, np.minimum(token_vig, owner_vig))
+        return owners
+    return token_vig if level == "token" else np.minimum(token_vig, owners)

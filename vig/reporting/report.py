@@ -17,7 +17,7 @@ from vig.models.null_image import NULLS
 from vig.reporting.encode import sample_json, script_json
 from vig.reporting.facts import WORD_ROWS, Facts, gather
 from vig.reporting.figures import box_figures
-from vig.reporting.keep import DEFAULT_P, Rules, ends_of_turns
+from vig.reporting.keep import DEFAULT_P, Rules
 from vig.reporting.page import render
 from vig.reporting.scale import rounded
 from vig.reporting.strata import STRATA
@@ -25,7 +25,9 @@ from vig.reporting.thumbnails import Thumbnails
 from vig.reporting.viewer import Viewer
 from vig.reporting.views import Page, SampleView
 from vig.reporting.words import find_tagger, word_figures
-from vig.selection.select import Selection, noise_floor, tau_warnings
+from vig.selection.advice import noise_floor, tau_warnings
+from vig.selection.select import Selection
+from vig.selection.stop_tokens import Stops
 from vig.store.folder import ABOUT_THE_DATA, SettingsDiffer, settings_differences
 from vig.store.scores import open_scores, score_metadata, unfinished
 from vig.store.selections import selection_files, selection_metadata
@@ -110,26 +112,24 @@ def check_budget(budget: float) -> None:
         raise ValueError(f"the budget is the page's size in MB, above 0; got {budget!r}")
 
 
-def rules_of(chosen: dict, metadata: dict) -> Rules:
-    """What the slider follows: the selection's own settings, or `select`'s defaults. metadata: of the scores."""
+def rules_of(chosen: dict, scored: dict) -> Rules:
+    """What the slider follows: the selection's own settings, or `select`'s defaults. scored: metadata of the scores."""
     names = ("p", "level", "by", "tau_floor", "clip", "tau")
     given = {name: chosen[name] for name in names if chosen.get(name) is not None}
     if given.get("level") == "random":
         given["level"] = "both"  # it keeps as many
     if given.get("by") == "source":
         given.pop("tau", None)  # there is one a source
-    content, keep = chosen.get("mean") == "content", not chosen or chosen.get("stop_tokens") == "keep"
-    if content or keep:
-        given["stop_ids"] = frozenset(metadata.get("stop_ids") or ())
-    return Rules(**given, content=content, keep_stops=keep or not content)
+    stop_tokens = chosen.get("stop_tokens", "select") if chosen else "keep"
+    return Rules(**given, stops=Stops.of(scored, stop_tokens, chosen.get("mean", "all")))
 
 
 def _view(viewer: Viewer, facts: Facts, number: int, kept: dict[str, list[bool]], rules: Rules) -> SampleView:
     row = facts.rows[number]
     view = viewer.view(row, kept.get(row["key"]))
     view.row, view.picked = number, facts.picked[number]
-    if rules.stop_ids and rules.keep_stops and row["token_ids"]:
-        ends = ends_of_turns(np.array(row["token_ids"]), np.array(row["positions"]), rules.stop_ids)
+    if rules.stops.keep and row["token_ids"]:
+        ends = rules.stops.ends_of_turns(np.array(row["token_ids"]), np.array(row["positions"]))
         view.stop = np.flatnonzero(ends).tolist()
     return view
 
@@ -269,8 +269,7 @@ def _tau_notes(chosen: dict, metadata: dict) -> list[str]:
     """What `select` warned of."""
     if not chosen:
         return []
-    taus = {row["source"]: row["tau"] for row in chosen.get("sources") or []}
-    return tau_warnings(chosen["tau"], metadata, taus)
+    return tau_warnings(chosen["tau"], metadata, chosen["counts"], chosen.get("sources"))
 
 
 def _settings(metadata: dict, chosen: dict) -> list[tuple[str, str]]:
@@ -294,14 +293,18 @@ def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) 
         where = " ".join(str(one) for one in scores)
     rules = rules_of(chosen, metadata)
     place = 0 if page.keep is None else int(page.keep.p.searchsorted(page.p))
-    level = "" if rules.level == "both" else f" --level {rules.level}"
+    options = "" if rules.level == "both" else f" --level {rules.level}"
+    if rules.stops.ids and not rules.stops.keep:
+        options += " --stop-tokens select"
+    if not rules.stops.in_mean:
+        options += " --mean content"
     return {
         "level": rules.level,
         "rule": "source" if rules.by == "source" else "all",
         "place": place,
         "selected": bool(chosen),
         "sources": facts.sources.names,
-        "command": f"vig select {where} --p {{p}}{level}",
+        "command": f"vig select {where} --p {{p}}{options}",
         "file": re.sub(r"[^\w-]+", "-", Path(page.title).stem)[:60].strip("-") + "-samples",
         "data": str(metadata.get("data") or ""),
         "scores": where,

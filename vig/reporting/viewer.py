@@ -10,7 +10,8 @@ from typing import Any
 from PIL import Image
 
 from vig.data.images import open_images
-from vig.data.sample import BrokenRecord, Sample, SampleError, text_of
+from vig.data.reading import Reading, Source
+from vig.data.sample import BrokenRecord, Sample, SampleError, is_answer, text_of
 from vig.data.samples import read_samples
 from vig.reporting.views import Pass, SampleView
 from vig.scoring import batching
@@ -71,7 +72,8 @@ class Viewer:
         shuffled = self.null.get("kind") == "shuffle"
         if shuffled:
             size, limit = self.metadata.get("window") or batching.WINDOW, self.metadata.get("limit")
-        records = read_samples(self.data, image_root=self.image_root, limit=limit, wanted=wanted)
+        source = Source(Path(self.data), Reading.stored(self.metadata))
+        records = read_samples(source, image_root=self.image_root, limit=limit, wanted=wanted)
         for window in batching.chunks(records, size):
             for record in window:
                 if record is not None and record.key in missing:
@@ -205,7 +207,7 @@ def questions_of(sample: Sample) -> list[str]:
     """What was asked before each answer, image marks left out."""
     questions, said = [], []
     for message in sample.messages:
-        if message["role"] == "assistant":
+        if is_answer(message):
             questions.append("\n".join(said))
             said = []
         else:

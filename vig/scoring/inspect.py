@@ -10,11 +10,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from vig.data.records import CAPTION_QUESTION, IMAGE_MARK, sample_from_record
+from vig.data.records import IMAGE_MARK, sample_from_record
 from vig.data.sample import BrokenRecord, DataError, Sample, SampleError
 from vig.data.samples import read_samples
+from vig.data.turns import CAPTION_QUESTION
 from vig.models.null_pixels import as_image
 from vig.models.prompts import Encoded
+from vig.models.token_texts import token_texts
 from vig.scoring import batching
 from vig.scoring.loader import Donors, load_record
 from vig.scoring.scorer import Scorer
@@ -52,8 +54,8 @@ def find_sample(
 
     Raises DataError where there is no such record, SampleError where it is broken.
     """
-    data = Path(data)
-    if data.is_file() and answer is not None:
+    if Path(data).is_file() and answer is not None:
+        data = Path(data)
         turns = [("human", f"{IMAGE_MARK}\n{question or CAPTION_QUESTION}"), ("gpt", answer)]
         record = {
             "id": data.name,
@@ -95,15 +97,16 @@ def inspect(
     encoded = scorer.encoder.encode(sample)
     tokenizer = scorer.encoder.tokenizer
     answer_index = set(encoded.answer_index)
+    texts = token_texts(tokenizer, encoded.input_ids)
     pieces = [
-        (tokenizer.decode([id]), place in answer_index, id == scorer.encoder.image_token_id)
+        (texts[place], place in answer_index, id == scorer.encoder.image_token_id)
         for place, id in enumerate(encoded.input_ids)
     ]
     images, nulls = pictures(scorer, sample, window)
     return Inspection(
         sample,
         list(_folded(pieces)),
-        [tokenizer.decode([id]) for id in encoded.answer_ids],
+        [texts[place] for place in encoded.answer_index],
         images,
         nulls,
         row,

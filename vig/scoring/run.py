@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +13,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vig.data.error_log import ErrorLog
 from vig.data.files import check_writable, lock_folder
+from vig.data.reading import Source
 from vig.data.sample import BrokenRecord, Sample
+from vig.models.end_of_turn import DEFAULT
 from vig.scoring import batching
 from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes
+from vig.scoring.progress_bar import bar
 from vig.scoring.scorer import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
-from vig.scoring.settings import RunSpec
-from vig.store.folder import output_folder, read_manifest, siblings
+from vig.scoring.settings import RunSpec, ScoreSettings
+from vig.store.errors import log_errors, stored_errors
+from vig.store.folder import output_folder, read_manifest, recorded_setting, siblings
 from vig.store.scores import ScoreWriter
 
 MEASURED = {"noise_floor", "sharing"}  # settings that a run finds out, and a resumed one takes over
@@ -36,6 +42,7 @@ def score_dataset(
     retry_failed: bool = False,
     window: int = batching.WINDOW,
     on_progress: Callable[[Progress], None] | None = None,
+    progress_bar: bool = True,
 ) -> Progress:
     """Scores `data` into the folder `out`; the same call resumes where an earlier one stopped.
 
@@ -43,9 +50,19 @@ def score_dataset(
     may run at the same time, and `out` is complete when all have ended. retry_failed: score the error rows of
     finished windows again. Raises ValueError for a window, shard or limit that makes no sense, DataError, ModelError
     and StoreError (other settings, no permission, disk full).
+    progress_bar: on a terminal, unless on_progress is given. Samples that could not be scored are warned of; all of
+    them stand in `_errors.jsonl` of the folder.
     """
     run = RunSpec(data, image_root, limit, shard, window, retry_failed)
-    return run_scoring(scorer, run, out, on_progress)
+    if on_progress is not None:
+        return run_scoring(scorer, run, out, on_progress)
+    with bar(progress_bar) as on_bar:
+        done = run_scoring(scorer, run, out, on_bar)
+    if done.failed or done.failed_before:
+        lines = ErrorLog().extend(stored_errors(output_folder(out, shard))).lines()
+        failed = f"{done.failed + done.failed_before:,} samples could not be scored:"
+        warnings.warn("\n".join([failed, *lines]), stacklevel=2)
+    return done
 
 
 def run_scoring(
@@ -82,6 +99,7 @@ def run_scoring(
                 record_splits(writer, number, progress)
         writer.mark_complete()
         progress.failed_before = writer.counts()["errors"] - progress.failed
+        log_errors(folder)
     progress.total = progress.done
     if on_progress is not None:
         on_progress(progress)
@@ -91,15 +109,24 @@ def run_scoring(
 @contextmanager
 def _writing(folder: Path, scorer: Scorer, run: RunSpec) -> Iterator[ScoreWriter]:
     """The folder, locked before its settings are found out, which takes a while."""
-    workers = scorer.workers
+    workers, end_of_turn = scorer.workers, scorer.encoder.end_of_turn
     with lock_folder(folder) as lock:
         check_writable(folder)
+        scorer.encoder.end_of_turn = end_of_turn_in(folder, scorer.settings)
         if lock.after_death:  # perhaps at an image that crashed its decoder: a process apart dies alone
             scorer.workers = max(1, workers)
         try:
             yield ScoreWriter(folder, run_provenance(scorer, run, folder), lock)
         finally:
-            scorer.workers = workers
+            scorer.workers, scorer.encoder.end_of_turn = workers, end_of_turn
+
+
+def end_of_turn_in(folder: Path, settings: ScoreSettings) -> str:
+    """As the settings say; else as the scores in `folder`, or of another job of its array, were made; else "add"."""
+    if settings.end_of_turn is not None:
+        return settings.end_of_turn
+    recorded = (recorded_setting(place, "end_of_turn") for place in (folder, *siblings(folder)))
+    return next(filter(None, recorded), DEFAULT)
 
 
 def run_provenance(scorer: Scorer, run: RunSpec, folder: Path) -> dict[str, Any]:
@@ -151,9 +178,9 @@ class RecordCount:
     def __init__(self, data: str | Path, limit: int | None = None):
         self.limit = limit
         self._asked, self._known = False, None
-        code = "import sys; from vig.data.samples import count_records; print(count_records(sys.argv[1]))"
+        code = "import sys; from vig.data.samples import count_records; print(count_records(*sys.argv[1:]))"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code, str(data)],
+            [sys.executable, "-c", code, str(data), *filter(None, [Source.of(data).reading.split])],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
@@ -199,23 +226,32 @@ def dry_run_dataset(
     shard: tuple[int, int] | None = None,
     window: int = batching.WINDOW,
     on_progress: Callable[[Progress], None] | None = None,
+    errors: ErrorLog | None = None,
 ) -> Estimate:
     """Opens, decodes and tokenises every record, scores only a few to take the time, stores nothing.
 
-    shard: (i, n), only the records of that job's windows, what is scored already included.
+    shard: (i, n), only the records of that job's windows, what is scored already included. errors: takes those of all
+    records.
     """
-    return run_dry(scorer, RunSpec(data, image_root, limit, shard, window), on_progress)
+    return run_dry(scorer, RunSpec(data, image_root, limit, shard, window), on_progress, errors)
 
 
-def run_dry(scorer: Scorer, run: RunSpec, on_progress: Callable[[Progress], None] | None = None) -> Estimate:
+def run_dry(
+    scorer: Scorer,
+    run: RunSpec,
+    on_progress: Callable[[Progress], None] | None = None,
+    errors: ErrorLog | None = None,
+) -> Estimate:
     """`dry_run_dataset`, with what it reads as one value."""
     run.check_data()
     estimate = Estimate(Progress())
     windows = (chunk for _, chunk in run.windows())
     with RecordCount(run.data, run.limit) as count:
         for block in _blocks(windows, scorer):
-            rows = [error_row(item) for item in block]
-            tally(estimate.progress, [row for row in rows if row is not None], None)
+            rows = [row for row in map(error_row, block) if row is not None]
+            tally(estimate.progress, rows, None)
+            if errors is not None:
+                errors.extend((row.key, row.id, row.status.removeprefix("error: ")) for row in rows)
             good = [item for item in block if item.encoded is not None]
             for item in good:
                 estimate.multimodal += item.is_multimodal

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vig.data.files import StoreError, check_writable
+from vig.data.reading import Source
 from vig.data.sample import BrokenRecord, Sample
 from vig.scoring import batching
-from vig.scoring.run import RecordCount, record_splits, run_provenance
+from vig.scoring.run import RecordCount, end_of_turn_in, record_splits, run_provenance
 from vig.scoring.scorer import KEPT_ERRORS, Progress, Scorer
 from vig.scoring.settings import RunSpec, ScoreSettings
+from vig.store.errors import log_errors
 from vig.store.folder import output_folder
 from vig.store.scores import ScoreWriter, replace_rows, write_shard
 
@@ -117,6 +119,7 @@ def run_scoring_on_ray(
     run, folder = job.run, Path(job.folder)
     check_writable(folder)
     run.check_data()
+    job = replace(job, settings=replace(job.settings, end_of_turn=end_of_turn_in(folder, job.settings)))
     resources = actors.resources(ray.cluster_resources())
     job = replace(job, provenance=_ask(ray, ray.remote(**resources)(_provenance).remote(job)))
     with ScoreWriter(folder, job.provenance) as writer, RecordCount(run.data, run.limit) as count:
@@ -145,6 +148,7 @@ def run_scoring_on_ray(
             raise StoreError(f"{folder}: windows {missing} were not scored. Run the same command again")
         writer.mark_complete()
         progress.failed_before = writer.counts()["errors"] - progress.failed
+        log_errors(folder)
     return progress
 
 
@@ -155,7 +159,7 @@ def _placed(job: Job) -> Job:
     return replace(
         job,
         model=str(Path(model).resolve()) if Path(model).is_dir() else model,
-        run=replace(run, data=str(Path(run.data).absolute()), image_root=root),
+        run=replace(run, data=Source.of(run.data).absolute(), image_root=root),
         folder=str(output_folder(Path(job.folder).resolve(), run.shard)),
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vig.data.sample import BrokenRecord, Sample
+from vig.models.end_of_turn import DEFAULT
 from vig.models.families import ModelError
 from vig.models.loading import LoadedModel, as_loaded, check_device, context_length, device_for, load
 from vig.models.null_image import BLUR_SIGMA
@@ -22,7 +23,13 @@ from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes, pref
 from vig.scoring.prefix_sharing import shared_by
 from vig.scoring.self_check import SelfCheck, is_out_of_memory
 from vig.scoring.settings import ScoreSettings
-from vig.store.fingerprints import data_fingerprint, processor_json, text_hash, weights_fingerprint
+from vig.store.fingerprints import (
+    data_fingerprint,
+    data_settings,
+    processor_json,
+    text_hash,
+    weights_fingerprint,
+)
 from vig.store.rows import ScoreRow
 from vig_kernels.dispatch import resolve
 
@@ -40,6 +47,7 @@ class Progress:
     tokens: int = 0  # answer tokens scored in this run
     text_only: int = 0
     boundary_tokens: int = 0  # answer tokens that hold characters from outside their answer
+    unknown: int = 0  # answer tokens that stand for text which the tokenizer does not know
     splits: int = 0  # batches that did not fit into memory and were halved
     splits_noted: int = 0  # of them, those that the manifest tells of
     failed: int = 0  # records that this run could not score
@@ -62,7 +70,8 @@ class Scorer:
         picture's shorter side.
     dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
     batch_tokens: rows x longest row of a batch; batch_size: at most so many rows.
-    end_of_turn: which end-of-turn tokens count as answer (`vig.models.prompts.Encoder`).
+    end_of_turn: which end-of-turn tokens count as answer (`vig.models.prompts.Encoder`); unless given, as a folder
+        recorded that is resumed, else "add".
     max_length: longer samples are error rows; the model's context unless given.
     workers: processes that prefetch (decode and tokenise), and may die of a sample, which is an error row then; None:
         as many as keep the model fed (`vig.scoring.loader.workers_beside`).
@@ -83,7 +92,7 @@ class Scorer:
         batch_tokens: int = batching.BATCH_TOKENS,
         batch_size: int | None = None,
         backend: str = "auto",
-        end_of_turn: str = "template",
+        end_of_turn: str | None = None,
         max_length: int | None = None,
         workers: int | None = 0,
         revision: str | None = None,
@@ -99,7 +108,9 @@ class Scorer:
         self.settings, self.null = settings, settings.null_settings
         self.loaded = _loaded(model, processor, settings)
         self.max_length = max_length or context_length(self.loaded)
-        self.encoder = Encoder(self.loaded.processor, end_of_turn=end_of_turn, max_length=self.max_length)
+        self.encoder = Encoder(
+            self.loaded.processor, end_of_turn=end_of_turn or DEFAULT, max_length=self.max_length
+        )
         self.passes = TwoPasses(self.loaded, self.encoder, settings)
         self.workers = workers_beside(self.loaded.model.device) if workers is None else workers
         self.self_check = SelfCheck(self.loaded, self.passes, self.encoder.image_token_id)
@@ -157,6 +168,7 @@ class Scorer:
         progress.boundary_tokens += sum(
             item.encoded.boundary_tokens for item in block if item.encoded is not None
         )
+        progress.unknown += sum(item.encoded.unknown for item in block if item.encoded is not None)
         return rows
 
     def _batches(self, block: Sequence[LoadedRecord], places: Sequence[int]) -> list[list[int]]:
@@ -287,11 +299,13 @@ class Scorer:
             # under the names they were given: what a link's own name says, its target's may not
             "data": None if data is None else str(Path(data).absolute()),
             "data_fingerprint": None if data is None else data_fingerprint(data),
+            **({} if data is None else data_settings(data)),
             "image_root": None if image_root is None else str(Path(image_root).absolute()),
             "null": self.null.metadata(),
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "backend": resolve("linear_vig", self.settings.backend, self.loaded.model.device),
             "end_of_turn": self.encoder.end_of_turn,
+            "stop_ids": [] if self.encoder.end_of_turn == "drop" else self.encoder.stop_ids,
             "max_length": self.max_length,
             "batch_tokens": self.settings.batch_tokens,
             "batch_size": self.settings.batch_size,

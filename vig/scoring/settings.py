@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vig.data.reading import Source
 from vig.data.sample import BrokenRecord, DataError, Sample
 from vig.data.samples import read_samples
 from vig.models.end_of_turn import check_end_of_turn
@@ -32,7 +33,7 @@ class ScoreSettings:
     batch_tokens: int = batching.BATCH_TOKENS
     batch_size: int | None = None
     backend: str = "auto"
-    end_of_turn: str = "template"
+    end_of_turn: str | None = None  # as a folder recorded that is resumed, else "add"
     max_length: int | None = None
     workers: int | None = 0
     revision: str | None = None
@@ -46,7 +47,8 @@ class ScoreSettings:
         if self.device is not None:
             device_named(self.device)
         named(self.backend)
-        check_end_of_turn(self.end_of_turn)
+        if self.end_of_turn is not None:
+            check_end_of_turn(self.end_of_turn)
         if self.batch_tokens < 1 or (self.batch_size is not None and self.batch_size < 1):
             given = f"batch_tokens = {self.batch_tokens}, batch_size = {self.batch_size}"
             raise ValueError(f"{given}, expected at least 1")
@@ -68,7 +70,7 @@ class RunSpec:
     windows again. Raises ValueError for a part of the data that would be nothing, or cannot be cut into windows.
     """
 
-    data: str | Path
+    data: str | Path | Source
     image_root: str | Path | None = None
     limit: int | None = None  # read only the first so many records
     shard: tuple[int, int] | None = None

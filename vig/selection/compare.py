@@ -19,6 +19,7 @@ import pyarrow as pa
 from vig.data.files import StoreError
 from vig.selection.rule import row_kinds, token_and_sample_vig
 from vig.selection.sources import Sources
+from vig.selection.stop_tokens import Stops
 from vig.store.folder import SettingsDiffer, settings_differences
 from vig.store.scores import open_scores, read_scores, score_metadata
 from vig.store.selections import hash_keys
@@ -154,7 +155,7 @@ def compare(
     """Compare two scorings of one dataset; B is told relative to A.
 
     moved: how many samples are listed in each direction. Samples are matched by key; overlaps follow `select` at p with
-    level "both".
+    level "both" and its other defaults.
 
     Raises SettingsDiffer where the scores are of other data, StoreError where they share no sample with VIG or cannot
     be read, ValueError for a p that makes no sense.
@@ -171,7 +172,8 @@ def compare(
     vig = np.stack([one.vig[at_a], two.vig[at_b]])
     ranks = np.stack([mean_ranks(values) for values in vig])
     kept = {share: np.stack([_keeps(values, share) for values in vig]) for share in sorted({*SHARES, p})}
-    tokens = _Tokens(*(float(np.percentile(values, 100 - p)) for values in vig))
+    stops = [Stops.of(one, "keep", "all") for one in about]
+    tokens = _Tokens([float(np.percentile(values, 100 - p)) for values in vig], stops)
     tokens.read(a, b)
     rose, fell = _movers(a, b, (one.rows[at_a], two.rows[at_b]), vig, ranks, moved)
     places = np.linspace(0, len(at_a) - 1, min(POINTS, len(at_a))).astype(np.int64)
@@ -186,7 +188,7 @@ def compare(
         rank_correlation=_pearson(*ranks),
         mean_vig=(float(vig[0].mean()), float(vig[1].mean())),
         largest_difference=float(np.abs(vig[0] - vig[1]).max()),
-        taus=(tokens.tau_a, tokens.tau_b),
+        taus=tuple(tokens.taus),
         sample_overlap={share: _overlap(*marks) or 0.0 for share, marks in kept.items()},
         token_overlap=tokens.overlap,
         sources=_by_source(one.codes[at_a], sources.names, vig, ranks, kept[p]),
@@ -286,8 +288,8 @@ class _Tokens:
 
     Where rows stand in another order, or answers have other tokens, there is no overlap to tell."""
 
-    def __init__(self, tau_a: float, tau_b: float):
-        self.tau_a, self.tau_b = tau_a, tau_b
+    def __init__(self, taus: list[float], stops: list[Stops]):
+        self.taus, self.stops = taus, stops
         self.both = self.either = 0
         self.comparable = self.equal = True
 
@@ -300,7 +302,8 @@ class _Tokens:
         return self.comparable and self.equal
 
     def read(self, a, b) -> None:
-        columns = ["key", "status", "n_tokens", "vig", "token_ids", "token_nll_image", "token_nll_null"]
+        columns = ["key", "status", "n_tokens", "vig", "token_ids", "positions"]
+        columns += ["token_nll_image", "token_nll_null"]
         for left, right in _side_by_side(read_scores(a, columns), read_scores(b, columns)):
             if left is None or not left["key"].equals(right["key"]):
                 self.comparable = False
@@ -316,9 +319,12 @@ class _Tokens:
 
     def _count(self, rows: list[pa.RecordBatch], lengths: np.ndarray) -> None:
         every, marks, values = np.ones(len(lengths), bool), [], []
-        for batch, tau in zip(rows, (self.tau_a, self.tau_b), strict=True):
+        for batch, tau, stops in zip(rows, self.taus, self.stops, strict=True):
             token_vig, vig = token_and_sample_vig(batch, every, lengths, None)
-            marks.append((token_vig >= tau) & np.repeat(vig >= tau, lengths))
+            passed = token_vig >= tau
+            if stops.keep:
+                passed |= stops.mask(batch, every)
+            marks.append(passed & np.repeat(vig >= tau, lengths))
             values.append(token_vig)
         self.both += int((marks[0] & marks[1]).sum())
         self.either += int((marks[0] | marks[1]).sum())

@@ -1,6 +1,6 @@
 """The kept records of a selection, as they lie in the data: for trainers that know nothing of selections.
 
-    records of .json and .jsonl data   as they are, in their order
+    records of JSON data               as they are, in their order
     records of other data              {"key", "id", "file", "row"}: their images are not for JSON to hold
 
 Kept are the samples with at least one selected token, as in `vig.keep_samples`. Which of their tokens are
@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vig.data.files import StoreError, whole_file
-from vig.data.formats import format_of
+from vig.data.formats import FORMATS, format_of
+from vig.data.locate import locate
+from vig.data.reading import Reading, Source
 from vig.data.rows import read_rows
 from vig.data.sample import writable
 from vig.selection.select import Selection
@@ -59,7 +61,7 @@ def export_records(selection: Selection, path: str | Path, *, data: str | Path |
 
 
 def _json_files(selection: Selection, moved: str | Path | None) -> dict[str, Path]:
-    """The JSON data that was scored, by the name that keys begin with."""
+    """The files of JSON data that was scored, by the name that keys begin with."""
     scores = selection.scores
     tables = (
         [scores]
@@ -75,18 +77,28 @@ def _json_files(selection: Selection, moved: str | Path | None) -> dict[str, Pat
     for name, about in settings.items():
         if moved is None and name is None:
             raise StoreError("the scores do not name their data. Give it with --data (data=)")
-        data = Path(name if moved is None else moved)
-        form = format_of(data)
-        if form is None or not form.as_json:
+        data = Source(Path(name if moved is None else moved), Reading.stored(about))
+        if not _is_json(data.path, about):
             continue
-        if not data.is_file():
+        if not data.path.exists():
             raise StoreError(f"the scored data is not at {data}. Give it with --data (data=)")
         if about.get("data_fingerprint") not in (None, data_fingerprint(data)):
             raise StoreError(
-                f"{data} is not the data that was scored: its content differs. Score it, or give the old"
+                f"{data} changed since it was scored. Score it again, or give the old with --data"
             )
-        found[writable(data.name)] = data
+        where = locate(data.path, data.reading.split)
+        found |= {writable(name): path for name, path in zip(where.names, where.paths, strict=True)}
     return found
+
+
+def _is_json(data: Path, about: dict) -> bool:
+    """By its name, or by what the scores say; folders of JSON were not read before they said it."""
+    form = format_of(data)
+    return (
+        form.as_json
+        if form is not None
+        else any(row.as_json for row in FORMATS if row.name == about.get("data_format"))
+    )
 
 
 def _records(selection: Selection, files: dict[str, Path]) -> Iterator[Any]:

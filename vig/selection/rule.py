@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vig.data.files import StoreError
+from vig.selection.stop_tokens import NO_STOPS, Stops
 from vig.store.rows import list_array, segment_means
 from vig.store.selections import SELECTION_SCHEMA, hash_keys, mix64
 
@@ -27,16 +28,23 @@ class Rule:
     sample_limit: int | None = None  # level "random": the highest draw that is kept; None: nothing is
     token_limit: int | None = None
     taus: Mapping[str, float] | None = None  # by source, in place of tau
+    stops: Stops = NO_STOPS
 
-    columns = (
-        "key", "id", "source", "status", "n_tokens", "vig", "token_ids", "token_nll_image", "token_nll_null"
-    )  # fmt: skip
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the scores, that it reads."""
+        read = (
+            "key", "id", "source", "status", "n_tokens", "vig", "token_ids", "token_nll_image", "token_nll_null"
+        )  # fmt: skip
+        return (*read, "positions") if self.stops.ids else read
 
     def apply(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int, int]:
         """Selection rows, the number of multimodal samples kept, and of tokens kept in them."""
         ok, text_only, lengths = row_kinds(batch)
         keep = np.zeros(batch.num_rows, bool)
         keep[ok], multimodal_tokens = self._choose(batch, ok, lengths[ok])
+        if self.stops.keep:
+            multimodal_tokens |= self.stops.mask(batch, ok) & np.repeat(keep[ok], lengths[ok])
         keep |= text_only
         owners_ok = np.repeat(ok, lengths)
         tokens = np.ones(len(owners_ok), bool)
@@ -62,7 +70,7 @@ class Rule:
             draw = sample_draws(hash_keys(batch["key"])[ok], self.seed)
             keep = draw <= self.sample_limit
             return keep, (token_draws(draw, lengths) <= self.token_limit) & np.repeat(keep, lengths)
-        token_vig, vig = token_and_sample_vig(batch, ok, lengths, self.clip)
+        token_vig, vig = token_and_sample_vig(batch, ok, lengths, self.clip, self.stops)
         tau = self._taus_of_rows(batch, ok)  # (M,)
         passed = token_vig >= np.repeat(tau, lengths)
         if self.level == "token":
@@ -93,6 +101,7 @@ def token_and_sample_vig(
     ok: np.ndarray,  # (R,) bool
     lengths: np.ndarray,  # of the ok rows
     clip: float | None,
+    stops: Stops = NO_STOPS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """VIG_t = nll_null_t - nll_image_t, float64, of the multimodal samples' tokens, and their sample VIG.
 
@@ -108,6 +117,8 @@ def token_and_sample_vig(
     if clip is not None:
         image, null = np.minimum(image, -clip, dtype=np.float64), np.minimum(null, -clip, dtype=np.float64)
     token_vig = np.subtract(null, image, dtype=np.float64)
+    if not stops.in_mean:
+        return token_vig, stops.sample_vig(batch, ok, lengths, token_vig)
     return token_vig, rows["vig"].to_numpy() if clip is None else segment_means(token_vig, lengths)
 
 

@@ -2,6 +2,7 @@
 
     tau_p = the (100 - p)-th percentile of sample VIG over the multimodal samples
     keep the samples with VIG >= tau_p, and in them the tokens with VIG_t >= tau_p       (level "both")
+    and the end-of-turn tokens of the kept samples, unless the paper's rule is asked for (`vig.selection.stop_tokens`)
 
 Source: "Selective Training for Large Vision Language Models via Visual Information Gain", arXiv 2602.17186,
 section 3. Scores are facts, so any p and level can be chosen without scoring again.
@@ -16,16 +17,18 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from vig.data.files import StoreError, lock_folder
+from vig.selection.advice import barely_used, mistaken_share, noise_floor, share_of, tau_warnings
 from vig.selection.by_source import SourceCounts, source_lines, taus_of
 from vig.selection.rule import Rule, kth_smallest_draw, row_kinds, sample_draws, token_and_sample_vig
 from vig.selection.sources import Sources
+from vig.selection.stop_tokens import Stops, check_stops
 from vig.store.folder import shards_in
 from vig.store.rows import METADATA_KEY
 from vig.store.scores import count_rows, open_scores, read_scores, score_metadata, unfinished
@@ -38,7 +41,6 @@ from vig.store.selections import (
 )
 
 LEVELS = ("both", "sample", "token", "random")
-LOW_TAU = 1e-3  # nats; at or under it nearly every token passes
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Choice:
     tau_floor: float | None = None
     seed: int = 0
     by: str | None = None
+    stop_tokens: str = "keep"
+    mean: str = "all"
 
     def __post_init__(self):
         if not 0 < self.p <= 100:
@@ -69,6 +73,12 @@ class Choice:
             raise ValueError(f'by = {self.by!r}, expected "source", or nothing for one tau over all samples')
         if self.by == "source" and self.level == "random":
             raise ValueError("level random draws from all samples alike; leave out by (--by source)")
+        check_stops(self.stop_tokens, self.mean)
+
+    def recorded(self, stops: Stops) -> dict[str, object]:
+        """What a selection records of it: of the stop tokens what takes effect on its scores."""
+        asked = {name: value for name, value in vars(self).items() if name not in ("stop_tokens", "mean")}
+        return asked | stops.settings()
 
 
 @dataclass
@@ -86,6 +96,8 @@ class Selection:
     tau_floor: float | None
     seed: int
     by: str | None
+    stop_tokens: str  # as asked for; the metadata say what takes effect on these scores
+    mean: str
     sources: list[dict]  # by="source": tau and counts of each; else empty
     counts: dict[str, int]
     metadata: dict = field(repr=False)  # of the scores, with "selection" added
@@ -119,16 +131,12 @@ class Selection:
         return [
             f"level {self.level}, p = {self.p:g}: tau = {tau}",
             *source_lines(self.sources),
-            f"samples kept  {_share(n['samples_kept'], n['samples_total'])} with an image",
-            f"tokens kept   {_share(n['tokens_kept'], n['tokens_total'])} of these samples' answers",
+            f"samples kept  {share_of(n['samples_kept'], n['samples_total'])} with an image",
+            f"tokens kept   {share_of(n['tokens_kept'], n['tokens_total'])} of these samples' answers",
             f"text-only     {n['text_only']:,} samples, {n['text_only_tokens']:,} tokens, all kept",
-            f"trained on    {_share(n['tokens_kept'] + text, n['tokens_total'] + text)} of all answer tokens",
+            f"trained on    {share_of(n['tokens_kept'] + text, n['tokens_total'] + text)} of all answer tokens",
             f"not scored    {n['errors']:,} samples, none kept",
         ] + ([] if floor is None else [f"noise floor   {floor:.3g} nats: the same image scored twice"])
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part:,} of {whole:,} ({100 * part / whole if whole else 0:.1f} %)"
 
 
 @dataclass
@@ -166,6 +174,8 @@ def select(
     tau_floor: float | None = None,
     seed: int = 0,
     by: str | None = None,
+    stop_tokens: str = "keep",
+    mean: str = "all",
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[float], None] | None = None,
@@ -177,10 +187,14 @@ def select(
     could not be scored never.
 
     level: "both"; "sample": all tokens of the kept samples; "token": tokens >= tau of every sample;
-        "random": as many samples and tokens as "both" keeps, drawn by a hash of key and seed.
+        "random": as many samples as "both" keeps and as many tokens as pass tau in them, drawn by a hash of key and
+        seed; end-of-turn tokens that are kept in any case come on top.
     clip: lowest log-probability in nats (below 0; math.log(0.01), say) that either pass counts with.
     tau_floor: lowest tau in nats.
     by: "source" takes p within each source, with a tau of its own; ``sources`` of the result counts them.
+    stop_tokens: "keep" keeps the end-of-turn tokens of every kept sample, whatever their VIG; "select" only those with
+        VIG >= tau, as the paper's rule does. Scores that do not say which tokens these are have the paper's rule.
+    mean: "all" answer tokens enter a sample's VIG, as the paper's do; "content" leaves end-of-turn tokens out.
     out: folder to write the selection to, in Parquet. A selection there that was made with the same settings is
         replaced; one of others raises SettingsDiffer, unless overwrite is set.
     progress: called with the share done, 0 to 1.
@@ -189,26 +203,28 @@ def select(
     another process is writing to ``out``. Scores that are not complete are warned of, and listed in ``unfinished`` of
     the result.
     """
-    choice = Choice(p, level, clip, tau_floor, seed, by)
+    choice = Choice(p, level, clip, tau_floor, seed, by, stop_tokens, mean)
     scores, folder = open_scores(scores), Path(out) if out is not None else None
+    about = score_metadata(scores)
+    stops = Stops.of(about, stop_tokens, mean)
     if folder is not None and shards_in(folder):
         raise StoreError(f"{folder} holds scores. Give the selection a folder of its own")
     with nullcontext() if folder is None else lock_folder(folder):
         if folder is not None and not overwrite:
-            refuse_other_selection(folder, {**score_metadata(scores), "selection": vars(choice)})
-        selection = _choose(scores, choice, folder, progress)
+            refuse_other_selection(folder, {**about, "selection": choice.recorded(stops)})
+        selection = _choose(scores, choice, stops, folder, progress)
     for line in selection.warnings:
         warnings.warn(line, stacklevel=2)
     return selection
 
 
 def _choose(
-    scores, choice: Choice, folder: Path | None, progress: Callable[[float], None] | None
+    scores, choice: Choice, stops: Stops, folder: Path | None, progress: Callable[[float], None] | None
 ) -> Selection:
     """One pass over the scores for tau, one to choose by it; the second writes to `folder`."""
     is_random = choice.level == "random"
     report = _Progress(progress, count_rows(scores), passes=3 if is_random else 2)
-    facts = _first_pass(scores, choice, report)
+    facts = _first_pass(scores, choice, stops, report)
     _refuse_duplicates(scores, facts.hashes)
     missing, about = unfinished(scores), score_metadata(scores)
     tau_p = float(np.percentile(facts.vig, 100 - choice.p)) if len(facts.vig) else None
@@ -217,14 +233,16 @@ def _choose(
     if choice.by == "source" and tau is not None:
         taus = taus_of(facts.vig, facts.codes, facts.sources.names, choice.p, choice.tau_floor)
         tau = tau_p = min(taus.values())
-    notes = [*missing, *tau_warnings(tau, about, taus)]
+    notes = list(missing)
     level = "both" if is_random else choice.level
-    rule = Rule(level, math.inf if tau is None else tau, choice.clip, choice.seed, taus=taus)
+    rule = Rule(level, math.inf if tau is None else tau, choice.clip, choice.seed, taus=taus, stops=stops)
     if is_random and tau is not None:
-        rule = _random_rule(rule, facts, _count(scores, rule, report), notes)
+        both = _count(scores, replace(rule, stops=stops.by_vig_alone()), report)
+        rule = _random_rule(rule, facts, both, notes)
     kept, counts = _Kept(taus), facts.counts()
-    chosen = {**vars(choice), "tau": tau, "tau_p": tau_p, "sources": kept.sources.table()}
-    metadata = {**about, "selection": {**chosen, "counts": counts}}
+    sources = kept.sources.table()
+    found = {"tau": tau, "tau_p": tau_p, "sources": sources, "counts": counts}
+    metadata = {**about, "selection": {**choice.recorded(stops), **found}}
 
     def final_metadata() -> dict:
         counts.update(samples_kept=kept.samples, tokens_kept=kept.tokens)
@@ -237,10 +255,21 @@ def _choose(
         for _ in batches:
             pass
         final_metadata()
+    notes += [
+        *tau_warnings(tau, about, counts, sources),
+        *barely_used(facts.vig, about),
+        *mistaken_share(choice.p),
+    ]
     return Selection(
-        scores, **chosen, counts=counts, metadata=metadata, warnings=notes, unfinished=missing, rule=rule,
+        scores,
+        **vars(choice),
+        **found,
+        metadata=metadata,
+        warnings=notes,
+        unfinished=missing,
+        rule=rule,
         out=folder,
-    )  # fmt: skip
+    )
 
 
 class _Progress:
@@ -253,17 +282,18 @@ class _Progress:
             self.tell(min(1.0, self.done / self.total))
 
 
-def _first_pass(scores, choice: Choice, report: _Progress) -> _Facts:
-    clip = choice.clip
+def _first_pass(scores, choice: Choice, stops: Stops, report: _Progress) -> _Facts:
+    from_tokens = choice.clip is not None or not stops.in_mean
     columns, sources, codes = ["key", "source", "status", "n_tokens", "vig"], Sources(), []
-    columns += [] if clip is None else ["token_nll_image", "token_nll_null"]
+    if from_tokens:
+        columns += ["token_nll_image", "token_nll_null", *(stops.columns if stops.ids else ())]
     vigs, sizes, hashes, text_only, text_tokens, errors = [np.empty(0)], [], [], 0, 0, 0
-    for batch in read_scores(scores, columns, batch_size=1 << 16 if clip is None else 1 << 13):
+    for batch in read_scores(scores, columns, batch_size=1 << 13 if from_tokens else 1 << 16):
         ok, text, lengths = row_kinds(batch)
-        if clip is None:
-            vigs.append(batch["vig"].to_numpy(zero_copy_only=False)[ok])
+        if from_tokens:
+            vigs.append(token_and_sample_vig(batch, ok, lengths[ok], choice.clip, stops)[1])
         else:
-            vigs.append(token_and_sample_vig(batch, ok, lengths[ok], clip)[1])
+            vigs.append(batch["vig"].to_numpy(zero_copy_only=False)[ok])
         sizes.append(lengths[ok].astype(np.int32))
         hashes.append(hash_keys(batch["key"])[ok])
         if choice.by == "source":
@@ -295,29 +325,6 @@ def _refuse_duplicates(scores, hashes: np.ndarray) -> None:
             seen.add(key)
 
 
-def noise_floor(metadata: dict) -> float | None:
-    """|VIG_t| in nats that arithmetic alone makes, as the scoring run measured it; None where it could not."""
-    return metadata.get("noise_floor", metadata.get("notes", {}).get("noise_floor"))
-
-
-def tau_warnings(tau: float | None, metadata: dict, taus: Mapping[str, float] | None = None) -> list[str]:
-    """What a reader of the selection should know of its tau. metadata: of the scores. taus: by source."""
-    if taus:
-        return [
-            f"source {name}: {line}" for name, own in taus.items() for line in tau_warnings(own, metadata)
-        ]
-    if tau is None:
-        return ["no scored sample has an image: there is no tau, and only text-only samples are kept"]
-    floor = noise_floor(metadata)
-    if tau <= LOW_TAU:
-        return [
-            f"tau = {tau:.3g} is at or under {LOW_TAU:g} nats: nearly every token passes; a tau_floor helps"
-        ]
-    if floor is not None and tau <= floor:
-        return [f"tau = {tau:.3g} is at or under the scores' noise floor, {floor:.3g} nats"]
-    return []
-
-
 class _Kept:
     """Counts of what a rule keeps, filled while its batches pass by."""
 
@@ -344,9 +351,9 @@ def _count(scores, rule: Rule, report: _Progress) -> _Kept:
 
 
 def _random_rule(rule: Rule, facts: _Facts, both: _Kept, notes: list[str]) -> Rule:
-    """Limits that let through exactly as many samples and tokens as "both" does."""
+    """Limits that let through exactly as many samples and tokens as "both" does, stop tokens that are kept aside."""
     if both.samples == 0:
-        return Rule("random", rule.tau, rule.clip, rule.seed)
+        return replace(rule, level="random")
     draws = sample_draws(facts.hashes, rule.seed)
     sample_limit = int(np.partition(draws, both.samples - 1)[both.samples - 1])
     chosen = draws <= sample_limit
@@ -357,4 +364,4 @@ def _random_rule(rule: Rule, facts: _Facts, both: _Kept, notes: list[str]) -> Ru
             f'the random samples have {available:,} tokens, fewer than the {both.tokens:,} that "both" keeps'
         )
     token_limit = kth_smallest_draw(draws, lengths, min(both.tokens, available))
-    return Rule("random", rule.tau, rule.clip, rule.seed, sample_limit, token_limit)
+    return replace(rule, level="random", sample_limit=sample_limit, token_limit=token_limit)

@@ -9,6 +9,7 @@ from typing import Any
 
 from vig.data.locate import locate
 from vig.data.photographs import photographs
+from vig.data.reading import Source
 
 
 def text_hash(text: str) -> str:
@@ -20,6 +21,12 @@ def processor_json(processor: Any) -> str:
     for name in ("chat_template", "processor_class", "transformers_version", "_name_or_path", "name_or_path"):
         settings.pop(name, None)
     return json.dumps(settings, sort_keys=True, default=str)
+
+
+def data_settings(data: str | Path | Source) -> dict[str, Any]:
+    """What the metadata of scores say of how their data were read."""
+    source = Source.of(data)
+    return source.reading.metadata() | {"data_format": locate(source.path, source.reading.split).format.name}
 
 
 WHOLE = 1 << 30  # bytes; of larger data files a part is read
@@ -36,17 +43,19 @@ def weights_fingerprint(name: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def data_fingerprint(path: str | Path) -> str:
+def data_fingerprint(data: str | Path | Source) -> str:
     """Of a data file's content; of the names and sizes of a folder's data files; of the names of its photographs,
     since these and their captions may be repaired between two runs.
 
     Of a file above 1 GiB: of its size and 64 MiB, spread evenly, so that scoring may begin."""
-    path = Path(path)
+    source = Source.of(data)
+    path = source.path
     if path.is_dir():
-        data = locate(path)
-        if data.format.whole_folder:
-            return text_hash(json.dumps([file.name for file in photographs(path)]))
-        names = [(file.name, file.stat().st_size) for file in data.paths]
+        found = locate(path, source.reading.split)
+        if found.format.whole_folder:
+            names = [file.relative_to(found.root).as_posix() for file in photographs(found.root)]
+        else:
+            names = [(name, file.stat().st_size) for name, file in zip(found.names, found.paths, strict=True)]
         return text_hash(json.dumps(names))
     digest = hashlib.sha256()
     if path.stat().st_size > WHOLE:

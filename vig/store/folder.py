@@ -27,7 +27,17 @@ MANIFEST = "_manifest.json"
 OLD_MANIFEST = "manifest.json"  # as early folders have it: read, and replaced by the next run
 # Settings that may differ between a run and its resumption: they do not change what is scored.
 NOT_BINDING = frozenset(
-    {"library_version", "data", "image_root", "batch_tokens", "batch_size", "noise_floor", "sharing"}
+    {
+        "library_version",
+        "data",
+        "image_root",
+        "batch_tokens",
+        "batch_size",
+        "noise_floor",
+        "sharing",
+        "data_format",
+        "stop_ids",
+    }
 )
 ABOUT_THE_DATA = frozenset({"data_fingerprint", "limit", "window", "shard"})
 JOB = re.compile(r"shard-(\d+)-of-(\d+)")
@@ -40,7 +50,12 @@ class SettingsDiffer(StoreError):
         self, problem: str, sides: tuple[str, str], differences: list[tuple[str, Any, Any]], cure: str
     ):
         self.differences = differences
-        lines = [f"  {name}: {sides[0]} {old!r}, {sides[1]} {new!r}" for name, old, new in differences]
+        lines = [
+            "  the data changed since"
+            if name == "data_fingerprint"
+            else f"  {name}: {sides[0]} {old!r}, {sides[1]} {new!r}"
+            for name, old, new in differences
+        ]
         super().__init__("\n".join([f"{problem}:", *lines, cure]))
 
 
@@ -139,6 +154,15 @@ def read_manifest(folder: Path) -> dict | None:
     except (ValueError, KeyError, TypeError) as error:
         cure = "Delete it: the shards beside it are checked and listed again."
         raise StoreError(f"{path} is damaged ({error}). {cure}") from error
+
+
+def recorded_setting(folder: str | Path, name: str) -> Any:
+    """A setting that the scores in a folder, or of a job in it, were made with; None where there are none."""
+    for place in (Path(folder), *job_folders(Path(folder)).values()):
+        manifest = read_manifest(place) if place.is_dir() else None
+        if manifest is not None and manifest["shards"]:
+            return manifest["settings"].get(name)
+    return None
 
 
 def unfinished_folders(files: Iterable[Path]) -> list[str]:

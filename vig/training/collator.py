@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from vig.data.records import sample_from_record
-from vig.data.sample import BrokenRecord, ImageSource, Sample, SampleError, text_of
+from vig.data.sample import BrokenRecord, ImageSource, Sample, SampleError, is_answer, text_of
+from vig.models.end_of_turn import DEFAULT
 from vig.models.lm_head import IGNORE, count_kept
 from vig.models.prompts import Encoded, Encoder
 from vig.store.selections import Entry
@@ -88,7 +89,7 @@ def _length(record: Record, sample: Sample, answer: int | None) -> int:
         return record.answer_index[-1 if answer is None else answer - 1] + 1
     prompt, reply = 0, 0
     for message in sample.messages:
-        if message["role"] == "assistant":
+        if is_answer(message):
             reply += len(text_of(message))
         else:
             prompt += len(text_of(message))
@@ -168,7 +169,7 @@ class SelectiveCollator:
     processor: the model's transformers processor, or a tokenizer for text alone.
     selection: mapping key -> (keep, token_ids, token_keep), the folder of one, or what `vig.select` returned;
         None keeps every answer token.
-    end_of_turn: "template" | "add" | "drop"; what the selection was scored with unless given.
+    end_of_turn: "add" | "template" | "drop"; what the selection was scored with unless given, "add" without one.
     max_length: longer sequences lose their end. An answer cut short is a prefix of the scored one; it keeps the
         selection of its tokens and is counted in `truncated`. Any other difference between the answer tokens
         here and in the selection raises SampleError with both values.
@@ -197,7 +198,7 @@ class SelectiveCollator:
     ):
         self.selection = open_selection(selection)
         metadata = getattr(self.selection, "metadata", {})
-        end_of_turn = end_of_turn or metadata.get("end_of_turn", "template")
+        end_of_turn = end_of_turn or metadata.get("end_of_turn", DEFAULT if not metadata else "template")
         self.encoder = Encoder(processor, end_of_turn=end_of_turn, max_length=max_length, truncate=True)
         self.image_root, self.cut, self.counts, self.skip_unreadable = (
             image_root,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import typer
 
 SAVED = "train.yaml"  # beside train.json
-NOT_SAVED = ("overwrite",)  # it would overwrite the checkpoint whose file is taken
+NOT_SAVED = ("overwrite", "json")  # the first would overwrite the checkpoint whose file is taken
 
 
 def take_options(context: typer.Context, path: Path) -> None:

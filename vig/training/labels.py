@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vig.data.sample import SampleError
-from vig.models.answer_spans import turn_ends
+from vig.models.answer_spans import turn_end_tokens
 from vig.models.image_tokens import image_token_id
 from vig.models.lm_head import IGNORE, count_kept
 from vig.selection.select import Selection
@@ -190,10 +190,9 @@ def end_ids_of(processor: Any) -> frozenset[int]:
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer is None:
         return frozenset()
-    ends = turn_ends(tokenizer, getattr(processor, "image_token", None))
-    named = set(map(str, tokenizer.all_special_tokens)) | set(tokenizer.get_added_vocab())
+    ends = turn_end_tokens(tokenizer, getattr(processor, "image_token", None))
     padding = tokenizer.pad_token if tokenizer.pad_token != tokenizer.eos_token else None
-    found = [token for token in named if ends.fullmatch(token) and token != padding]
+    found = [token for token in ends if token != padding]
     return frozenset(tokenizer.convert_tokens_to_ids(found))
 
 

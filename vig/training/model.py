@@ -85,7 +85,8 @@ def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
             model, LoraConfig(r=settings.lora_rank, lora_alpha=alpha, target_modules=settings.lora_targets)
         )
     towers = vision_tower_patterns(unwrap(model).config.model_type)
-    for pattern in towers if settings.freeze is None else settings.freeze:
+    frozen = towers if settings.freeze is None else settings.freeze
+    for pattern in () if frozen == ("none",) else frozen:
         found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
         if not found and settings.freeze is not None:
             names = ", ".join(list(dict(model.named_parameters()))[:3])

@@ -71,7 +71,7 @@ class TrainSettings:
     dtype: str = (
         "auto"  # of the forward: "bfloat16" (autocast over float32 weights), "float32", auto by device
     )
-    freeze: tuple[str, ...] | None = None  # patterns searched in parameter names; None: the vision tower
+    freeze: tuple[str, ...] | None = None  # patterns of names; None: the vision tower; ("none",): nothing
     lora_rank: int = 0  # 0: train the weights themselves
     lora_alpha: float | None = None  # 2 * rank unless given
     lora_targets: str = LORA_TARGETS  # pattern that the whole module name matches

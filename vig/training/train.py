@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from torch import nn
 
+from vig.data.reading import Reading, Source
 from vig.data.samples import read_samples
 from vig.training.batches import MicroBatches, plan_batches
 from vig.training.checkpoint import Checkpoints, RunState, run_provenance
@@ -26,6 +27,7 @@ from vig.training.labels import AnySelection, Selected, open_selection
 from vig.training.loop import Stepper, Watchers, run
 from vig.training.model import choose_device, computes_in, context, load_model, prepare
 from vig.training.settings import TrainError, TrainProgress, TrainResult, TrainSettings
+from vig.training.stop_check import warn_if_nothing_stops
 from vig.training.trackers import check_trackers, trackers_of
 
 
@@ -89,8 +91,9 @@ def train(
         table = open_selection(selection)
         metadata = getattr(table, "metadata", {})
         records = data
-        if isinstance(data, str | Path):  # raises for data that is not there, before a model is loaded
-            records = read_samples(data, image_root=image_root, limit=limit)
+        reading = data.reading if isinstance(data, Source) else Reading.stored(metadata)
+        if isinstance(data, str | os.PathLike):  # raises for data that is not there, before a model is loaded
+            records = read_samples(Source(Path(data), reading), image_root=image_root, limit=limit)
         options = {"revision": revision, "attn": attn, "trust_remote_code": trust_remote_code}
         loaded = load_model(model, processor, settings, device, metadata, options)
         torch.manual_seed(settings.seed)
@@ -101,7 +104,7 @@ def train(
             processor, table, end_of_turn=settings.end_of_turn, max_length=settings.max_length or context(model),
             image_root=image_root, counts=True,
         )  # fmt: skip
-        source = str(data) if isinstance(data, str | Path) else None
+        source = str(data) if isinstance(data, str | os.PathLike) else None
         provenance = {
             "model": loaded.name,
             "revision": loaded.revision,
@@ -119,9 +122,10 @@ def train(
         resumed, steps = checkpoints.step, len(plan) // settings.accumulate
         to_come = MicroBatches(kept.samples, plan[resumed * settings.accumulate :], collator)
         # After a death, perhaps at an image that crashed its decoder, a process apart dies alone.
-        batches = to_come.made(max(settings.workers, int(after_death)))
+        made = to_come.made(max(settings.workers, int(after_death)))
+        batches = warn_if_nothing_stops(made, collator.encoder.stop_ids)
 
-        held_out = _held_out(eval_data, collator, settings, processes, device)
+        held_out = _held_out(_read_alike(eval_data, reading), collator, settings, processes, device)
         stepper = Stepper(processes, device, model, steps, settings)
         with trackers_of(report_to, out, processes, asdict(settings)) as trackers:
             watchers = Watchers(on_progress, trackers, held_out)
@@ -157,6 +161,13 @@ def _kept(records: Iterable[Record], table: Selected | None, limit: int | None) 
     return kept
 
 
+def _read_alike(data: Any, reading: Reading) -> Any:
+    """Held-out data on disk, whose columns and roles have the names of the trained data's unless they say otherwise."""
+    if isinstance(data, Source) or not isinstance(data, str | os.PathLike):
+        return data
+    return Source(Path(data), replace(reading, split=None))
+
+
 def _held_out(
     data: str | Path | Iterable[Record] | None,
     trained: SelectiveCollator,
@@ -167,7 +178,7 @@ def _held_out(
     """The held-out samples, encoded as those that are trained on."""
     if data is None:
         return None
-    if isinstance(data, str | Path):
+    if isinstance(data, str | os.PathLike):
         data = read_samples(data, image_root=trained.image_root)
     samples = keep_samples(data, None).samples
     if not samples:

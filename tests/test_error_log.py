@@ -1,0 +1,101 @@
+"""Errors by reason: counts and examples on one screen, all of them in a file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from vig.cli import app
+from vig.data.error_log import ErrorLog
+from vig.data.sample import SampleError
+from vig.scoring.run import score_dataset
+from vig.scoring.scorer import Scorer
+
+WAYS = [
+    {"image": "nowhere-{n}.png"},
+    {"image": "https://a.b/{n}.png"},
+    {"image": "../{n}.png"},
+    {"video": "{n}.mp4"},
+    {"conversations": [{"from": "robot {n}", "value": "q"}]},
+    {"conversations": [{"from": "human", "value": "<image>q {n}"}]},
+    {"photo": "{n}.png", "image": None},
+]
+
+
+def record(number: int, way: dict | None = None) -> dict:
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": f"red {number}"}]
+    good = {"id": str(number), "image": "0.png", "conversations": turns}
+    return good | json.loads(json.dumps(way or {}).replace("{n}", str(number)))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.llava_model().save_pretrained(folder)
+    tiny.llava_processor().save_pretrained(folder)
+    return folder
+
+
+def call(*words, code=0) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_a_thousand_errors_of_seven_kinds_fit_one_screen(tmp_path, model):
+    tiny.save_picture(tmp_path / "0.png", 0)
+    records = [record(n, WAYS[n // 20 % 7] if n % 20 == 0 and n < 20_000 else None) for n in range(2_000)]
+    records += [record(n, WAYS[n % 7]) for n in range(2_000, 2_900)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    data = (model, tmp_path / "data.json", "-o", tmp_path / "scores")
+    said = call("score", *data, "--dry-run", "--errors", tmp_path / "errors.jsonl", code=3)
+    assert len(said.splitlines()) <= 24
+    assert sum(" samples: data.json#" in line for line in said.splitlines()) == 7
+    assert (
+        "1,000 of 2,900 samples could not be scored" in said
+        and f"all of them: {tmp_path}/errors.jsonl" in said
+    )
+    lines = (tmp_path / "errors.jsonl").read_text().splitlines()
+    assert len(lines) == 1000
+    first = json.loads(lines[0])
+    assert first["key"] == "data.json#0" and first["message"].startswith("no image at") and first["id"] == "0"
+
+
+def test_scores_have_their_errors_beside_them_until_they_are_mended(tmp_path, model):
+    tiny.save_picture(tmp_path / "0.png", 0)
+    records = [record(0), record(1, WAYS[0]), record(2, WAYS[0]), record(3, WAYS[3])]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    data = (model, tmp_path / "data.json", "-o", tmp_path / "scores")
+    for _ in range(2):  # the second run finds them as the first left them
+        said = call("score", *data, "--errors", tmp_path / "mine.jsonl", code=3)
+        assert "2 samples: data.json#1 (id '1'): no image at" in said
+        assert "likewise data.json#2 (id '2')" in said
+        assert "data.json#3 (id '3'): the field video holds video" in said
+        for file in (tmp_path / "scores" / "_errors.jsonl", tmp_path / "mine.jsonl"):
+            keys = [json.loads(line)["key"] for line in file.read_text().splitlines()]
+            assert keys == ["data.json#1", "data.json#2", "data.json#3"]
+    pandas = pytest.importorskip("pandas")
+    assert len(pandas.read_parquet(tmp_path / "scores")) == 4
+    scorer = Scorer(str(model))
+    with pytest.warns(UserWarning, match="3 samples could not be scored:\n2 samples: data.json#1"):
+        score_dataset(scorer, tmp_path / "data.json", tmp_path / "scores")
+    call("select", tmp_path / "scores", "-o", tmp_path / "selection")
+    said = call("train", *data[:2], "-o", tmp_path / "out", "--max-steps", "1", code=3)
+    assert "2 samples: data.json#1 (id '1'): no image at" in said or "data.json#3" in said
+
+
+def test_lines_of_errors_are_taken_apart_and_long_ones_cut():
+    log = ErrorLog()
+    for number in range(5):
+        log.add_line(str(SampleError(f"a b.json#{number}", f"it's {number}", "no image at /x/1.png", "Look")))
+    log.add("k#1", "i", "x" * 10_000)
+    log.add_line("something else")
+    lines = list(log.lines())
+    assert lines[0] == '5 samples: a b.json#0 (id "it\'s 0"): no image at /x/1.png. Look'
+    assert lines[1].endswith('a b.json#2 (id "it\'s 2"), ...')
+    assert all(len(line) < 400 for line in lines) and lines[-1] == "something else"
+    assert list(log.lines(1))[-1] == "... and 2 samples for 2 more reasons"
+    assert log.count == 7 and log.summary()[0]["count"] == 5

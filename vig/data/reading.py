@@ -1,0 +1,99 @@
+"""How data are read where they do not say it themselves: the split, and the names of their columns and roles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vig.data.formats import FIELDS
+
+SPEAKERS = ("assistant", "system", "tool", "user")
+IGNORE = "ignore"  # what a column maps to that is not to be read
+
+
+def _inverted(names: Mapping[str, str | list[str]]) -> dict[str, str]:
+    pairs = ((ours, [theirs] if isinstance(theirs, str) else theirs) for ours, theirs in names.items())
+    return {name: ours for ours, several in pairs for name in several}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """split: of a folder that holds several. columns: our field -> the data's. roles: our role -> the data's.
+
+    A value may be a list of names; columns["ignore"] are not read at all. Raises ValueError for a field or role that
+    is not known.
+    """
+
+    split: str | None = None
+    columns: Mapping[str, str | list[str]] = field(default_factory=dict)
+    roles: Mapping[str, str | list[str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for what, given, known in (
+            ("columns", self.columns, (*FIELDS, IGNORE)),
+            ("roles", self.roles, SPEAKERS),
+        ):
+            wrong = [name for name in given if name not in known]
+            if wrong:
+                raise ValueError(
+                    f"{what}: {wrong[0]!r} is none of {', '.join(known)}. Write {known[0]}=NAME, the data's name last"
+                )
+        object.__setattr__(self, "column_of", _inverted(self.columns))
+        object.__setattr__(self, "role_of", _inverted(self.roles))
+
+    def metadata(self) -> dict[str, Any]:
+        """What is stored with scores: nothing of what is as usual."""
+        return {
+            name: dict(value) if isinstance(value, Mapping) else value
+            for name in ("split", "columns", "roles")
+            if (value := getattr(self, name))
+        }
+
+    @classmethod
+    def stored(cls, metadata: Mapping[str, Any]) -> Reading:
+        """As scores were read that have this metadata."""
+        return cls(**{name: metadata[name] for name in ("split", "columns", "roles") if metadata.get(name)})
+
+    def renamed(self, record: Any) -> Any:
+        """A record whose fields have our names, without those that are to be ignored."""
+        if not self.columns or not isinstance(record, dict):
+            return record
+        named = {self.column_of.get(name, name): value for name, value in record.items()}
+        named.pop(IGNORE, None)
+        return named
+
+
+@dataclass(frozen=True)
+class Source(os.PathLike):
+    """Data on disk and how they are read. It stands for its path wherever a path is taken."""
+
+    path: Path
+    reading: Reading = Reading()
+
+    @classmethod
+    def of(cls, data: str | os.PathLike) -> Source:
+        return data if isinstance(data, cls) else cls(Path(data))
+
+    def absolute(self) -> Source:
+        return Source(self.path.absolute(), self.reading)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    __str__ = __fspath__
+
+
+def parse_names(given: Iterable[str], option: str) -> dict[str, list[str]]:
+    """["messages=conv,images=pics"] -> {"messages": ["conv"], "images": ["pics"]}. Raises ValueError."""
+    found: dict[str, list[str]] = {}
+    for pair in (pair for text in given for pair in text.split(",")):
+        ours, sign, theirs = pair.strip().partition("=")
+        if not (ours and sign and theirs):
+            raise ValueError(
+                f"{option} {pair!r}, expected OURS=THEIRS, such as {option} messages=conv,images=pics"
+            )
+        found.setdefault(ours.strip(), []).append(theirs.strip())
+    return found
