@@ -414,7 +414,8 @@ def test_options_of_public_functions_are_the_fields_of_one_value(function, value
     assert {name: options[name] for name in options if name in fields} == {
         name: fields[name] for name in fields if name in options
     }
-    beside = {"on_progress", "options", "actors", "gpus_per_actor", "cpus_per_actor", "stuck_after"}
+    beside = {"on_progress", "progress_bar", "errors"}
+    beside |= {"options", "actors", "gpus_per_actor", "cpus_per_actor", "stuck_after"}
     assert options.keys() - fields.keys() <= beside
     without_data = fields.keys() - {"data"} - ({"retry_failed"} if function is dry_run_dataset else set())
     assert without_data <= options.keys()

@@ -171,7 +171,8 @@ def inspect(
         ScoreSettings, null=null, sigma=sigma, dtype=dtype, device=device, end_of_turn=end_of_turn,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    data = _source(data, split, columns, roles)
+    if answer is None or not data.is_file():  # else a photograph
+        data = _source(data, split, columns, roles)
     sample = find_sample(data, index=index, key=key, question=question, answer=answer, image_root=image_root)
     with terminal.waiting(err, f"loading {model}"):
         scorer = Scorer(model, **vars(settings))

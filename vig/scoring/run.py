@@ -109,7 +109,7 @@ def run_scoring(
 @contextmanager
 def _writing(folder: Path, scorer: Scorer, run: RunSpec) -> Iterator[ScoreWriter]:
     """The folder, locked before its settings are found out, which takes a while."""
-    workers, end_of_turn = scorer.workers, scorer.encoder.end_of_turn
+    workers = scorer.workers
     with lock_folder(folder) as lock:
         check_writable(folder)
         scorer.encoder.end_of_turn = end_of_turn_in(folder, scorer.settings)
@@ -118,7 +118,7 @@ def _writing(folder: Path, scorer: Scorer, run: RunSpec) -> Iterator[ScoreWriter
         try:
             yield ScoreWriter(folder, run_provenance(scorer, run, folder), lock)
         finally:
-            scorer.workers, scorer.encoder.end_of_turn = workers, end_of_turn
+            scorer.workers = workers
 
 
 def end_of_turn_in(folder: Path, settings: ScoreSettings) -> str:
