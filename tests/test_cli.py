@@ -79,7 +79,7 @@ def test_score_select_train_report(road, tmp_path):
 
     call("report", tmp_path / "scores", "--selection", tmp_path / "selection", "-o", tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
-    assert "data:image/png;base64," in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert "data:image/webp;base64," in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
 def test_select_passes_its_options_on(road, tmp_path):
