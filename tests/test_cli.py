@@ -248,7 +248,7 @@ def test_data_that_is_a_link_is_known_by_its_own_name(road, tmp_path):
     call("select", scores, "-o", tmp_path / "selection", "--p", "100", "--export", kept)
     assert json.loads(kept.read_text()) == json.loads((road / "data.json").read_text())[:3]
     call("report", scores, "-o", page)
-    assert page.read_text().count("<img") >= 3 and "are missing" not in page.read_text()
+    assert page.read_text().count("data:image/webp;base64,") >= 3 and "are missing" not in page.read_text()
 
 
 def test_select_exports_the_kept_records(road, tmp_path):
