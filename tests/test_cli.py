@@ -81,7 +81,7 @@ def test_score_select_train_report(given, tmp_path):
 
     call("report", tmp_path / "scores", "--selection", tmp_path / "selection", "-o", tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
-    assert "data:image/png;base64," in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert "data:image/webp;base64," in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
 def test_select_passes_its_options_on(given, tmp_path):
@@ -261,7 +261,7 @@ def test_data_that_is_a_link_is_known_by_its_own_name(given, tmp_path):
     call("select", scores, "-o", tmp_path / "selection", "--p", "100", "--export", kept)
     assert json.loads(kept.read_text()) == json.loads((given / "data.json").read_text())[:3]
     call("report", scores, "-o", page)
-    assert page.read_text().count("<img") >= 3 and "are missing" not in page.read_text()
+    assert page.read_text().count("data:image/webp;base64,") >= 3 and "are missing" not in page.read_text()
 
 
 def test_select_exports_the_kept_records(given, tmp_path):

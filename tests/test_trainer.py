@@ -540,7 +540,7 @@ def test_what_one_step_returns_is_what_the_next_takes(tmp_path, monkeypatch):
     for given in ("selection", chosen.table(), read_selection("selection")):
         assert [sample.key for sample in keep_samples(items, given).samples] == some
     page = report(rows, "report.html", data="data.json", processor=AutoProcessor.from_pretrained(CHECKPOINT))
-    assert "Highest VIG" in page.read_text() and "data:image/png" in page.read_text()
+    assert "highest VIG" in page.read_text() and "data:image/webp" in page.read_text()
     for nothing in (select, report):
         with pytest.raises(StoreError, match="no scores were given"):
             nothing([])
