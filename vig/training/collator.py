@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -62,18 +63,24 @@ class Kept(NamedTuple):
         except ImportError as error:
             raise ImportError('TRL takes a datasets.Dataset: pip install "vig-kernels[trl]"') from error
         text = datasets.Value("string")
+        samples = [_sample_of(record) for record in self.samples]
+        message = {"role": text, "content": datasets.List({"type": text, "text": text})}
+        if any("trained" in one for sample in samples for one in sample.messages):
+            message["trained"] = datasets.Value("bool")
         features = {
             "key": text,
             "id": text,
             "images": datasets.List({"path": text, "bytes": datasets.Value("binary")}),
-            "messages": datasets.List({"role": text, "content": datasets.List({"type": text, "text": text})}),
+            "messages": datasets.List(message),
             "length": datasets.Value("int32"),
         }
+        if any(sample.tools for sample in samples):
+            features["tools"] = text
         answers = self.answers or [None] * len(self.samples)
         rows = []
-        for record, answer in zip(self.samples, answers, strict=True):
-            sample = _sample_of(record)
-            rows.append(_plain(sample) | {"length": _length(record, sample, answer)})
+        for record, sample, answer in zip(self.samples, samples, answers, strict=True):
+            row = _plain(sample) | {"length": _length(record, sample, answer)}
+            rows.append({name: row[name] for name in features})
         return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
 
@@ -104,10 +111,14 @@ def _plain(sample: Sample) -> dict[str, Any]:
         "id": sample.id,
         "images": [_path_or_bytes(image) for image in sample.images],
         "messages": [
-            message
-            | {"content": [{"type": part["type"], "text": part.get("text")} for part in message["content"]]}
+            {
+                "role": message["role"],
+                "content": [{"type": part["type"], "text": part.get("text")} for part in message["content"]],
+                "trained": message.get("trained", True),
+            }
             for message in sample.messages
         ],
+        "tools": json.dumps(sample.tools) if sample.tools else None,
     }
 
 
