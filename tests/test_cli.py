@@ -329,7 +329,8 @@ def test_train_names_what_it_cannot_use_and_saves_the_rest(road, tmp_path, worke
         "train", road / "model", data, "-o", tmp_path / "out", "--batch-size", "2", "--workers", workers, code=3
     )  # fmt: skip
     assert f"{data.name}#0 (id 'b0'): no answer turn" in said and "Traceback" not in said
-    assert "and 8 more: `errors` in" in said and "17 records could not be read" in said
+    assert f"17 samples: {data.name}#0" in said and "all of them: `errors` in" in said
+    assert "17 records could not be read" in said
     assert "1 samples were left out of training" in said
     errors = json.loads((tmp_path / "out" / "train.json").read_text())["errors"]
     assert len(errors) == 18 and errors[17].startswith(f"{data.name}#4 (id '3'): no image at")

@@ -170,7 +170,8 @@ def inspect(
     if picture.is_dir() or not picture.absolute().parent.is_dir():
         raise typer.BadParameter(f"{picture} is not the name of a file in a folder that is there")
     _usage(check_settings, null, sigma, dtype, "auto", end_of_turn or DEFAULT, device)
-    data = _source(data, split, columns, roles)
+    if answer is None:  # else it may be a photograph
+        data = _source(data, split, columns, roles)
     sample = find_sample(data, index=index, key=key, question=question, answer=answer, image_root=image_root)
     with terminal.waiting(err, f"loading {model}"):
         scorer = Scorer(
