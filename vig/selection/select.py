@@ -295,7 +295,7 @@ def select(
         chosen = {**choice, "tau": tau, "tau_p": tau_p}
         metadata = {**about, "selection": {**chosen, "counts": counts}}
         kept = _Kept()
-        quiet = _barely_used(facts.vig, about)
+        quiet = _barely_used(facts.vig, about) if clip is None else []  # clipped values are no measure of it
 
         def final_metadata() -> dict:
             counts.update(samples_kept=kept.samples, tokens_kept=kept.tokens)
