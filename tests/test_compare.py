@@ -110,7 +110,9 @@ def test_rows_in_another_order_and_missing_ones_are_matched_by_key(tmp_path):
 
 def test_other_data_are_refused(tmp_path):
     a = scored(tmp_path / "a")
-    with pytest.raises(SettingsDiffer, match=r"data_fingerprint: A has 'f', B 'g'(.|\n)*Score the same data"):
+    with pytest.raises(
+        SettingsDiffer, match=r"content of the data: A has 'f', B 'g'(.|\n)*Score the same data"
+    ):
         compare(a, scored(tmp_path / "b", data_fingerprint="g"))
     rows = [ScoreRow("e.json#0", "", "", "ok", [5], [0], [0.1], [0.2])]
     with ScoreWriter(tmp_path / "c", {"model": "m"}) as writer:

@@ -331,7 +331,7 @@ def test_photographs_and_captions_may_be_repaired_but_not_exchanged(tmp_path):
     assert score_dataset(scorer(), folder, out, retry_failed=True).failed == 0
     assert [row["status"] for row in rows_of(out)] == ["ok"] * 4
     (folder / "3.png").rename(folder / "4.png")
-    with pytest.raises(SettingsDiffer, match="data_fingerprint"):
+    with pytest.raises(SettingsDiffer, match="the data changed since"):
         score_dataset(scorer(), folder, out)
 
 

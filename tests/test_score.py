@@ -436,6 +436,10 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, data):
 def test_every_setting_binds_but_those_that_change_no_score(data):
     settings = scorer().provenance(data) | {"window": 8192, "limit": None, "shard": None, "schema_version": 1}
     free = {"data", "image_root", "batch_tokens", "batch_size", "library_version", "noise_floor", "sharing"}
+    free |= {
+        "data_format",
+        "stop_ids",
+    }  # follow from the data and the tokenizer; folders of before have neither
     for name in settings | dict.fromkeys(free):
         differences = settings_differences(settings, settings | {name: "other"})
         assert bool(differences) == (name not in free), name

@@ -27,7 +27,7 @@ from transformers import (
 from vig import keep_samples, read_samples, read_selection, report
 from vig.data.files import StoreError
 from vig.data.records import sample_from_record
-from vig.data.sample import BrokenRecord, SampleError
+from vig.data.sample import BrokenRecord, SampleError, answers
 from vig.demo.arms import CHECKPOINT
 from vig.demo.dataset import tuning_records, write_records
 from vig.models.prompts import Encoder
@@ -478,6 +478,17 @@ def test_a_dataset_of_the_kept_samples_gives_their_batches(processor, tmp_path):
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[name], expected[name]) for name in batch)
     assert keep_samples([items[2]], chosen).dataset().features == data.features  # also without any image
+
+
+def test_a_dataset_knows_turns_that_are_not_trained_and_tools():
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": False}]
+    asked = [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]
+    records = [{"messages": said + asked, "tools": [{"name": "f"}]}, {"messages": asked}]
+    given = [sample_from_record(record, key=f"d.json#{n}") for n, record in enumerate(records)]
+    for sample, row in zip(given, keep_samples(given, None).dataset(), strict=True):
+        found = sample_from_record(row, key=row["key"])
+        assert answers(found) == answers(sample) == ["b"]
+        assert (found.messages, found.tools) == (sample.messages, sample.tools)
 
 
 def test_batches_are_balanced_by_what_is_left(processor, tmp_path):

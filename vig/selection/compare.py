@@ -213,7 +213,7 @@ def _refuse_other_data(a: dict, b: dict) -> None:
         raise SettingsDiffer(
             "the scores are of other data",
             ("A has", "B"),
-            [*rows, ("data_fingerprint", *prints)],
+            [*rows, ("content of the data", *prints)],
             "Score the same data file twice to compare models, nulls or settings.",
         )
 

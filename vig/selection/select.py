@@ -257,7 +257,9 @@ def _choose(
         final_metadata()
     notes += [
         *tau_warnings(tau, about, counts, sources),
-        *barely_used(facts.vig, about),
+        *(
+            barely_used(facts.vig, about) if choice.clip is None else ()
+        ),  # clipped values are no measure of it
         *mistaken_share(choice.p),
     ]
     return Selection(
