@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from vig.data.files import StoreError
+from vig.models.token_texts import token_texts
 from vig.reporting.report import report
-from vig.reporting.viewer import token_texts
 from vig.selection.select import select
 from vig.store.folder import SettingsDiffer
 from vig.store.rows import ScoreBlock, ScoreRow

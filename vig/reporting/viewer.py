@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from vig.data.images import open_images
 from vig.data.reading import Reading, Source
 from vig.data.sample import BrokenRecord, Sample, SampleError, is_answer, text_of
 from vig.data.samples import read_samples
+from vig.models.token_texts import token_texts
 from vig.reporting.views import Pass, SampleView
 from vig.scoring import batching
 
 MOST_IMAGES = 8  # of a sample that are shown
-CONTEXT = 12  # tokens that are decoded together, so that each has the text that it adds
 
 
 class Viewer:
@@ -103,7 +103,7 @@ class Viewer:
             row["id"] or "",
             row["source"] or "",
             row["status"],
-            tokens=token_texts(self.tokenizer, ids),
+            tokens=self._texts_of(ids),
             passes=[scored] if ids else [],
         )
         record = self.samples.get(row["key"])
@@ -117,6 +117,11 @@ class Viewer:
             view.question = "\n".join(questions[:1] if starts else questions)
             view.turns = list(zip(starts[1:], questions[1:], strict=False))
         return view
+
+    def _texts_of(self, ids: list[int]) -> list[str]:
+        if self.tokenizer is None:
+            return [f"{'' if index == 0 else ' '}{id}" for index, id in enumerate(ids)]
+        return token_texts(self.tokenizer, ids)
 
     def n_images(self, key: str) -> int:
         """How many images `add_pictures` will show."""
@@ -213,27 +218,3 @@ def questions_of(sample: Sample) -> list[str]:
         else:
             said.append(text_of(message).replace("<image>", "").strip())
     return questions
-
-
-def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each token adds to the answer; the pieces of a split character stand with its last token.
-
-    A token is decoded behind the few before it, which is linear in the length of the answer.
-    """
-    if tokenizer is None:
-        return [f"{'' if index == 0 else ' '}{id}" for index, id in enumerate(ids)]
-    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    texts: list[str] = []
-    first, shown, waiting = 0, "", 0
-    for end in range(1, len(ids) + 1):
-        text = decode(ids[first:end])
-        if text.endswith("\ufffd") and end < len(ids) and waiting < 4:
-            texts.append("")
-            waiting += 1
-            continue
-        texts.append(text[len(shown) :] if text.startswith(shown) else decode(ids[end - 1 - waiting : end]))
-        shown, waiting = text, 0
-        if end - first >= CONTEXT and not text.endswith("\ufffd"):
-            first = end - CONTEXT // 2
-            shown = decode(ids[first:end])
-    return texts
