@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from test_trainer import masked_cross_entropy, samples, selection, stock_gradients
-from tiny import llava_model, llava_processor
+from tiny import llava_model, llava_processor, weights
 from transformers import LlavaForConditionalGeneration
 
 from vig.data.files import StoreError
@@ -41,10 +41,6 @@ def processor():
 
 def base():
     return copy.deepcopy(llava_model())
-
-
-def weights(model) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def encoded(processor, count: int = 8):

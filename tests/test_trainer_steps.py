@@ -28,7 +28,7 @@ from test_trainer import (
     selection,
     text_model,
 )
-from tiny import byte_tokenizer, llava_model, llava_processor
+from tiny import byte_tokenizer, llava_model, llava_processor, weights
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 
@@ -45,10 +45,6 @@ def processor():
 
 def base():
     return copy.deepcopy(llava_model())
-
-
-def weights(model) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def dropped_out(model):

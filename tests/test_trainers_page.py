@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from tiny import weights
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vig import SelectiveCollator, keep_samples, read_samples, read_selection, select
@@ -48,10 +49,6 @@ def names(folder, monkeypatch):
     }
     exec(blocks("The data")[0], found)
     return found
-
-
-def weights(model) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten().cpu() for parameter in model.parameters()])
 
 
 def tokenized(folder, processor) -> list[dict]:

@@ -80,6 +80,11 @@ def llava_model(seed: int = 0) -> LlavaForConditionalGeneration:
     return model
 
 
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    """All parameters of a model, one behind the other."""
+    return torch.cat([parameter.detach().flatten().cpu() for parameter in model.parameters()])
+
+
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
