@@ -48,9 +48,7 @@ def test_no_function_takes_more_than_eight_parameters(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_are_short(path, request):
-    if path == ROOT / "vig" / "cli.py":  # strict: this line goes when the file is split
-        request.applymarker(pytest.mark.xfail(strict=True, reason="vig/cli.py is to become a package"))
+def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= MOST_LINES
 
 
