@@ -227,7 +227,7 @@ def test_tensors_of_a_batch_that_did_not_fit_are_gone_before_its_halves_are_scor
 
 
 def test_a_picture_cut_in_a_way_of_its_own_is_an_error_row():
-    """A longest edge that is no multiple of the tiles: of some shapes the tiles cannot be foretold."""
+    """With a longest edge that is not a multiple of the tile size, the tiling of some shapes cannot be predicted."""
     processor = copy.copy(tiny_families.processor("smolvlm"))
     processor.image_processor = copy.copy(processor.image_processor)
     processor.image_processor.size = {"longest_edge": 40}
