@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +36,18 @@ BOUNDS = {  # (tokens, contender, figure): largest ratio to the stock trainer
 CLOSE = 1e-4  # relative difference of the first step's loss to the stock trainer's
 
 
-def tasks(quick: bool, say: Callable[[str], None]) -> dict[str, Callable[[], dict]]:
+def run(threads: int, quick: bool, say: Callable[[str], None]) -> list[dict]:
     """A case each: a stock trainer and ours at a number of tokens."""
-    cases = [(256, "Hugging Face"), (256, "TRL")] if quick else CASES
-    return {f"{trainers}, {tokens:,} tokens a step": partial(case, tokens, trainers, quick, say)
-            for tokens, trainers in cases}  # fmt: skip
+    cases = ((256, "Hugging Face"), (256, "TRL")) if quick else CASES
+    return [case(tokens, trainers, threads, quick, say) for tokens, trainers in cases]
 
 
-def case(tokens: int, trainers: str, quick: bool, say: Callable[[str], None]) -> dict:
+def case(tokens: int, trainers: str, threads: int, quick: bool, say: Callable[[str], None]) -> dict:
     """A row a contender."""
-    import torch
-
     rows = []
     for name in PAIRS[trainers]:
         say(f"{tokens:,} tokens: {name}")
-        row = _in_process(name, tokens, torch.get_num_threads(), quick)
+        row = _in_process(name, tokens, threads, quick)
         rows.append({"name": name, "ours": name in STOCK} | row)
     _compare(*rows, tokens)
     return {"label": f"{trainers}, {tokens:,} tokens a step", "tokens": tokens, "rows": rows}

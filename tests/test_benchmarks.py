@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import io
 import json
 import math
@@ -400,6 +402,18 @@ def test_a_broken_promise_of_memory():
     assert audit.broken(result) == []
     case["rows"][0]["value"] = 64.1
     assert audit.broken(result) == ["score: a case: linear_nll: 64.1 MiB, promised 64"]
+
+
+def test_every_suite_of_the_command_line_can_be_run():
+    with_commands_of_their_own = {"gpu", "static", "report"}
+    names = {
+        one.name or one.callback.__name__ for one in __main__.app.registered_commands
+    } - with_commands_of_their_own
+    assert {*__main__.SUITES, "throughput", "scale", "trainers"} == names
+    for name in names:
+        assert list(inspect.signature(importlib.import_module(f"benchmarks.{name}").run).parameters) == [
+            "threads", "quick", "say"
+        ]  # fmt: skip
 
 
 def test_results_and_pages_are_no_changes_of_a_commit(tmp_path, monkeypatch):
