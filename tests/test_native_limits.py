@@ -94,6 +94,7 @@ def test_ctrl_c_ends_a_long_call(prepare, count):
         sent.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGINT)
 
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     timer = threading.Timer(0.4, interrupt)
     timer.start()
     try:
@@ -103,4 +104,5 @@ def test_ctrl_c_ends_a_long_call(prepare, count):
         assert torch.equal(linear_nll(*small, backend="cpu"), expected)
     finally:
         timer.cancel()
+        signal.signal(signal.SIGINT, handler)
         torch.set_num_threads(before)
