@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import tiny
@@ -62,6 +64,27 @@ def test_a_thousand_errors_of_seven_kinds_fit_one_screen(tmp_path, model):
     assert len(lines) == 1000
     first = json.loads(lines[0])
     assert first["key"] == "data.json#0" and first["message"].startswith("no image at") and first["id"] == "0"
+
+
+def test_scores_are_complete_only_with_their_errors_beside_them(tmp_path, monkeypatch):
+    tiny.save_picture(tmp_path / "0.png", 0)
+    (tmp_path / "data.json").write_text(json.dumps([record(0), record(1, WAYS[0])]))
+    scorer, out, rename = Scorer(tiny.llava_model(), tiny.llava_processor()), tmp_path / "scores", os.replace
+
+    def stopped(source, target):
+        if Path(target).name == "_errors.jsonl":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        score_dataset(scorer, tmp_path / "data.json", out)
+    assert not json.loads((out / "_manifest.json").read_text())["complete"]
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="1 samples could not be scored"):
+        score_dataset(scorer, tmp_path / "data.json", out)
+    assert json.loads((out / "_manifest.json").read_text())["complete"]
+    assert json.loads((out / "_errors.jsonl").read_text())["key"] == "data.json#1"
 
 
 def test_scores_have_their_errors_beside_them_until_they_are_mended(tmp_path, model):

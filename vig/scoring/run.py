@@ -97,9 +97,9 @@ def run_scoring(
                 scorer.probe_memory(chosen, chunk)
                 writer.replace(number, scorer.score_window(chosen, progress, tell, chunk))
                 record_splits(writer, number, progress)
+        log_errors(folder)  # before it is complete: a run that is killed here is run again
         writer.mark_complete()
         progress.failed_before = writer.counts()["errors"] - progress.failed
-        log_errors(folder)
     progress.total = progress.done
     if on_progress is not None:
         on_progress(progress)

@@ -146,9 +146,9 @@ def run_scoring_on_ray(
         missing = [number for number in todo if number not in writer.finished]
         if missing:
             raise StoreError(f"{folder}: windows {missing} were not scored. Run the same command again")
+        log_errors(folder)  # before it is complete: a run that is killed here is run again
         writer.mark_complete()
         progress.failed_before = writer.counts()["errors"] - progress.failed
-        log_errors(folder)
     return progress
 
 
