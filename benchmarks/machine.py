@@ -105,7 +105,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": torch.__version__}  # which names the build, +cpu or +cu130: its metadata need not
 
 
 def header(suite: str, threads: int, quick: bool) -> dict:
