@@ -105,7 +105,8 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found | {"torch": torch.__version__}  # which names the build, +cpu or +cu130: its metadata need not
+    found["torch"] = torch.__version__  # it names the build, +cpu or +cu130: the package's metadata need not
+    return found
 
 
 def header(suite: str, threads: int, quick: bool) -> dict:
