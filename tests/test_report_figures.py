@@ -290,17 +290,22 @@ class Pieces:
         return "".join(self.pieces[id] for id in ids)
 
 
+def words_of(tokenizer, *answers) -> list[str]:
+    words = Words(tokenizer)
+    rows = [WordRow(np.array(ids, np.int32), np.ones(len(ids))) for ids in answers]
+    numbers, vig = words.read(rows)
+    assert vig.sum() == sum(map(len, answers))
+    return [words.texts[number] for number in numbers]
+
+
 def test_words_are_whole_words():
     ids = [2, 7, 3, 4, 5, 6, 8, 9, 10, 11, 12, 14, 13]
-    words = Words(Pieces())
-    found = [words.text(tuple(ids[first:last])) for first, last in words.runs(ids)]
+    found = words_of(Pieces(), ids)
     assert found == ["the", "red", "apples", ".", "don't", "\u65e5", "\u672c", "\\n", "</s>"]
-    by_bytes = Words(tiny.byte_tokenizer())
     ids = tiny.byte_tokenizer()("a naïve café, no", add_special_tokens=False)["input_ids"]
-    assert [by_bytes.text(tuple(ids[first:last])) for first, last in by_bytes.runs(ids)] == [
-        "a", "naïve", "café", ",", "no",
-    ]  # fmt: skip
-    assert [Words(None).text((5,)), list(Words(None).runs([5, 6]))] == ["5", [(0, 1), (1, 2)]]
+    assert words_of(tiny.byte_tokenizer(), ids) == ["a", "naïve", "café", ",", "no"]
+    assert words_of(None, [5, 6]) == ["5", "6"]
+    assert words_of(Pieces(), [3], [4, 5], [], [0, 5]) == ["app", "les", "s"]  # answers are not joined
 
 
 def test_a_words_vig_is_the_sum_of_its_tokens():

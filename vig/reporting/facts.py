@@ -31,6 +31,8 @@ EXAMPLES = 3  # keys and messages shown of each group
 LENGTHS = [("1", 1), ("2", 2), ("3-4", 4), ("5-8", 8), ("9-16", 16), ("17-32", 32), ("33-64", 64)]
 LENGTHS += [("65-128", 128), ("129-256", 256), ("257-512", 512), ("over 512", 2**62)]
 POSITIONS = [("first", 1), ("2nd", 2), ("3rd", 3), ("4th", 4), *LENGTHS[3:]]
+# By position in the turn, from 0; the last value stands for all beyond. A look-up is ten times as fast as a search.
+RANGE_OF_POSITION = np.searchsorted([last for _, last in POSITIONS], np.arange(1, POSITIONS[-2][1] + 2))
 
 
 class WordRow(NamedTuple):
@@ -157,19 +159,20 @@ def _token_pass(scores, facts: Facts, keeper: Keeper, word_rows: np.ndarray) -> 
         lengths = lengths[ok]
         token_vig, _ = token_and_sample_vig(batch, ok, lengths, None)
         mine = batch if ok.all() else batch.filter(pa.array(ok))
-        places = mine["positions"].flatten().to_numpy()
-        facts.tokens.add(token_vig, _ranges(POSITIONS, places.astype(np.int64) + 1))
+        places = np.minimum(mine["positions"].flatten().to_numpy(), len(RANGE_OF_POSITION) - 1)
+        facts.tokens.add(token_vig, RANGE_OF_POSITION[places])
         keeper.add(mine, lengths, facts.sources.codes(mine["source"]))
-        numbers = np.flatnonzero(ok) + start
-        _take_words(facts, mine, lengths, token_vig, np.isin(numbers, word_rows, assume_unique=True))
+        first, last = np.searchsorted(word_rows, (start, start + batch.num_rows))
+        _take_words(facts, mine, lengths, token_vig, np.cumsum(ok)[word_rows[first:last] - start] - 1)
         for row in facts.picked.keys() & range(start, start + batch.num_rows):
             facts.rows[row] = batch.slice(row - start, 1).to_pylist()[0]
         start += batch.num_rows
 
 
 def _take_words(facts: Facts, rows: pa.RecordBatch, lengths: np.ndarray, vig: np.ndarray, wanted) -> None:
+    """wanted: places of the rows whose words are counted."""
     ids = rows["token_ids"].flatten().to_numpy()
     ends = np.cumsum(lengths)
-    for row in np.flatnonzero(wanted).tolist():
+    for row in wanted.tolist():
         part = slice(ends[row] - lengths[row], ends[row])
         facts.words.append(WordRow(ids[part].copy(), vig[part].copy()))
