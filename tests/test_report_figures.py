@@ -168,8 +168,7 @@ def test_the_slider_keeps_what_select_keeps(scores, level, more):
                 taus = [row["tau"] for row in chosen.sources]
                 assert curve.taus[:-1, place].tolist() == taus
                 assert curve.tokens[rule][:, place].tolist() == [row["tokens_kept"] for row in chosen.sources]
-            if level != "token":  # whose samples are those with a kept token
-                assert curve.samples[rule][:, place].sum() == chosen.counts["samples_kept"]
+            assert curve.samples[rule][:, place].sum() == chosen.counts["samples_kept"]
             assert curve.tokens[rule][:, place].sum() == chosen.counts["tokens_kept"]
     assert curve.totals[:, 1].sum() == chosen.counts["tokens_total"]
 
@@ -226,6 +225,32 @@ def test_the_slider_begins_where_the_selection_stands(scores):
         warnings.simplefilter("ignore")
         chosen = select(scores, 40, by="source").metadata["selection"]
     assert rules_of(chosen, {}) == Rules(40, "both", "source")
+
+
+@pytest.mark.parametrize("rules", [Rules(clip=-0.5), Rules(stops=Stops(tuple(range(5, 50)), in_mean=False))])
+def test_strata_and_histograms_follow_the_mean_that_tau_is_compared_with(scores, rows, rules):
+    values = {}
+    for number, row in enumerate(rows):
+        if row["status"] == "ok":
+            null, image = np.array(row["token_nll_null"]), np.array(row["token_nll_image"])
+            vig = np.minimum(null, 0.5) - np.minimum(image, 0.5) if rules.clip else null - image
+            cut = not rules.clip and row["token_ids"][-1] in range(5, 50) and len(vig) > 1
+            values[number] = float(vig[:-1].mean() if cut else vig.mean())
+    facts = gather(scores, 100, rules=rules)
+    ok = sorted(values, key=values.get)
+    of = {name: {number for number, names in facts.picked.items() if name in names} for name in STRATA}
+    assert of["lowest"] == set(ok[:20])
+    assert of["above"] == set([number for number in ok if values[number] >= facts.tau][:10])
+    assert of["below"] == set([number for number in ok if values[number] < facts.tau][-10:])
+    assert facts.selected_vig == pytest.approx(
+        {number: values[number] for number in facts.picked if number in values}
+    )
+    samples, tokens = facts.compared
+    assert samples.mean == pytest.approx(np.mean(list(values.values()))) and samples is not facts.samples
+    assert tokens.count == facts.tokens.count and (tokens.mean == facts.tokens.mean) == (rules.clip is None)
+    assert facts.samples.mean == pytest.approx(np.mean([rows[number]["vig"] for number in values]))
+    plain = gather(scores, 100)
+    assert plain.compared == (plain.samples, plain.tokens) and not plain.selected_vig
 
 
 # ---- strata

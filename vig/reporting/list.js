@@ -49,7 +49,7 @@ const lowestToken = (sample) => {
 const ORDERS = {
   lowest: (sample) => sample.v[0],
   highest: (sample) => (sample.v[0] == null ? null : -sample.v[0]),
-  tau: (sample) => (sample.v[0] == null || thresholdOf(sample) == null ? null : Math.abs(sample.v[0] - thresholdOf(sample))),
+  tau: (sample) => (sample.v[0] == null || thresholdOf(sample) == null ? null : Math.abs(selectedVig(sample) - thresholdOf(sample))),
   token: lowestToken,
   row: (sample) => sample.r,
   longest: (sample) => -sample.length,
@@ -183,9 +183,12 @@ function save(name, type, text) {
 }
 function saveCsv() {
   const columns = ["key", "id", "source", "status", "vig", "n_tokens", "kept", "marked", "question", "answer"];
+  const ownMean = samples.some((sample) => sample.c != null);
   if (state.passes.length > 1) columns.splice(5, 0, "vig_other");
+  if (ownMean) columns.splice(5, 0, "vig_selected");
   const rows = wanted().map((sample) => {
     const values = [sample.k, sample.i, state.sources[sample.s], sample.st, sample.v[0]];
+    if (ownMean) values.push(sample.c);
     if (state.passes.length > 1) values.push(sample.v[1]);
     return [...values, sample.length, isKept(sample) ? 1 : 0, marked.has(sample.k) ? 1 : 0, sample.q, plainAnswer(sample)];
   });

@@ -81,11 +81,11 @@ def _hash(text: str) -> str:
 
 def _histograms(page: Page) -> list[tuple[str, str, Markup]]:
     """(heading, remark, svg) of the histograms that there are."""
-    found = []
+    found, measure = [], f" as selected ({page.measure})" if page.measure else ""
     if page.sample_histogram is not None:
         drawn = charts.histogram(page.sample_histogram, page.tau, "samples")
-        found.append(("Samples", "samples by VIG", drawn))
+        found.append(("Samples", "samples by VIG" + measure, drawn))
     if page.token_histogram is not None:
         drawn = charts.histogram(page.token_histogram, page.tau, "tokens", logarithmic=True)
-        found.append(("Tokens", "answer tokens by VIG; logarithmic height", drawn))
+        found.append(("Tokens", f"answer tokens by VIG{measure}; logarithmic height", drawn))
     return found

@@ -81,8 +81,9 @@ def report(
         title=title or Path(str(metadata.get("data") or metadata.get("model", "Scores"))).name,
         subtitle=subtitle(metadata),
         figures=_figures(facts, metadata, chosen),
-        sample_histogram=facts.samples.histogram(facts.tau),
-        token_histogram=facts.tokens.histogram(facts.tau),
+        sample_histogram=facts.compared[0].histogram(facts.tau),
+        token_histogram=facts.compared[1].histogram(facts.tau),
+        measure=rules.measure,
         boxes=box_figures(facts, figures),
         words=figures,
         keep=facts.keep,
@@ -128,6 +129,7 @@ def _view(viewer: Viewer, facts: Facts, number: int, kept: dict[str, list[bool]]
     row = facts.rows[number]
     view = viewer.view(row, kept.get(row["key"]))
     view.row, view.picked = number, facts.picked[number]
+    view.selected_vig = facts.selected_vig.get(number)
     if rules.stops.keep and row["token_ids"]:
         ends = rules.stops.ends_of_turns(np.array(row["token_ids"]), np.array(row["positions"]))
         view.stop = np.flatnonzero(ends).tolist()
@@ -300,6 +302,7 @@ def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) 
         options += " --mean content"
     return {
         "level": rules.level,
+        "clip": rules.clip,
         "rule": "source" if rules.by == "source" else "all",
         "place": place,
         "selected": bool(chosen),
