@@ -387,7 +387,7 @@ def test_parts_of_speech_come_from_spacy_where_it_is(monkeypatch):
     row = WordRow(np.array([2, 7, 3, 4, 13]), np.array([0.1, 2.0, 3.0, 0.5, 0.0]))
     found = word_figures([row] * 4, Pieces(), False, tagger)
     assert {name: (box.count, round(box.median, 2)) for name, box in found.parts_of_speech} == {
-        "DET": (4, 0.1), "ADJ": (4, 2.0), "NOUN": (4, 3.5),
+        "determiner": (4, 0.1), "adjective": (4, 2.0), "noun": (4, 3.5),
     }  # fmt: skip
     spacy.util.get_installed_models = list
     assert find_tagger() is None

@@ -27,6 +27,13 @@ SPECIAL = re.compile(
     r"<[^<>\s]{1,40}>|\[[A-Z_]{2,20}\]"
 )  # </s>, <|im_end|>: part of the answer, not of its words
 OTHER = "other words"
+# Universal parts of speech (universaldependencies.org/u/pos) by the names that people read.
+TAGS = {
+    "ADJ": "adjective", "ADP": "preposition", "ADV": "adverb", "AUX": "auxiliary", "CCONJ": "conjunction",
+    "DET": "determiner", "INTJ": "interjection", "NOUN": "noun", "NUM": "number", "PART": "particle",
+    "PRON": "pronoun", "PROPN": "proper noun", "PUNCT": "punctuation", "SCONJ": "subordinator", "SYM": "symbol",
+    "VERB": "verb", "X": "other",
+}  # fmt: skip
 LONGEST = 60  # characters of a word as shown
 PART = 1 << 19  # tokens whose words are read at a time
 NO_WORD = -1  # class of special tokens
@@ -220,7 +227,10 @@ def find_tagger() -> Any:
 
 
 def _parts_of_speech(rows: Sequence, words: Words, tagger: Any) -> list[tuple[str, Any]]:
-    """Box of word VIG by universal part of speech. A word of ours has the tag of the tagger's token at its start."""
+    """Box of word VIG by part of speech, the most frequent first.
+
+    A word of ours has the tag of the tagger's token at its start.
+    """
     if not rows:
         return []
     tags: list[str] = []
@@ -245,4 +255,5 @@ def _parts_of_speech(rows: Sequence, words: Words, tagger: Any) -> list[tuple[st
             values.append(vig)
     counter = Counter(max(1, len(tags)))
     counter.add(np.array(values), np.array(codes, np.int64))
-    return counter.boxes(tags)
+    boxes = counter.boxes([TAGS.get(tag, tag) for tag in tags])
+    return sorted(boxes, key=lambda pair: -pair[1].count)
