@@ -250,8 +250,15 @@ def test_the_slider_counts_as_select_does(opened, scores, rows):
     ]
 
 
-@pytest.mark.parametrize("options", [{"clip": -0.6}, {"mean": "content"}, {"level": "token"}])
-def test_marks_follow_the_mean_and_level_of_the_selection(chrome, root, options):
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"clip": -0.6}, "--clip 0.548812"),
+        ({"mean": "content", "tau_floor": 0.1}, "--tau-floor 0.1 --mean content"),
+        ({"level": "token"}, "--level token"),
+    ],
+)
+def test_marks_follow_the_mean_and_level_of_the_selection(chrome, root, options, flags):
     stop = tiny.byte_tokenizer()("a.", add_special_tokens=False)["input_ids"][-1]
     scores = scored(root, 2, stop_ids=[stop])
     page = report(scores, root / "own.html", selection=select(scores, 60, **options), samples=ROWS)
@@ -278,6 +285,8 @@ def test_marks_follow_the_mean_and_level_of_the_selection(chrome, root, options)
             )
             assert marks == table[f"data.json#{number}"].token_keep.tolist(), (p, number)
     text = js(chrome, "return document.body.innerText")
+    assert f"--p 25 {flags}" in text
+    assert ("by VIG as selected" in text) == ("level" not in options)
     assert ("as selected" in text) == ("level" not in options)
     assert chrome.get_log("browser") == []
 

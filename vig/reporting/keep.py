@@ -7,6 +7,7 @@ these between the taus of 200 values of p, of all sources, gives every count in 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,10 +41,20 @@ class Rules:
         return self.clip is not None or not self.stops.in_mean
 
     @property
-    def measure(self) -> str:
-        """What is particular to that mean, in words; "" where nothing is."""
-        parts = [] if self.clip is None else [f"log-probabilities under {rounded(self.clip)} taken as that"]
-        return ", ".join(parts + ([] if self.stops.in_mean else ["end-of-turn tokens left out"]))
+    def measures(self) -> tuple[str, str]:
+        """What is particular to the VIG of samples and of tokens that tau is compared with; "" for nothing."""
+        clipped = [] if self.clip is None else [f"log-probabilities under {rounded(self.clip)} taken as that"]
+        mean = [] if self.stops.in_mean else ["end-of-turn tokens left out"]
+        return ", ".join(clipped + mean), ", ".join(clipped)
+
+    @property
+    def options(self) -> str:
+        """Of the `vig select` that chooses so, p and sources aside."""
+        options = "" if self.level == "both" else f" --level {self.level}"
+        options += "" if self.clip is None else f" --clip {math.exp(self.clip):.6g}"
+        options += "" if self.tau_floor is None else f" --tau-floor {self.tau_floor:g}"
+        options += " --stop-tokens select" if self.stops.ids and not self.stops.keep else ""
+        return options + ("" if self.stops.in_mean else " --mean content")
 
 
 class Keeper:

@@ -83,7 +83,7 @@ def report(
         figures=_figures(facts, metadata, chosen),
         sample_histogram=facts.compared[0].histogram(facts.tau),
         token_histogram=facts.compared[1].histogram(facts.tau),
-        measure=rules.measure,
+        measures=rules.measures,
         boxes=box_figures(facts, figures),
         words=figures,
         keep=facts.keep,
@@ -295,11 +295,6 @@ def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) 
         where = " ".join(str(one) for one in scores)
     rules = rules_of(chosen, metadata)
     place = 0 if page.keep is None else int(page.keep.p.searchsorted(page.p))
-    options = "" if rules.level == "both" else f" --level {rules.level}"
-    if rules.stops.ids and not rules.stops.keep:
-        options += " --stop-tokens select"
-    if not rules.stops.in_mean:
-        options += " --mean content"
     return {
         "level": rules.level,
         "clip": rules.clip,
@@ -307,7 +302,7 @@ def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) 
         "place": place,
         "selected": bool(chosen),
         "sources": facts.sources.names,
-        "command": f"vig select {where} --p {{p}}{options}",
+        "command": f"vig select {where} --p {{p}}{rules.options}",
         "file": re.sub(r"[^\w-]+", "-", Path(page.title).stem)[:60].strip("-") + "-samples",
         "data": str(metadata.get("data") or ""),
         "scores": where,

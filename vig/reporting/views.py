@@ -150,7 +150,10 @@ class Page:
     words: WordFigures = field(default_factory=WordFigures)
     keep: KeepCurve | None = None
     tau: float | None = None
-    measure: str = ""  # how the VIG that tau is compared with differs from the scores'
+    measures: tuple[str, str] = (
+        "",
+        "",
+    )  # how VIG of samples and tokens differs from the scores' in the histograms
     p: float = 70.0
     null_names: list[str] = field(default_factory=lambda: ["null image"])  # one a pass
     notes: list[str] = field(default_factory=list)
