@@ -51,7 +51,8 @@ _command(
     "Scoring from image files to token values, against a plain loop over full logits: about 15 minutes.",
 )
 _command(
-    "scale", "One million samples: write scores, select, start. About 3 minutes and 3 GB of temporary files."
+    "scale",
+    "One million samples: write scores, select, report, start. About 4 minutes and 3 GB of temporary files.",
 )
 _command(
     "trainers", "A training step under HF's and TRL's trainers, stock and with the fused loss: 3 minutes."

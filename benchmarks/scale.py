@@ -1,4 +1,4 @@
-"""Suite `scale`: one million samples. Writing scores, selecting from them, and starting on a million records.
+"""Suite `scale`: one million samples. Writing scores, selecting from them, their page, and starting on the records.
 
     python -m benchmarks.scale [--quick]
 
@@ -30,6 +30,8 @@ BOUNDS = {  # what the figures of a million samples must keep
     "write_samples_per_s": (">=", 40_000),
     "select_s": ("<=", 30),
     "select_peak_mib": ("<=", 2048),
+    "report_s": ("<=", 60),
+    "report_peak_mib": ("<=", 2048),
     "first_batch_s": ("<=", 60),
 }
 
@@ -42,6 +44,7 @@ def run(threads: int, quick: bool, say: Callable[[str], None]) -> list[dict]:
         steps = (
             ("write scores", lambda: write_scores(folder / "scores", samples)),
             ("select", lambda: in_process("select", threads, folder / "scores", folder / "selection")),
+            ("report", lambda: in_process("report", threads, folder / "scores", folder / "report.html")),
             ("start on a dataset", lambda: start(folder, samples, threads)),
         )
         cases = []
@@ -186,6 +189,19 @@ def select_job(source: Path, out: Path) -> dict:
     return {"select_s": time.perf_counter() - begun, "select_peak_mib": peak_mib()}
 
 
+def report_job(source: Path, out: Path) -> dict:
+    """The page, imports included, and beside its seconds those of processor time, which other programs leave alone."""
+    begun, spent = time.perf_counter(), time.process_time()
+    from vig.reporting.report import report
+
+    report(source, out)
+    return {
+        "report_s": time.perf_counter() - begun,
+        "report_processor_s": time.process_time() - spent,
+        "report_peak_mib": peak_mib(),
+    }
+
+
 class Started(Exception):
     pass
 
@@ -233,7 +249,7 @@ def peak_mib() -> float:
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-JOBS = {"select": select_job, "start": start_job, "read": read_job}
+JOBS = {"select": select_job, "report": report_job, "start": start_job, "read": read_job}
 
 
 def broken_bounds(cases: list[dict]) -> list[str]:
@@ -248,7 +264,7 @@ def broken_bounds(cases: list[dict]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="One million samples: write, select, start.")
+    parser = argparse.ArgumentParser(description="One million samples: write, select, report, start.")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SAMPLES:,} samples")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--job", nargs=3, metavar=("JOB", "SOURCE", "OUT"), help=argparse.SUPPRESS)

@@ -156,7 +156,7 @@ def test_the_page_shows_both_scorings_and_both_nulls(tmp_path):
     found = compare(a, b, moved=2)
     shown = Checked(comparison_page(found, a, b, tmp_path / "page.html", title="both").read_text())
     text = "".join(shown.text)
-    assert f"{found.rank_correlation:.3f}" in text and "null.kind" in text and "By source" in text
+    assert f"{found.rank_correlation:.3f}" in text and "null imageblurblack" in text and "By source" in text
     assert shown.state["passes"] == ["A", "B"] and shown.state["nullNames"] == ["blurred", "black"]
     assert [sample["k"] for sample in shown.samples] == [row.key for row in (*found.rose, *found.fell)]
     for sample, row in zip(shown.samples, (*found.rose, *found.fell), strict=True):

@@ -67,6 +67,8 @@ def scored(root, seed, **changed):
         "null": {"kind": "blur", "params": {}},
     }
     folder = root / f"scores-{seed}"
+    if folder.exists():
+        return folder
     with ScoreWriter(folder, {**about, **changed}) as writer:
         writer.write(0, rows)
         writer.mark_complete()
@@ -246,6 +248,47 @@ def test_the_slider_counts_as_select_does(opened, scores, rows):
     assert [int(cell.split(" ")[0].replace(",", "")) for cell in cells] == [
         row["tokens_kept"] for row in by_source.sources
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"clip": -0.6}, "--clip 0.548812"),
+        ({"mean": "content", "tau_floor": 0.1}, "--tau-floor 0.1 --mean content"),
+        ({"level": "token"}, "--level token"),
+    ],
+)
+def test_marks_follow_the_mean_and_level_of_the_selection(chrome, root, options, flags):
+    stop = tiny.byte_tokenizer()("a.", add_special_tokens=False)["input_ids"][-1]
+    scores = scored(root, 2, stop_ids=[stop])
+    page = report(scores, root / "own.html", selection=select(scores, 60, **options), samples=ROWS)
+    chrome.get(page.as_uri())
+    for p in (60, 25):
+        put(chrome, "p", round(p * 2) - 1)
+        chosen = select(scores, p, **options)
+        said = js(
+            chrome,
+            "return Object.fromEntries(['samples', 'tokens'].map((id) =>"
+            " [id, document.getElementById(id + '-value').textContent]))",
+        )
+        assert int(said["samples"]) == chosen.counts["samples_kept"]
+        assert int(said["tokens"].replace(",", "")) == chosen.counts["tokens_kept"]
+        put(chrome, "kept", "kept")
+        assert count(chrome) == chosen.counts["samples_kept"] + chosen.counts["text_only"]
+        put(chrome, "kept", "")
+        table = chosen.table()
+        for number in (48, 49, 50, 51, 52):
+            js(chrome, f"location.hash = '#data.json%23{number}'")
+            time.sleep(0.1)
+            marks = js(
+                chrome, "return [...document.querySelectorAll('.current .t')].map((n) => n.matches('.kept'))"
+            )
+            assert marks == table[f"data.json#{number}"].token_keep.tolist(), (p, number)
+    text = js(chrome, "return document.body.innerText")
+    assert f"--p 25 {flags}" in text
+    assert ("by VIG as selected" in text) == ("level" not in options)
+    assert ("as selected" in text) == ("level" not in options)
+    assert chrome.get_log("browser") == []
 
 
 def test_a_key_is_a_link(chrome, opened, page):

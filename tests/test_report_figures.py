@@ -168,8 +168,7 @@ def test_the_slider_keeps_what_select_keeps(scores, level, more):
                 taus = [row["tau"] for row in chosen.sources]
                 assert curve.taus[:-1, place].tolist() == taus
                 assert curve.tokens[rule][:, place].tolist() == [row["tokens_kept"] for row in chosen.sources]
-            if level != "token":  # whose samples are those with a kept token
-                assert curve.samples[rule][:, place].sum() == chosen.counts["samples_kept"]
+            assert curve.samples[rule][:, place].sum() == chosen.counts["samples_kept"]
             assert curve.tokens[rule][:, place].sum() == chosen.counts["tokens_kept"]
     assert curve.totals[:, 1].sum() == chosen.counts["tokens_total"]
 
@@ -226,6 +225,32 @@ def test_the_slider_begins_where_the_selection_stands(scores):
         warnings.simplefilter("ignore")
         chosen = select(scores, 40, by="source").metadata["selection"]
     assert rules_of(chosen, {}) == Rules(40, "both", "source")
+
+
+@pytest.mark.parametrize("rules", [Rules(clip=-0.5), Rules(stops=Stops(tuple(range(5, 50)), in_mean=False))])
+def test_strata_and_histograms_follow_the_mean_that_tau_is_compared_with(scores, rows, rules):
+    values = {}
+    for number, row in enumerate(rows):
+        if row["status"] == "ok":
+            null, image = np.array(row["token_nll_null"]), np.array(row["token_nll_image"])
+            vig = np.minimum(null, 0.5) - np.minimum(image, 0.5) if rules.clip else null - image
+            cut = not rules.clip and row["token_ids"][-1] in range(5, 50) and len(vig) > 1
+            values[number] = float(vig[:-1].mean() if cut else vig.mean())
+    facts = gather(scores, 100, rules=rules)
+    ok = sorted(values, key=values.get)
+    of = {name: {number for number, names in facts.picked.items() if name in names} for name in STRATA}
+    assert of["lowest"] == set(ok[:20])
+    assert of["above"] == set([number for number in ok if values[number] >= facts.tau][:10])
+    assert of["below"] == set([number for number in ok if values[number] < facts.tau][-10:])
+    assert facts.selected_vig == pytest.approx(
+        {number: values[number] for number in facts.picked if number in values}
+    )
+    samples, tokens = facts.compared
+    assert samples.mean == pytest.approx(np.mean(list(values.values()))) and samples is not facts.samples
+    assert tokens.count == facts.tokens.count and (tokens.mean == facts.tokens.mean) == (rules.clip is None)
+    assert facts.samples.mean == pytest.approx(np.mean([rows[number]["vig"] for number in values]))
+    plain = gather(scores, 100)
+    assert plain.compared == (plain.samples, plain.tokens) and not plain.selected_vig
 
 
 # ---- strata
@@ -290,17 +315,22 @@ class Pieces:
         return "".join(self.pieces[id] for id in ids)
 
 
+def words_of(tokenizer, *answers) -> list[str]:
+    words = Words(tokenizer)
+    rows = [WordRow(np.array(ids, np.int32), np.ones(len(ids))) for ids in answers]
+    numbers, vig = words.read(rows)
+    assert vig.sum() == sum(map(len, answers))
+    return [words.texts[number] for number in numbers]
+
+
 def test_words_are_whole_words():
     ids = [2, 7, 3, 4, 5, 6, 8, 9, 10, 11, 12, 14, 13]
-    words = Words(Pieces())
-    found = [words.text(tuple(ids[first:last])) for first, last in words.runs(ids)]
+    found = words_of(Pieces(), ids)
     assert found == ["the", "red", "apples", ".", "don't", "\u65e5", "\u672c", "\\n", "</s>"]
-    by_bytes = Words(tiny.byte_tokenizer())
     ids = tiny.byte_tokenizer()("a naïve café, no", add_special_tokens=False)["input_ids"]
-    assert [by_bytes.text(tuple(ids[first:last])) for first, last in by_bytes.runs(ids)] == [
-        "a", "naïve", "café", ",", "no",
-    ]  # fmt: skip
-    assert [Words(None).text((5,)), list(Words(None).runs([5, 6]))] == ["5", [(0, 1), (1, 2)]]
+    assert words_of(tiny.byte_tokenizer(), ids) == ["a", "naïve", "café", ",", "no"]
+    assert words_of(None, [5, 6]) == ["5", "6"]
+    assert words_of(Pieces(), [3], [4, 5], [], [0, 5]) == ["app", "les", "s"]  # answers are not joined
 
 
 def test_a_words_vig_is_the_sum_of_its_tokens():
@@ -357,7 +387,7 @@ def test_parts_of_speech_come_from_spacy_where_it_is(monkeypatch):
     row = WordRow(np.array([2, 7, 3, 4, 13]), np.array([0.1, 2.0, 3.0, 0.5, 0.0]))
     found = word_figures([row] * 4, Pieces(), False, tagger)
     assert {name: (box.count, round(box.median, 2)) for name, box in found.parts_of_speech} == {
-        "DET": (4, 0.1), "ADJ": (4, 2.0), "NOUN": (4, 3.5),
+        "determiner": (4, 0.1), "adjective": (4, 2.0), "noun": (4, 3.5),
     }  # fmt: skip
     spacy.util.get_installed_models = list
     assert find_tagger() is None

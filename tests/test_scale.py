@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import scale
+from vig.reporting.report import report
 from vig.scoring.scorer import scored_row
 from vig.selection.select import select
 from vig.store.rows import ScoreBlock
@@ -55,6 +56,15 @@ def test_a_million_samples_are_selected_within_two_minutes(scores, tmp_path):
     assert seconds * 1_000_000 / SAMPLES < 120  # 25 s on a free core
 
 
+def test_a_page_of_many_samples_is_built_in_seconds(scores, tmp_path):
+    report(scale.synthetic_block(0, 50).table(), tmp_path / "warm.html")  # imports, templates
+    begun = time.process_time()
+    page = report(scores[0], tmp_path / "page.html", samples=50).read_text()
+    seconds = time.process_time() - begun
+    assert f"50 of {SAMPLES:,}" in page and "a seeded sample of 20,000 answers" in page
+    assert seconds < 10  # 3 s on a free core, 2 of them for words; word by word it took 20
+
+
 def test_a_process_of_its_own_has_a_peak_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "data.json").write_text("[]")
     held = bytearray(600 << 20)  # of the parent's
@@ -65,6 +75,7 @@ def test_a_process_of_its_own_has_a_peak_of_its_own(tmp_path, monkeypatch):
 
 def test_the_bounds_name_what_they_miss():
     good = {"write_samples_per_s": 50_000, "select_s": 20, "select_peak_mib": 400, "first_batch_s": 20}
+    good |= {"report_s": 25, "report_peak_mib": 800}
     assert scale.broken_bounds([{"rows": scale.rows_of(good)}]) == []
     slow = [{"rows": scale.rows_of(good | {"select_s": 31})}]
     assert scale.broken_bounds(slow) == ["select_s = 31.0, expected <= 30"]

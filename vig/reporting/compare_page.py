@@ -56,7 +56,7 @@ def comparison_page(
     notes = dict.fromkeys(note for viewer in viewers for note in viewer.notes)
     page = Page(
         title=title or Path(str(about[0].get("data") or "Two scorings")).name,
-        subtitle="; ".join(f"{name}: {subtitle(one)}" for name, one in zip(PASSES, about, strict=True)),
+        subtitle="\n".join(f"{name}: {subtitle(one)}" for name, one in zip(PASSES, about, strict=True)),
         figures=_figures(comparison),
         null_names=[null_caption(one) for one in about],
         notes=[
@@ -133,7 +133,7 @@ def _figures(c: Comparison) -> list[tuple[str, str, str]]:
         (
             "kept by both",
             f"{100 * c.sample_overlap[c.p]:.1f} %",
-            f"of the samples that either keeps at p = {c.p:g}",
+            f"of the samples kept by either at p = {c.p:g}",
         ),
     ]
     if c.token_overlap is not None:

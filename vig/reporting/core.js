@@ -63,6 +63,10 @@ for (const [place, sample] of samples.entries()) {
 }
 const byKey = new Map(samples.map((sample) => [sample.k, sample]));
 const tokenVig = (sample, pass, index) => (sample.b[pass][index] - sample.a[pass][index]) * UNIT;
+// What tau is compared with: as the selection takes it, clipped or with a mean of its own.
+const selectedVig = (sample) => (sample.c == null ? sample.v[0] : sample.c);
+const MOST = state.clip == null ? Infinity : -state.clip / UNIT; // of a token's NLL
+const selectedTokenVig = (sample, index) => (Math.min(sample.b[0][index], MOST) - Math.min(sample.a[0][index], MOST)) * UNIT;
 
 // Which place of the slider is looked at, null for the selection that the page was made with.
 const preview = { place: null, rule: "all" };
@@ -80,14 +84,15 @@ function keptTokens(sample) {
   if (sample.st === "text_only") return sample.t.map(() => true);
   const tau = thresholdOf(sample);
   if (tau == null) return null;
-  if (state.level !== "token" && sample.v[0] < tau) return sample.t.map(() => false);
+  if (!isKept(sample)) return sample.t.map(() => false);
   const stops = new Set(sample.e);
-  return sample.t.map((_, index) => state.level === "sample" || stops.has(index) || tokenVig(sample, 0, index) >= tau);
+  return sample.t.map((_, index) => state.level === "sample" || stops.has(index) || selectedTokenVig(sample, index) >= tau);
 }
 function isKept(sample) {
   if (sample.st === "text_only") return true;
   if (sample.st !== "ok") return false;
   if (preview.place == null && sample.m[0] != null) return sample.m[0].includes("1");
   const tau = thresholdOf(sample);
-  return tau != null && sample.v[0] >= tau;
+  if (tau == null) return false;
+  return state.level === "token" ? sample.t.some((_, index) => selectedTokenVig(sample, index) >= tau) : selectedVig(sample) >= tau;
 }

@@ -49,10 +49,10 @@ class Counter:
         if not len(values):
             return
         self._widen(min(float(np.abs(values).max()), REACH * (1 - 2.0**-20)))
-        places = np.floor(values / self.unit).clip(-BINS // 2, BINS // 2 - 1).astype(np.int64) + BINS // 2
-        n = len(self.grid)
-        if groups is not None:
-            places += groups.astype(np.int64) * BINS
+        scaled = np.multiply(values, 2.0**-self.exponent)  # exact, as a power of two is
+        np.clip(np.floor(scaled, out=scaled), -BINS // 2, BINS // 2 - 1, out=scaled)
+        places, n = scaled.astype(np.int64), len(self.grid)
+        places += BINS // 2 if groups is None else groups.astype(np.int64) * BINS + BINS // 2
         self.grid += np.bincount(places, minlength=n * BINS).reshape(n, BINS)
         self.sums += values.sum() if groups is None else np.bincount(groups, values, n)
 

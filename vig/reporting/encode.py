@@ -39,6 +39,7 @@ def sample_json(view: SampleView, source: int) -> dict[str, Any]:
         "w": view.picked,
         "r": view.row,
         "e": view.stop,
+        "c": view.selected_vig,
         "o": view.note,
         "d": view.move,
         "im": [],

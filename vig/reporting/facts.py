@@ -31,6 +31,8 @@ EXAMPLES = 3  # keys and messages shown of each group
 LENGTHS = [("1", 1), ("2", 2), ("3-4", 4), ("5-8", 8), ("9-16", 16), ("17-32", 32), ("33-64", 64)]
 LENGTHS += [("65-128", 128), ("129-256", 256), ("257-512", 512), ("over 512", 2**62)]
 POSITIONS = [("first", 1), ("2nd", 2), ("3rd", 3), ("4th", 4), *LENGTHS[3:]]
+# By position in the turn, from 0; the last value stands for all beyond. A look-up is ten times as fast as a search.
+RANGE_OF_POSITION = np.searchsorted([last for _, last in POSITIONS], np.arange(1, POSITIONS[-2][1] + 2))
 
 
 class WordRow(NamedTuple):
@@ -50,6 +52,8 @@ class Facts:
         default_factory=lambda: Counter(len(POSITIONS))
     )  # token VIG by place in the answer
     by_source: Counter = field(default_factory=Counter)  # sample VIG
+    # Samples and tokens by the VIG that tau is compared with: the two above, unless the selection has its own mean.
+    compared: tuple[Counter, Counter] | None = None
     text_only: int = 0
     n_errors: int = 0
     errors: dict[str, ErrorGroup] = field(default_factory=dict)
@@ -58,6 +62,9 @@ class Facts:
     picked: dict[int, list[str]] = field(default_factory=dict)  # row -> names of its strata
     strata: dict[str, int] = field(default_factory=dict)  # name -> samples on the page
     rows: dict[int, dict] = field(default_factory=dict)  # the picked rows of the scores
+    selected_vig: dict[int, float] = field(
+        default_factory=dict
+    )  # of the picked rows, where it is not their `vig`
     words: list[WordRow] = field(default_factory=list)
 
     @property
@@ -69,11 +76,12 @@ def gather(scores, n_samples: int, seed: int = 0, rules: Rules | None = None) ->
     """Read the scores. rules: what the slider follows, `select`'s defaults unless given."""
     rules = rules or Rules()
     facts = Facts()
+    facts.compared = (Counter(), Counter()) if rules.own_mean else (facts.samples, facts.tokens)
     vig = _sample_pass(scores, facts, rules)
     keeper = Keeper(rules, vig, facts.sources)
     facts.tau = keeper.tau
     picker, word_rows = Picker(n_samples, facts.tau, facts.sources), Pool(WORD_ROWS)
-    for batch in _light(scores, facts.sources, seed):
+    for batch in _light(scores, facts.sources, seed, vig[0]):
         picker.offer(batch)
         ok = ~np.isnan(batch.vig)
         word_rows.offer(batch.draws[ok].astype(np.float64), batch.rows[ok])
@@ -83,12 +91,14 @@ def gather(scores, n_samples: int, seed: int = 0, rules: Rules | None = None) ->
     return facts
 
 
-def _light(scores, sources: Sources, seed: int):
-    start = 0
+def _light(scores, sources: Sources, seed: int, selected: np.ndarray):
+    """selected: VIG (M,) of the multimodal samples as the selection takes it."""
+    start = done = 0
     columns = ["key", "source", "status", "n_tokens", "vig"]
     for batch in read_scores(scores, columns, batch_size=1 << 16):
         ok, text_only, _ = row_kinds(batch)
-        vig = np.where(ok, batch["vig"].to_numpy(zero_copy_only=False), np.nan)
+        vig = np.full(batch.num_rows, np.nan)
+        vig[ok] = selected[done : (done := done + int(ok.sum()))]
         rows = np.arange(start, start + batch.num_rows)
         codes, draws = sources.codes(batch["source"]), sample_draws(hash_keys(batch["key"]), seed)
         yield Light(rows, vig, codes, text_only, ~ok & ~text_only, draws)
@@ -99,10 +109,9 @@ def _sample_pass(scores, facts: Facts, rules: Rules) -> tuple[np.ndarray, np.nda
     """Sample VIG (M,) of multimodal samples, as `select` takes it, and the codes of their sources (M,) uint8."""
     values, codes = [np.empty(0)], [np.empty(0, np.uint8)]
     columns, stops = ["key", "source", "status", "n_tokens", "vig"], rules.stops
-    from_tokens = rules.clip is not None or not stops.in_mean
-    if from_tokens:
+    if rules.own_mean:
         columns += ["token_nll_image", "token_nll_null", *(stops.columns if stops.ids else ())]
-    for batch in read_scores(scores, columns, batch_size=1 << 13 if from_tokens else 1 << 16):
+    for batch in read_scores(scores, columns, batch_size=1 << 13 if rules.own_mean else 1 << 16):
         ok, text_only, lengths = row_kinds(batch)
         vig = batch["vig"].to_numpy(zero_copy_only=False)[ok]
         of_source = facts.sources.codes(batch["source"])[ok]
@@ -112,8 +121,9 @@ def _sample_pass(scores, facts: Facts, rules: Rules) -> tuple[np.ndarray, np.nda
         facts.by_source.add(vig, of_source)
         facts.text_only += int(text_only.sum())
         _add_errors(facts, batch, ~ok & ~text_only)
-        if from_tokens:
+        if rules.own_mean:
             vig = token_and_sample_vig(batch, ok, lengths[ok], rules.clip, stops)[1]
+            facts.compared[0].add(vig)
         values.append(vig)
         codes.append(of_source.astype(np.uint8))
     return np.concatenate(values), np.concatenate(codes)
@@ -157,19 +167,25 @@ def _token_pass(scores, facts: Facts, keeper: Keeper, word_rows: np.ndarray) -> 
         lengths = lengths[ok]
         token_vig, _ = token_and_sample_vig(batch, ok, lengths, None)
         mine = batch if ok.all() else batch.filter(pa.array(ok))
-        places = mine["positions"].flatten().to_numpy()
-        facts.tokens.add(token_vig, _ranges(POSITIONS, places.astype(np.int64) + 1))
-        keeper.add(mine, lengths, facts.sources.codes(mine["source"]))
-        numbers = np.flatnonzero(ok) + start
-        _take_words(facts, mine, lengths, token_vig, np.isin(numbers, word_rows, assume_unique=True))
+        places = np.minimum(mine["positions"].flatten().to_numpy(), len(RANGE_OF_POSITION) - 1)
+        facts.tokens.add(token_vig, RANGE_OF_POSITION[places])
+        selected_tokens, selected = keeper.add(mine, lengths, facts.sources.codes(mine["source"]))
+        if keeper.rules.own_mean:
+            facts.compared[1].add(selected_tokens)
+        place = np.cumsum(ok) - 1  # among the rows with VIG
+        first, last = np.searchsorted(word_rows, (start, start + batch.num_rows))
+        _take_words(facts, mine, lengths, token_vig, place[word_rows[first:last] - start])
         for row in facts.picked.keys() & range(start, start + batch.num_rows):
             facts.rows[row] = batch.slice(row - start, 1).to_pylist()[0]
+            if keeper.rules.own_mean and ok[row - start]:
+                facts.selected_vig[row] = float(selected[place[row - start]])
         start += batch.num_rows
 
 
 def _take_words(facts: Facts, rows: pa.RecordBatch, lengths: np.ndarray, vig: np.ndarray, wanted) -> None:
+    """wanted: places of the rows whose words are counted."""
     ids = rows["token_ids"].flatten().to_numpy()
     ends = np.cumsum(lengths)
-    for row in np.flatnonzero(wanted).tolist():
+    for row in wanted.tolist():
         part = slice(ends[row] - lengths[row], ends[row])
         facts.words.append(WordRow(ids[part].copy(), vig[part].copy()))

@@ -7,11 +7,13 @@ these between the taus of 200 values of p, of all sources, gives every count in 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
+from vig.reporting.scale import rounded
 from vig.reporting.views import KeepCurve
 from vig.selection.rule import token_and_sample_vig
 from vig.selection.sources import Sources
@@ -32,6 +34,27 @@ class Rules:
     clip: float | None = None
     stops: Stops = NO_STOPS
     tau: float | None = None  # the selection's own, where there is one
+
+    @property
+    def own_mean(self) -> bool:
+        """Whether tau is compared with another mean than the scores' `vig`: clipped, or without end-of-turn tokens."""
+        return self.clip is not None or not self.stops.in_mean
+
+    @property
+    def measures(self) -> tuple[str, str]:
+        """What is particular to the VIG of samples and of tokens that tau is compared with; "" for nothing."""
+        clipped = [] if self.clip is None else [f"log-probabilities under {rounded(self.clip)} taken as that"]
+        mean = [] if self.stops.in_mean else ["end-of-turn tokens left out"]
+        return ", ".join(clipped + mean), ", ".join(clipped)
+
+    @property
+    def options(self) -> str:
+        """Of the `vig select` that chooses so, p and sources aside."""
+        options = "" if self.level == "both" else f" --level {self.level}"
+        options += "" if self.clip is None else f" --clip {math.exp(self.clip):.6g}"
+        options += "" if self.tau_floor is None else f" --tau-floor {self.tau_floor:g}"
+        options += " --stop-tokens select" if self.stops.ids and not self.stops.keep else ""
+        return options + ("" if self.stops.in_mean else " --mean content")
 
 
 class Keeper:
@@ -56,18 +79,21 @@ class Keeper:
         taus = np.percentile(values, 100 - self.p)
         return taus if self.rules.tau_floor is None else np.maximum(taus, self.rules.tau_floor)
 
-    def add(self, rows: pa.RecordBatch, lengths: np.ndarray, codes: np.ndarray) -> None:
-        """rows: multimodal ones alone, with their tokens."""
+    def add(
+        self, rows: pa.RecordBatch, lengths: np.ndarray, codes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """rows: multimodal ones alone, with their tokens. Returns the VIG of tokens, and of samples, as tau is compared
+        with it."""
         every, rules = np.ones(rows.num_rows, bool), self.rules
         token_vig, vig = token_and_sample_vig(rows, every, lengths, rules.clip, rules.stops)
-        leaves = leaves_at(rules.level, token_vig, vig, lengths)
+        leaves, with_sample = leaves_at(rules.level, token_vig, vig, lengths), vig
+        if rules.level == "token" and len(lengths):  # whose samples stay as long as one of their tokens
+            with_sample = np.maximum.reduceat(token_vig, np.cumsum(lengths) - lengths)
         if rules.stops.keep and len(lengths):
-            with_sample = vig
-            if rules.level == "token":  # whose samples stay as long as one of their tokens
-                with_sample = np.maximum.reduceat(token_vig, np.cumsum(lengths) - lengths)
             leaves = np.where(rules.stops.mask(rows, every), np.repeat(with_sample, lengths), leaves)
-        self.samples += self._reached(vig, codes)
+        self.samples += self._reached(with_sample, codes)
         self.tokens += self._reached(leaves, np.repeat(codes, lengths))
+        return token_vig, vig
 
     def _reached(self, leaves: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """(S, E + 1): of each source, how many reach 0, 1, ... of the taus."""

@@ -3,6 +3,7 @@ const CHUNK = 8; // samples that enter and leave the document together
 const list = $("list");
 const marked = new Set();
 const chunks = { nodes: [], found: [], height: 240, watcher: null };
+const emptyChunk = make("div", { class: "chunk" });
 let current = -1; // place in `chunks.found`
 
 const controls = ["find", "word", "source", "status", "stratum", "kept", "marks", "vig-from", "vig-to", "length-from",
@@ -42,14 +43,20 @@ function matching() {
 const change = (sample) => sample.d;
 const lowestToken = (sample) => {
   if (sample.least === undefined) {
-    sample.least = sample.b[0] && sample.b[0].length ? Math.min(...sample.t.slice(0, 50000).map((_, i) => tokenVig(sample, 0, i))) : null;
+    sample.least = null;
+    if (sample.b[0] && sample.b[0].length) {
+      for (let index = 0; index < sample.length; index += 1) {
+        const vig = tokenVig(sample, 0, index);
+        if (sample.least == null || vig < sample.least) sample.least = vig;
+      }
+    }
   }
   return sample.least;
 };
 const ORDERS = {
   lowest: (sample) => sample.v[0],
   highest: (sample) => (sample.v[0] == null ? null : -sample.v[0]),
-  tau: (sample) => (sample.v[0] == null || thresholdOf(sample) == null ? null : Math.abs(sample.v[0] - thresholdOf(sample))),
+  tau: (sample) => (sample.v[0] == null || thresholdOf(sample) == null ? null : Math.abs(selectedVig(sample) - thresholdOf(sample))),
   token: lowestToken,
   row: (sample) => sample.r,
   longest: (sample) => -sample.length,
@@ -58,14 +65,12 @@ const ORDERS = {
   rose: (sample) => -change(sample),
 };
 
+const LAST = Number.MAX_VALUE; // samples without a rank come last
+const ranks = new Float64Array(samples.length); // by place
 function ordered(found) {
   const rank = ORDERS[valueOf("order")] || ORDERS[state.order];
-  const ranks = new Map(found.map((sample) => [sample, rank(sample)]));
-  return found.sort((a, b) => {
-    const [x, y] = [ranks.get(a), ranks.get(b)];
-    if (x == null || y == null) return (x == null) - (y == null) || a.place - b.place;
-    return x - y || a.place - b.place;
-  });
+  for (const sample of found) ranks[sample.place] = rank(sample) ?? LAST;
+  return found.sort((a, b) => ranks[a.place] - ranks[b.place] || a.place - b.place);
 }
 
 function refresh() {
@@ -75,7 +80,8 @@ function refresh() {
   chunks.watcher = new IntersectionObserver(onScreen, { rootMargin: "1200px 0px" });
   chunks.nodes = [];
   for (let first = 0; first < chunks.found.length; first += CHUNK) {
-    const node = make("div", { class: "chunk", "data-first": first });
+    const node = emptyChunk.cloneNode();
+    node.first = first;
     node.style.height = chunks.height * Math.min(CHUNK, chunks.found.length - first) + "px";
     chunks.nodes.push(node);
   }
@@ -90,8 +96,7 @@ function onScreen(entries) {
 }
 function fill(node) {
   if (node.firstChild) return;
-  const first = Number(node.dataset.first);
-  node.append(...chunks.found.slice(first, first + CHUNK).map(renderSample));
+  node.append(...chunks.found.slice(node.first, node.first + CHUNK).map(renderSample));
   node.style.height = "";
 }
 function empty(node) {
@@ -183,9 +188,12 @@ function save(name, type, text) {
 }
 function saveCsv() {
   const columns = ["key", "id", "source", "status", "vig", "n_tokens", "kept", "marked", "question", "answer"];
+  const ownMean = samples.some((sample) => sample.c != null);
   if (state.passes.length > 1) columns.splice(5, 0, "vig_other");
+  if (ownMean) columns.splice(5, 0, "vig_selected");
   const rows = wanted().map((sample) => {
     const values = [sample.k, sample.i, state.sources[sample.s], sample.st, sample.v[0]];
+    if (ownMean) values.push(sample.c);
     if (state.passes.length > 1) values.push(sample.v[1]);
     return [...values, sample.length, isKept(sample) ? 1 : 0, marked.has(sample.k) ? 1 : 0, sample.q, plainAnswer(sample)];
   });
@@ -230,9 +238,9 @@ function onPrint() {
 if (list) {
   let waiting = 0;
   for (const id of controls) {
-    $(id).addEventListener("input", () => {
+    $(id).addEventListener("input", () => { // keys that come faster than the list is drawn are taken together
       clearTimeout(waiting);
-      waiting = setTimeout(refresh, ["find", "word"].includes(id) ? 60 : 0);
+      waiting = setTimeout(refresh);
     });
   }
   for (const button of document.querySelectorAll("button[data-word]")) {

@@ -81,11 +81,12 @@ def _hash(text: str) -> str:
 
 def _histograms(page: Page) -> list[tuple[str, str, Markup]]:
     """(heading, remark, svg) of the histograms that there are."""
-    found = []
+    found: list[tuple[str, str, Markup]] = []
+    of_samples, of_tokens = (f" as selected ({measure})" if measure else "" for measure in page.measures)
     if page.sample_histogram is not None:
         drawn = charts.histogram(page.sample_histogram, page.tau, "samples")
-        found.append(("Samples", "samples by VIG", drawn))
+        found.append(("Samples", "samples by VIG" + of_samples, drawn))
     if page.token_histogram is not None:
         drawn = charts.histogram(page.token_histogram, page.tau, "tokens", logarithmic=True)
-        found.append(("Tokens", "answer tokens by VIG; logarithmic height", drawn))
+        found.append(("Tokens", f"answer tokens by VIG{of_tokens}; logarithmic height", drawn))
     return found

@@ -115,8 +115,8 @@ def _save(figure: Any, path: Path) -> None:
 
 def _figures(facts: Facts, words: WordFigures, sweep: bool) -> Iterator[tuple[str, Any]]:
     """(file name, figure)"""
-    yield "samples", _histogram(facts.samples.histogram(facts.tau), facts.tau, "samples", False)
-    yield "tokens", _histogram(facts.tokens.histogram(facts.tau), facts.tau, "answer tokens", True)
+    yield "samples", _histogram(facts.compared[0].histogram(facts.tau), facts.tau, "samples", False)
+    yield "tokens", _histogram(facts.compared[1].histogram(facts.tau), facts.tau, "answer tokens", True)
     for boxes in box_figures(facts, words):
         yield boxes.heading.lower().replace(" ", "-"), _boxes(boxes)
     if words.highest:

@@ -81,8 +81,9 @@ def report(
         title=title or Path(str(metadata.get("data") or metadata.get("model", "Scores"))).name,
         subtitle=subtitle(metadata),
         figures=_figures(facts, metadata, chosen),
-        sample_histogram=facts.samples.histogram(facts.tau),
-        token_histogram=facts.tokens.histogram(facts.tau),
+        sample_histogram=facts.compared[0].histogram(facts.tau),
+        token_histogram=facts.compared[1].histogram(facts.tau),
+        measures=rules.measures,
         boxes=box_figures(facts, figures),
         words=figures,
         keep=facts.keep,
@@ -128,6 +129,7 @@ def _view(viewer: Viewer, facts: Facts, number: int, kept: dict[str, list[bool]]
     row = facts.rows[number]
     view = viewer.view(row, kept.get(row["key"]))
     view.row, view.picked = number, facts.picked[number]
+    view.selected_vig = facts.selected_vig.get(number)
     if rules.stops.keep and row["token_ids"]:
         ends = rules.stops.ends_of_turns(np.array(row["token_ids"]), np.array(row["positions"]))
         view.stop = np.flatnonzero(ends).tolist()
@@ -293,18 +295,14 @@ def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) 
         where = " ".join(str(one) for one in scores)
     rules = rules_of(chosen, metadata)
     place = 0 if page.keep is None else int(page.keep.p.searchsorted(page.p))
-    options = "" if rules.level == "both" else f" --level {rules.level}"
-    if rules.stops.ids and not rules.stops.keep:
-        options += " --stop-tokens select"
-    if not rules.stops.in_mean:
-        options += " --mean content"
     return {
         "level": rules.level,
+        "clip": rules.clip,
         "rule": "source" if rules.by == "source" else "all",
         "place": place,
         "selected": bool(chosen),
         "sources": facts.sources.names,
-        "command": f"vig select {where} --p {{p}}{options}",
+        "command": f"vig select {where} --p {{p}}{rules.options}",
         "file": re.sub(r"[^\w-]+", "-", Path(page.title).stem)[:60].strip("-") + "-samples",
         "data": str(metadata.get("data") or ""),
         "scores": where,

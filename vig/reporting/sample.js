@@ -31,6 +31,7 @@ function numbersOf(sample) {
   }
   const kept = keptTokens(sample);
   const found = [make("span", {}, "sample VIG ", make("b", {}, signed(sample.v[0])))];
+  if (sample.c != null) found.push(make("span", {}, "as selected ", make("b", {}, signed(sample.c))));
   if (kept) {
     const count = kept.filter(Boolean).length;
     found.push(make("span", {}, "trained on ", make("b", {}, String(count)), ` of ${kept.length} tokens`));

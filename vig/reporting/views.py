@@ -133,6 +133,7 @@ class SampleView:
     row: int = 0  # in reading order
     picked: list[str] = field(default_factory=list)  # why it is on the page: names of strata
     move: float | None = None  # of two scorings: change of its percentile
+    selected_vig: float | None = None  # what tau is compared with, where it is not the sample's VIG
     stop: list[int] = field(default_factory=list)  # places of end-of-turn tokens that go with their sample
 
 
@@ -149,6 +150,10 @@ class Page:
     words: WordFigures = field(default_factory=WordFigures)
     keep: KeepCurve | None = None
     tau: float | None = None
+    measures: tuple[str, str] = (
+        "",
+        "",
+    )  # how VIG of samples and tokens differs from the scores' in the histograms
     p: float = 70.0
     null_names: list[str] = field(default_factory=lambda: ["null image"])  # one a pass
     notes: list[str] = field(default_factory=list)

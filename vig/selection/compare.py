@@ -103,7 +103,7 @@ class Comparison:
             f"rank corr.     {correlation} (Spearman, sample VIG)",
             f"mean VIG       A {self.mean_vig[0]:+.4f}, B {self.mean_vig[1]:+.4f} nats; largest difference "
             f"{self.largest_difference:.4g}",
-            f"kept by both   {shares}, of the samples that either keeps",
+            f"kept by both   {shares}, of the samples kept by either",
         ]
         if self.token_overlap is not None:
             lines.append(f"tokens         {100 * self.token_overlap:.1f} % at p = {self.p:g}")

@@ -67,9 +67,11 @@ class Stops:
 
     def ends_of_turns(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """(n,) bool: the last token of a turn, where it is one that ends turns. The next turn begins at position 0."""
-        last = np.ones(len(ids), bool)
-        last[:-1] = positions[1:] == 0
-        return last & np.isin(ids, self.ids)
+        ends = np.ones(len(ids), bool)
+        ends[:-1] = positions[1:] == 0
+        last = np.flatnonzero(ends)
+        ends[last] = np.isin(ids[last], self.ids)
+        return ends
 
     def sample_vig(
         self, batch: pa.RecordBatch, rows: np.ndarray, lengths: np.ndarray, token_vig: np.ndarray
