@@ -12,9 +12,9 @@ from naive_families import SAMPLES, scorer
 from torch.nn.functional import scaled_dot_product_attention
 
 from vig.models.families import FAMILIES
-from vig.scoring import packed_attention
+from vig.scoring import packed_attention, segments
 from vig.scoring.loader import load_record
-from vig.scoring.packed_attention import Segment, SegmentLayout, groups, packs
+from vig.scoring.segments import Segment, SegmentLayout, groups, packs
 
 # alone, three branches behind a prefix, alone, two branches behind a longer one
 FOUND = [
@@ -71,10 +71,10 @@ def attended(kernel: str, found: list[Segment], *tensors: torch.Tensor, scaling=
         packed_attention._layout.reset(token)
 
 
-@pytest.mark.parametrize("keys", [packed_attention.KEYS, 50, 1])
+@pytest.mark.parametrize("keys", [segments.KEYS, 50, 1])
 @pytest.mark.parametrize("kernel", packed_attention.KERNELS)
 def test_attention_of_a_dense_mask(kernel, keys, monkeypatch, flash):
-    monkeypatch.setattr(packed_attention, "KEYS", keys)
+    monkeypatch.setattr(segments, "KEYS", keys)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, LENGTH, 8) for heads in (6, 2, 2))
     expected = scaled_dot_product_attention(
@@ -84,9 +84,9 @@ def test_attention_of_a_dense_mask(kernel, keys, monkeypatch, flash):
     assert (found - expected.transpose(1, 2)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("keys", [packed_attention.KEYS, 50, 1])
+@pytest.mark.parametrize("keys", [segments.KEYS, 50, 1])
 def test_every_token_is_attended_once_and_keys_stay_within_the_bound(keys, monkeypatch):
-    monkeypatch.setattr(packed_attention, "KEYS", keys)
+    monkeypatch.setattr(segments, "KEYS", keys)
     for parts in (groups(FOUND), packs(FOUND)):
         places = torch.cat([part.places for part in parts])
         assert sorted(places.tolist()) == list(range(LENGTH))
@@ -158,13 +158,13 @@ def test_without_the_package_the_cure_is_said(monkeypatch):
 
 def test_packing_that_moves_values_is_switched_off_and_said(tmp_path, monkeypatch):
     """Every branch sees the one before it: found by the self-check, on the first samples."""
-    own = packed_attention.segments
+    own = segments.segments
 
     def leaking(rows):
         found = own(rows)
         return [one._replace(prefix_start=one.start - one.prefix) if one.prefix else one for one in found]
 
-    monkeypatch.setattr(packed_attention, "segments", leaking)
+    monkeypatch.setattr(segments, "segments", leaking)
     one, chosen = scorer("llava"), [sample for sample in SAMPLES if sample.images]
     with pytest.warns(UserWarning, match=r"moves values by \S+ nats, so it is off"):
         rows = one.score(chosen)

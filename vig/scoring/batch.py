@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from vig.models.prompts import Encoder, collate_pixels
 from vig.scoring import packed_attention, prefix_sharing
-from vig.scoring.packed_attention import SegmentLayout
 from vig.scoring.prefix_sharing import SharedRow
+from vig.scoring.segments import SegmentLayout
 
 
 @dataclass(frozen=True)
