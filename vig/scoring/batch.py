@@ -29,7 +29,7 @@ class Batch:
     def build(
         cls, rows: Sequence[SharedRow], model: PreTrainedModel, encoder: Encoder, kernel: str | None = None
     ) -> Batch:
-        """kernel: of the attention over rows in one sequence (`packed_attention.KERNELS`); None: rows are padded."""
+        """kernel: of the attention over rows in one sequence (`attention_kernels.KERNELS`); None: rows are padded."""
         if kernel is None:
             inputs, layout = prefix_sharing.row_inputs(model, encoder, rows), None
         else:

@@ -61,7 +61,7 @@ class TwoPasses:
         self.transform = HeadTransform()
         self._packs = packed_attention.why_not(loaded.model) is None
         self.share = settings.share and (self._packs or prefix_sharing.why_not(loaded.model) is None)
-        self.kernel = loaded.model.config.get_text_config()._attn_implementation
+        self.kernel = packed_attention.kernel_of(loaded.model, settings.attn)
         self._last = last_feed_forward(loaded.model)
         self.features = ImageFeatures(self.model)
         self._keeps_features = image_features.why_not(self.model) is None

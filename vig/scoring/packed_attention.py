@@ -8,30 +8,29 @@
 
 Every segment of tokens attends to itself causally and, where it is a branch, to all of its prefix before that: causal
 attention with fewer queries than keys, aligned at the end, which every fast kernel has. The model runs its own
-forward; only the attention function of its text layers is exchanged while it runs. Segments of similar length are
-attended together ("sdpa"), or all at once by flash-attention's kernel for segments of any lengths
-("flash_attention_2"; on a CPU the tests put a block-diagonal mask in its place; it has never been run on a GPU).
+forward; only the attention function of its text layers is exchanged while it runs. By which kernel, says the table of
+`vig.scoring.attention_kernels`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from vig.models.families import family_of
 from vig.models.prompts import TOKEN_LEVEL, Encoder
+from vig.scoring.attention_kernels import AUTO, KERNELS, Attention, chosen
 from vig.scoring.prefix_sharing import SharedRow, token_positions
-from vig.scoring.segments import Group, Packed, SegmentLayout
+from vig.scoring.segments import SegmentLayout
 
 NAME = "vig_packed"  # of the attention function, for transformers
-KERNELS = ("sdpa", "flash_attention_2")
+OTHER_ATTENTION = ("softcap", "s_aux", "dropout")  # of transformers' functions: caps, sinks, dropout
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -42,10 +41,21 @@ def why_not(model: PreTrainedModel) -> str | None:
     text = model.config.get_text_config()
     if text._attn_implementation not in KERNELS:
         return f"attention implementation {text._attn_implementation} takes no rows of several lengths"
+    decoder = model.get_decoder()
     windowed = "sliding_attention" in (getattr(text, "layer_types", None) or ())
-    if windowed or getattr(text, "sliding_window", None):
-        return "its text layers attend to a window of tokens"
+    if (windowed or getattr(text, "sliding_window", None)) and not decoder._supports_flash_attn:
+        return "its text layers attend to a window of tokens that stands in their mask alone"
+    if getattr(text, "attn_logit_softcapping", None):
+        return "its text layers cap the scores of their attention"
+    if any(hasattr(part, "sinks") for part in decoder.modules()):
+        return "its text layers attend to sinks"
     return None
+
+
+def kernel_of(model: PreTrainedModel, attn: str | None) -> str:
+    """The kernel that its packed rows attend by: "auto" unless an attention implementation was asked for."""
+    found = model.config.get_text_config()._attn_implementation
+    return AUTO if attn is None and found == "sdpa" else found
 
 
 # --- the attention of the text layers ---
@@ -85,58 +95,24 @@ def attend(
     value: Tensor,  # (1, key heads, L, d)
     attention_mask: Tensor | None = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """(1, L, heads, d), as transformers' attention functions return it."""
-    if options.get("softcap") is not None or options.get("sliding_window") is not None:
-        raise ValueError("softcap and sliding windows are for unpacked rows. Use --no-share")
+    """(1, L, heads, d), as transformers' attention functions return it. Raises ValueError for other attention."""
+    other = [name for name in OTHER_ATTENTION if torch.is_tensor(options.get(name)) or options.get(name)]
+    if other:
+        raise ValueError(f"packed rows attend without {' and '.join(other)}. Use --no-share")
     layout = _layout.get()
-    one, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))  # (L, heads, d)
-    out = torch.empty_like(one, memory_format=torch.contiguous_format)
-    attended = _by_group if layout.kernel == "sdpa" else _by_flash
-    for part in layout.on(query.device):
-        out[part.places] = attended(one, keys, values, part, scaling)
-    return out[None], None
-
-
-def _by_group(query: Tensor, key: Tensor, value: Tensor, group: Group, scaling: float | None) -> Tensor:
-    """(tokens of the group, heads, d). Query heads of one key head stand one after another, as one longer query."""
-    heads, key_heads = query.shape[1], key.shape[1]
-    queries, keys, values = (
-        part.index_select(0, places).unflatten(0, (group.n, -1)).transpose(1, 2)
-        for part, places in ((query, group.queries), (key, group.keys), (value, group.keys))
-    )  # (n, heads, S or P + S, d)
-    if group.mask is None:
-        grouped = {"is_causal": True, "enable_gqa": heads != key_heads}
-        mixed = scaled_dot_product_attention(queries, keys, values, scale=scaling, **grouped)
-    else:
-        times = heads // key_heads
-        stacked = queries.reshape(group.n, key_heads, -1, queries.shape[-1])
-        mask = group.mask.repeat(times, 1)
-        mixed = scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scaling)
-        mixed = mixed.reshape(queries.shape)
-    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, group.filled)
-
-
-# --- flash-attention's kernel ---
-
-
-def flash_kernel() -> Callable[..., Tensor]:
-    """flash-attention 2's function for segments of any lengths. Raises ImportError."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        raise ImportError(
-            "flash_attention_2 needs the package flash-attn. Install it: pip install flash-attn"
-        ) from None
-    return flash_attn_varlen_func
-
-
-def _by_flash(query: Tensor, key: Tensor, value: Tensor, part: Packed, scaling: float | None) -> Tensor:
-    return flash_kernel()(
-        query.index_select(0, part.places), key.index_select(0, part.keys), value.index_select(0, part.keys),
-        part.query_ends, part.key_ends, *part.longest, softmax_scale=scaling, causal=True,
-    )  # fmt: skip
+    heads = (part[0].transpose(0, 1) for part in (query, key, value))
+    attention = Attention(*heads, scaling, sliding_window)
+    form = tuple((part.device, part.dtype, part.shape) for part in attention[:3])
+    name = layout.once(form, lambda: chosen(layout.kernel, attention))
+    kernel = KERNELS[name]
+    parts = layout.once(
+        (name, form, sliding_window),
+        lambda: [part.to(query.device) for part in kernel.parts(layout.segments, attention)],
+    )
+    return kernel.attended(attention, parts)[None], None
 
 
 # --- the inputs ---

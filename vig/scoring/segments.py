@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,14 +46,17 @@ class Group(NamedTuple):
     filled: Tensor  # (tokens of all,) which of the n * S are no filling
     places: Tensor  # (tokens of all,) where those stand in the sequence
     n: int
-    mask: Tensor | None  # (S, P + S) bool, what is seen; None where P = 0 and causal attention is meant
+    mask: Tensor | None  # (S, P + S) bool, what is seen; None where that is all before a token and P = 0
 
     def to(self, device: torch.device) -> Group:
         return Group(*(part.to(device) if torch.is_tensor(part) else part for part in self))
 
 
-def groups(found: Sequence[Segment]) -> list[Group]:
-    """Segments of equal prefix length and similar length together; within KEYS tokens of keys, unless alone."""
+def groups(found: Sequence[Segment], window: int | None = None) -> list[Group]:
+    """Segments of equal prefix length and similar length together; within KEYS tokens of keys, unless alone.
+
+    window: keys that a token sees, itself included; None: all before it.
+    """
     order = sorted(found, key=lambda one: (-one.prefix, -one.length, one.start))
     cut: list[list[Segment]] = []
     for one in order:
@@ -64,10 +67,10 @@ def groups(found: Sequence[Segment]) -> list[Group]:
                 cut[-1].append(one)
                 continue
         cut.append([one])
-    return [_group(members) for members in cut]
+    return [_group(members, window) for members in cut]
 
 
-def _group(members: Sequence[Segment]) -> Group:
+def _group(members: Sequence[Segment], window: int | None) -> Group:
     longest, prefix = members[0].length, members[0].prefix
     step = torch.arange(longest)
     start, length = (torch.tensor([one[field] for one in members])[:, None] for field in (0, 1))
@@ -77,17 +80,19 @@ def _group(members: Sequence[Segment]) -> Group:
     if prefix:
         before = torch.tensor([one.prefix_start for one in members])[:, None] + torch.arange(prefix)
         keys = torch.cat([before, queries], dim=1)
+    if prefix or (window or longest) < longest:
         mask = torch.ones(longest, prefix + longest, dtype=torch.bool).tril(prefix)
+        mask = mask if window is None else mask.triu(prefix - window + 1)
     filled = inside.flatten().nonzero().squeeze(1)
     places = queries.flatten()[filled]
     return Group(queries.flatten(), keys.flatten(), filled, places, len(members), mask)
 
 
 class Packed(NamedTuple):
-    """Segments with or without a prefix, for a kernel that takes any lengths. Never run on a GPU."""
+    """Segments that stand one after another, with or without a prefix, for a kernel that takes any lengths."""
 
-    places: Tensor  # (queries,) in the sequence
-    keys: Tensor  # (keys,)
+    queries: slice  # places in the sequence
+    keys: Tensor | None  # (keys,) places; None where no segment has a prefix: those of the queries
     query_ends: Tensor  # (n + 1,) int32, from 0
     key_ends: Tensor  # (n + 1,) int32, from 0
     longest: tuple[int, int]  # queries and keys of a segment
@@ -96,13 +101,13 @@ class Packed(NamedTuple):
         return Packed(*(part.to(device) if torch.is_tensor(part) else part for part in self))
 
 
-def packs(found: Sequence[Segment]) -> list[Packed]:
-    """All segments, in parts of at most KEYS tokens of keys unless one has more."""
+def packs(found: Sequence[Segment], most: int) -> list[Packed]:
+    """All segments in order, in parts of at most `most` tokens of keys unless one has more."""
     cut: list[list[Segment]] = []
     held = 0
     for one in found:
         held += one.prefix + one.length
-        if not cut or held > KEYS:
+        if not cut or held > most:
             cut.append([])
             held = one.prefix + one.length
         cut[-1].append(one)
@@ -110,27 +115,33 @@ def packs(found: Sequence[Segment]) -> list[Packed]:
 
 
 def _packed(members: Sequence[Segment]) -> Packed:
-    own = [torch.arange(one.start, one.start + one.length) for one in members]
-    before = [torch.arange(one.prefix_start, one.prefix_start + one.prefix) for one in members]
-    both = [torch.cat(pair) for pair in zip(before, own, strict=True)]
-    ends = [
-        torch.tensor([0, *(len(part) for part in parts)]).cumsum(0, dtype=torch.int32)
-        for parts in (own, both)
-    ]
-    longest = (max(map(len, own)), max(map(len, both)))
-    return Packed(torch.cat(own), torch.cat(both), *ends, longest)
+    lengths = [one.length for one in members]
+    seen = [one.prefix + one.length for one in members]
+    ends = [torch.tensor([0, *each]).cumsum(0, dtype=torch.int32) for each in (lengths, seen)]
+    queries = slice(members[0].start, members[-1].start + members[-1].length)
+    keys = None
+    if any(one.prefix for one in members):
+        spans = [
+            torch.arange(start, start + length)
+            for one in members
+            for start, length in ((one.prefix_start, one.prefix), (one.start, one.length))
+        ]
+        keys = torch.cat(spans)
+    return Packed(queries, keys, *ends, (max(lengths), max(seen)))
 
 
 class SegmentLayout:
-    """Where the segments of one batch lie, as the attention function of kernel `kernel` wants to know it."""
+    """Where the segments of one batch lie, and the kernel that attends to them (`attention_kernels.KERNELS`, "auto").
 
-    def __init__(self, rows: Sequence[SharedRow], kernel: str = "sdpa"):
+    What a kernel wants to know of the segments is made once for all layers that ask in the same way.
+    """
+
+    def __init__(self, rows: Sequence[SharedRow], kernel: str = "auto"):
         self.segments, self.kernel = segments(rows), kernel
-        self._on: dict[torch.device, Any] = {}
+        self._made: dict[Hashable, Any] = {}
 
-    def on(self, device: torch.device) -> Any:
-        """[Group] for "sdpa", [Packed] for "flash_attention_2", with their tensors on `device`."""
-        if device not in self._on:
-            made = groups(self.segments) if self.kernel == "sdpa" else packs(self.segments)
-            self._on[device] = [part.to(device) for part in made]
-        return self._on[device]
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """make(), at the first call with this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
