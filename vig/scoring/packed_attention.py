@@ -120,7 +120,7 @@ def attend(
 
 def packed_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[SharedRow]) -> dict[str, Tensor]:
     """`prefix_sharing.row_inputs` as one sequence: input_ids, labels (1, L), position_ids (1, L) or (3, 1, L),
-    pixels."""
+    pixels, all on the CPU."""
     batch = encoder.collate([row.joined() for row in rows], until_last_answer=True)
     kept = batch.pop("attention_mask").bool()
     for name in ("input_ids", "labels", *TOKEN_LEVEL):
@@ -129,4 +129,4 @@ def packed_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Share
     batch["position_ids"] = torch.cat(
         [token_positions(model, encoder, row) for row in rows], dim=-1
     ).unsqueeze(-2)
-    return {name: value.to(model.device) for name, value in batch.items()}
+    return batch

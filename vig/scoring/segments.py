@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vig.models.transfer import to_device
 from vig.scoring.prefix_sharing import SharedRow
 
 KEYS = 8192  # tokens whose keys are gathered at a time, so that repeated prefixes stay within bounds
@@ -49,7 +50,7 @@ class Group(NamedTuple):
     mask: Tensor | None  # (S, P + S) bool, what is seen; None where that is all before a token and P = 0
 
     def to(self, device: torch.device) -> Group:
-        return Group(*(part.to(device) if torch.is_tensor(part) else part for part in self))
+        return Group(*(to_device(part, device) if torch.is_tensor(part) else part for part in self))
 
 
 def groups(found: Sequence[Segment], window: int | None = None) -> list[Group]:
@@ -98,7 +99,7 @@ class Packed(NamedTuple):
     longest: tuple[int, int]  # queries and keys of a segment
 
     def to(self, device: torch.device) -> Packed:
-        return Packed(*(part.to(device) if torch.is_tensor(part) else part for part in self))
+        return Packed(*(to_device(part, device) if torch.is_tensor(part) else part for part in self))
 
 
 def packs(found: Sequence[Segment], most: int) -> list[Packed]:
