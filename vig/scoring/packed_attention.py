@@ -122,10 +122,11 @@ def packed_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Share
     """`prefix_sharing.row_inputs` as one sequence: input_ids, labels (1, L), position_ids (1, L) or (3, 1, L),
     pixels, all on the CPU."""
     batch = encoder.collate([row.joined() for row in rows], until_last_answer=True)
-    kept = batch.pop("attention_mask").bool()
+    del batch["attention_mask"]
     for name in ("input_ids", "labels", *TOKEN_LEVEL):
         if name in batch:
-            batch[name] = batch[name][kept][None]
+            parts = [value[: row.n_tokens] for value, row in zip(batch[name], rows, strict=True)]
+            batch[name] = torch.cat(parts)[None]
     batch["position_ids"] = torch.cat(
         [token_positions(model, encoder, row) for row in rows], dim=-1
     ).unsqueeze(-2)
