@@ -12,6 +12,7 @@ from pathlib import Path
 from vig.data.formats import FORMATS, FORMS, Form
 from vig.models.families import FAMILIES
 from vig.models.null_image import NULLS
+from vig.scoring.attention_kernels import KERNELS
 
 DOCS = Path(__file__).parent
 
@@ -45,11 +46,17 @@ def records() -> str:
     return markdown(["form", "known by", "a record"], rows)
 
 
+def attention() -> str:
+    rows = ([f"`{name}`", row.takes, row.calls] for name, row in KERNELS.items())
+    return markdown(["kernel", "taken for", "calls a layer"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "null images": ("null-images.md", null_images),
     "families": ("families.md", families),
     "formats": ("formats.md", formats),
     "records": ("formats.md", records),
+    "attention kernels": ("throughput.md", attention),
 }  # name -> its page and what makes it
 
 

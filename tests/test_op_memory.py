@@ -7,6 +7,8 @@ import sys
 import pytest
 from cases import runners
 
+pytest.importorskip("psutil", reason="the program below reads its resident set with psutil")
+
 PROGRAM = """
 import resource, sys, threading, time
 import psutil, torch

@@ -1,20 +1,26 @@
-"""Rows of a batch in one sequence: the attention of a dense mask, by either kernel, in every family that allows it."""
+"""Rows of a batch in one sequence: the attention of a dense mask, by every kernel, in every family that allows it."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from types import SimpleNamespace
 
 import pytest
 import tiny_families
 import torch
-from naive_families import SAMPLES, scorer
+from naive_families import SAMPLES, WITH_IMAGES, scorer
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from vig.models.families import FAMILIES
-from vig.scoring import packed_attention
+from vig.scoring import attention_kernels, packed_attention, segments
+from vig.scoring.attention_kernels import AUTO, KERNELS, Attention
 from vig.scoring.loader import load_record
-from vig.scoring.packed_attention import Segment, SegmentLayout, groups, packs
+from vig.scoring.scorer import Scorer
+from vig.scoring.segments import Segment, SegmentLayout, groups, packs
 
 # alone, three branches behind a prefix, alone, two branches behind a longer one
 FOUND = [
@@ -26,74 +32,137 @@ FOUND = [
 LENGTH = 98
 
 
-def dense(found: list[Segment], length: int) -> torch.Tensor:
+def dense(found: list[Segment], length: int, window: int | None = None) -> torch.Tensor:
     """(L, L) bool: what each token sees, written down place by place."""
     seen = torch.zeros(length, length, dtype=torch.bool)
     for one in found:
+        before = list(range(one.prefix_start, one.prefix_start + one.prefix))
         for place in range(one.start, one.start + one.length):
-            seen[place, one.start : place + 1] = True
-            seen[place, one.prefix_start : one.prefix_start + one.prefix] = True
+            keys = [*before, *range(one.start, place + 1)]
+            seen[place, keys[-window:] if window else keys] = True
     return seen
 
 
-def block_diagonal(query, key, value, query_ends, key_ends, most_queries, most_keys, softmax_scale, causal):
-    """What flash-attention's function for segments of any lengths promises, by one block-diagonal SDPA mask.
+def block_diagonal(query, key, value, query_ends, key_ends, most_queries, most_keys, scale, window_size):
+    """What both functions for segments of any lengths promise, by one block-diagonal SDPA mask.
 
     query (queries, heads, d), key and value (keys, key heads, d). Causal means aligned at the end of each block.
     """
-    assert causal and query_ends.dtype == key_ends.dtype == torch.int32
+    left, right = window_size
+    assert right == 0 and query_ends.dtype == key_ends.dtype == torch.int32
     mask = torch.zeros(len(query), len(key), dtype=torch.bool)
     bounds = [zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True) for ends in (query_ends, key_ends)]
     longest = [0, 0]
     for (first, last), (top, end) in zip(*bounds, strict=True):
-        block = torch.ones(last - first, end - top, dtype=torch.bool)
-        mask[first:last, top:end] = block.tril(end - top - (last - first))
+        more = end - top - (last - first)
+        block = torch.ones(last - first, end - top, dtype=torch.bool).tril(more)
+        mask[first:last, top:end] = block if left < 0 else block.triu(more - left)
         longest = [max(longest[0], last - first), max(longest[1], end - top)]
     assert [most_queries, most_keys] == longest
     heads = [part.transpose(0, 1)[None] for part in (query, key, value)]
-    mixed = scaled_dot_product_attention(*heads, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
+    mixed = scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=True)
     return mixed[0].transpose(0, 1)
 
 
+def flash_attn_varlen_func(*tensors, softmax_scale, causal, window_size):
+    assert causal
+    return block_diagonal(*tensors, softmax_scale, window_size)
+
+
+class Varlen:
+    """torch's varlen_attn: its arguments as torch 2.13 or 2.11 takes them, its calls counted."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def of_2_13(
+        self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+        window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+    ):  # fmt: skip
+        assert num_splits == 1 and enable_gqa == (query.shape[1] != key.shape[1])
+        return self.of_2_11(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
+        )
+
+    def of_2_11(
+        self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+        window_size=(-1, -1),
+    ):  # fmt: skip
+        self.calls += 1
+        return block_diagonal(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+def replace_varlen(monkeypatch, function) -> None:
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=function))
+
+
 @pytest.fixture
-def flash(monkeypatch):
-    """A package flash_attn whose kernel is the block-diagonal mask."""
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=block_diagonal))
+def varlen(monkeypatch) -> Varlen:
+    """The functions for segments of any lengths are the block-diagonal mask: torch's, and that of flash_attn."""
+    stand_in = Varlen()
+    replace_varlen(monkeypatch, stand_in.of_2_13)
+    flash = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash)
+    return stand_in
 
 
-def attended(kernel: str, found: list[Segment], *tensors: torch.Tensor, scaling=None) -> torch.Tensor:
+def attended(kernel: str, found: list[Segment], *tensors: torch.Tensor, **options) -> torch.Tensor:
     layout = SegmentLayout([], kernel)
     layout.segments = found
     token = packed_attention._layout.set(layout)
     try:
-        return packed_attention.attend(None, *tensors, scaling=scaling)[0]
+        return packed_attention.attend(None, *tensors, **options)[0]
     finally:
         packed_attention._layout.reset(token)
 
 
-@pytest.mark.parametrize("keys", [packed_attention.KEYS, 50, 1])
-@pytest.mark.parametrize("kernel", packed_attention.KERNELS)
-def test_attention_of_a_dense_mask(kernel, keys, monkeypatch, flash):
-    monkeypatch.setattr(packed_attention, "KEYS", keys)
+def bound(monkeypatch, keys: int, key_heads: int = 2, dim: int = 8) -> None:
+    """At most so many keys of float32 are gathered for one call."""
+    monkeypatch.setattr(segments, "KEYS", keys)
+    monkeypatch.setattr(attention_kernels, "GATHERED_BYTES", keys * 2 * key_heads * dim * 4)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 20, 44, 1000])
+@pytest.mark.parametrize("keys", [8192, 50, 1])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_attention_of_a_dense_mask(kernel, keys, window, monkeypatch, varlen):
+    bound(monkeypatch, keys)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, LENGTH, 8) for heads in (6, 2, 2))
     expected = scaled_dot_product_attention(
-        query, key, value, attn_mask=dense(FOUND, LENGTH), scale=0.4, enable_gqa=True
+        query, key, value, attn_mask=dense(FOUND, LENGTH, window), scale=0.4, enable_gqa=True
     )
-    found = attended(kernel, FOUND, query, key, value, scaling=0.4)
+    found = attended(kernel, FOUND, query, key, value, scaling=0.4, sliding_window=window)
     assert (found - expected.transpose(1, 2)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("keys", [packed_attention.KEYS, 50, 1])
+def test_varlen_attn_as_torch_2_11_takes_it(varlen, monkeypatch):
+    replace_varlen(monkeypatch, varlen.of_2_11)
+    query, key, value = (torch.randn(1, heads, LENGTH, 8) for heads in (6, 2, 2))
+    expected = attended("sdpa", FOUND, query, key, value)
+    assert (attended("varlen_attn", FOUND, query, key, value) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("keys", [8192, 50, 1])
 def test_every_token_is_attended_once_and_keys_stay_within_the_bound(keys, monkeypatch):
-    monkeypatch.setattr(packed_attention, "KEYS", keys)
-    for parts in (groups(FOUND), packs(FOUND)):
-        places = torch.cat([part.places for part in parts])
-        assert sorted(places.tolist()) == list(range(LENGTH))
+    bound(monkeypatch, keys)
+    places = torch.cat([part.places for part in groups(FOUND)])
+    assert sorted(places.tolist()) == list(range(LENGTH))
     for group in groups(FOUND):
         assert group.n == 1 or len(group.keys) <= keys
-    for pack in packs(FOUND):
-        assert len(pack.query_ends) == 2 or len(pack.keys) <= keys
+    parts = packs(FOUND, keys)
+    assert [place for part in parts for place in range(LENGTH)[part.queries]] == list(range(LENGTH))
+    for part in parts:
+        assert len(part.query_ends) == 2 or part.key_ends[-1] <= keys
+        assert part.keys is None or len(part.keys) == part.key_ends[-1]
+
+
+def test_samples_alone_are_attended_where_they_lie():
+    """No key is copied, and no value."""
+    alone = [Segment(0, 5), Segment(5, 90), Segment(95, 3)]
+    (part,) = packs(alone, 8192)
+    assert part.keys is None and part.queries == slice(0, 98) and part.longest == (90, 90)
+    assert part.query_ends.tolist() == part.key_ends.tolist() == [0, 5, 95, 98]
 
 
 def test_a_value_that_is_not_finite_stays_in_its_segment():
@@ -106,8 +175,8 @@ def test_a_value_that_is_not_finite_stays_in_its_segment():
 @pytest.mark.parametrize(
     "family", [name for name, row in FAMILIES.items() if row.shares_prefix and not row.two_way_images]
 )
-def test_a_packed_batch_equals_its_samples_alone(family, flash):
-    """Shared rows, samples alone and several images in one sequence; both kernels."""
+def test_a_packed_batch_equals_its_samples_alone(family, varlen):
+    """Shared rows, samples alone and several images in one sequence; every kernel."""
     one = scorer(family)
     items = [load_record(sample, one.encoder, "pixels") for sample in SAMPLES if sample.images]
     items.sort(key=lambda item: item.hashes)
@@ -116,9 +185,11 @@ def test_a_packed_batch_equals_its_samples_alone(family, flash):
     assert sum(len(row.members) > 1 for row in rows) == 2 and sum(len(row.members) == 1 for row in rows) > 2
     alone = scorer(family, share=False).passes
     expected = [alone.score([view])[0] for view in views]
-    for kernel in packed_attention.KERNELS:
-        one.passes.kernel = kernel
+    for kernel in KERNELS:
+        one.passes.kernel, varlen.calls = kernel, 0
         found = one.passes.score(views)
+        layers = 2 * one.loaded.model.config.get_text_config().num_hidden_layers  # of both passes
+        assert varlen.calls == (layers if kernel == "varlen_attn" else 0)
         for value, other in zip(found, expected, strict=True):
             assert abs(value.image - other.image).max() < 2e-4 and abs(value.null - other.null).max() < 2e-4
 
@@ -141,30 +212,153 @@ def test_which_models_are_not_packed():
         ("paligemma", "not causal over the images"),
     ):
         assert words in packed_attention.why_not(tiny_families.model(family))
-    config = {"text": SimpleNamespace(_attn_implementation="sdpa", sliding_window=64)}
+    text = {"_attn_implementation": "sdpa", "sliding_window": 64}
+    decoder = torch.nn.Module()
+    decoder._supports_flash_attn = True  # transformers hands the window to its attention function
     model = SimpleNamespace(
-        config=SimpleNamespace(model_type="llava", get_text_config=lambda: config["text"])
+        config=SimpleNamespace(model_type="llava", get_text_config=lambda: SimpleNamespace(**text)),
+        get_decoder=lambda: decoder,
     )
+    assert packed_attention.why_not(model) is None
+    decoder._supports_flash_attn = False
     assert "a window of tokens" in packed_attention.why_not(model)
-    config["text"] = SimpleNamespace(_attn_implementation="eager", sliding_window=None)
+    text |= {"sliding_window": None, "attn_logit_softcapping": 50.0}
+    assert "cap the scores" in packed_attention.why_not(model)
+    text["attn_logit_softcapping"] = None
+    assert packed_attention.why_not(model) is None
+    decoder.sinks = torch.nn.Parameter(torch.zeros(4))
+    assert "sinks" in packed_attention.why_not(model)
+    text["_attn_implementation"] = "eager"
     assert "eager" in packed_attention.why_not(model)
+
+
+@pytest.mark.parametrize("option", [{"softcap": 50.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}])
+def test_attention_of_another_kind_is_refused(option):
+    tensors = [torch.randn(1, 2, LENGTH, 8) for _ in range(3)]
+    assert attended("sdpa", FOUND, *tensors, dropout=0.0, softcap=None, s_aux=None).isfinite().all()
+    with pytest.raises(ValueError, match=f"without {next(iter(option))}. Use --no-share"):
+        attended("sdpa", FOUND, *tensors, **option)
+
+
+@pytest.mark.parametrize("text_type", ["mistral", "qwen2"])
+def test_windows_of_the_text_model_are_kept(text_type, varlen):
+    """Samples far longer than the window, against each alone under transformers' own mask."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(tiny_families.model("llava").config)
+    options = tiny_families.TEXT | {"vocab_size": config.text_config.vocab_size, "sliding_window": 7}
+    if text_type == "qwen2":
+        options |= {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
+    config.text_config = AutoConfig.for_model(text_type, **options)
+    model = LlavaForConditionalGeneration(config).eval()
+    one, alone = (
+        Scorer(model, tiny_families.processor("llava"), device="cpu", share=share) for share in (True, False)
+    )
+    assert packed_attention.why_not(model) is None
+    views = [load_record(sample, one.encoder, "pixels").view for sample in WITH_IMAGES]
+    expected = [alone.passes.score([view])[0] for view in views]
+    for kernel in KERNELS:
+        one.passes.kernel = kernel
+        for value, other in zip(one.passes.score(views), expected, strict=True):
+            assert abs(value.image - other.image).max() < 2e-4 and abs(value.null - other.null).max() < 2e-4
+    model.config.text_config.sliding_window = 1000
+    assert (
+        abs(alone.passes.score(views[:1])[0].image - expected[0].image).max() > 1e-3
+    )  # the window does matter
+
+
+def test_which_kernel_is_taken(monkeypatch):
+    """Asked for by name: that one. Else the first that can, on a GPU of compute capability 9.0 or another."""
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.setattr(torch.version, "hip", None)
+    replace_varlen(monkeypatch, Varlen().of_2_13)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+
+    def taken(dtype=torch.bfloat16, dim=128, value_dim=None, key_heads=4, device="cuda", asked=AUTO) -> str:
+        sizes = ((8, dim), (key_heads, dim), (key_heads, value_dim or dim))
+        with FakeTensorMode():
+            tensors = [torch.empty(10, *size, dtype=dtype, device=device) for size in sizes]
+        return attention_kernels.chosen(asked, Attention(*tensors))
+
+    assert (
+        taken()
+        == taken(torch.float16)
+        == taken(dim=256)
+        == taken(dim=72)
+        == taken(key_heads=8)
+        == "varlen_attn"
+    )
+    for other in (
+        {"dtype": torch.float32}, {"dim": 264}, {"dim": 100}, {"value_dim": 64}, {"key_heads": 3}, {"device": "cpu"},
+    ):  # fmt: skip
+        assert taken(**other) == "sdpa", other
+    assert taken(asked="sdpa") == "sdpa" and taken(asked="flash_attention_2") == "flash_attention_2"
+    capability[0] = (7, 5)
+    assert taken() == "sdpa"
+    capability[0] = (9, 0)
+
+    def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None): ...
+
+    for function in (None, of_2_10):
+        if function is None:
+            monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+        else:
+            replace_varlen(monkeypatch, function)
+        with pytest.raises(ImportError, match=r"has no .*Use torch 2\.11 or newer"):
+            attention_kernels.varlen_kernel()
+        assert taken() == "sdpa"
+    monkeypatch.setitem(
+        sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    )
+    assert taken() == "flash_attention_2" and taken(torch.float32) == "sdpa"
+    replace_varlen(monkeypatch, Varlen().of_2_13)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert taken() == "flash_attention_2"
+
+
+def test_an_attention_implementation_that_is_asked_for_is_taken():
+    model = tiny_families.model("llava")
+    assert packed_attention.kernel_of(model, None) == AUTO
+    assert packed_attention.kernel_of(model, "sdpa") == "sdpa"
+    assert scorer("llava").passes.kernel == AUTO and scorer("llava", attn="sdpa").passes.kernel == "sdpa"
+
+
+def test_the_installed_torch_takes_the_call():
+    """torch's own varlen_attn on tensors without values: one op, bfloat16, grouped heads, a window."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    if attention_kernels._not_importable(attention_kernels.varlen_kernel):
+        pytest.skip("this torch's varlen_attn knows no windows")
+    called = []
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with torch.inference_mode(), Ops():
+        query, key, value = (
+            torch.empty(1, heads, LENGTH, 64, dtype=torch.bfloat16, device="meta") for heads in (6, 2, 2)
+        )
+        out = attended("varlen_attn", FOUND, query, key, value, scaling=0.1, sliding_window=9)
+    assert out.shape == (1, LENGTH, 6, 64) and out.dtype == torch.bfloat16
+    assert [name for name in called if "attn" in name] == ["torch_attn._varlen_attn.default"]
 
 
 def test_without_the_package_the_cure_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ImportError, match="pip install flash-attn"):
-        packed_attention.flash_kernel()
+        attention_kernels.flash_kernel()
 
 
 def test_packing_that_moves_values_is_switched_off_and_said(tmp_path, monkeypatch):
     """Every branch sees the one before it: found by the self-check, on the first samples."""
-    own = packed_attention.segments
+    own = segments.segments
 
     def leaking(rows):
         found = own(rows)
         return [one._replace(prefix_start=one.start - one.prefix) if one.prefix else one for one in found]
 
-    monkeypatch.setattr(packed_attention, "segments", leaking)
+    monkeypatch.setattr(segments, "segments", leaking)
     one, chosen = scorer("llava"), [sample for sample in SAMPLES if sample.images]
     with pytest.warns(UserWarning, match=r"moves values by \S+ nats, so it is off"):
         rows = one.score(chosen)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vig.models.null_image import NULLS, NullSettings
+from vig.models.transfer import to_device
 from vig_kernels import gaussian_blur
 
 
@@ -65,7 +66,8 @@ def mean(pictures: Tensor, settings: NullSettings, pixel_range: PixelRange, seed
 
 def black(pictures: Tensor, settings: NullSettings, pixel_range: PixelRange, seeds: Sequence[int]) -> Tensor:
     """What the processor makes of a black picture."""
-    return pictures.new_tensor(pixel_range.black)[:, None, None].expand_as(pictures).contiguous()
+    colour = to_device(torch.tensor(pixel_range.black, dtype=pictures.dtype), pictures.device)
+    return colour[:, None, None].expand_as(pictures).contiguous()
 
 
 def noise(pictures: Tensor, settings: NullSettings, pixel_range: PixelRange, seeds: Sequence[int]) -> Tensor:
@@ -73,4 +75,4 @@ def noise(pictures: Tensor, settings: NullSettings, pixel_range: PixelRange, see
     low = torch.tensor(pixel_range.black)[:, None, None]
     high = torch.tensor(pixel_range.white)[:, None, None]
     drawn = [torch.rand(pictures.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return (low + (high - low) * torch.stack(drawn)).to(pictures)
+    return to_device((low + (high - low) * torch.stack(drawn)).to(pictures.dtype), pictures.device)

@@ -27,6 +27,11 @@ Size = tuple[int, int]  # height, width
 Sizes = Sequence[Sequence[Size]]  # for each sample, its images in order
 PixelInputs = dict[str, Tensor]
 
+TABLES = (
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "batch_num_images",
+)  # what layouts read beside `pixel_values`
 ALMOST_BLACK = 1e-6  # in the place of a zero, where a tile that is zero throughout would pass for padding
 
 
@@ -269,7 +274,7 @@ def masked_tiles(pixels: PixelInputs, sizes: Sizes, processor: Any) -> list[Spre
     if mask is None:
         filled = (values != 0).flatten(2).any(-1)
         mask = filled[..., None, None].expand(*filled.shape, *values.shape[-2:])
-    heights, widths = mask.any(-1).sum(-1).tolist(), mask.any(-2).sum(-1).tolist()
+    heights, widths = (edge.bool().sum(-1).tolist() for edge in (mask[..., :, 0], mask[..., 0, :]))
     spreads, image = [], 0
     for sample, images in enumerate(sizes):
         grids = [image_processor(processor).get_number_of_image_patches(*size, {})[1:] for size in images]

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from vig.models import image_features
 from vig.models.image_features import ImageFeatures
-from vig.models.lm_head import HeadTransform, find_head, head_replaced, hidden_at_head, shifted_rows
+from vig.models.lm_head import HeadTransform, find_head, head_replaced, hidden_at_head
 from vig.models.loading import LoadedModel
 from vig.models.null_pixels import PixelRange, null_pictures
 from vig.models.pixels import Sizes
 from vig.models.prompts import Encoder
 from vig.scoring import packed_attention, prefix_sharing
-from vig.scoring.batch import Batch, pixels_of
+from vig.scoring.batch import Batch, on_device, pixels_of, tables_of
 from vig.scoring.prefix_sharing import SharedRow, View
 from vig.scoring.settings import ScoreSettings
 from vig_kernels import linear_nll, linear_vig
@@ -61,7 +61,7 @@ class TwoPasses:
         self.transform = HeadTransform()
         self._packs = packed_attention.why_not(loaded.model) is None
         self.share = settings.share and (self._packs or prefix_sharing.why_not(loaded.model) is None)
-        self.kernel = loaded.model.config.get_text_config()._attn_implementation
+        self.kernel = packed_attention.kernel_of(loaded.model, settings.attn)
         self._last = last_feed_forward(loaded.model)
         self.features = ImageFeatures(self.model)
         self._keeps_features = image_features.why_not(self.model) is None
@@ -87,14 +87,14 @@ class TwoPasses:
         image = self._answer_rows(self._with_images(batch, "image"))
         if not rows[0].first.sample.images:
             nll = linear_nll(image.hidden, self._weight, image.target, **self._head_options)
-            return [TokenNLL(values, None) for values in _per_sample(nll, batch)]
+            return [TokenNLL(values[0], None) for values in _per_sample(nll[None], batch)]
         if nulls is None:
             null = self._answer_rows(self._with_images(batch, "null"))
         else:
             null = self._answer_rows(self._with_images(self._build(self.rows(nulls)), "other image"))
         pair = linear_vig(image.hidden, null.hidden, self._weight, image.target, **self._head_options)
-        columns = (_per_sample(pair.nll_image, batch), _per_sample(pair.nll_null, batch))
-        return [TokenNLL(*values) for values in zip(*columns, strict=True)]
+        both = torch.stack([pair.nll_image, pair.nll_null])
+        return [TokenNLL(*values) for values in _per_sample(both, batch)]
 
     def rows(self, views: Sequence[View]) -> list[SharedRow]:
         """The rows that a batch of these views has: one each, or one for neighbours that share a prefix."""
@@ -117,21 +117,27 @@ class TwoPasses:
         if "pixel_values" not in batch.inputs:
             return batch
         if not (self.share and self._keeps_features):
-            return batch if kind != "null" else replace(batch, inputs=self._nulled(batch.inputs, batch.rows))
+            nulled = self._nulled(batch.inputs, batch.tables, batch.rows) if kind == "null" else batch.inputs
+            return replace(batch, inputs=nulled)
 
         def pixels(places: list[int]) -> dict[str, Tensor]:
             chosen = [batch.rows[place] for place in places]
-            inputs = pixels_of(chosen, self.model.device)
-            return self._nulled(inputs, chosen) if kind == "null" else inputs
+            found = pixels_of(chosen)
+            inputs = on_device(found, self.model.device)
+            return self._nulled(inputs, tables_of(found), chosen) if kind == "null" else inputs
 
         n_tokens = [row.first.input_ids.count(self.encoder.image_token_id) for row in batch.rows]
         outputs = self.features.of([(kind, *row.hashes) for row in batch.rows], n_tokens, pixels)
         rest = {name: value for name, value in batch.inputs.items() if name != "pixel_values"}
         return replace(batch, inputs=rest | {"mm_encoder_outputs": outputs})
 
-    def _nulled(self, inputs: dict[str, Tensor], rows: Sequence[SharedRow]) -> dict[str, Tensor]:
+    def _nulled(
+        self, inputs: dict[str, Tensor], tables: dict[str, Tensor], rows: Sequence[SharedRow]
+    ) -> dict[str, Tensor]:
+        """The inputs with the pixels of the null; tables: `batch.tables_of` them."""
         hashes = [one for row in rows for one in row.hashes]
-        return self.null_pixels(inputs, [row.first.sizes for row in rows], hashes)
+        nulled = self.null_pixels(inputs | tables, [row.first.sizes for row in rows], hashes)
+        return inputs | {"pixel_values": nulled["pixel_values"]}
 
     @torch.inference_mode()
     def sharing_error(self, rows: Sequence[SharedRow]) -> float:
@@ -180,7 +186,7 @@ class TwoPasses:
 
         Behind its attention the last layer is computed on these rows alone.
         """
-        rows = shifted_rows(batch.labels)
+        rows = batch.answers
         with packed_attention.attention(self.model, batch.layout), on_rows(self._last, rows.index):
             return _AnswerRows(hidden_at_head(self.model, batch.inputs, rows.index), rows.target)
 
@@ -188,7 +194,7 @@ class TwoPasses:
     def last_layer_error(self, view: View) -> float:
         """How far the last layer on answer rows alone moves their hidden states, as a part of their norm."""
         batch = self.padded([view])
-        rows = shifted_rows(batch.labels).index
+        rows = batch.answers.index
         whole = hidden_at_head(self.model, batch.inputs, rows).float()
         with on_rows(self._last, rows):
             part = hidden_at_head(self.model, batch.inputs, rows).float()
@@ -229,5 +235,5 @@ class _AnswerRows(NamedTuple):
 
 
 def _per_sample(values: Tensor, batch: Batch) -> list[np.ndarray]:
-    """Cuts (N,) values of a batch, in reading order, into one array a sample."""
-    return np.split(values.float().cpu().numpy(), np.cumsum(batch.answer_lengths)[:-1])
+    """Cuts (passes, N) values of a batch, in reading order, into one array a sample: where the batch is waited for."""
+    return np.split(values.float().cpu().numpy(), np.cumsum(batch.answer_lengths)[:-1], axis=1)

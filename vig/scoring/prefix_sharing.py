@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from vig.models.families import family_of
 from vig.models.prompts import TOKEN_LEVEL, Encoded, Encoder
+from vig.models.transfer import to_device
 
 MASKED_ATTENTION = ("sdpa", "eager")  # attention implementations that take a mask of their own
 
@@ -154,20 +155,19 @@ def _most_branch_tokens(prefix: int, width: int) -> int:
 
 
 def row_inputs(model: PreTrainedModel, encoder: Encoder, rows: Sequence[SharedRow]) -> dict[str, Tensor]:
-    """`Encoder.collate` of rows, cut behind their last answers, on the model's device.
+    """`Encoder.collate` of rows, cut behind their last answers, on the CPU.
 
-    Where a row holds several samples: position_ids (B, L), or (3, B, L) for Qwen, and attention_mask (B, 1, L, L),
-    added to the scores of attention, one for each type of layer if there are several.
+    Where a row holds several samples: position_ids (B, L), or (3, B, L) for Qwen, and on the model's device
+    attention_mask (B, 1, L, L), added to the scores of attention, one for each type of layer if there are several.
     """
     batch = encoder.collate([row.joined() for row in rows], until_last_answer=True)
-    batch = {name: value.to(model.device) for name, value in batch.items()}
     if any(len(row.members) > 1 for row in rows):
         length = batch["input_ids"].shape[1]
-        branch = torch.stack([_filled(_branches(row), length, -1) for row in rows]).to(model.device)
+        branch = torch.stack([_filled(_branches(row), length, -1) for row in rows])
         positions = [_filled(token_positions(model, encoder, row), length, 0) for row in rows]
-        positions = torch.stack(positions, dim=-2).to(model.device)
-        batch["position_ids"] = positions
-        batch["attention_mask"] = _masks(model, branch, positions, batch["input_ids"])
+        batch["position_ids"] = torch.stack(positions, dim=-2)
+        of_mask = (branch, batch["position_ids"], batch["input_ids"])
+        batch["attention_mask"] = _masks(model, *(to_device(part, model.device) for part in of_mask))
         batch.pop("token_type_ids", None)  # they only tell Gemma3 how to make the mask
     return batch
 
