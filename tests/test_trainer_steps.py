@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -421,6 +427,23 @@ def test_ligers_kernels_stay_and_its_loss_is_turned_off(processor, tmp_path, mon
     trainer.train()
     assert applied == [{"rope": False, "fused_linear_cross_entropy": False, "cross_entropy": False}]
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("kind", ["llava", "text"])
+def test_ligers_real_kernels_take_stocks_step(kind, tmp_path):
+    """Its norms, RoPE and SwiGLU run (in Triton's interpreter), and its losses replace nothing."""
+    pytest.importorskip("triton")
+    if importlib.util.find_spec("liger_kernel") is None:
+        pytest.skip("liger-kernel is not installed: pip install liger-kernel==0.8.5 --no-deps")
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "liger_step.py", tmp_path, kind],
+        env=os.environ | {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "0"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["layers"] == ["LlamaMLP", "LlamaRMSNorm"] and found["rope"] and found["loss is ours"]
+    assert found["loss"] == pytest.approx(1, rel=1e-5) and found["gradients"] < 1e-4
 
 
 def test_prompt_tuning_and_adapters_on_the_head_say_what_to_do(processor, tmp_path):
