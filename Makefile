@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csr
 # One thread a test process: two OpenMP pools on two cores nearly stall.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test lint format bench native-sanitize native-aarch64 clean
+.PHONY: setup demo test zero3 lint format bench native-sanitize native-aarch64 clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,11 @@ demo: $(DEMO_STAMP)
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/triton
+
+# The fused loss under DeepSpeed's ZeRO-3, two processes on CPUs. DeepSpeed compiles what it needs with a C++ compiler.
+zero3: $(STAMP)
+	DS_BUILD_OPS=0 $(PIP) -c constraints.txt --no-build-isolation "deepspeed>=0.19"
+	$(TEST_ENV) $(BIN)/python -m pytest tests/test_zero3.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

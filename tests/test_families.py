@@ -110,6 +110,7 @@ def test_no_text_may_stand_for_pixels():
         ("gemma3", "<start_of_image>"),
         ("qwen2_5_vl", "<|video_pad|>"),
         ("internvl", "<IMG_CONTEXT>"),
+        ("aya_vision", "<|IMG_PATCH|>"),
     ):
         with pytest.raises(SampleError, match=re.escape(f"holds the image token {token!r}")):
             Encoder(tiny_families.processor(family)).encode(sample(9, [(f"What {token}?", "a")], (20, 20)))
@@ -127,6 +128,7 @@ def checked(family: str, one: Sample = SAMPLES[0], **changed):
 
 def test_what_the_families_do_to_their_logits():
     assert checked("gemma3") == HeadTransform()  # though its config speaks of a softcap
+    assert checked("aya_vision") == HeadTransform()  # though its text config has a scale
     assert checked("paligemma") == HeadTransform(softcap=4.0)
     assert checked("qwen3_vl", SAMPLES[3]) == HeadTransform()
 
@@ -172,7 +174,7 @@ def test_crops_shown_as_pictures_are_refused():
         as_loaded(tiny_families.model("gemma3"), processor)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "smolvlm", "paligemma"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "aya_vision", "smolvlm", "paligemma"])
 def test_a_checkpoint_on_disk_needs_no_torchvision(family, tmp_path):
     tiny_families.model(family).save_pretrained(tmp_path)
     tiny_families.processor(family).save_pretrained(tmp_path)

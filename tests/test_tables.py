@@ -152,9 +152,9 @@ def flat(folder: Path) -> Path:
 
 WRITERS["flat"] = flat
 """
-AYA_ROW = """        Family("Aya Vision", "aya_vision", "vig.models.pixels:PLAIN", ONE_PICTURE),
+VIP_ROW = """        Family("ViP-LLaVA", "vipllava", "vig.models.pixels:PLAIN", ONE_PICTURE),
 """
-AYA_TINY = '\n\nFAMILIES["aya_vision"] = FAMILIES["llava"]\n'
+VIP_TINY = '\n\nFAMILIES["vipllava"] = FAMILIES["llava"]\n'
 PLAIN_NLL = '''"""The op `linear_nll` on the backend `plain`, which does what `torch` does."""
 
 from vig_kernels.kernels.torch.linear_nll import *  # noqa: F403
@@ -193,8 +193,8 @@ def extended(tmp_path_factory) -> Path:
     (copy / "vig/data/flat.py").write_text(FLAT)
     insert(copy / "vig/data/formats.py", '    Format(\n        "photographs"', FLAT_ROW)
     append(copy / "tests/tiny_formats.py", FLAT_WRITER)
-    insert(copy / "vig/models/families.py", '        Family("Gemma 3"', AYA_ROW)
-    append(copy / "tests/tiny_families.py", AYA_TINY)
+    insert(copy / "vig/models/families.py", '        Family("Gemma 3"', VIP_ROW)
+    append(copy / "tests/tiny_families.py", VIP_TINY)
     (copy / "vig_kernels/kernels/plain").mkdir()
     (copy / "vig_kernels/kernels/plain/__init__.py").write_text(PLAIN_PACKAGE)
     (copy / "vig_kernels/kernels/plain/linear_nll.py").write_text(PLAIN_NLL)
@@ -211,12 +211,12 @@ def run_in(copy: Path, *words: str) -> subprocess.CompletedProcess:
 
 def test_what_is_added_is_in_the_help_and_the_docs(extended):
     said = " ".join(run_in(extended, "-m", "vig", "score", "--help").stdout.split())
-    for words in ("grey", ".flat", "Aya Vision", "plain"):
+    for words in ("grey", ".flat", "ViP-LLaVA", "plain"):
         assert words in said
     done = run_in(extended, "docs/make_tables.py")
     assert done.returncode == 0, done.stderr
     assert "| `grey` | pixels | grey | a control |" in (extended / "docs/null-images.md").read_text()
-    assert "| Aya Vision | `aya_vision` |" in (extended / "docs/families.md").read_text()
+    assert "| ViP-LLaVA | `vipllava` |" in (extended / "docs/families.md").read_text()
 
 
 SHOW = """
@@ -253,7 +253,7 @@ def test_what_is_added_is_in_errors_and_the_report(extended):
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert "shuffle, grey, drop" in said["null"] and said["caption"] == "grey"
-    assert "aya_vision (Aya Vision)" in said["family"] and ".flat" in said["format"]
+    assert "vipllava (ViP-LLaVA)" in said["family"] and ".flat" in said["format"]
     assert "'torch', 'plain', 'reference'" in said["backend"]
     assert said["available"] is None and len(said["values"]) == 2
 
@@ -264,7 +264,7 @@ def test_what_is_added_is_among_the_parameters_of_the_tests_and_passes(extended)
                     *(f"tests/{file}" for file in files)).stdout  # fmt: skip
     for test in (
         "test_inspect_shows_the_scores_of_every_null[grey]",
-        "test_pictures_put_back_give_the_same_bits_and_leave_padding_alone[aya_vision]",
+        "test_pictures_put_back_give_the_same_bits_and_leave_padding_alone[vipllava]",
         "test_every_format_gives_the_same_samples[flat]",
     ):
         assert test in listed, test

@@ -174,6 +174,19 @@ def test_tensorboard_itself(processor, tmp_path):
     assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
 
 
+def test_wandb_itself(processor, tmp_path, monkeypatch):
+    """Offline: what it would send lies in one file."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run = {"processor": processor, "report_to": ["wandb"], "max_steps": 2, "log_every": 1}
+    train(base(), samples(4), None, tmp_path / "out", eval_data=samples(2), **run)
+    [kept] = tmp_path.rglob("offline-run-*/*.wandb")
+    sent = kept.read_bytes()
+    for name in ("train/loss", "train/learning_rate", "train/num_kept_tokens", "eval/loss", "batch_size"):
+        assert name.encode() in sent, name
+
+
 # --- options from a file ---
 
 

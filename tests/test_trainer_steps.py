@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -21,11 +27,13 @@ from test_trainer import (
     ANSWERS,
     SelectiveSFT,
     arguments,
+    assert_step,
     logged,
     masked_cross_entropy,
     records,
     samples,
     selection,
+    stock_gradients,
     text_model,
 )
 from tiny import byte_tokenizer, llava_model, llava_processor, weights
@@ -423,6 +431,23 @@ def test_ligers_kernels_stay_and_its_loss_is_turned_off(processor, tmp_path, mon
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("kind", ["llava", "text"])
+def test_ligers_real_kernels_take_stocks_step(kind, tmp_path):
+    """Its norms, RoPE and SwiGLU run (in Triton's interpreter), and its losses replace nothing."""
+    pytest.importorskip("triton")
+    if importlib.util.find_spec("liger_kernel") is None:
+        pytest.skip("liger-kernel is not installed: pip install liger-kernel==0.8.5 --no-deps")
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "liger_step.py", tmp_path, kind],
+        env=os.environ | {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "0"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["layers"] == ["LlamaMLP", "LlamaRMSNorm"] and found["rope"] and found["loss is ours"]
+    assert found["loss"] == pytest.approx(1, rel=1e-5) and found["gradients"] < 1e-4
+
+
 def test_prompt_tuning_and_adapters_on_the_head_say_what_to_do(processor, tmp_path):
     virtual = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = peft.get_peft_model(text_model(), virtual)
@@ -512,3 +537,37 @@ def test_padding_free_rows_give_the_loss_of_padded_ones(tmp_path):
         found.append((selective_loss(model, inputs).item(), row_losses(model, inputs)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-4)
+
+
+def test_sft_trainer_without_padding_takes_the_padded_step(tmp_path):
+    """Answers of uneven lengths, a row that keeps nothing; stock's loss is of the padded rows."""
+    rows, chosen = [], {}
+    for row, answer in enumerate(ANSWERS[:6]):
+        ids, question = [*byte_tokenizer()(answer)["input_ids"][-12:], 2], [1, 70 + row] * (1 + row % 3)
+        rows.append({"input_ids": question + ids, "labels": [-100] * len(question) + ids, "key": answer})
+        chosen[answer] = (True, ids, [place % 3 != row % 3 and row != 4 for place in range(len(ids))])
+    collators = [
+        SelectiveLabels(
+            trl.trainer.sft_trainer.DataCollatorForLanguageModeling(0, padding_free=padding_free),
+            chosen, processor=byte_tokenizer(),
+        )
+        for padding_free in (False, True)
+    ]  # fmt: skip
+    loss, gradients = stock_gradients(text_model(), collators[0](rows))
+    assert [len(collator(rows)["labels"]) for collator in collators] == [6, 1]
+    for accumulate in (1, 3):
+        model = text_model()
+        more = {
+            "per_device_train_batch_size": 6 // accumulate, "gradient_accumulation_steps": accumulate,
+            "per_device_eval_batch_size": 4,
+        }  # fmt: skip
+        own = {"max_length": None, "bf16": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        data = datasets.Dataset.from_list(rows)
+        trainer = SelectiveSFT(
+            model=model, args=trl.SFTConfig(**arguments(tmp_path, **more).to_dict() | own), train_dataset=data,
+            eval_dataset=data, data_collator=collators[1], processing_class=byte_tokenizer(),
+        )  # fmt: skip
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+        trainer.train()
+        assert logged(trainer)["loss"] == pytest.approx(loss, rel=1e-5)
+        assert_step(text_model(), model, gradients, tolerance=2e-5)

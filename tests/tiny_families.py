@@ -204,6 +204,21 @@ def internvl_config(text, ids):
     )  # fmt: skip
 
 
+def aya_processor(named, template):
+    images = tf.GotOcr2ImageProcessorPil(size={"height": TILE, "width": TILE}, max_patches=6)
+    return tf.AyaVisionProcessor(
+        images, named, patch_size=4, img_size=TILE, downsample_factor=2, chat_template=template
+    )
+
+
+def aya_config(text, ids):
+    return tf.AyaVisionConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION, patch_size=4, vision_use_head=False),
+        text_config=tf.Cohere2Config(**text, logit_scale=0.25, sliding_window=64),
+        image_token_index=ids["<|IMG_PATCH|>"], alignment_intermediate_size=32,
+    )  # fmt: skip
+
+
 def gemma3_processor(named, template):
     images = tf.Gemma3ImageProcessorPil(size={"height": TILE, "width": TILE})
     return tf.Gemma3Processor(images, named, image_seq_length=4, chat_template=template)
@@ -291,6 +306,10 @@ FAMILIES: dict[str, Tiny] = {
             "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         },
+    ),
+    "aya_vision": Tiny(
+        tf.AyaVisionForConditionalGeneration, aya_config, aya_processor, "<image>\n",
+        ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE", "TILE_GLOBAL"),
     ),
     "gemma3": Tiny(
         tf.Gemma3ForConditionalGeneration, gemma3_config, gemma3_processor, "<start_of_image>\n", (),

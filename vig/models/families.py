@@ -15,6 +15,7 @@ QWEN_TOWER = r"(^|\.)visual\.(?!merger|deepstack_merger)"  # the merger is the p
 
 ONE_PICTURE = "`(images, 3, H, W)`"
 THUMBNAIL_FIRST = "`(images, 1 + tiles, 3, H, W)`, thumbnail first"
+THUMBNAIL_LAST = "`(tiles, 3, H, W)`, each image's tiles and then its thumbnail"
 PATCHES = "`(patches, 3 * 2 * p * p)`, merge x merge neighbours together"
 TILES_OF_SAMPLES = "`(samples, tiles, 3, H, W)`, each image's tiles and then its thumbnail"
 CANVAS = "the canvas around the picture, tiles that fill up the batch"
@@ -65,10 +66,8 @@ FAMILIES = {
         ),
         Family("Idefics3", "idefics3", "vig.models.pixels:MASKED_TILES", TILES_OF_SAMPLES, MASKED),
         Family("SmolVLM", "smolvlm", "vig.models.pixels:MASKED_TILES", TILES_OF_SAMPLES, MASKED),
-        Family(
-            "InternVL", "internvl", "vig.models.pixels:OPTIMAL_CANVAS",
-            "`(tiles, 3, H, W)`, each image's tiles and then its thumbnail",
-        ),
+        Family("InternVL", "internvl", "vig.models.pixels:OPTIMAL_CANVAS", THUMBNAIL_LAST),
+        Family("Aya Vision", "aya_vision", "vig.models.pixels:OPTIMAL_CANVAS", THUMBNAIL_LAST),
         Family("Gemma 3", "gemma3", "vig.models.pixels:PLAIN", ONE_PICTURE, two_way_images=True),
         # bidirectional over images and question: what stands in the prefix depends on what follows it
         Family("PaliGemma, PaliGemma 2", "paligemma", "vig.models.pixels:PLAIN", ONE_PICTURE, shares_prefix=False),
