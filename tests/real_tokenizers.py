@@ -110,6 +110,7 @@ class Real(NamedTuple):
     template: str  # the published one: a file of TRL's, or its text
     by_hand: Callable[[Turns, str], Pieces]
     image: str  # what stands for the image in the rendered prompt
+    patch: str  # the token that the processor repeats in its place
     behind: str  # what the processor writes behind the image's tokens
     names: dict[str, str]
     added: tuple[str, ...] = ()  # tokens that the vision model's release adds
@@ -127,19 +128,19 @@ SMOLVLM = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_
 
 REAL = {
     "llama2": Real(
-        "llava", tiny.LLAVA15, llava15, "<image>", "", LLAMA, ("<image>", "<pad>"), prepends=True
+        "llava", tiny.LLAVA15, llava15, "<image>", "<image>", "", LLAMA, ("<image>", "<pad>"), prepends=True
     ),
     "mistral": Real(
-        "llava_next", "llava_next.jinja", llava_next_mistral, "<image>", "", LLAMA, ("<image>", "<pad>"),
+        "llava_next", "llava_next.jinja", llava_next_mistral, "<image>", "<image>", "", LLAMA, ("<image>", "<pad>"),
         prepends=True,
     ),
     "qwen3": Real(
-        "qwen3_vl", "qwen3_vl.jinja", qwen3_vl, "<|image_pad|>", "",
+        "qwen3_vl", "qwen3_vl.jinja", qwen3_vl, "<|image_pad|>", "<|image_pad|>", "",
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, byte_level=True, nfc=True,
     ),
-    "gemma3": Real("gemma3", "gemma3.jinja", gemma3, "<start_of_image>", "<end_of_image>\n\n", GEMMA),
+    "gemma3": Real("gemma3", "gemma3.jinja", gemma3, "<start_of_image>", "<image_soft_token>", "<end_of_image>\n\n", GEMMA),
     "smollm2": Real(
-        "smolvlm", "smolvlm.jinja", smolvlm, "<image>", "<fake_token_around_image>", SMOLVLM,
+        "smolvlm", "smolvlm.jinja", smolvlm, "<image>", "<image>", "<fake_token_around_image>", SMOLVLM,
         ("<image>", *tiny_families.IDEFICS), byte_level=True,
     ),
 }  # fmt: skip
@@ -249,8 +250,7 @@ def answer_mask(name: str, ids: Sequence[int], sample: Sample) -> list[bool]:
     pieces = real.by_hand(turns_of(sample), real.image if sample.images else "")
     start = 0
     if sample.images:  # compared from behind the image's last token on
-        image_id = processor(name).image_token_id
-        start = len(ids) - list(ids)[::-1].index(image_id)
+        start = len(ids) - list(ids)[::-1].index(named.convert_tokens_to_ids(real.patch))
         first, *rest = [n for n, (text, _) in enumerate(pieces) if real.image in text]
         assert not rest
         pieces = [(real.behind + pieces[first][0].partition(real.image)[2], False), *pieces[first + 1 :]]
