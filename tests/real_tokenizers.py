@@ -138,7 +138,9 @@ REAL = {
         "qwen3_vl", "qwen3_vl.jinja", qwen3_vl, "<|image_pad|>", "<|image_pad|>", "",
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, byte_level=True, nfc=True,
     ),
-    "gemma3": Real("gemma3", "gemma3.jinja", gemma3, "<start_of_image>", "<image_soft_token>", "<end_of_image>\n\n", GEMMA),
+    "gemma3": Real(
+        "gemma3", "gemma3.jinja", gemma3, "<start_of_image>", "<image_soft_token>", "<end_of_image>\n\n", GEMMA
+    ),
     "smollm2": Real(
         "smolvlm", "smolvlm.jinja", smolvlm, "<image>", "<image>", "<fake_token_around_image>", SMOLVLM,
         ("<image>", *tiny_families.IDEFICS), byte_level=True,
