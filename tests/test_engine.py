@@ -27,7 +27,8 @@ from vig.data.sample import DataError
 from vig.data.samples import read_samples
 from vig.scoring import loader
 from vig.scoring import settings as run_settings
-from vig.scoring.run import RecordCount, dry_run_dataset, first_records, run_provenance, score_dataset
+from vig.scoring.record_count import RecordCount
+from vig.scoring.run import dry_run_dataset, first_records, run_provenance, score_dataset
 from vig.scoring.run_ray import score_dataset_on_ray
 from vig.scoring.scorer import NOISE_SAMPLES, Scorer
 from vig.scoring.settings import RunSpec, ScoreSettings

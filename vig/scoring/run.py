@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +12,12 @@ from typing import Any
 
 from vig.data.error_log import ErrorLog
 from vig.data.files import check_writable, lock_folder
-from vig.data.reading import Source
 from vig.data.sample import BrokenRecord, Sample
 from vig.models.end_of_turn import DEFAULT
 from vig.scoring import batching
 from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes
 from vig.scoring.progress_bar import bar
+from vig.scoring.record_count import RecordCount
 from vig.scoring.scorer import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
 from vig.scoring.settings import RunSpec, ScoreSettings
 from vig.store.errors import log_errors, stored_errors
@@ -166,44 +163,6 @@ def record_splits(writer: ScoreWriter, window: int, progress: Progress) -> None:
     if here:
         writer.note("splits", noted | {str(window): noted.get(str(window), 0) + here})
         progress.splits_noted = progress.splits
-
-
-class RecordCount:
-    """Counts the records of a dataset in another process, so that scoring need not wait for it.
-
-    ``known()`` is the number as soon as it is there, else None; it stays None where counting would mean to
-    read all the images as well.
-    """
-
-    def __init__(self, data: str | Path, limit: int | None = None):
-        self.limit = limit
-        self._asked, self._known = False, None
-        code = "import sys; from vig.data.samples import count_records; print(count_records(*sys.argv[1:]))"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code, str(data), *filter(None, [Source.of(data).reading.split])],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-
-    def __enter__(self) -> RecordCount:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def known(self) -> int | None:
-        if not self._asked and self._process.poll() is not None:
-            self._asked = True
-            text = self._process.stdout.read().strip()
-            if text.isdigit():
-                self._known = min(int(text), self.limit or int(text))
-        return self._known
-
-    def wait(self) -> int | None:
-        """The number of records, however long it takes; None where it cannot be told."""
-        self._process.wait()
-        return self.known()
 
 
 @dataclass

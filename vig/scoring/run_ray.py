@@ -26,7 +26,8 @@ from vig.data.files import StoreError, check_writable
 from vig.data.reading import Source
 from vig.data.sample import BrokenRecord, Sample
 from vig.scoring import batching
-from vig.scoring.run import RecordCount, end_of_turn_in, record_splits, run_provenance
+from vig.scoring.record_count import RecordCount
+from vig.scoring.run import end_of_turn_in, record_splits, run_provenance
 from vig.scoring.scorer import KEPT_ERRORS, Progress, Scorer
 from vig.scoring.settings import RunSpec, ScoreSettings
 from vig.store.errors import log_errors
