@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from vig.data.reading import Source
+
+FIRST_WAIT = 1.0  # seconds that a bar waits for its total before it is drawn without
 
 
 class RecordCount:
@@ -31,10 +34,15 @@ class RecordCount:
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.kill()
-        self._process.communicate()
+        if not self._process.stdout.closed:
+            self._process.kill()
+            self._process.communicate()
 
-    def known(self) -> int | None:
+    def known(self, within: float = 0.0) -> int | None:
+        """within: seconds to wait for it."""
+        if within:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(within)
         if not self._asked and self._process.poll() is not None:
             self._asked = True
             text = self._process.stdout.read().strip()

@@ -17,7 +17,7 @@ from vig.models.end_of_turn import DEFAULT
 from vig.scoring import batching
 from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes
 from vig.scoring.progress_bar import bar
-from vig.scoring.record_count import RecordCount
+from vig.scoring.record_count import FIRST_WAIT, RecordCount
 from vig.scoring.scorer import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
 from vig.scoring.settings import RunSpec, ScoreSettings
 from vig.store.errors import log_errors, stored_errors
@@ -67,18 +67,31 @@ def run_scoring(
     run: RunSpec,
     out: str | Path,
     on_progress: Callable[[Progress], None] | None = None,
+    count: RecordCount | None = None,
 ) -> Progress:
-    """`score_dataset`, with what it scores as one value."""
+    """`score_dataset`, with what it scores as one value. count: of its records, begun before; it ends with the run."""
     run.check_data()
-    folder = output_folder(out, run.shard)
-    with _writing(folder, scorer, run) as writer, RecordCount(run.data, run.limit) as count:
-        progress = Progress()
+    folder, progress = output_folder(out, run.shard), Progress()
+    check_writable(folder)
+    with count or RecordCount(run.data, run.limit) as count:
 
-        def tell(state: Progress) -> None:
-            state.total = run.part_of(count.known())
+        def tell(state: Progress, within: float = 0.0) -> None:
             if on_progress is not None:
+                state.total = run.part_of(count.known(within))
                 on_progress(state)
 
+        tell(progress, FIRST_WAIT)
+        _score_windows(scorer, run, folder, progress, tell)
+    progress.total = progress.done
+    if on_progress is not None:
+        on_progress(progress)
+    return progress
+
+
+def _score_windows(
+    scorer: Scorer, run: RunSpec, folder: Path, progress: Progress, tell: Callable[[Progress], None]
+) -> None:
+    with _writing(folder, scorer, run) as writer:
         failed = writer.failed() if run.retry_failed else {}
         for number, chunk in run.windows(lambda window: window not in writer.finished or window in failed):
             again = set(failed.get(number, ()))
@@ -97,10 +110,6 @@ def run_scoring(
         log_errors(folder)  # before it is complete: a run that is killed here is run again
         writer.mark_complete()
         progress.failed_before = writer.counts()["errors"] - progress.failed
-    progress.total = progress.done
-    if on_progress is not None:
-        on_progress(progress)
-    return progress
 
 
 @contextmanager
@@ -108,7 +117,6 @@ def _writing(folder: Path, scorer: Scorer, run: RunSpec) -> Iterator[ScoreWriter
     """The folder, locked before its settings are found out, which takes a while."""
     workers = scorer.workers
     with lock_folder(folder) as lock:
-        check_writable(folder)
         scorer.encoder.end_of_turn = end_of_turn_in(folder, scorer.settings)
         if lock.after_death:  # perhaps at an image that crashed its decoder: a process apart dies alone
             scorer.workers = max(1, workers)
@@ -200,12 +208,20 @@ def run_dry(
     run: RunSpec,
     on_progress: Callable[[Progress], None] | None = None,
     errors: ErrorLog | None = None,
+    count: RecordCount | None = None,
 ) -> Estimate:
-    """`dry_run_dataset`, with what it reads as one value."""
+    """`dry_run_dataset`, with what it reads as one value. count: of its records, begun before; it ends with the run."""
     run.check_data()
     estimate = Estimate(Progress())
     windows = (chunk for _, chunk in run.windows())
-    with RecordCount(run.data, run.limit) as count:
+    with count or RecordCount(run.data, run.limit) as count:
+
+        def tell(within: float = 0.0) -> None:
+            if on_progress is not None:
+                estimate.progress.total = run.part_of(count.known(within))
+                on_progress(estimate.progress)
+
+        tell(FIRST_WAIT)
         for block in _blocks(windows, scorer):
             rows = [row for row in map(error_row, block) if row is not None]
             tally(estimate.progress, rows, None)
@@ -220,9 +236,7 @@ def run_dry(
             estimate.progress.done += len(good)
             if estimate.tokens_per_second is None and good:
                 estimate.measured, estimate.tokens_per_second = scorer.measure_rate(good)
-            if on_progress is not None:
-                estimate.progress.total = run.part_of(count.known())
-                on_progress(estimate.progress)
+            tell()
     return estimate
 
 

@@ -132,6 +132,8 @@ def run_scoring_on_ray(
         progress.total = run.part_of(total)
         progress.done = writer.counts()["rows"] - sum(len(keys) for keys in failed.values())
         progress.resumed = progress.done
+        if on_progress is not None:
+            on_progress(progress)
         todo = [number for number in range(-(-total // run.window)) if run.takes(number)]
         rows = [
             {"window": number, "again": failed.get(number, [])}
