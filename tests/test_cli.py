@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 import vig
@@ -430,3 +432,28 @@ def test_a_name_that_the_terminal_cannot_show_ends_no_run():
         environment = os.environ | {"PYTHONIOENCODING": encoding}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60)
         assert (done.returncode, done.stdout.strip()) == (0, said), done.stderr
+
+
+@pytest.mark.parametrize("extra", [(), ("--dry-run",)], ids=["score", "dry run"])
+def test_the_total_appears_with_the_first_bar(given, tmp_path, monkeypatch, extra):
+    screen = io.StringIO()
+    monkeypatch.setattr("vig.cli.scoring.err", Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(
+        "vig.scoring.run.FIRST_WAIT", 60.0
+    )  # the count's process starts slowly on a busy machine
+    call("score", given / "model", given / "data.json", "-o", tmp_path / "scores", *extra, code=3)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    totals = re.findall(r"(\d+)/(\d+|\?)", shown)
+    assert totals[0] == ("0", "12") and {total for _, total in totals} == {"12"} and ("12", "12") in totals
+    assert shown.index("loading") < shown.index("0/12")
+
+
+def test_a_bar_from_python_begins_with_its_total(given, tmp_path, monkeypatch):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr("vig.scoring.progress_bar.Console", lambda stderr: console)
+    monkeypatch.setattr("vig.scoring.run.FIRST_WAIT", 60.0)
+    scorer = vig.Scorer(str(given / "model"))
+    with pytest.warns(UserWarning, match="1 samples could not be scored"):
+        vig.score_dataset(scorer, given / "data.json", tmp_path / "scores")
+    assert "0/12" in screen.getvalue() and "/?" not in screen.getvalue()

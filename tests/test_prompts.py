@@ -202,20 +202,10 @@ def test_collate_pixels_pads_tiles():
     assert joined[0, 2:].abs().sum() == 0 and joined[0, :2].min() == 1 and joined[1].min() == 1
 
 
-LLAVA15 = (  # as published with llava-hf/llava-1.5-7b-hf: a space behind every text, no end-of-turn token
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
-    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
-)
-
-
 @pytest.mark.parametrize("case", [0, 1])
 def test_the_published_template_of_llava_1_5(case):
     """Its marks hold a space behind the answer, which a tokenizer may join with the next "USER:"."""
-    processor = tiny.llava_processor(LLAVA15)
+    processor = tiny.llava_processor(tiny.LLAVA15)
     processor.tokenizer.backend_tokenizer.add_tokens([" US", "Yes"])
     record = json.loads((Path(__file__).parent / "cases_data" / "llava15_template.json").read_text())[case]
     one = sample_from_record(record | {"image": tiny.picture(0)}, key="k")

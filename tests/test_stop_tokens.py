@@ -27,7 +27,7 @@ ROWS = [  # (token ids, positions, VIG of each)
 VIG = [np.mean(vig) for _, _, vig in ROWS]
 
 
-def scores(**metadata) -> pa.Table:
+def scores(given=ROWS, **metadata) -> pa.Table:
     rows = [
         {
             "key": f"d.json#{n}", "id": str(n), "source": "d.json", "status": "ok", "n_tokens": len(ids),
@@ -35,7 +35,7 @@ def scores(**metadata) -> pa.Table:
             "token_ids": ids, "positions": positions,
             "token_nll_image": [1.0] * len(ids), "token_nll_null": [1.0 + value for value in vig],
         }
-        for n, (ids, positions, vig) in enumerate(ROWS)
+        for n, (ids, positions, vig) in enumerate(given)
     ]  # fmt: skip
     table = pa.Table.from_pylist(rows, SCORE_SCHEMA)
     return table.replace_schema_metadata({METADATA_KEY: json.dumps({"model": "m", **metadata})})
@@ -72,14 +72,62 @@ def test_the_papers_rule_and_old_scores(old):
     assert "stop_tokens" not in chosen.metadata["selection"]
 
 
-def test_the_level_sample_and_the_random_level_keep_them_too():
+@pytest.mark.parametrize("seed", range(5))
+def test_the_random_level_keeps_them_and_as_many_tokens_as_both(seed):
     assert kept(select(scores(stop_ids=[EOS]), p=75, level="token"))[2] is None
-    for seed in range(5):
-        chosen = select(scores(stop_ids=[EOS]), p=75, level="random", seed=seed)
-        assert chosen.counts["samples_kept"] == 3
-        for tokens, (ids, positions, _) in zip(kept(chosen), ROWS, strict=True):
-            ends = [n for n, id in enumerate(ids) if id == EOS and [*positions, 0][n + 1] == 0]
-            assert tokens is None or all(tokens[n] for n in ends)
+    chosen = select(scores(stop_ids=[EOS]), p=75, level="random", seed=seed)
+    rows = kept(chosen)
+    assert chosen.counts["samples_kept"] == 3 == sum(tokens is not None for tokens in rows)
+    wanted = min(8, sum(len(tokens) for tokens in rows if tokens))
+    assert sum(sum(tokens or ()) for tokens in rows) == wanted == chosen.counts["tokens_kept"]
+    assert bool(chosen.warnings) == (wanted < 8)
+    for tokens, (ids, positions, _) in zip(rows, ROWS, strict=True):
+        ends = [n for n, id in enumerate(ids) if id == EOS and [*positions, 0][n + 1] == 0]
+        assert tokens is None or all(tokens[n] for n in ends)
+
+
+def many(count: int, turns: int) -> pa.Table:
+    """Samples of `turns` answers, each of 0 to 5 words and an end-of-turn token."""
+    rng = np.random.default_rng(count)
+    rows = []
+    for n in range(count):
+        lengths = [rng.integers(0, 6) + 1 for _ in range(turns)]
+        ids = [id for length in lengths for id in [*rng.integers(5, 99, length - 1).tolist(), EOS]]
+        positions = [place for length in lengths for place in range(length)]
+        vig = np.where(np.array(ids) == EOS, 0.0, rng.normal(0.5, 1, len(ids)))
+        rows.append(
+            {
+                "key": f"d.json#{n}", "id": str(n), "source": "d.json", "n_tokens": len(ids), "token_ids": ids,
+                "positions": positions, "token_nll_image": [1.0] * len(ids), "nll_image": 1.0,
+                **({"status": "ok", "vig": float(vig.mean()), "nll_null": 1 + float(vig.mean()),
+                    "token_nll_null": (1 + vig).tolist()} if n % 5 else {"status": "text_only"}),
+            }
+        )  # fmt: skip
+    table = pa.Table.from_pylist(rows, SCORE_SCHEMA)
+    return table.replace_schema_metadata({METADATA_KEY: json.dumps({"stop_ids": [EOS]})})
+
+
+@pytest.mark.parametrize("count, turns", [(60, 3), (500, 1), (17_000, 2)])  # more than a chunk of draws
+def test_the_random_level_draws_words_beside_them(count, turns):
+    table = many(count, turns)
+    both = select(table, p=40)
+    for seed in range(2):
+        chosen = select(table, p=40, level="random", seed=seed)
+        assert chosen.counts == both.counts
+    paper = select(table, p=40, level="random", stop_tokens="select")
+    assert paper.counts == select(table, p=40, stop_tokens="select").counts
+
+
+def test_a_random_level_of_more_ends_than_tokens_says_so():
+    """VIG keeps an answer of one word; the sample drawn in its place may end more turns than that has tokens."""
+    rows = [([7, EOS], [0, 1], [5.0, 0.0]), ([8, EOS] * 4, [0, 1] * 4, [0.1, 0.0] * 4)]
+    drawn = [select(scores(rows, stop_ids=[EOS]), p=1, level="random", seed=seed) for seed in range(8)]
+    said = [
+        any("4 end-of-turn tokens, which are kept in any case" in line for line in one.warnings)
+        for one in drawn
+    ]
+    assert [one.counts["tokens_kept"] for one in drawn] == [4 if more else 2 for more in said]
+    assert len(set(said)) == 2
 
 
 def test_the_mean_over_content_leaves_them_out():

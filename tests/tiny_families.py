@@ -73,8 +73,12 @@ def processor(family: str) -> Any:
 
 @functools.cache
 def model(family: str) -> tf.PreTrainedModel:
+    return model_for(family, tokenizer(family))
+
+
+def model_for(family: str, named: tf.PreTrainedTokenizerFast) -> tf.PreTrainedModel:
     torch.manual_seed(0)
-    entry, named = FAMILIES[family], tokenizer(family)
+    entry = FAMILIES[family]
     text = TEXT | {"vocab_size": len(named)}
     ids = {token: id for token, id in named.get_vocab().items() if token.startswith("<")}
     built = entry.model(entry.config(text, ids)).eval()

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vig.data.error_log import ErrorLog
+from vig.scoring.progress_bar import LateBar
 
 if TYPE_CHECKING:
     from vig.models.null_image import NullSettings
@@ -97,7 +98,7 @@ def progress(console: Console, verb: str) -> Iterator[Callable[[Progress], None]
         TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(), TextColumn("{task.fields[errors]}"),
     )  # fmt: skip
-    with Bar(*columns, console=console) as bar:
+    with LateBar(*columns, console=console) as bar:
         task = bar.add_task(verb, total=None, rate="", errors="")
 
         def show(state: Progress) -> None:

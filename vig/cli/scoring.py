@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +36,9 @@ from vig.cli.options import (
     usage,
 )
 from vig.data.error_log import ErrorLog
+from vig.data.reading import Reading, Source
 from vig.models.null_image import BLUR_SIGMA
+from vig.scoring.record_count import RecordCount
 
 if TYPE_CHECKING:
     from vig.scoring.scorer import Progress
@@ -149,36 +152,40 @@ def score(
         raise typer.BadParameter(f"got {retry!r}, expected failed", param_hint="--retry")
     if engine not in ("plain", "ray"):
         raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
-    with terminal.waiting(err, f"starting: {data}, {model}"):  # torch and transformers take seconds
-        from vig.scoring import batching
-        from vig.scoring.run import run_dry, run_scoring
-        from vig.scoring.scorer import Scorer
-        from vig.scoring.settings import RunSpec, ScoreSettings
+    with ExitStack() as ending:
+        with terminal.waiting(err, f"starting: {data}, {model}"):  # torch and transformers take seconds
+            reading = usage(Reading, split)
+            count = ending.enter_context(RecordCount(Source(data, reading), limit))  # by a process of its own
 
-    part = None if shard is None else usage(batching.parse_shard, shard)
-    settings = usage(
-        ScoreSettings, null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens,
-        batch_size=batch_size, backend=backend, end_of_turn=end_of_turn, max_length=max_length, workers=workers,
-        revision=revision, attn=attn, share=not no_share, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    data = source(data, split, columns, roles)
-    run = RunSpec(data, image_root, limit, part, window, retry_failed=retry == "failed")
-    run.check_data()  # before a model is loaded
-    terminal.quiet_libraries()
-    if engine == "ray" and not dry_run:
-        from vig.scoring.run_ray import Actors, Job, run_scoring_on_ray
+            from vig.scoring import batching
+            from vig.scoring.run import run_dry, run_scoring
+            from vig.scoring.scorer import Scorer
+            from vig.scoring.settings import RunSpec, ScoreSettings
 
-        with terminal.progress(err, "scoring") as on_progress:
-            done = run_scoring_on_ray(Job(model, settings, run, str(folder)), Actors(actors), on_progress)
-    else:
-        with terminal.waiting(err, f"loading {model}"):
-            scorer = Scorer(model, **vars(settings))
-        with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
-            if dry_run:
-                with ErrorLog(errors) as log:
-                    estimate = run_dry(scorer, run, on_progress, log)
-            else:
-                done = run_scoring(scorer, run, folder, on_progress)
+        part = None if shard is None else usage(batching.parse_shard, shard)
+        settings = usage(
+            ScoreSettings, null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens,
+            batch_size=batch_size, backend=backend, end_of_turn=end_of_turn, max_length=max_length,
+            workers=workers, revision=revision, attn=attn, share=not no_share, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        data = source(data, split, columns, roles)
+        run = RunSpec(data, image_root, limit, part, window, retry_failed=retry == "failed")
+        run.check_data()  # before a model is loaded
+        terminal.quiet_libraries()
+        if engine == "ray" and not dry_run:
+            from vig.scoring.run_ray import Actors, Job, run_scoring_on_ray
+
+            with terminal.progress(err, "scoring") as on_progress:
+                done = run_scoring_on_ray(Job(model, settings, run, str(folder)), Actors(actors), on_progress)
+        else:
+            with terminal.waiting(err, f"loading {model}"):
+                scorer = Scorer(model, **vars(settings))
+            with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
+                if dry_run:
+                    with ErrorLog(errors) as log:
+                        estimate = run_dry(scorer, run, on_progress, log, count)
+                else:
+                    done = run_scoring(scorer, run, folder, on_progress, count)
     if dry_run:
         summarise(
             as_json,

@@ -17,7 +17,7 @@ def imagefolder_rows(path: Path, wanted: Wanted) -> Iterator[Any]:
             names = record.pop("file_name", None) or record.pop("file_names", None)
             if names is not None:
                 names = [names] if isinstance(names, str) else list(names)
-                record |= {"images": [str(path.parent / name) for name in names]}
+                record |= {"images": [str(path.parent.absolute() / name) for name in names]}
         yield record
 
 

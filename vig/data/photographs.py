@@ -48,4 +48,4 @@ def _record(photograph: Path, name: str) -> dict[str, Any] | Lost:
         return Lost(f"the caption {caption} is not UTF-8 ({where})", "Save it as UTF-8")
     except OSError as error:
         return Lost(f"the caption {caption} cannot be read ({error.strerror})", "Check its permissions")
-    return {"id": name, "image": str(photograph), "caption": text}
+    return {"id": name, "image": str(photograph.absolute()), "caption": text}

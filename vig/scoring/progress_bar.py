@@ -1,4 +1,4 @@
-"""A bar for scoring from Python, on a terminal."""
+"""Bars on a terminal: one that is drawn when there is something to show, and that of scoring from Python."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+class LateBar(Progress):
+    """A bar that is drawn with its first state, so that it never stands there without its total."""
+
+    def __enter__(self) -> LateBar:
+        return self
+
+    def update(self, *args: Any, **state: Any) -> None:
+        super().update(*args, **state)
+        self.start()
+
+    def __exit__(self, *_: Any) -> None:
+        if self.live.is_started:
+            self.stop()
+
+
 @contextmanager
 def bar(wanted: bool) -> Iterator[Callable[[Any], None] | None]:
     """A callback that shows a run's state on standard error; None where it is no terminal, or not wanted."""
@@ -18,6 +33,6 @@ def bar(wanted: bool) -> Iterator[Callable[[Any], None] | None]:
         yield None
         return
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as shown:
+    with LateBar(*columns, console=console) as shown:
         task = shown.add_task("scoring", total=None)
         yield lambda state: shown.update(task, completed=state.done, total=state.total)

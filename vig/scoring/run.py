@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +12,12 @@ from typing import Any
 
 from vig.data.error_log import ErrorLog
 from vig.data.files import check_writable, lock_folder
-from vig.data.reading import Source
 from vig.data.sample import BrokenRecord, Sample
 from vig.models.end_of_turn import DEFAULT
 from vig.scoring import batching
 from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes
 from vig.scoring.progress_bar import bar
+from vig.scoring.record_count import FIRST_WAIT, RecordCount
 from vig.scoring.scorer import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
 from vig.scoring.settings import RunSpec, ScoreSettings
 from vig.store.errors import log_errors, stored_errors
@@ -70,18 +67,31 @@ def run_scoring(
     run: RunSpec,
     out: str | Path,
     on_progress: Callable[[Progress], None] | None = None,
+    count: RecordCount | None = None,
 ) -> Progress:
-    """`score_dataset`, with what it scores as one value."""
+    """`score_dataset`, with what it scores as one value. count: of its records, begun before; it ends with the run."""
     run.check_data()
-    folder = output_folder(out, run.shard)
-    with _writing(folder, scorer, run) as writer, RecordCount(run.data, run.limit) as count:
-        progress = Progress()
+    folder, progress = output_folder(out, run.shard), Progress()
+    check_writable(folder)
+    with count or RecordCount(run.data, run.limit) as count:
 
-        def tell(state: Progress) -> None:
-            state.total = run.part_of(count.known())
+        def tell(state: Progress, within: float = 0.0) -> None:
             if on_progress is not None:
+                state.total = run.part_of(count.known(within))
                 on_progress(state)
 
+        tell(progress, FIRST_WAIT)
+        _score_windows(scorer, run, folder, progress, tell)
+    progress.total = progress.done
+    if on_progress is not None:
+        on_progress(progress)
+    return progress
+
+
+def _score_windows(
+    scorer: Scorer, run: RunSpec, folder: Path, progress: Progress, tell: Callable[[Progress], None]
+) -> None:
+    with _writing(folder, scorer, run) as writer:
         failed = writer.failed() if run.retry_failed else {}
         for number, chunk in run.windows(lambda window: window not in writer.finished or window in failed):
             again = set(failed.get(number, ()))
@@ -100,10 +110,6 @@ def run_scoring(
         log_errors(folder)  # before it is complete: a run that is killed here is run again
         writer.mark_complete()
         progress.failed_before = writer.counts()["errors"] - progress.failed
-    progress.total = progress.done
-    if on_progress is not None:
-        on_progress(progress)
-    return progress
 
 
 @contextmanager
@@ -111,7 +117,6 @@ def _writing(folder: Path, scorer: Scorer, run: RunSpec) -> Iterator[ScoreWriter
     """The folder, locked before its settings are found out, which takes a while."""
     workers = scorer.workers
     with lock_folder(folder) as lock:
-        check_writable(folder)
         scorer.encoder.end_of_turn = end_of_turn_in(folder, scorer.settings)
         if lock.after_death:  # perhaps at an image that crashed its decoder: a process apart dies alone
             scorer.workers = max(1, workers)
@@ -168,44 +173,6 @@ def record_splits(writer: ScoreWriter, window: int, progress: Progress) -> None:
         progress.splits_noted = progress.splits
 
 
-class RecordCount:
-    """Counts the records of a dataset in another process, so that scoring need not wait for it.
-
-    ``known()`` is the number as soon as it is there, else None; it stays None where counting would mean to
-    read all the images as well.
-    """
-
-    def __init__(self, data: str | Path, limit: int | None = None):
-        self.limit = limit
-        self._asked, self._known = False, None
-        code = "import sys; from vig.data.samples import count_records; print(count_records(*sys.argv[1:]))"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code, str(data), *filter(None, [Source.of(data).reading.split])],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-
-    def __enter__(self) -> RecordCount:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def known(self) -> int | None:
-        if not self._asked and self._process.poll() is not None:
-            self._asked = True
-            text = self._process.stdout.read().strip()
-            if text.isdigit():
-                self._known = min(int(text), self.limit or int(text))
-        return self._known
-
-    def wait(self) -> int | None:
-        """The number of records, however long it takes; None where it cannot be told."""
-        self._process.wait()
-        return self.known()
-
-
 @dataclass
 class Estimate:
     """What a dry run found: counts, and how fast this machine went through the first samples."""
@@ -241,12 +208,20 @@ def run_dry(
     run: RunSpec,
     on_progress: Callable[[Progress], None] | None = None,
     errors: ErrorLog | None = None,
+    count: RecordCount | None = None,
 ) -> Estimate:
-    """`dry_run_dataset`, with what it reads as one value."""
+    """`dry_run_dataset`, with what it reads as one value. count: of its records, begun before; it ends with the run."""
     run.check_data()
     estimate = Estimate(Progress())
     windows = (chunk for _, chunk in run.windows())
-    with RecordCount(run.data, run.limit) as count:
+    with count or RecordCount(run.data, run.limit) as count:
+
+        def tell(within: float = 0.0) -> None:
+            if on_progress is not None:
+                estimate.progress.total = run.part_of(count.known(within))
+                on_progress(estimate.progress)
+
+        tell(FIRST_WAIT)
         for block in _blocks(windows, scorer):
             rows = [row for row in map(error_row, block) if row is not None]
             tally(estimate.progress, rows, None)
@@ -261,9 +236,7 @@ def run_dry(
             estimate.progress.done += len(good)
             if estimate.tokens_per_second is None and good:
                 estimate.measured, estimate.tokens_per_second = scorer.measure_rate(good)
-            if on_progress is not None:
-                estimate.progress.total = run.part_of(count.known())
-                on_progress(estimate.progress)
+            tell()
     return estimate
 
 

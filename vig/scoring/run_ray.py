@@ -26,7 +26,8 @@ from vig.data.files import StoreError, check_writable
 from vig.data.reading import Source
 from vig.data.sample import BrokenRecord, Sample
 from vig.scoring import batching
-from vig.scoring.run import RecordCount, end_of_turn_in, record_splits, run_provenance
+from vig.scoring.record_count import RecordCount
+from vig.scoring.run import end_of_turn_in, record_splits, run_provenance
 from vig.scoring.scorer import KEPT_ERRORS, Progress, Scorer
 from vig.scoring.settings import RunSpec, ScoreSettings
 from vig.store.errors import log_errors
@@ -131,6 +132,8 @@ def run_scoring_on_ray(
         progress.total = run.part_of(total)
         progress.done = writer.counts()["rows"] - sum(len(keys) for keys in failed.values())
         progress.resumed = progress.done
+        if on_progress is not None:
+            on_progress(progress)
         todo = [number for number in range(-(-total // run.window)) if run.takes(number)]
         rows = [
             {"window": number, "again": failed.get(number, [])}

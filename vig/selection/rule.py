@@ -25,8 +25,10 @@ class Rule:
     tau: float
     clip: float | None = None
     seed: int = 0
-    sample_limit: int | None = None  # level "random": the highest draw that is kept; None: nothing is
-    token_limit: int | None = None
+    sample_limit: int | None = (
+        None  # level "random": the highest draw of a sample that is kept; None: none is
+    )
+    token_limit: int | None = None  # of a token in these, beside the end-of-turn tokens
     taus: Mapping[str, float] | None = None  # by source, in place of tau
     stops: Stops = NO_STOPS
 
@@ -65,11 +67,13 @@ class Rule:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Masks over the multimodal samples and over their tokens."""
         if self.level == "random":
-            if self.sample_limit is None or self.token_limit is None:
-                return np.zeros(int(ok.sum()), bool), np.zeros(int(lengths.sum()), bool)
+            keep, tokens = np.zeros(int(ok.sum()), bool), np.zeros(int(lengths.sum()), bool)
             draw = sample_draws(hash_keys(batch["key"])[ok], self.seed)
-            keep = draw <= self.sample_limit
-            return keep, (token_draws(draw, lengths) <= self.token_limit) & np.repeat(keep, lengths)
+            if self.sample_limit is not None:
+                keep = draw <= self.sample_limit
+            if self.token_limit is not None:
+                tokens = (token_draws(draw, lengths) <= self.token_limit) & np.repeat(keep, lengths)
+            return keep, tokens
         token_vig, vig = token_and_sample_vig(batch, ok, lengths, self.clip, self.stops)
         tau = self._taus_of_rows(batch, ok)  # (M,)
         passed = token_vig >= np.repeat(tau, lengths)
@@ -134,13 +138,22 @@ def token_draws(draws: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return mix64(np.repeat(draws, lengths) + place * GOLDEN)
 
 
-def kth_smallest_draw(draws: np.ndarray, lengths: np.ndarray, k: int) -> int:
-    """The k-th smallest (from 1) of all token draws, exactly, without holding them: the top 16 bits are
-    counted first, then the one bucket with the k-th is sorted."""
+def kth_smallest_draw(
+    draws: np.ndarray,  # (M,) uint64, of the samples
+    lengths: np.ndarray,  # (M,) int64, tokens of each
+    left_out: np.ndarray,  # int64 ascending: places, among all their tokens, of those that do not take part
+    k: int,  # from 1
+) -> int:
+    """The k-th smallest of the token draws, exactly, without holding them: the top 16 bits are counted first,
+    then the one bucket with the k-th is sorted."""
 
     def chunks() -> Iterator[np.ndarray]:
+        first = 0
         for start in range(0, len(draws), 1 << 14):
-            yield token_draws(draws[start : start + (1 << 14)], lengths[start : start + (1 << 14)])
+            values = token_draws(draws[start : start + (1 << 14)], lengths[start : start + (1 << 14)])
+            inside = slice(*np.searchsorted(left_out, (first, first + len(values))))
+            yield np.delete(values, left_out[inside] - first)
+            first += len(values)
 
     counts = np.zeros(1 << 16, np.int64)
     for values in chunks():

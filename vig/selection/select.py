@@ -8,6 +8,7 @@ Source: "Selective Training for Large Vision Language Models via Visual Informat
 section 3. Scores are facts, so any p and level can be chosen without scoring again.
 
 Two passes over the shards in constant memory but for 20 bytes a sample (24 by source): one for tau, one for the tokens.
+The level "random" takes one more, and 8 bytes a turn.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ import pyarrow as pa
 from vig.data.files import StoreError, lock_folder
 from vig.selection.advice import barely_used, mistaken_share, noise_floor, share_of, tau_warnings
 from vig.selection.by_source import SourceCounts, source_lines, taus_of
-from vig.selection.rule import Rule, kth_smallest_draw, row_kinds, sample_draws, token_and_sample_vig
+from vig.selection.random_level import count_both, random_rule
+from vig.selection.rule import Rule, row_kinds, token_and_sample_vig
 from vig.selection.sources import Sources
 from vig.selection.stop_tokens import Stops, check_stops
 from vig.store.folder import shards_in
@@ -187,8 +189,8 @@ def select(
     could not be scored never.
 
     level: "both"; "sample": all tokens of the kept samples; "token": tokens >= tau of every sample;
-        "random": as many samples as "both" keeps and as many tokens as pass tau in them, drawn by a hash of key and
-        seed; end-of-turn tokens that are kept in any case come on top.
+        "random": as many samples and tokens as "both" keeps, drawn by a hash of key and seed; where the end-of-turn
+        tokens of kept samples are kept in any case, the other tokens are drawn.
     clip: lowest log-probability in nats (below 0; math.log(0.01), say) that either pass counts with.
     tau_floor: lowest tau in nats.
     by: "source" takes p within each source, with a tau of its own; ``sources`` of the result counts them.
@@ -237,8 +239,8 @@ def _choose(
     level = "both" if is_random else choice.level
     rule = Rule(level, math.inf if tau is None else tau, choice.clip, choice.seed, taus=taus, stops=stops)
     if is_random and tau is not None:
-        both = _count(scores, replace(rule, stops=stops.by_vig_alone()), report)
-        rule = _random_rule(rule, facts, both, notes)
+        both = count_both(scores, rule, report)
+        rule = random_rule(rule, facts.hashes, facts.n_tokens, both, notes)
     kept, counts = _Kept(taus), facts.counts()
     sources = kept.sources.table()
     found = {"tau": tau, "tau_p": tau_p, "sources": sources, "counts": counts}
@@ -343,27 +345,3 @@ class _Kept:
             self.samples, self.tokens = self.samples + samples, self.tokens + tokens
             yield rows
             report(batch.num_rows)
-
-
-def _count(scores, rule: Rule, report: _Progress) -> _Kept:
-    kept = _Kept()
-    for _ in kept.batches(scores, rule, report):
-        pass
-    return kept
-
-
-def _random_rule(rule: Rule, facts: _Facts, both: _Kept, notes: list[str]) -> Rule:
-    """Limits that let through exactly as many samples and tokens as "both" does, stop tokens that are kept aside."""
-    if both.samples == 0:
-        return replace(rule, level="random")
-    draws = sample_draws(facts.hashes, rule.seed)
-    sample_limit = int(np.partition(draws, both.samples - 1)[both.samples - 1])
-    chosen = draws <= sample_limit
-    draws, lengths = draws[chosen], facts.n_tokens[chosen].astype(np.int64)
-    available = int(lengths.sum())
-    if both.tokens > available:
-        notes.append(
-            f'the random samples have {available:,} tokens, fewer than the {both.tokens:,} that "both" keeps'
-        )
-    token_limit = kth_smallest_draw(draws, lengths, min(both.tokens, available))
-    return replace(rule, level="random", sample_limit=sample_limit, token_limit=token_limit)

@@ -7,7 +7,7 @@ are the scores say: ids (``stop_ids`` of their metadata) at the end of a turn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -56,9 +56,6 @@ class Stops:
         """What a selection records; nothing where it is the paper's rule, as selections of old have it."""
         kept = {"stop_tokens": "keep"} if self.keep else {}
         return kept | ({} if self.in_mean else {"mean": "content"})
-
-    def by_vig_alone(self) -> Stops:
-        return replace(self, keep=False)
 
     def mask(self, batch: pa.RecordBatch, rows: np.ndarray) -> np.ndarray:
         """Which answer tokens of these rows, one behind the other, end a turn: (n,) bool."""
