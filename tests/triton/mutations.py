@@ -25,7 +25,7 @@ from vig_kernels.kernels.triton import tile_configs
 
 SOURCE = Path(tile_configs.__file__).parent
 TILES, FOLD, GRADIENTS, NLL = "logit_tiles", "logit_fold", "logit_gradients", "linear_nll"
-LOSS, BLUR, RESIDUAL = "linear_cross_entropy", "gaussian_blur", "target_residual"
+LOSS, BLUR, RESIDUAL, KEPT = "linear_cross_entropy", "gaussian_blur", "target_residual", "kept_block"
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ MUTATIONS = [
         ("ignored rows kept", "g = tl.where(live[:, None] &", "g = tl.where(inside[:, None] &"),
         ("loss_scale omitted", "g *= tl.load(loss_scale)", "g *= 1.0"),
         ("residual of a wrong word", "g - stored.to(tl.float32), 0.0)", "0.0, 0.0)"),
-        ("later chunks overwrite", "torch.addmm(total, a, b, out=total)", "total.copy_(a @ b)"),
+        ("later chunks overwrite", "beta = 0.0 if first else 1.0", "beta = 0.0"),
     ),
     *_faults(
         "gradient", NLL,
@@ -152,11 +152,13 @@ MUTATIONS = [
         "correct weight", RESIDUAL,
         ("every row adds its target's", " & (word != before)", ""),
         ("later rows dropped", "tl.where(more, start + BLOCK_R, entries)", "entries"),
-        ("sums overwritten", "tl.load(to, mask=column < D, other=0.0) + sums", "sums"),
+        ("sums overwritten", "tl.load(to, mask=column < D, other=0.0).to(tl.float32) + sums", "sums"),
         ("ignored rows kept", "target.masked_fill(target == ignore_index, -1)", "target"),
         ("chunk of the vocabulary forgotten", "first_vocab, first_vocab + words", "0, words"),
-        ("rows taken unsorted", "row = tl.load(place + entry, mask=same, other=0)", "row = entry"),
-        ("residuals taken unsorted", "residual + row, mask=same", "residual + entry, mask=same"),
+        ("rows taken unsorted", "rows[self.order]", "rows"),
+        ("residuals taken unsorted", "lost = self.lost[self.order]", "lost = self.lost"),
+        ("rows beyond the target's kept", "same = tl.load(target + entry, mask=there, other=-1) == word",
+         "same = there"),
     ),
     *_faults(
         "correct hidden", RESIDUAL,
@@ -169,6 +171,24 @@ MUTATIONS = [
         ("int32 offset of hidden", "row[:, None] * stride_hidden", "row[:, None].to(tl.int32) * stride_hidden"),
         ("int32 offset of the gradient", "(word - low) * stride_total", "(word - low).to(tl.int32) * stride_total"),
         isolated=True,
+    ),
+    *_faults(
+        "gather", KEPT,
+        ("factor dropped", "narrow(x * tl.load(factor)", "narrow(x"),
+        ("ignored rows kept", "live = (column < D) & (column * 0 + place < tl.load(count))", "live = column < D"),
+        ("rows taken in their own order", "row = tl.load(order + place)", "row = place"),
+        ("residual forgotten", "residual.correct_weight(gradient, hidden, picked)", "pass"),
+        ("residual without the factor", "lost * factor", "lost"),
+        ("residual of other rows", "target[picked]", "target[: len(picked)]"),
+    ),
+    *_faults(
+        "gather", KEPT,
+        ("int32 offset of hidden", "hidden + row * stride_hidden", "hidden + row.to(tl.int32) * stride_hidden"),
+        isolated=True,
+    ),
+    *_faults(
+        "finish", LOSS,
+        ("first chunk forgotten", "grads, chunk.first == 0)", "grads, True)"),
     ),
     *_faults(
         "blur", BLUR,
@@ -211,6 +231,7 @@ CHECKS = {
     ),
     "correct hidden": (checks.check_target_residual,),
     "correct weight": (checks.check_target_residual,),
+    "gather": (checks.check_kept_block,),
     "blur": (
         checks.check_blur,
         lambda k: checks.check_blur(k, torch.uint8),
@@ -224,6 +245,7 @@ OFFSETS = {
     "finish": (checks.check_large_offsets_of_blocks,),
     "correct hidden": (checks.check_large_offsets_of_residuals,),
     "correct weight": (checks.check_large_offsets_of_residuals,),
+    "gather": (checks.check_large_offsets_of_gathered_rows,),
     "blur": (checks.check_large_offsets_of_blocks,),
 }
 

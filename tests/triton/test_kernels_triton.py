@@ -123,6 +123,10 @@ def test_training_in_one_chunk(dtype):
     checks.check_training(KERNELS, dtype, cap=None, chunk_rows=4096)
 
 
+def test_weight_gradient_from_a_kept_block():
+    checks.check_kept_block(KERNELS)
+
+
 def test_target_residual():
     checks.check_target_residual(KERNELS)
 
@@ -139,18 +143,17 @@ def test_log_sum_exp_is_two_floats(small_tiles):
 def test_what_is_not_needed_is_not_made(needs, small_tiles):
     hidden, weight, target, bias = checks.problem(bias=True)
     found = KERNELS.linear_cross_entropy.forward_backward(
-        HeadProblem(hidden, weight, target, bias), None, 0.0, Needs(*needs)
+        HeadProblem(hidden, weight, target, bias), None, 0.0, Needs(*needs), checks.BUDGET
     )
-    assert tuple(gradient is not None for gradient in found[1:]) == needs
+    assert tuple(gradient is not None for gradient in found[1:4]) == needs
 
 
 def test_nothing_kept(small_tiles):
     hidden, weight, target, bias = checks.problem(bias=True)
     target[:] = -100
     for num_kept in (None, 0):
-        loss, *gradients = KERNELS.linear_cross_entropy.forward_backward(
-            HeadProblem(hidden, weight, target, bias, 1.0, 3.0, num_kept=num_kept), None, 0.1, Needs()
-        )
+        head = HeadProblem(hidden, weight, target, bias, 1.0, 3.0, num_kept=num_kept)
+        loss, *gradients = checks.formed_gradients(KERNELS, head, None, 0.1)
         assert loss == 0 and not any(gradient.any() for gradient in gradients)
 
 
@@ -184,9 +187,9 @@ def test_float16_blocks_hold_the_slope_of_a_large_z_loss(small_tiles):
     options = {"bias": exact[2], "z_loss": 1.0, "reduction": "sum"}
     exact = torch.autograd.grad(reference.linear_cross_entropy(*exact[:2], target, **options), exact)
     found = KERNELS.linear_cross_entropy.forward_backward(
-        HeadProblem(hidden, weight, target, bias), None, 1.0, Needs()
+        HeadProblem(hidden, weight, target, bias), None, 1.0, Needs(), checks.BUDGET
     )
-    for mine, truth in zip(found[1:], exact, strict=True):
+    for mine, truth in zip(found[1:4], exact, strict=True):
         assert checks.norm_error(mine, truth) < 1e-3
 
 
@@ -227,9 +230,10 @@ def test_no_host_synchronisation(small_tiles):
             Needs(),
         )
         for num_kept in (None, 14):
-            KERNELS.linear_cross_entropy.forward_backward(
-                HeadProblem(hidden, weight, target, bias, num_kept=num_kept), up, 0.1, Needs()
-            )
+            head = HeadProblem(hidden, weight, target, bias, num_kept=num_kept)
+            checks.formed_gradients(KERNELS, head, up, 0.1)
+            narrow = HeadProblem(hidden.bfloat16(), weight.bfloat16(), target, num_kept=num_kept)
+            checks.formed_gradients(KERNELS, narrow, up, 0.1, Needs(True, True, False))
 
 
 def test_gradient_products_never_use_plain_tf32(monkeypatch):
@@ -242,7 +246,7 @@ def test_gradient_products_never_use_plain_tf32(monkeypatch):
     matmul.fp32_precision = "tf32"
     try:
         KERNELS.linear_cross_entropy.forward_backward(
-            HeadProblem(hidden, weight, target), None, 0.0, Needs(True, True, False)
+            HeadProblem(hidden, weight, target), None, 0.0, Needs(True, True, False), checks.BUDGET
         )
         assert seen == ["ieee"] * 2 and matmul.fp32_precision == "tf32"
     finally:
@@ -254,6 +258,7 @@ def test_large_offsets(small_tiles):
     checks.check_large_offsets_of_partials(KERNELS)
     checks.check_large_offsets_of_blocks(KERNELS)
     checks.check_large_offsets_of_residuals(KERNELS)
+    checks.check_large_offsets_of_gathered_rows(KERNELS)
 
 
 @pytest.mark.parametrize("precision", ["float32", "fast"])
@@ -343,7 +348,7 @@ def test_autotune_searches_every_kernel(monkeypatch, capsys):
     head, needs = HeadProblem(hidden, weight, target), Needs(True, True, False)
     _, values = KERNELS.linear_nll.forward(head, ("lse",))
     KERNELS.linear_nll.backward(Upstream(values["lse"]), Saved(values["lse"]), head, needs)
-    KERNELS.linear_cross_entropy.forward_backward(head, None, 0.0, needs)
+    KERNELS.linear_cross_entropy.forward_backward(head, None, 0.0, needs, checks.BUDGET)
     images, sigma = torch.rand(1, 1, 9, 7), torch.ones(1, dtype=torch.float64)
     KERNELS.gaussian_blur.forward(images, Gaussian(sigma, sigma), torch.empty_like(images))
     chosen = [line for line in capsys.readouterr().err.splitlines() if line.startswith("VIG_AUTOTUNE *")]

@@ -9,8 +9,11 @@ from vig_kernels import check, dispatch
 from vig_kernels.ops.linear_nll import nll_values
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs
 
-# The largest float32 copy of a 16-bit hidden gradient that the fast path may hold; on a CPU logits stand beside it.
-HIDDEN_BUFFER_BYTES, CPU_HIDDEN_BUFFER_BYTES = 240 << 20, 96 << 20
+MIB = 1 << 20
+LEAST_MIB = 256  # what memory="low" takes at most, and a number must allow; "fast" on a CPU too
+GPU_MIB = 2816  # what memory="fast" takes on a GPU
+# of a float32 copy of a 16-bit hidden gradient that the fast path may hold on a CPU, where logits stand beside it
+CPU_HIDDEN_BUFFER_BYTES = 96 << 20
 CAST_BYTES = 8 << 20  # what is cast at a time when a float32 gradient is scaled into its output
 
 
@@ -24,7 +27,7 @@ def linear_cross_entropy(
     num_items: int | float | Tensor | None = None,
     z_loss: float = 0.0,
     num_kept: int | None = None,
-    memory: str = "fast",
+    memory: str | int = "fast",
     bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -44,7 +47,7 @@ def linear_cross_entropy(
         z_loss: weight of lse^2, which keeps the logits' normaliser near 1.
         num_kept: number of rows that are not ignored, if the caller knows it: a GPU then leaves the others out of its
             products without stalling to count them.
-        memory: "fast" or "low".
+        memory: "fast", "low", or the MiB, at least 256, that "fast" may take on a GPU instead of its fixed 2816.
 
     Returns:
         0-d float32, or (...) float32 for reduction="none" (0.0 on ignored rows).
@@ -52,11 +55,13 @@ def linear_cross_entropy(
     "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32 until
     backward, where the upstream factor (on a GPU and for float16 the divisor too) is applied and the result is cast
     once. For float32 inputs these sums are themselves scaled in place and handed out as the gradients. For 16-bit
-    inputs they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 240 MiB (on a CPU 96) for
-    hidden (beyond that, and with memory="low" or reduction="none", gradients are recomputed in the backward: four
-    products, no buffer). The compiled CPU kernels round the gradients of bfloat16 inputs as they form them, for the
-    weight where the logits of all kept rows fit 160 MiB (else through the same 4 V D bytes): an upstream factor that
-    is not a power of two then rounds a second time.
+    inputs they are buffers, freed by the backward: 4 V D bytes for the weight, and for hidden 4 N D bytes, at most half
+    of the budget (on a CPU 96 MiB). Beyond that, and with memory="low" or reduction="none", gradients are recomputed
+    in the backward: four products, no buffer. On a GPU, where the gradients of the logits of all kept rows fit the
+    budget, those of bfloat16 inputs are kept instead (8192 rows of 151936 words do), and the backward forms the
+    weight's gradient from them: no buffer of 4 V D bytes, and one cast. The compiled CPU kernels round the gradients of
+    bfloat16 inputs as they form them, for the weight where the logits of all kept rows fit 160 MiB (else through the
+    same 4 V D bytes): an upstream factor that is not a power of two then rounds a second time.
     A second backward (`retain_graph=True`) forms them again. Differentiating twice raises. What does not require grad
     costs no product.
 
@@ -64,7 +69,7 @@ def linear_cross_entropy(
         ValueError, TypeError, BackendUnavailable: as `linear_nll`.
     """
     check.flag("reduction", reduction, ("mean", "sum", "none"))
-    check.flag("memory", memory, ("fast", "low"))
+    _check_memory(memory)
     z_loss = check.number("z_loss", z_loss)
     (problem,) = check.linear(
         {"hidden": hidden},
@@ -84,7 +89,8 @@ def linear_cross_entropy(
     problem = problem._replace(num_kept=num_kept)
 
     name = dispatch.resolve("linear_cross_entropy", backend, problem.weight.device)
-    fast = memory == "fast" and reduction != "none" and _fast(problem, row_weight, name)
+    budget = _budget(memory, problem.weight.device)
+    fast = memory != "low" and reduction != "none" and _fast(problem, row_weight, name, budget)
     if not fast:
         name = dispatch.resolve("linear_nll", backend, problem.weight.device)
     if row_weight is not None and not check.wants_grad(row_weight):
@@ -103,7 +109,7 @@ def linear_cross_entropy(
                 row_weight = problem.weight.new_ones(problem.target.shape, dtype=torch.float32)
             row_weight, num_items = row_weight * _reciprocal(num_items, row_weight.device), None
         check.forward_mode(problem.hidden, problem.weight, problem.bias)
-        loss = _forward_op(*problem, row_weight, z_loss, list(_needs(problem)), name)[0]
+        loss = _forward_op(*problem, row_weight, z_loss, list(_needs(problem)), budget, name)[0]
     else:
         values = nll_values(problem, ("lse",) if z_loss else (), name)
         losses = values["nll"] + z_loss * values["lse"].square() if z_loss else values["nll"]
@@ -113,6 +119,30 @@ def linear_cross_entropy(
             return losses.reshape(hidden.shape[:-1])
         loss = losses.sum()
     return loss if num_items is None else _divided(loss, num_items)
+
+
+def _check_memory(memory: str | int) -> None:
+    if isinstance(memory, str):
+        check.flag("memory", memory, ("fast", "low"))
+    elif check.integer("memory", memory) < LEAST_MIB:
+        raise ValueError(f"memory={memory} MiB is less than {LEAST_MIB}, which every path may need")
+
+
+def _budget(memory: str | int, device: torch.device) -> int:
+    """Bytes that forming gradients may take on a device, the float32 sums of a weight's gradient apart."""
+    return memory * MIB if not isinstance(memory, str) else _fast_budget(device)
+
+
+@torch.compiler.assume_constant_result
+def _fast_budget(device: torch.device) -> int:
+    """Fixed, never a share of what is free: chunks, and with them bits, must not depend on the neighbours."""
+    return MIB * (LEAST_MIB if device.type == "cpu" else GPU_MIB)
+
+
+def _kept_rows(problem: HeadProblem, needs: Needs, budget: int, backend: str) -> int:
+    """Rows of the logits' gradients that are kept for the backward instead of a float32 weight gradient."""
+    module = dispatch.module("linear_cross_entropy", backend)
+    return module.kept_rows(problem, needs, budget) if hasattr(module, "kept_rows") else 0
 
 
 def _takes_divisor(weight: Tensor) -> bool:
@@ -170,7 +200,7 @@ def _needs(problem: HeadProblem) -> Needs:
     return Needs(*map(check.wants_grad, (problem.hidden, problem.weight, problem.bias)))
 
 
-def _fast(problem: HeadProblem, row_weight: Tensor | None, backend: str) -> bool:
+def _fast(problem: HeadProblem, row_weight: Tensor | None, backend: str, budget: int) -> bool:
     """Whether to form the gradients in the forward: some are wanted, and their float32 sums are affordable."""
     if not torch.is_grad_enabled() or not any(_needs(problem)):
         return False
@@ -179,9 +209,7 @@ def _fast(problem: HeadProblem, row_weight: Tensor | None, backend: str) -> bool
     hidden = problem.hidden
     if not check.wants_grad(hidden) or _grad_dtypes(backend, hidden.dtype)[0] == hidden.dtype:
         return True
-    return 4 * hidden.numel() <= (
-        CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else HIDDEN_BUFFER_BYTES
-    )
+    return 4 * hidden.numel() <= (CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else budget // 2)
 
 
 def _grad_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
@@ -193,33 +221,43 @@ def _grad_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.d
 @torch.library.custom_op(
     "vig_kernels::linear_cross_entropy",
     mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor? row_weight, float z_loss, bool[] needs, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({HEAD_SCHEMA}, Tensor? row_weight, float z_loss, bool[] needs, int budget, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_op(*args):
-    """(loss_sum, gradients of loss_sum as `_grad_dtypes` says, empty where not needed)."""
-    problem, (row_weight, z_loss, needs, backend) = HeadProblem(*args[:8]), args[8:]
+    """(loss_sum, gradients of loss_sum as `_grad_dtypes` says, kept block, what it lost at the targets); empty where
+    not needed. With a kept block the weight's gradient is empty: `_weight_op` forms it."""
+    problem, (row_weight, z_loss, needs, budget, backend) = HeadProblem(*args[:8]), args[8:]
     check.target_range(problem)
     check.num_kept(problem)
     if problem.target.numel() == 0:
         return tuple(torch.zeros_like(x) for x in _forward_fake(*args))
-    run = dispatch.module("linear_cross_entropy", backend).forward_backward
+    module = dispatch.module("linear_cross_entropy", backend)
+    budgeted = (budget,) if hasattr(module, "kept_rows") else ()  # the others' needs are fixed, and less
     with torch.autocast(problem.hidden.device.type, enabled=False):
-        loss, *grads = run(problem, row_weight, z_loss, Needs(*needs))
-    return loss, *(loss.new_empty(0) if grad is None else grad for grad in grads)
+        loss, *formed = module.forward_backward(problem, row_weight, z_loss, Needs(*needs), *budgeted)
+    formed += [None] * (5 - len(formed))
+    return loss, *(loss.new_empty(0) if tensor is None else tensor for tensor in formed)
 
 
 @_forward_op.register_fake
 def _forward_fake(*args):
-    problem, (_, _, needs, backend) = HeadProblem(*args[:8]), args[8:]
-    hidden = problem.hidden
+    problem, (_, _, needs, budget, backend) = HeadProblem(*args[:8]), args[8:]
+    hidden, (V, _) = problem.hidden, problem.weight.shape
+    kept = _kept_rows(problem, Needs(*needs), budget, backend)
+    formed = Needs(*needs)._replace(weight=needs[1] and not kept)
     grads = [
         hidden.new_empty(x.shape if need else 0, dtype=dtype if need else torch.float32)
         for x, need, dtype in zip(
-            (hidden, problem.weight, problem.bias), needs, _grad_dtypes(backend, hidden.dtype), strict=True
+            (hidden, problem.weight, problem.bias), formed, _grad_dtypes(backend, hidden.dtype), strict=True
         )
     ]
-    return hidden.new_empty((), dtype=torch.float32), *grads
+    if kept:
+        padded = dispatch.module("linear_cross_entropy", backend).padded(V)
+        block, lost = hidden.new_empty(kept, padded), hidden.new_empty(kept, dtype=torch.float32)
+    else:
+        block, lost = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
+    return hidden.new_empty((), dtype=torch.float32), *grads, block, lost
 
 
 def _save(ctx, inputs, output):
@@ -229,27 +267,33 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(*grads)
     ctx.set_materialize_grads(False)
     ctx.options = problem[4:]
+    ctx.keeps_block = grads[3].numel() > 0  # of which the weight's gradient is formed
+    formed = needs._replace(weight=needs.weight and not ctx.keeps_block)
     ctx.grads = grads  # held here, not saved: a float32 gradient is scaled in place and handed out
     ctx.dtypes = [
         x.dtype if need else None
-        for x, need in zip((problem.hidden, problem.weight, problem.bias), needs, strict=True)
+        for x, need in zip((problem.hidden, problem.weight, problem.bias), formed, strict=True)
     ]
     ctx.save_for_backward(*problem[:4], row_weight)  # what a second backward recomputes from
 
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 12
+        return (None,) * 13
     # asked for once at most: a checkpoint that does not re-enter gives what was saved a single time
-    saved = ctx.saved_tensors if ctx.grads is None or torch.is_grad_enabled() else ()
+    ask = ctx.grads is None or ctx.keeps_block or torch.is_grad_enabled()
+    saved = ctx.saved_tensors if ask else ()
     sums = _again(ctx, saved) if ctx.grads is None else ctx.grads
+    *grads, block, lost = sums
     grad_hidden, grad_weight, grad_bias = (
         None if dtype is None else _scaled(grad, grad_loss, dtype, saved)
-        for grad, dtype in zip(sums, ctx.dtypes, strict=True)
+        for grad, dtype in zip(grads, ctx.dtypes, strict=True)
     )
+    if ctx.keeps_block:
+        grad_weight = _weight_of(ctx, block, lost, grad_loss, saved)
     if _given_away(sums):
         ctx.grads = None  # or the loss, kept for the log, would keep them alive
-    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
+    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 9
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
@@ -285,6 +329,37 @@ def _again(ctx, saved) -> list[Tensor]:
         return _forward_op(*tensors, *ctx.options, row_weight, *ctx.rest)[1:]
 
 
+def _weight_of(ctx, block: Tensor, lost: Tensor, factor: Tensor, saved) -> Tensor:
+    """The weight's gradient from a kept block; under create_graph part of the graph, as in `_scaled`."""
+    hidden, weight, target, *_ = saved
+    problem = HeadProblem(hidden, weight, target, None, *ctx.options)
+    return _weight_op(block, lost, hidden, target, problem.ignore_index, weight, factor, ctx.rest[-1])
+
+
+@torch.library.custom_op("vig_kernels::linear_cross_entropy_weight", mutates_args=())
+def _weight_op(
+    block: Tensor,
+    lost: Tensor,
+    hidden: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    weight: Tensor,
+    factor: Tensor,
+    backend: str,
+) -> Tensor:
+    """factor * block.T @ hidden of the kept rows, (V, D) in the weight's type, cast once. It has no gradient of its
+    own: `weight`, of which only the shape is read, makes the result part of the graph, and a second differentiation
+    raises."""
+    run = dispatch.module("linear_cross_entropy", backend).weight_gradient
+    with torch.autocast(hidden.device.type, enabled=False):
+        return run(block, lost, hidden, target, ignore_index, weight.shape[0], factor)
+
+
+@_weight_op.register_fake
+def _weight_fake(block, lost, hidden, target, ignore_index, weight, factor, backend):
+    return hidden.new_empty(weight.shape)
+
+
 @torch.library.custom_op(
     "vig_kernels::scale_gradient",
     mutates_args=(),
@@ -308,3 +383,12 @@ def _scale_op(gradient, factor, dtype, differentiated):
 @_scale_op.register_fake
 def _scale_fake(gradient, factor, dtype, differentiated):
     return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+
+
+@_weight_op.register_vmap
+def _weight_vmap(info, in_dims, *args):
+    """Of many upstream factors at once: one product each."""
+    *others, factor, backend = args
+    if in_dims[6] is None or any(dim is not None for dim in in_dims[:6]):
+        raise NotImplementedError("only the upstream factor of linear_cross_entropy can be batched")
+    return torch.stack([_weight_op(*others, one, backend) for one in factor.unbind(in_dims[6])]), 0

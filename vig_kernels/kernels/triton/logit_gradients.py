@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vig_kernels.kernels.torch.precision import FLOAT32_SUMS, float32_products
+from vig_kernels.kernels.torch.precision import FLOAT32_SUMS, WIDE_SUMS, float32_products
 from vig_kernels.problem import HeadProblem, Saved, Upstream
 
 from .launch import compute_precision, operand
@@ -177,16 +177,29 @@ def gradient_kernel(
             )  # fmt: skip
 
 
-def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in float32, by the vendor's GEMM: total (M, K) float32, a (M, L), b (L, K)."""
+def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """total += a @ b in float32, by the vendor's GEMM: total (M, K) float32, a (M, L), b (L, K).
+
+    first: total = a @ b, whatever `total` holds.
+    """
+    beta = 0.0 if first else 1.0
     if a.dtype == torch.float32:
         with float32_products(a.dtype):  # never plain TF32, whatever the global setting
-            torch.addmm(total, a, b, out=total)
+            torch.addmm(total, a, b, beta=beta, out=total)
     elif total.device.type == "cuda":
         with FLOAT32_SUMS:
-            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+            torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
     else:  # addmm(out_dtype=) is CUDA's and ROCm's alone
-        torch.addmm(total, a.float(), b.float(), out=total)
+        torch.addmm(total, a.float(), b.float(), beta=beta, out=total)
+
+
+def product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, summed in float32 and cast once, by the vendor's GEMM: bfloat16 out (M, K), a (M, L), b (L, K)."""
+    if out.device.type == "cpu":
+        out.copy_(a.float() @ b.float())
+    else:
+        with WIDE_SUMS:
+            torch.mm(a, b, out=out)
 
 
 def loss_scale_of(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
