@@ -6,12 +6,36 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 import triton.backends.nvidia
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 LOCAL = re.compile(r"\b(STL|LDL)(?:\.\w+)*?(?:\.(64|128))?(?:\.\w+)*\s")
+
+
+class Assembly(NamedTuple):
+    """How a disassembly is read."""
+
+    label: re.Pattern
+    jump: re.Pattern
+    instruction: re.Pattern
+    special: re.Pattern  # of an instruction's name: exponentials and the like
+
+
+SASS = Assembly(
+    re.compile(r"(\.L_\w+):"),
+    re.compile(r"BRA.*`\((\.L_\w+)\)"),
+    re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"),
+    re.compile(r"MUFU"),
+)
+GCN = Assembly(
+    re.compile(r"(\.LBB\w+):"),
+    re.compile(r"s_c?branch\w*\s+(\.LBB\w+)"),
+    re.compile(r"^\s+([vs]_\w+|ds_\w+|buffer_\w+|global_\w+)"),
+    re.compile(r"v_(?:exp|log|rcp|rsq|sqrt)_f"),
+)
 MMA = {
     "sm_80": re.compile(r"\bHMMA\.[\w.]+"),
     "sm_90": re.compile(r"\bHGMMA\.[\w.]+"),
@@ -57,7 +81,29 @@ def nvidia(target: str, compiled) -> dict:
         "tensor_kinds": sorted(
             {MMA[target].search(lines[i]).group(0) for i in tensor} | tensor_kinds(compiled)
         ),
+    } | after_loop(lines, tensor, SASS)
+
+
+def after_loop(lines: list[str], tensor: list[int], assembly: Assembly) -> dict:
+    """Instructions a warp after the main loop, all paths of it, and how many of them take the special-function unit.
+
+    The loop ends with the first branch back over a tensor instruction; the compiler may set the last turn of the loop
+    behind it. Of a kernel without tensor instructions: all of its instructions.
+    """
+    labels = label_lines(lines, assembly)
+    jumps = ((i, jump) for i, line in enumerate(lines) if (jump := assembly.jump.search(line)))
+    back = (i for i, jump in jumps if any(labels.get(jump.group(1), i) <= t < i for t in tensor))
+    end = next(back, tensor[-1]) if tensor else -1
+    found = [match.group(1) for line in lines[end + 1 :] if (match := assembly.instruction.search(line))]
+    names = [name for name in found if name not in ("NOP", "s_nop")]
+    return {
+        "epilogue_instructions": len(names),
+        "epilogue_special": sum(bool(assembly.special.match(name)) for name in names),
     }
+
+
+def label_lines(lines: list[str], assembly: Assembly) -> dict[str, int]:
+    return {match.group(1): i for i, line in enumerate(lines) if (match := assembly.label.match(line))}
 
 
 def tensor_kinds(compiled) -> set[str]:
@@ -73,11 +119,11 @@ def main_loop(lines: list[str], tensor: list[int]) -> set[int]:
     """
     if not tensor:
         return set()
-    labels = {match.group(1): i for i, line in enumerate(lines) if (match := re.match(r"(\.L_\w+):", line))}
+    labels = label_lines(lines, SASS)
     span = set(range(tensor[0], tensor[-1] + 1))
     for i, line in enumerate(lines):
-        jump = re.search(r"BRA.*`\((\.L_\w+)\)", line)
-        start = labels.get(jump.group(1), i) if jump else i
+        back = SASS.jump.search(line)
+        start = labels.get(back.group(1), i) if back else i
         if start < i and any(start <= t <= i for t in tensor):
             span.update(range(start, i + 1))
     return span
@@ -90,6 +136,8 @@ def amd(target: str, compiled) -> dict:
         return int(re.search(pattern, text).group(1))
 
     tensor = MMA[target].findall(text)
+    lines = text.splitlines()
+    places = [i for i, line in enumerate(lines) if MMA[target].search(line)]
     return {
         "registers": field(r"\.vgpr_count:\s+(\d+)") + field(r"\.agpr_count:\s+(\d+)"),
         "stack_bytes": field(r"ScratchSize:\s+(\d+)"),
@@ -97,7 +145,7 @@ def amd(target: str, compiled) -> dict:
         "sgpr_spills": field(r"\.sgpr_spill_count:\s+(\d+)"),  # to lanes of vector registers, not to memory
         "tensor_instructions": len(tensor),
         "tensor_kinds": sorted(set(tensor)),
-    }
+    } | after_loop(lines, places, GCN)
 
 
 def resident_warps(target: str, warps: int, registers: int, shared: int) -> int:

@@ -24,7 +24,7 @@ OPTIONS = {"bias": None, "logit_scale": 1.0, "logit_softcap": None}
 def load(package: str) -> SimpleNamespace:
     """The modules of a package of kernels."""
     names = ("linear_nll", "linear_vig", "linear_cross_entropy", "logit_fold", "logit_gradients", "target_residual",
-             "kept_block", "gaussian_blur")  # fmt: skip
+             "kept_block", "row_order", "gaussian_blur")  # fmt: skip
     found = {name: importlib.import_module(f"{package}.{name}") for name in names}
     return SimpleNamespace(**found, tile_configs=importlib.import_module(f"{package}.tile_configs"))
 
@@ -79,7 +79,7 @@ def assert_forward(k, hidden, weight, target, options):
 
 
 def check_fold_and_combine(k, dtype=torch.float32):
-    for bias, scale, cap in ((False, 1.0, None), (True, 1.5, 4.0)):
+    for bias, scale, cap in ((False, 0.7, None), (True, 1.5, 4.0)):
         hidden, weight, target, b = problem(dtype=dtype, bias=bias)
         assert_forward(k, hidden, weight, target, {"bias": b, "logit_scale": scale, "logit_softcap": cap})
 
@@ -103,6 +103,23 @@ def check_bad_targets_and_masked_words(k):
     fine = [n for n in range(len(nll)) if n not in (5, 6)]
     options = OPTIONS | {"bias": bias[40:]}
     assert ((nll - exact).abs() <= bound(hidden, weight[40:], options))[fine].all()
+
+
+def check_order(k):
+    """Kept rows first, each group in its own order: none, all, some, several blocks, more than one program takes."""
+    module, draw = k.row_order, torch.Generator().manual_seed(4)
+    small, block = module.SMALL_ROWS, module.ORDER_BLOCK
+    module.ORDER_BLOCK = 16
+    try:
+        for n, share in ((1, 0.0), (1, 1.0), (16, 0.5), (53, 0.4), (53, 1.0), (40, 0.0)):
+            target = torch.randint(0, 9, (n,), generator=draw)
+            target[torch.rand(n, generator=draw) >= share] = -100
+            exact = torch.sort((target == -100).int(), stable=True).indices
+            for module.SMALL_ROWS in (small, 0):
+                order, count = module.compaction_order(target, -100)
+                assert torch.equal(order, exact) and count == (target != -100).sum() and count.shape == ()
+    finally:
+        module.SMALL_ROWS, module.ORDER_BLOCK = small, block
 
 
 def check_chunks_and_company(k):
@@ -205,26 +222,26 @@ def check_gradients(k, dtype=torch.float32, kinds=("nll", "lse", "entropy"), cap
     assert_gradient("weight alone", only[1], exact[1], eager[1], dtype, cap)
 
 
-def formed_gradients(k, head, row_weight, z_loss, needs=Needs(), factor=1.0, budget=BUDGET):
+def formed_gradients(k, head, row_weight, z_loss, needs=None, factor=1.0, budget=BUDGET):
     """[loss, gradients of hidden, weight and bias], the weight's from the kept block where there is one."""
     module = k.linear_cross_entropy
-    formed = module.forward_backward(head, row_weight, z_loss, needs, budget)
+    formed = module.forward_backward(head, row_weight, z_loss, needs or Needs(), budget)
     found = list(formed[:4])
     if formed.block is not None:
         assert formed.grad_weight is None
         found[2] = module.weight_gradient(
-            formed.block, formed.lost, head.hidden, head.target, head.ignore_index, len(head.weight),
+            formed.block, formed.row_factor, head.hidden, head.target, head.ignore_index, len(head.weight),
             torch.tensor(factor),
         )  # fmt: skip
     return found
 
 
 def check_kept_block(k):
-    """The weight gradient from a kept block, in bfloat16: norm-wise, and without what is lost at the targets.
+    """The weight gradient from a kept block, in bfloat16: norm-wise, and without the rounding at the targets.
 
     The roundings of 1024 columns cancel in their mean, that of the target's entry of the block does not.
     """
-    N, D, V, factor = 14, 1024, 90, 3.4567
+    N, D, V = 14, 1024, 90
     hidden, weight, _, _ = problem(N, D, V, torch.bfloat16)
     target = torch.arange(N) * 6
     target[3:6], target[9] = -100, V
@@ -235,15 +252,15 @@ def check_kept_block(k):
     hidden[4] = torch.nan  # of an ignored row
     logits = hidden.double()[target != -100] @ leaf.T
     nll = logits.logsumexp(1).sum() - logits[known[target != -100]].gather(1, target[known, None]).sum()
-    exact = torch.autograd.grad(nll * factor, leaf)[0]
-    for num_kept in (None, N - 3):
-        needs = Needs(False, True, False)
+    once = torch.autograd.grad(nll, leaf)[0]
+    for num_kept, factor in ((None, 3.4567), (N - 3, 1.0)):  # hidden rows times 1 are not rounded
+        exact, needs = once * factor, Needs(False, True, False)
         found = formed_gradients(k, head._replace(num_kept=num_kept), None, 0.0, needs, factor)[2]
         assert found.dtype == torch.bfloat16 and found.shape == weight.shape
         assert norm_error(found, exact) <= 2 * norm_error(exact.to(torch.bfloat16), exact), "weight"
         words = target[known]
         mean, truth = ((x.double()[words] * hidden[known].double()).sum(1) for x in (found, exact))
-        assert ((mean - truth).abs() <= 3e-4 * truth.abs()).all(), "lost at the target"
+        assert ((mean - truth).abs() <= 6e-4 * truth.abs()).all(), "rounded at the target"
 
 
 def check_large_offsets_of_gathered_rows(k):
@@ -252,7 +269,15 @@ def check_large_offsets_of_gathered_rows(k):
     far = far_apart(5, 8, BEYOND, torch.bfloat16).copy_(near)
     out = torch.empty(5, 8).bfloat16()
     k.kept_block.gather_kernel[(5, 1)](
-        far, torch.arange(5), torch.tensor(4), torch.tensor(2.0), out, far.stride(0), 8, BLOCK_D=8
+        far,
+        torch.arange(5),
+        torch.tensor(4),
+        torch.tensor(2.0),
+        torch.ones(5),
+        out,
+        far.stride(0),
+        8,
+        BLOCK_D=8,
     )
     assert torch.equal(out[:4], near[:4] * 2) and not out[4].any()
 
@@ -377,7 +402,7 @@ def check_low_part_of_lse(k):
     block, one, two = torch.ones(2, 8), torch.ones(2), torch.full((2,), 2.0)
     k.linear_cross_entropy.finish_kernel[(1,)](
         block, block, torch.zeros(1, 2), None, one, two, -one, None, torch.tensor([3, 9]), torch.arange(2),
-        torch.tensor(2), torch.tensor(1.0), None, None, 8, 0, 2, 1, 8, 0.0, PART=8, BLOCK_N=16, SOFTCAP=False,
+        torch.tensor(2), torch.tensor(1.0), None, None, None, 8, 0, 2, 1, 8, 0.0, PART=8, BLOCK_N=16, SOFTCAP=False,
     )  # fmt: skip
     exact = torch.full((2, 8), -1.0).exp()
     exact[0, 3] -= 1.0  # nll = 1; the other row's target is no word
@@ -451,7 +476,7 @@ def check_large_offsets_of_partials(k):
     kernel[(2,)](
         hidden, hidden, weight, None, target, order, count, partials.max, partials.sum, None, None, partials.target,
         None, 8, 8, 8, 0, 0, rows, 1, 1, 2, 40, 8, 1.0, 0.0, **common, PARTS=2, GROUP=2, EVEN_K=False,
-        DESCRIPTOR=False, SOFTCAP=False, PRECISION="ieee",
+        DESCRIPTOR=False, SOFTCAP=False, FOLDED=True, FAST_EXP2=False, PRECISION="ieee",
     )  # fmt: skip
     nll = torch.empty(3)
     combine[(1,)](
@@ -480,7 +505,7 @@ def check_large_offsets_of_blocks(k):
     for b in (block, near):
         k.linear_cross_entropy.finish_kernel[(3,)](
             b, b, top, None, lse, lse, torch.zeros(rows), None, target, order, torch.tensor(rows),
-            torch.tensor(1.0), None, None, b.stride(0), 0, rows, 3, V, 0.0, PART=part, BLOCK_N=16,
+            torch.tensor(1.0), None, None, None, b.stride(0), 0, rows, 3, V, 0.0, PART=part, BLOCK_N=16,
             SOFTCAP=False,
         )  # fmt: skip
     assert torch.equal(block, near)

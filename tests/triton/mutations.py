@@ -26,6 +26,7 @@ from vig_kernels.kernels.triton import tile_configs
 SOURCE = Path(tile_configs.__file__).parent
 TILES, FOLD, GRADIENTS, NLL = "logit_tiles", "logit_fold", "logit_gradients", "linear_nll"
 LOSS, BLUR, RESIDUAL, KEPT = "linear_cross_entropy", "gaussian_blur", "target_residual", "kept_block"
+ORDER = "row_order"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,6 @@ def _faults(kernel: str, module: str, *rows, isolated: bool = False) -> list[Mut
 MUTATIONS = [
     *_faults(
         "fold", TILES,
-        ("vocabulary mask dropped", 'return tl.where(column[None, :] < V, z, -float("inf"))', "return z"),
         ("last block of D skipped", "range(0, D, BLOCK_K)", "range(0, D - BLOCK_K, BLOCK_K)"),
         ("bias added twice", "dot += tl.load(bias", "dot += 2.0 * tl.load(bias"),
         ("scale dropped", "return dot * logit_scale", "return dot"),
@@ -53,6 +53,12 @@ MUTATIONS = [
     ),
     *_faults(
         "fold", FOLD,
+        ("vocabulary mask dropped", 'z = tl.where(column[None, :] < V, z, -float("inf"))', "z = z"),
+        ("last tile not masked", "if first + PART > V:", "if first > V:"),
+        ("folded scale dropped", "unit = logit_scale", "unit = 1.0"),
+        ("scale of the maximum dropped", "top * unit, mask=live", "top, mask=live"),
+        ("target sought in full parts alone", "if hits > 0:", "if hits > 1:"),
+        ("exponent in nats", "(unit * LOG2_E)", "unit"),
         ("maximum started at 0", "top = tl.max(z, axis=1)", "top = tl.maximum(tl.max(z, axis=1), 0.0)"),
         ("last tile of the vocabulary dropped", "triton.cdiv(V, config.block_v)\n", "max(1, V // config.block_v)\n"),
         ("second half folded as the first", "left if half == 0 else right, bias, vocab_tile", "left, bias, vocab_tile"),
@@ -152,7 +158,7 @@ MUTATIONS = [
         "correct weight", RESIDUAL,
         ("every row adds its target's", " & (word != before)", ""),
         ("later rows dropped", "tl.where(more, start + BLOCK_R, entries)", "entries"),
-        ("sums overwritten", "tl.load(to, mask=column < D, other=0.0).to(tl.float32) + sums", "sums"),
+        ("sums overwritten", "tl.load(to, mask=column < D, other=0.0) + sums", "sums"),
         ("ignored rows kept", "target.masked_fill(target == ignore_index, -1)", "target"),
         ("chunk of the vocabulary forgotten", "first_vocab, first_vocab + words", "0, words"),
         ("rows taken unsorted", "rows[self.order]", "rows"),
@@ -173,13 +179,21 @@ MUTATIONS = [
         isolated=True,
     ),
     *_faults(
+        "order", ORDER,
+        ("later blocks dropped", "for start in range(0, N, BLOCK):", "for start in range(0, BLOCK, BLOCK):"),
+        ("earlier blocks forgotten", "before += tl.sum(live, axis=0)", "pass"),
+        ("ignored rows from the start", "total + row - rank", "row - rank"),
+        ("kept rows one too far", "rank - 1", "rank"),
+        ("rows beyond N kept", "mask=row < N, other=ignore_index", "mask=row < N, other=ignore_index + 1"),
+        ("count of the last block", "kept += (words", "kept = (words"),
+    ),
+    *_faults(
         "gather", KEPT,
-        ("factor dropped", "narrow(x * tl.load(factor)", "narrow(x"),
+        ("factor dropped", "tl.load(factor) * tl.load(row_factor + place)", "tl.load(row_factor + place)"),
+        ("factor of the row dropped", "tl.load(factor) * tl.load(row_factor + place)", "tl.load(factor)"),
+        ("factor of another row", "tl.load(row_factor + place)", "tl.load(row_factor + row)"),
         ("ignored rows kept", "live = (column < D) & (column * 0 + place < tl.load(count))", "live = column < D"),
         ("rows taken in their own order", "row = tl.load(order + place)", "row = place"),
-        ("residual forgotten", "residual.correct_weight(gradient, hidden, picked)", "pass"),
-        ("residual without the factor", "lost * factor", "lost"),
-        ("residual of other rows", "target[picked]", "target[: len(picked)]"),
     ),
     *_faults(
         "gather", KEPT,
@@ -189,6 +203,9 @@ MUTATIONS = [
     *_faults(
         "finish", LOSS,
         ("first chunk forgotten", "grads, chunk.first == 0)", "grads, True)"),
+        ("factor of the row near 1", "tl.constexpr(0.70710678)", "tl.constexpr(1.0)"),
+        ("factor of the row not taken off", "g /= ratio[:, None]", "g = g"),
+        ("factor of the row not in the hidden gradient", "total.mul_(row_factor[:, None])", "total"),
     ),
     *_faults(
         "blur", BLUR,
@@ -210,7 +227,7 @@ MUTATIONS = [
 
 def many_parts(k) -> None:
     """More parts than `combine_kernel` takes at a time."""
-    hidden, weight, target, _ = checks.problem(N=6, V=600, D=8)
+    hidden, weight, target, _ = checks.problem(N=6, V=2100, D=8)
     checks.assert_forward(k, hidden, weight, target, checks.OPTIONS)
 
 
@@ -228,9 +245,11 @@ CHECKS = {
         checks.check_what_16_bits_lose,
         checks.check_training,
         lambda k: checks.check_training(k, num_kept=False),
+        checks.check_kept_block,
     ),
     "correct hidden": (checks.check_target_residual,),
     "correct weight": (checks.check_target_residual,),
+    "order": (checks.check_order,),
     "gather": (checks.check_kept_block,),
     "blur": (
         checks.check_blur,

@@ -51,9 +51,9 @@ def test_ops_hold_what_they_promise_to_torch():
     torch.library.opcheck(torch.ops.vig_kernels.linear_cross_entropy.default, arguments)
     hidden, weight, target, *_ = arguments
     with torch.no_grad():
-        *_, block, lost = op._forward_op(*arguments)
-    assert block.shape == (9, 48) and lost.shape == (9,)
-    inputs = block, lost, hidden.detach(), target, -100, weight.detach(), torch.tensor(2.0), "triton"
+        *_, block, row_factor = op._forward_op(*arguments)
+    assert block.shape == (9, 48) and row_factor.shape == (9,)
+    inputs = block, row_factor, hidden.detach(), target, -100, weight.detach(), torch.tensor(2.0), "triton"
     torch.library.opcheck(torch.ops.vig_kernels.linear_cross_entropy_weight.default, inputs)
 
 

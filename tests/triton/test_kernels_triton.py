@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vig_kernels import reference
 from vig_kernels.kernels import triton as triton_backend
-from vig_kernels.kernels.triton import launch, tile_configs
+from vig_kernels.kernels.triton import launch, row_order, tile_configs
 from vig_kernels.kernels.triton.tile_configs import TileConfig
 from vig_kernels.problem import Gaussian, HeadProblem, Needs, Saved, Upstream
 
@@ -65,6 +65,25 @@ def test_rows_of_logits_around_ten_thousand(small_tiles):
     checks.assert_forward(KERNELS, hidden, weight, target, checks.OPTIONS)
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 1e-3, 40.0])
+def test_scales_that_fold_into_the_exponent_and_others(scale, small_tiles):
+    hidden, weight, target, _ = checks.problem()
+    checks.assert_forward(KERNELS, hidden, weight, target, checks.OPTIONS | {"logit_scale": scale})
+
+
+def test_order_of_the_rows():
+    checks.check_order(KERNELS)
+
+
+def test_hidden_rows_off_16_byte_borders_are_copied():
+    rows = torch.randn(5, 40)
+    for view in (rows[:, 1:9], rows.flatten()[1:33].view(4, 8), torch.randn(5, 10)[:, :8]):
+        copy = launch.aligned(view)
+        assert torch.equal(copy, view) and copy.data_ptr() % 16 == 0 and copy.stride() == (8, 1)
+    for view in (rows, rows[:, 4:12], rows[:, :7]):  # of a width that never fits, a copy would not help
+        assert launch.aligned(view) is view
+
+
 def test_first_of_equal_maxima(small_tiles):
     checks.check_first_of_equal_maxima(KERNELS)
 
@@ -80,12 +99,12 @@ def test_chunks_and_company_change_no_bits(small_tiles):
 def test_ignored_rows_cost_nothing_in_any_chunk(small_tiles):
     hidden, weight, target, _ = checks.problem(N=40, ignored=False)
     target[20:] = -100
-    order, count = launch.compaction_order(target, -100)
+    order, count = row_order.compaction_order(target, -100)
     module, config = KERNELS.logit_fold, tile_configs.INTERPRETER
     for first, rows in ((0, 16), (16, 16), (32, 8)):
         partials = module.Partials(rows, 1, 75, config, (), hidden.device)
         partials.max.fill_(7.0)  # no logit of these
-        chunk = launch.RowChunk(order, count, first, rows)
+        chunk = row_order.RowChunk(order, count, first, rows)
         module.fold(HeadProblem(hidden, weight, target), None, chunk, partials, config)
         assert torch.equal((partials.max != 7.0).all(0), first + torch.arange(rows) < 20)
         assert (partials.max[:, first + torch.arange(rows) >= 20] == 7.0).all()

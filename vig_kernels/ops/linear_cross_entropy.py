@@ -225,8 +225,8 @@ def _grad_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.d
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_op(*args):
-    """(loss_sum, gradients of loss_sum as `_grad_dtypes` says, kept block, what it lost at the targets); empty where
-    not needed. With a kept block the weight's gradient is empty: `_weight_op` forms it."""
+    """(loss_sum, gradients of loss_sum as `_grad_dtypes` says, kept block, factors of its rows); empty where not
+    needed. With a kept block the weight's gradient is empty: `_weight_op` forms it."""
     problem, (row_weight, z_loss, needs, budget, backend) = HeadProblem(*args[:8]), args[8:]
     check.target_range(problem)
     check.num_kept(problem)
@@ -254,10 +254,10 @@ def _forward_fake(*args):
     ]
     if kept:
         padded = dispatch.module("linear_cross_entropy", backend).padded(V)
-        block, lost = hidden.new_empty(kept, padded), hidden.new_empty(kept, dtype=torch.float32)
+        block, row_factor = hidden.new_empty(kept, padded), hidden.new_empty(kept, dtype=torch.float32)
     else:
-        block, lost = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
-    return hidden.new_empty((), dtype=torch.float32), *grads, block, lost
+        block, row_factor = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
+    return hidden.new_empty((), dtype=torch.float32), *grads, block, row_factor
 
 
 def _save(ctx, inputs, output):
@@ -284,13 +284,13 @@ def _backward(ctx, grad_loss, *_):
     ask = ctx.grads is None or ctx.keeps_block or torch.is_grad_enabled()
     saved = ctx.saved_tensors if ask else ()
     sums = _again(ctx, saved) if ctx.grads is None else ctx.grads
-    *grads, block, lost = sums
+    *grads, block, row_factor = sums
     grad_hidden, grad_weight, grad_bias = (
         None if dtype is None else _scaled(grad, grad_loss, dtype, saved)
         for grad, dtype in zip(grads, ctx.dtypes, strict=True)
     )
     if ctx.keeps_block:
-        grad_weight = _weight_of(ctx, block, lost, grad_loss, saved)
+        grad_weight = _weight_of(ctx, block, row_factor, grad_loss, saved)
     if _given_away(sums):
         ctx.grads = None  # or the loss, kept for the log, would keep them alive
     return grad_hidden, grad_weight, None, grad_bias, *(None,) * 9
@@ -329,17 +329,17 @@ def _again(ctx, saved) -> list[Tensor]:
         return _forward_op(*tensors, *ctx.options, row_weight, *ctx.rest)[1:]
 
 
-def _weight_of(ctx, block: Tensor, lost: Tensor, factor: Tensor, saved) -> Tensor:
+def _weight_of(ctx, block: Tensor, row_factor: Tensor, factor: Tensor, saved) -> Tensor:
     """The weight's gradient from a kept block; under create_graph part of the graph, as in `_scaled`."""
     hidden, weight, target, *_ = saved
     problem = HeadProblem(hidden, weight, target, None, *ctx.options)
-    return _weight_op(block, lost, hidden, target, problem.ignore_index, weight, factor, ctx.rest[-1])
+    return _weight_op(block, row_factor, hidden, target, problem.ignore_index, weight, factor, ctx.rest[-1])
 
 
 @torch.library.custom_op("vig_kernels::linear_cross_entropy_weight", mutates_args=())
 def _weight_op(
     block: Tensor,
-    lost: Tensor,
+    row_factor: Tensor,
     hidden: Tensor,
     target: Tensor,
     ignore_index: int,
@@ -352,11 +352,11 @@ def _weight_op(
     raises."""
     run = dispatch.module("linear_cross_entropy", backend).weight_gradient
     with torch.autocast(hidden.device.type, enabled=False):
-        return run(block, lost, hidden, target, ignore_index, weight.shape[0], factor)
+        return run(block, row_factor, hidden, target, ignore_index, weight.shape[0], factor)
 
 
 @_weight_op.register_fake
-def _weight_fake(block, lost, hidden, target, ignore_index, weight, factor, backend):
+def _weight_fake(block, row_factor, hidden, target, ignore_index, weight, factor, backend):
     return hidden.new_empty(weight.shape)
 
 

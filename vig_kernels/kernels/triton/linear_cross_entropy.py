@@ -19,11 +19,12 @@ from torch import Tensor
 from vig_kernels.problem import HeadProblem, Needs
 
 from .kept_block import weight_gradient  # noqa: F401  (the op's backward asks this module for it)
-from .launch import RowChunk, compaction_order, dense, device_guard, silence
+from .launch import aligned, dense, device_guard, silence
 from .linear_nll import sweep
 from .logit_fold import Partials, combine, fold
 from .logit_gradients import accumulate, loss_scale_of
 from .logit_tiles import narrow
+from .row_order import RowChunk, compaction_order
 from .target_residual import TargetResidual
 from .tile_configs import TileConfig, head_config
 
@@ -32,9 +33,17 @@ SPARE_BYTES = 16 * MIB  # of a budget: for what is not counted here
 NARROWEST_PART = 64  # columns of a part under any tile of the table
 FINISH_ROWS = 16  # rows of a program of `finish_kernel`, hence of a partial of the bias gradient
 LSE_MARGIN = 100.0  # what |lse| is taken to be where float16's range is set; 64 times more still fits
+# a kept row is stored times this: were it 1, a row of hidden times a factor within 2^-8 of 1 would round back to itself
+ROW_SCALE = tl.constexpr(0.70710678)
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "parts", "V"])
+@triton.jit(
+    do_not_specialize=["first_row", "rows", "parts", "V"],
+    do_not_specialize_on_alignment=[
+        "target_slope", "nll", "lse", "lse_lo", "row_weight", "target", "order", "count", "loss_scale", "residual",
+        "row_factor",
+    ],
+)  # fmt: skip
 def finish_kernel(
     weights,  # (rows, V): exp(z - partial_max) * dz/dy, float32 or float16
     block,  # the same memory, in the type of hidden: loss_scale * d loss / d y
@@ -50,6 +59,7 @@ def finish_kernel(
     loss_scale,  # () float32
     partial_bias,  # (row tiles, V) float32 or None: sums of d loss / d y over the tile's rows
     residual,  # (rows,) float32 or None: what `block` loses at the target (target_residual.py)
+    row_factor,  # (rows,) float32 or None: what a row of `block` is still to be multiplied by (kept_block.py)
     stride_block,
     first_row,
     rows,
@@ -94,7 +104,14 @@ def finish_kernel(
     if partial_bias is not None:
         sums = row_tile.to(tl.int64) * V + column
         tl.store(partial_bias + sums, tl.sum(g, axis=0), mask=column < V)
-    g *= tl.load(loss_scale)
+    scale = tl.load(loss_scale)
+    g *= scale
+    if row_factor is not None:  # every part forms it from the same numbers
+        exact = tl.where(known, pull * scale, 0.0)
+        rounded = narrow(exact * ROW_SCALE, block.dtype.element_ty).to(tl.float32)
+        ratio = tl.where(tl.abs(rounded) > 1e-30, exact / rounded, 1.0)
+        g /= ratio[:, None]
+        tl.store(row_factor + local, ratio, mask=inside & (local * 0 + part == 0))
     stored = narrow(g, block.dtype.element_ty)
     tl.store(block + at, stored, mask=writable)
     if residual is not None:
@@ -119,7 +136,9 @@ class Formed(NamedTuple):
     grad_weight: Tensor | None  # (V, D); None too where a block is kept instead
     grad_bias: Tensor | None  # (V,)
     block: Tensor | None = None  # (rows, padded(V)) bfloat16: logit_scale * d loss / d y of the kept rows
-    lost: Tensor | None = None  # (rows,) float32: what `block` loses at the targets
+    row_factor: Tensor | None = (
+        None  # (rows,) float32: what the rows of `block` are still to be multiplied by
+    )
 
 
 def kept_rows(problem: HeadProblem, needs: Needs, budget: int) -> int:
@@ -151,7 +170,7 @@ def forward_backward(
     weight gradient where none is kept.
     """
     target, bias, row_weight = dense(problem.target, problem.bias, row_weight)
-    problem = problem._replace(target=target, bias=bias)
+    problem = problem._replace(hidden=aligned(problem.hidden), target=target, bias=bias)
     (N, D), V, num_kept = problem.hidden.shape, problem.weight.shape[0], problem.num_kept
     order, count = compaction_order(target, problem.ignore_index)
     kept = kept_rows(problem, needs, budget)
@@ -163,7 +182,7 @@ def forward_backward(
         (torch.empty if every.rows else torch.zeros)(V, D, **wide) if needs.weight and not kept else None,
         torch.zeros(V, **wide) if needs.bias else None,
     ]
-    block = lost = None
+    block = row_factor = None
     if not any(needs):
         (values,) = sweep(problem, ("lse",))
     else:
@@ -175,7 +194,7 @@ def forward_backward(
         terms = LossTerms(row_weight, z_loss, loss_scale)
         with device_guard(target.device):
             if kept:
-                block, lost = train_whole(problem, terms, every, values, grads)
+                block, row_factor = train_whole(problem, terms, every, values, grads)
             elif every.rows:
                 train_chunks(problem, terms, every, values, grads, budget)
         for gradient in grads[:2]:
@@ -190,7 +209,7 @@ def forward_backward(
     loss = losses.sum()
     if num_kept is not None:
         loss = torch.where(count > num_kept, torch.nan, loss)
-    return Formed(loss, *grads, block, lost)
+    return Formed(loss, *grads, block, row_factor)
 
 
 def chunk_rows(kept: int, N: int, D: int, V: int, dtype: torch.dtype, needs, part: int, budget: int) -> int:
@@ -223,7 +242,7 @@ def train_whole(
     values: dict[str, Tensor],  # nll, lse, lse_lo: filled
     grads: list[Tensor | None],  # of hidden, weight (None) and bias: filled
 ) -> tuple[Tensor, Tensor]:
-    """(block, lost) of all rows at once, for the weight gradient that the backward forms."""
+    """(block, row_factor) of all rows at once, for the weight gradient that the backward forms."""
     hidden, V = problem.hidden, problem.weight.shape[0]
     storage = hidden.new_empty(every.rows, padded(V))
     storage[:, V:].zero_()
@@ -232,8 +251,9 @@ def train_whole(
         fold_weights(problem, every, config, storage[:, :V])
 
     config = head_config("store", problem.weight, problem.logit_softcap is not None, trial)
-    lost = train_chunk(problem, terms, every, config, storage[:, :V], values, grads)
-    return storage, lost
+    row_factor = torch.empty(every.rows, dtype=torch.float32, device=hidden.device)
+    train_chunk(problem, terms, every, config, storage[:, :V], values, grads, row_factor)
+    return storage, row_factor
 
 
 def train_chunks(
@@ -287,20 +307,28 @@ def train_chunk(
     block: Tensor,  # (rows, V): loss_scale * d loss / d y afterwards
     values: dict[str, Tensor],
     grads: list[Tensor | None],
-) -> Tensor | None:
-    """Values and gradients of one chunk. Returns what the block loses at the targets, (rows,); None in float32."""
+    row_factor: Tensor | None = None,  # (rows,) float32: filled, and the block is kept
+) -> None:
+    """Values and gradients of one chunk."""
     partials = fold_weights(problem, chunk, config, block)
     combine(problem, chunk, partials, values)
     picked = chunk.order[chunk.first : chunk.first + chunk.rows]
     residual = None
-    if block.dtype != torch.float32:
+    if block.dtype != torch.float32 and row_factor is None:
         residual = TargetResidual(problem.target[picked], problem.ignore_index)
-    bias_sums = finish(problem, terms, chunk, partials, values, block, residual, grads[2] is not None)
+    lost = None if residual is None else residual.lost
+    bias_sums = finish(
+        problem, terms, chunk, partials, values, block, (lost, row_factor), grads[2] is not None
+    )
     partials = None  # freed before the sums are made
     if bias_sums is not None:
         grads[2] += bias_sums
-    add_gradients(problem, block, picked, residual, grads, chunk.first == 0)
-    return None if residual is None else residual.lost
+    if row_factor is None:
+        add_gradients(problem, block, picked, residual, grads, chunk.first == 0)
+    elif grads[0] is not None:
+        total = torch.empty(chunk.rows, problem.hidden.shape[1], dtype=torch.float32, device=block.device)
+        accumulate(total, block, problem.weight, first=True)
+        grads[0].index_copy_(0, picked, total.mul_(row_factor[:, None]))
 
 
 def add_gradients(
@@ -335,7 +363,9 @@ def finish(
     partials: Partials,
     values: dict[str, Tensor],
     block: Tensor,  # (rows, V): weights of the fold in, loss_scale * d loss / d y out
-    residual: TargetResidual | None,
+    at_target: tuple[
+        Tensor | None, Tensor | None
+    ],  # residual and row_factor, (rows,) float32, of which one is filled
     bias_sums: bool,
 ) -> Tensor | None:
     """Launch `finish_kernel`; with `bias_sums` the column sums of d loss / d y are returned."""
@@ -346,7 +376,7 @@ def finish(
     finish_kernel[(row_tiles * partials.parts,)](
         weights, block, partials.max, partials.target[1], values["nll"], values["lse"], values["lse_lo"],
         terms.row_weight, problem.target, chunk.order, chunk.count, terms.loss_scale, partial,
-        None if residual is None else residual.lost, block.stride(0), chunk.first, rows, partials.parts, V,
+        *at_target, block.stride(0), chunk.first, rows, partials.parts, V,
         terms.z_loss, PART=partials.part, BLOCK_N=FINISH_ROWS, SOFTCAP=problem.logit_softcap is not None,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

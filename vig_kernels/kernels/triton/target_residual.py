@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import interpreted
-from .logit_tiles import narrow
 
 
 @triton.jit(do_not_specialize=["rows", "V"], do_not_specialize_on_alignment=["residual", "target"])
@@ -48,7 +47,7 @@ def correct_hidden_kernel(
 
 @triton.jit(do_not_specialize=["entries", "low", "high"], do_not_specialize_on_alignment=["residual"])
 def correct_weight_kernel(
-    total,  # (high - low, D) float32 or bfloat16, added to
+    total,  # (high - low, D) float32, added to
     hidden,  # (N, D)
     residual,  # (entries,) float32, in the order of `target`
     target,  # (entries,) int64, ascending
@@ -94,8 +93,7 @@ def correct_weight_kernel(
                 more = tl.sum(same.to(tl.int32), axis=0) == BLOCK_R
                 start = tl.where(more, start + BLOCK_R, entries)
             to = total + (word - low) * stride_total + column
-            found = tl.load(to, mask=column < D, other=0.0).to(tl.float32) + sums
-            tl.store(to, narrow(found, total.dtype.element_ty), mask=column < D)
+            tl.store(to, tl.load(to, mask=column < D, other=0.0) + sums, mask=column < D)
 
 
 BLOCK_N, BLOCK_D = 16, 256  # of correct_hidden_kernel
@@ -110,11 +108,9 @@ def block_of(D: int, most: int = BLOCK_D) -> int:
 class TargetResidual:
     """The residuals of n rows, and the way back into the gradients of hidden and weight."""
 
-    def __init__(self, target: Tensor, ignore_index: int, lost: Tensor | None = None):
-        """target: (n,) int64, of the rows of the block; lost: (n,) float32, zeros where it is yet to be filled."""
-        self.lost = (
-            torch.zeros(target.shape[0], dtype=torch.float32, device=target.device) if lost is None else lost
-        )
+    def __init__(self, target: Tensor, ignore_index: int):
+        """target: (n,) int64, of the rows of the block."""
+        self.lost = torch.zeros(target.shape[0], dtype=torch.float32, device=target.device)
         self.target = target.masked_fill(target == ignore_index, -1)
         self.sorted, self.order = torch.sort(self.target, stable=True)
 
@@ -129,7 +125,7 @@ class TargetResidual:
     def correct_weight(
         self, total: Tensor, hidden: Tensor, rows: Tensor | None = None, first_vocab: int = 0
     ) -> None:
-        """total (v, D) float32 or bfloat16, the gradient of words first_vocab, ...: += lost hidden, over their rows.
+        """total (v, D), the weight gradient of words first_vocab, ...: += lost hidden, over their rows.
 
         rows: where the rows of the block stand in `hidden`; None where they are its rows.
         """
