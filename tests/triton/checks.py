@@ -254,8 +254,11 @@ def check_kept_block(k):
     nll = logits.logsumexp(1).sum() - logits[known[target != -100]].gather(1, target[known, None]).sum()
     once = torch.autograd.grad(nll, leaf)[0]
     for num_kept, factor in ((None, 3.4567), (N - 3, 1.0)):  # hidden rows times 1 are not rounded
-        exact, needs = once * factor, Needs(False, True, False)
-        found = formed_gradients(k, head._replace(num_kept=num_kept), None, 0.0, needs, factor)[2]
+        exact, needs = once * factor, Needs(True, True, False)
+        some = head._replace(num_kept=num_kept)
+        _, of_hidden, found, _ = formed_gradients(k, some, None, 0.0, needs, factor)
+        chunked = k.linear_cross_entropy.forward_backward(some, None, 0.0, Needs(True, False, False), BUDGET)
+        assert norm_error(of_hidden, chunked.grad_hidden) < 3e-3, "hidden"
         assert found.dtype == torch.bfloat16 and found.shape == weight.shape
         assert norm_error(found, exact) <= 2 * norm_error(exact.to(torch.bfloat16), exact), "weight"
         words = target[known]

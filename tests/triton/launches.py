@@ -79,6 +79,9 @@ def pretend(target: str) -> dict[str, set[str]]:
     def compile_only(self, *arguments, grid, warmup, **options):
         program = launch(self, *arguments, grid=grid, warmup=True, **options)
         compiled[self.fn.__name__].add(program.hash)
+        if self.fn.__name__ == "order_kernel":  # the one kernel whose result the host code needs in range
+            _, order, count, *_ = arguments
+            count.fill_(len(torch.arange(len(order), out=order)))
         return program
 
     JITFunction.run = compile_only

@@ -184,8 +184,9 @@ MUTATIONS = [
         ("earlier blocks forgotten", "before += tl.sum(live, axis=0)", "pass"),
         ("ignored rows from the start", "total + row - rank", "row - rank"),
         ("kept rows one too far", "rank - 1", "rank"),
-        ("rows beyond N kept", "mask=row < N, other=ignore_index", "mask=row < N, other=ignore_index + 1"),
+        ("rows beyond N counted", "lane < N, other=ignore_index", "lane < N, other=ignore_index + 1"),
         ("count of the last block", "kept += (words", "kept = (words"),
+        isolated=True,
     ),
     *_faults(
         "gather", KEPT,
@@ -194,11 +195,6 @@ MUTATIONS = [
         ("factor of another row", "tl.load(row_factor + place)", "tl.load(row_factor + row)"),
         ("ignored rows kept", "live = (column < D) & (column * 0 + place < tl.load(count))", "live = column < D"),
         ("rows taken in their own order", "row = tl.load(order + place)", "row = place"),
-    ),
-    *_faults(
-        "gather", KEPT,
-        ("int32 offset of hidden", "hidden + row * stride_hidden", "hidden + row.to(tl.int32) * stride_hidden"),
-        isolated=True,
     ),
     *_faults(
         "finish", LOSS,
@@ -264,6 +260,7 @@ OFFSETS = {
     "finish": (checks.check_large_offsets_of_blocks,),
     "correct hidden": (checks.check_large_offsets_of_residuals,),
     "correct weight": (checks.check_large_offsets_of_residuals,),
+    "order": (checks.check_order,),
     "gather": (checks.check_large_offsets_of_gathered_rows,),
     "blur": (checks.check_large_offsets_of_blocks,),
 }
