@@ -22,8 +22,15 @@ import triton
 from benchmarks import static_counts, static_floors, static_kernels
 from benchmarks.static_kernels import TARGETS, Variant
 from vig_kernels.kernels.triton import gaussian_blur as gaussian_blur_triton
+from vig_kernels.kernels.triton import (
+    kept_block,
+    logit_fold,
+    logit_gradients,
+    logit_tiles,
+    row_order,
+    target_residual,
+)
 from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
-from vig_kernels.kernels.triton import logit_fold, logit_gradients, logit_tiles, target_residual
 from vig_kernels.kernels.triton.tile_configs import BLUR, HEAD, IRREGULAR, TileConfig
 
 STORE = Path(__file__).parent / "results" / "static.json"
@@ -37,6 +44,7 @@ TRAIN_RAGGED = Variant("bias, softcap, block, any D and stride", True, True, sto
 
 PAIR = Variant("pair", pair=True)
 ANY = Variant("any D and stride", even_k=False)
+KEPT = Variant("bias, block kept", bias=True, store=True)
 
 # what the wide, narrow and irregular tiles are launched with (tile_configs.head_config); of less code, what the
 # predictions read
@@ -91,6 +99,9 @@ def small_rows(target: str) -> list[dict]:
         found += [small("finish", TRAIN_CAPPED, dtype, part) for part in store for dtype in dtypes]
     for kernel in ("correct hidden", "correct weight"):
         found += [small(kernel, variant, dtype) for variant in (PLAIN, ANY) for dtype in DTYPES["16-bit"]]
+    found += [small("finish", KEPT, "bfloat16", part) for part in parts("store", target, "16-bit")]
+    found.append(small("order", PLAIN, "int64"))
+    found += [small("gather", variant, "bfloat16") for variant in (PLAIN, ANY)]
     return found
 
 
@@ -119,7 +130,9 @@ def ast_source(entry: dict):
     target, dtype, kernel = entry["target"], entry["dtype"], entry["kernel"]
     if kernel in HEAD_VARIANTS:
         function = logit_gradients.gradient_kernel if kernel == "gradient" else logit_fold.fold_kernel
-        return static_kernels.head_source(function, variant, dtype, tile, precision(target, dtype))
+        return static_kernels.head_source(
+            function, variant, dtype, tile, precision(target, dtype), target.startswith("sm_")
+        )
     if kernel.startswith("blur"):
         fast = entry["products"] == "float16"
         how = "ieee" if fast else precision(target, "float32")
@@ -128,6 +141,10 @@ def ast_source(entry: dict):
         return static_kernels.combine_source(variant, tile.block_v)
     if kernel.startswith("correct"):
         return static_kernels.correct_source(kernel, variant, dtype)
+    if kernel == "order":
+        return static_kernels.order_source()
+    if kernel == "gather":
+        return static_kernels.gather_source(variant, dtype)
     return static_kernels.finish_source(variant, dtype, tile.block_v)
 
 
@@ -149,6 +166,8 @@ MODULES = {
     "finish": (linear_cross_entropy_triton,),
     "correct hidden": (target_residual,),
     "correct weight": (target_residual,),
+    "order": (row_order,),
+    "gather": (kept_block,),
     "blur read": (gaussian_blur_triton,),
     "blur write": (gaussian_blur_triton,),
 }

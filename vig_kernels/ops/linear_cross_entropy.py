@@ -9,10 +9,13 @@ from vig_kernels import check, dispatch
 from vig_kernels.ops.linear_nll import empty_output, nll_values
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs
 
-# The largest float32 copy of a 16-bit hidden gradient that the fast path may hold; on a CPU logits stand beside it.
-HIDDEN_BUFFER_BYTES, CPU_HIDDEN_BUFFER_BYTES = 240 << 20, 96 << 20
 STATS = ("nll", *check.STATS)
 NO_STATS_IN_TRAINING = ("triton",)  # backends whose training sweep has none; that of linear_nll does
+MIB = 1 << 20
+LEAST_MIB = 256  # what memory="low" takes at most, and a number must allow; "fast" on a CPU too
+GPU_MIB = 2816  # what memory="fast" takes on a GPU
+# of a float32 copy of a 16-bit hidden gradient that the fast path may hold on a CPU, where logits stand beside it
+CPU_HIDDEN_BUFFER_BYTES = 96 << 20
 CAST_BYTES = 8 << 20  # what is cast at a time when a float32 gradient is scaled into its output
 
 
@@ -26,7 +29,7 @@ def linear_cross_entropy(
     num_items: int | float | Tensor | None = None,
     z_loss: float = 0.0,
     num_kept: int | None = None,
-    memory: str = "fast",
+    memory: str | int = "fast",
     bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -47,7 +50,7 @@ def linear_cross_entropy(
         z_loss: weight of lse^2, which keeps the logits' normaliser near 1.
         num_kept: number of rows that are not ignored, if the caller knows it: a GPU then leaves the others out of its
             products without stalling to count them.
-        memory: "fast" or "low".
+        memory: "fast", "low", or the MiB, at least 256, that "fast" may take on a GPU instead of its fixed 2816.
         stats: any of "nll", "lse", "entropy" (nats) and "argmax" (int64): what is known of each row, detached. 0.0, and
             -1 for argmax, on rows that are ignored or of weight 0.
 
@@ -59,11 +62,13 @@ def linear_cross_entropy(
     "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32 until
     backward, where the upstream factor (on a GPU and for float16 the divisor too) is applied and the result is cast
     once. For float32 inputs these sums are themselves scaled in place and handed out as the gradients. For 16-bit
-    inputs they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 240 MiB (on a CPU 96) for
-    hidden (beyond that, and with memory="low" or reduction="none", gradients are recomputed in the backward: four
-    products, no buffer). The compiled CPU kernels round the gradients of bfloat16 inputs as they form them, for the
-    weight where the logits of all kept rows fit 160 MiB (else through the same 4 V D bytes): an upstream factor that
-    is not a power of two then rounds a second time.
+    inputs they are buffers, freed by the backward: 4 V D bytes for the weight, and for hidden 4 N D bytes, at most half
+    of the budget (on a CPU 96 MiB). Beyond that, and with memory="low" or reduction="none", gradients are recomputed
+    in the backward: four products, no buffer. On a GPU, where the gradients of the logits of all kept rows fit the
+    budget, those of bfloat16 inputs are kept instead (8192 rows of 151936 words do), and the backward forms the
+    weight's gradient from them: no buffer of 4 V D bytes, and one cast. The compiled CPU kernels round the gradients of
+    bfloat16 inputs as they form them, for the weight where the logits of all kept rows fit 160 MiB (else through the
+    same 4 V D bytes): an upstream factor that is not a power of two then rounds a second time.
     A second backward (`retain_graph=True`), or one in another thread at the same time, forms them again, and so does
     one after a backward under `create_graph`. Gradients for many upstream factors at once (`is_grads_batched=True`,
     torch.func.vmap of torch.autograd.grad) work; differentiating twice and torch.func.grad, vjp and jacrev raise. What
@@ -73,7 +78,7 @@ def linear_cross_entropy(
         ValueError, TypeError, BackendUnavailable: as `linear_nll`.
     """
     check.flag("reduction", reduction, ("mean", "sum", "none"))
-    check.flag("memory", memory, ("fast", "low"))
+    _check_memory(memory)
     stats = check.stats(stats, STATS)
     z_loss = check.number("z_loss", z_loss)
     (problem,) = check.linear(
@@ -94,7 +99,8 @@ def linear_cross_entropy(
     problem = problem._replace(num_kept=num_kept)
 
     name = dispatch.resolve("linear_cross_entropy", backend, problem.weight.device)
-    fast = memory == "fast" and reduction != "none" and _fast(problem, row_weight, name)
+    budget = _budget(memory, problem.weight.device)
+    fast = memory != "low" and reduction != "none" and _fast(problem, row_weight, name, budget)
     if not fast:
         name = dispatch.resolve("linear_nll", backend, problem.weight.device)
     if row_weight is not None and not check.wants_grad(row_weight):
@@ -114,7 +120,7 @@ def linear_cross_entropy(
             row_weight, num_items = row_weight * _reciprocal(num_items, row_weight.device), None
         check.transforms(problem.hidden, problem.weight, problem.bias)
         wanted = [stat in stats for stat in STATS]
-        loss, *found = _forward_op(*problem, row_weight, z_loss, list(_needs(problem)), wanted, name)
+        loss, *found = _forward_op(*problem, row_weight, z_loss, list(_needs(problem)), budget, wanted, name)
         values = dict(zip(STATS, found[-len(STATS) :], strict=True))
     else:
         values = nll_values(problem, ("lse", *stats) if z_loss else stats, name)
@@ -125,6 +131,30 @@ def linear_cross_entropy(
     if num_items is not None and reduction != "none":
         loss = _divided(loss, num_items)
     return (loss, {s: values[s].detach().reshape(hidden.shape[:-1]) for s in stats}) if stats else loss
+
+
+def _check_memory(memory: str | int) -> None:
+    if isinstance(memory, str):
+        check.flag("memory", memory, ("fast", "low"))
+    elif check.integer("memory", memory) < LEAST_MIB:
+        raise ValueError(f"memory={memory} MiB is less than {LEAST_MIB}, which every path may need")
+
+
+def _budget(memory: str | int, device: torch.device) -> int:
+    """Bytes that forming gradients may take on a device, the float32 sums of a weight's gradient apart."""
+    return memory * MIB if not isinstance(memory, str) else _fast_budget(device)
+
+
+@torch.compiler.assume_constant_result
+def _fast_budget(device: torch.device) -> int:
+    """Fixed, never a share of what is free: chunks, and with them bits, must not depend on the neighbours."""
+    return MIB * (LEAST_MIB if device.type == "cpu" else GPU_MIB)
+
+
+def _kept_rows(problem: HeadProblem, needs: Needs, budget: int, backend: str) -> int:
+    """Rows of the logits' gradients that are kept for the backward instead of a float32 weight gradient."""
+    module = dispatch.module("linear_cross_entropy", backend)
+    return module.kept_rows(problem, needs, budget) if hasattr(module, "kept_rows") else 0
 
 
 def _takes_divisor(weight: Tensor) -> bool:
@@ -188,7 +218,7 @@ def _needs(problem: HeadProblem) -> Needs:
     return Needs(*map(check.wants_grad, (problem.hidden, problem.weight, problem.bias)))
 
 
-def _fast(problem: HeadProblem, row_weight: Tensor | None, backend: str) -> bool:
+def _fast(problem: HeadProblem, row_weight: Tensor | None, backend: str, budget: int) -> bool:
     """Whether to form the gradients in the forward: some are wanted, and their float32 sums are affordable."""
     if not torch.is_grad_enabled() or not any(_needs(problem)):
         return False
@@ -197,9 +227,7 @@ def _fast(problem: HeadProblem, row_weight: Tensor | None, backend: str) -> bool
     hidden = problem.hidden
     if not check.wants_grad(hidden) or _grad_dtypes(backend, hidden.dtype)[0] == hidden.dtype:
         return True
-    return 4 * hidden.numel() <= (
-        CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else HIDDEN_BUFFER_BYTES
-    )
+    return 4 * hidden.numel() <= (CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else budget // 2)
 
 
 def _grad_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
@@ -211,29 +239,31 @@ def _grad_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.d
 @torch.library.custom_op(
     "vig_kernels::linear_cross_entropy",
     mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor? row_weight, float z_loss, bool[] needs, bool[] wanted, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({HEAD_SCHEMA}, Tensor? row_weight, float z_loss, bool[] needs, int budget, bool[] wanted, str backend) "
+    f"-> ({', '.join(['Tensor'] * (6 + len(STATS)))})",
 )
 def _forward_op(*args):
-    """(loss_sum, gradients of loss_sum as `_grad_dtypes` says, STATS); empty where not needed or wanted."""
-    problem, (row_weight, z_loss, needs, wanted, backend) = HeadProblem(*args[:8]), args[8:]
+    """(loss_sum, gradients of loss_sum as `_grad_dtypes` says, kept block, factors of its rows, STATS); empty where
+    not needed or wanted. With a kept block the weight's gradient is empty: `_weight_op` forms it."""
+    problem, (row_weight, z_loss, needs, budget, wanted, backend) = HeadProblem(*args[:8]), args[8:]
     check.target_range(problem)
     check.num_kept(problem)
     if problem.target.numel() == 0:
         return tuple(torch.zeros_like(x) for x in _forward_fake(*args))
-    run = dispatch.module("linear_cross_entropy", backend).forward_backward
+    module = dispatch.module("linear_cross_entropy", backend)
     names = [stat for stat, asked in zip(STATS, wanted, strict=True) if asked]
+    values = {}
+    if backend not in NO_STATS_IN_TRAINING:
+        values = {name: empty_output(problem, name, problem.target.shape[0]) for name in names}
+        for name, value in values.items():
+            value.fill_(-1 if name == "argmax" else 0)
+    more = ((budget,) if hasattr(module, "kept_rows") else ()) + ((values,) if values else ())
     with torch.autocast(problem.hidden.device.type, enabled=False):
-        if names and backend not in NO_STATS_IN_TRAINING:
-            values = {name: empty_output(problem, name, problem.target.shape[0]) for name in names}
-            for name, value in values.items():
-                value.fill_(-1 if name == "argmax" else 0)
-            loss, *grads = run(problem, row_weight, z_loss, Needs(*needs), values)
-        else:
-            loss, *grads = run(problem, row_weight, z_loss, Needs(*needs))
-            values = _swept_apart(problem, names, backend)
+        loss, *formed = module.forward_backward(problem, row_weight, z_loss, Needs(*needs), *more)
+        values = values or _swept_apart(problem, names, backend)
+    formed += [None] * (5 - len(formed))
     values = [values[name] if name in values else empty_output(problem, name, 0) for name in STATS]
-    return loss, *(loss.new_empty(0) if grad is None else grad for grad in grads), *values
+    return loss, *(loss.new_empty(0) if tensor is None else tensor for tensor in formed), *values
 
 
 def _swept_apart(problem: HeadProblem, names: list[str], backend: str) -> dict[str, Tensor]:
@@ -246,17 +276,24 @@ def _swept_apart(problem: HeadProblem, names: list[str], backend: str) -> dict[s
 
 @_forward_op.register_fake
 def _forward_fake(*args):
-    problem, (_, _, needs, wanted, backend) = HeadProblem(*args[:8]), args[8:]
-    hidden = problem.hidden
+    problem, (_, _, needs, budget, wanted, backend) = HeadProblem(*args[:8]), args[8:]
+    hidden, (V, _) = problem.hidden, problem.weight.shape
+    kept = _kept_rows(problem, Needs(*needs), budget, backend)
+    formed = Needs(*needs)._replace(weight=needs[1] and not kept)
     grads = [
         hidden.new_empty(x.shape if need else 0, dtype=dtype if need else torch.float32)
         for x, need, dtype in zip(
-            (hidden, problem.weight, problem.bias), needs, _grad_dtypes(backend, hidden.dtype), strict=True
+            (hidden, problem.weight, problem.bias), formed, _grad_dtypes(backend, hidden.dtype), strict=True
         )
     ]
+    if kept:
+        padded = dispatch.module("linear_cross_entropy", backend).padded(V)
+        block, row_factor = hidden.new_empty(kept, padded), hidden.new_empty(kept, dtype=torch.float32)
+    else:
+        block, row_factor = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
     asked = zip(STATS, wanted, strict=True)
     values = [empty_output(problem, name, problem.target.shape[0] if asks else 0) for name, asks in asked]
-    return hidden.new_empty((), dtype=torch.float32), *grads, *values
+    return hidden.new_empty((), dtype=torch.float32), *grads, block, row_factor, *values
 
 
 def _save(ctx, inputs, output):
@@ -266,11 +303,13 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.options = problem[4:]
-    # held here, not saved: a backward pops the sums, scales those of float32 in place and hands them out
+    # held here, not saved: a backward pops them, scales those of float32 in place and hands them out
     ctx.grads = [grads]
+    ctx.keeps_block = grads[3].numel() > 0  # of which the weight's gradient is formed
+    formed = needs._replace(weight=needs.weight and not ctx.keeps_block)
     ctx.dtypes = [
         x.dtype if need else None
-        for x, need in zip((problem.hidden, problem.weight, problem.bias), needs, strict=True)
+        for x, need in zip((problem.hidden, problem.weight, problem.bias), formed, strict=True)
     ]
     ctx.save_for_backward(*problem[:4], row_weight)  # what a second backward recomputes from
 
@@ -278,16 +317,20 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 13
+        return (None,) * 14
     sums = _taken(ctx)
     # asked for once at most: a checkpoint that does not re-enter gives what was saved a single time
-    saved = ctx.saved_tensors if sums is None or torch.is_grad_enabled() else ()
+    saved = ctx.saved_tensors if sums is None or ctx.keeps_block or torch.is_grad_enabled() else ()
     if sums is None:
         sums = _again(ctx, saved)
+    *grads, block, row_factor = sums
     grad_hidden, grad_weight, grad_bias = (
         None if dtype is None else _scaled(grad, grad_loss, dtype, saved)
-        for grad, dtype in zip(sums, ctx.dtypes, strict=True)
+        for grad, dtype in zip(grads, ctx.dtypes, strict=True)
     )
-    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 9
+    if ctx.keeps_block:
+        grad_weight = _weight_of(ctx, block, row_factor, grad_loss, saved)
+    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 10
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
@@ -321,10 +364,41 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, saved) -> Tensor:
 def _again(ctx, saved) -> list[Tensor]:
     """The sums once more, bit for bit: another backward has taken them."""
     *tensors, row_weight = saved
-    z_loss, needs, wanted, backend = ctx.rest
-    without = z_loss, needs, [False] * len(wanted), backend
+    z_loss, needs, budget, wanted, backend = ctx.rest
+    without = z_loss, needs, budget, [False] * len(wanted), backend
     with torch.no_grad():
         return _forward_op(*tensors, *ctx.options, row_weight, *without)[1 : -len(STATS)]
+
+
+def _weight_of(ctx, block: Tensor, row_factor: Tensor, factor: Tensor, saved) -> Tensor:
+    """The weight's gradient from a kept block; under create_graph part of the graph, as in `_scaled`."""
+    hidden, weight, target, *_ = saved
+    problem = HeadProblem(hidden, weight, target, None, *ctx.options)
+    return _weight_op(block, row_factor, hidden, target, problem.ignore_index, weight, factor, ctx.rest[-1])
+
+
+@torch.library.custom_op("vig_kernels::linear_cross_entropy_weight", mutates_args=())
+def _weight_op(
+    block: Tensor,
+    row_factor: Tensor,
+    hidden: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    weight: Tensor,
+    factor: Tensor,
+    backend: str,
+) -> Tensor:
+    """factor * block.T @ hidden of the kept rows, (V, D) in the weight's type, cast once. It has no gradient of its
+    own: `weight`, of which only the shape is read, makes the result part of the graph, and a second differentiation
+    raises."""
+    run = dispatch.module("linear_cross_entropy", backend).weight_gradient
+    with torch.autocast(hidden.device.type, enabled=False):
+        return run(block, row_factor, hidden, target, ignore_index, weight.shape[0], factor)
+
+
+@_weight_op.register_fake
+def _weight_fake(block, row_factor, hidden, target, ignore_index, weight, factor, backend):
+    return hidden.new_empty(weight.shape)
 
 
 @torch.library.custom_op(
@@ -350,3 +424,12 @@ def _scale_op(gradient, factor, dtype, differentiated):
 @_scale_op.register_fake
 def _scale_fake(gradient, factor, dtype, differentiated):
     return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+
+
+@_weight_op.register_vmap
+def _weight_vmap(info, in_dims, *args):
+    """Of many upstream factors at once: one product each."""
+    *others, factor, backend = args
+    if in_dims[6] is None or any(dim is not None for dim in in_dims[:6]):
+        raise NotImplementedError("only the upstream factor of linear_cross_entropy can be batched")
+    return torch.stack([_weight_op(*others, one, backend) for one in factor.unbind(in_dims[6])]), 0
