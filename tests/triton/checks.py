@@ -267,22 +267,24 @@ def check_kept_block(k):
 
 
 def check_large_offsets_of_gathered_rows(k):
-    """Rows of hidden that lie far apart, gathered and scaled."""
-    near = torch.arange(40.0).reshape(5, 8).sin().bfloat16()
-    far = far_apart(5, 8, BEYOND, torch.bfloat16).copy_(near)
-    out = torch.empty(5, 8).bfloat16()
-    k.kept_block.gather_kernel[(5, 1)](
+    """Rows of hidden that lie far apart, gathered and scaled: the fifth of six begins beyond 2^31, the last is not
+    live."""
+    near = torch.arange(48.0).reshape(6, 8).sin().bfloat16()
+    far = far_apart(6, 8, BEYOND * 5 // 4, torch.bfloat16).copy_(near)
+    assert far.stride(0) * 4 > 2**31
+    out = torch.full((6, 8), torch.nan).bfloat16()
+    k.kept_block.gather_kernel[(6, 1)](
         far,
-        torch.arange(5),
-        torch.tensor(4),
+        torch.arange(6),
+        torch.tensor(5),
         torch.tensor(2.0),
-        torch.ones(5),
+        torch.ones(6),
         out,
         far.stride(0),
         8,
         BLOCK_D=8,
     )
-    assert torch.equal(out[:4], near[:4] * 2) and not out[4].any()
+    assert torch.equal(out[:5], near[:5] * 2) and not out[5].any()
 
 
 def check_training(k, dtype=torch.float32, num_kept=True, cap=4.0, chunk_rows=16):

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vig_kernels import linear_cross_entropy, reference
 from vig_kernels.ops import linear_cross_entropy as op
+from vig_kernels.ops.loss_gradients import loss_and_gradients
 
 HEAD = {"N": 9, "D": 16, "V": 40}
 
@@ -42,6 +43,7 @@ def forward_arguments(budget=1 << 28):
         0.0,
         [True, True, False],
         budget,
+        [False] * 4,
         "triton",
     )
 
@@ -51,7 +53,7 @@ def test_ops_hold_what_they_promise_to_torch():
     torch.library.opcheck(torch.ops.vig_kernels.linear_cross_entropy.default, arguments)
     hidden, weight, target, *_ = arguments
     with torch.no_grad():
-        *_, block, row_factor = op._forward_op(*arguments)
+        block, row_factor = loss_and_gradients(*arguments)[4:6]
     assert block.shape == (9, 48) and row_factor.shape == (9,)
     inputs = block, row_factor, hidden.detach(), target, -100, weight.detach(), torch.tensor(2.0), "triton"
     torch.library.opcheck(torch.ops.vig_kernels.linear_cross_entropy_weight.default, inputs)
@@ -80,8 +82,8 @@ def test_differentiating_twice_raises_with_hidden_frozen():
 
 
 def test_the_budget_decides_and_a_small_one_raises(monkeypatch):
-    seen, forward = [], op._forward_op
-    monkeypatch.setattr(op, "_forward_op", lambda *a: seen.append(a[11]) or forward(*a))
+    seen = []
+    monkeypatch.setattr(op, "loss_and_gradients", lambda *a: seen.append(a[11]) or loss_and_gradients(*a))
     loss_of(*leaves())
     loss_of(*leaves(), memory=300)
     monkeypatch.setattr(op, "_fast_budget", lambda device: op.GPU_MIB << 20)  # as on a GPU
