@@ -174,16 +174,27 @@ MODULES = {
 
 
 def code_of(kernel: str) -> str:
-    """A fingerprint of the kernel's Triton functions, blind to comments and layout, and of Triton's version."""
-    digest = hashlib.sha256(triton.__version__.encode())
+    """A fingerprint of the kernel's Triton functions, blind to comments, docstrings and layout, and the same under
+    every Python."""
+    digest = hashlib.sha256()
     for module in MODULES[kernel]:
-        tree = ast.parse(Path(module.__file__).read_text())
-        for node in tree.body:
+        for node in ast.parse(Path(module.__file__).read_text()).body:
             if isinstance(node, ast.FunctionDef) and any(
                 "jit" in ast.unparse(d) for d in node.decorator_list
             ):
-                digest.update(ast.unparse(node).encode())
+                node.body = node.body[ast.get_docstring(node) is not None :]
+                digest.update(repr(_tree(node)).encode())
     return digest.hexdigest()[:16]
+
+
+def _tree(node: object) -> object:
+    """A syntax tree as tuples. Fields without a value are left out: which there are depends on Python's version."""
+    if isinstance(node, list):
+        return tuple(map(_tree, node))
+    if not isinstance(node, ast.AST):
+        return node
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
+    return type(node).__name__, *((name, _tree(value)) for name, value in fields)
 
 
 def key(entry: dict) -> tuple:
@@ -245,6 +256,14 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(problems) or f"{len(rows())} rows hold")
         return 1 if problems else 0
     known = {key(entry): entry for entry in stored()["rows"]}
+    if (
+        stored().get("triton", triton.__version__) != triton.__version__
+    ):  # another compiler: all are counted anew
+        if options.only:
+            parser.error(
+                f"the stored rows are of Triton {stored()['triton']}, here is {triton.__version__}: count all"
+            )
+        known = {}
     todo = [
         entry
         for entry in rows()
