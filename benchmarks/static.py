@@ -55,6 +55,7 @@ HEAD_VARIANTS = {
 }
 
 
+WARPS = {"order": row_order.ORDER_WARPS, "correct weight": target_residual.WEIGHT_WARPS}  # of the others 4
 DTYPES = {"16-bit": ("bfloat16", "float16"), "float32": ("float32",)}  # by the table's kind
 
 
@@ -89,7 +90,8 @@ def small_rows(target: str) -> list[dict]:
     """The kernels without a product: their one tile, by the parts that the folds leave."""
 
     def small(kernel, variant, dtype, part=0):
-        return row(kernel, variant, target, dtype, TileConfig(0, part, 0, 4, 3), gemm=False)
+        tile = TileConfig(0, part, 0, WARPS.get(kernel, 4), 3)
+        return row(kernel, variant, target, dtype, tile, gemm=False)
 
     found = []
     for kind, dtypes in DTYPES.items():

@@ -28,6 +28,7 @@ FLOAT32 = (
 FLOATS = ("logit_scale", "logit_softcap", "z_loss")
 ALIGNED = (
     "stride_hidden", "stride_hidden_second", "stride_weight", "stride_block", "stride_matrix", "stride_total", "D",
+    "size", "lines",
 )  # fmt: skip
 
 
@@ -173,6 +174,6 @@ def blur_source(first_launch: bool, dtype: str, fast: bool, config: TileConfig, 
     constants = {
         "BLOCK_R": config.block_n, "BLOCK_L": config.block_v, "BLOCK_K": config.block_k,
         "ENTER": fast and first_launch, "LEAVE": fast and not first_launch, "SOURCE_UNIT": True, "OUT_UNIT": True,
-        "PRECISION": precision,
+        "SOURCE_DIVISOR": 16, "OUT_DIVISOR": 16, "PRECISION": precision,
     }  # fmt: skip
     return source(gaussian_blur_triton.band_kernel, types, constants)

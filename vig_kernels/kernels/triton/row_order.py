@@ -12,6 +12,7 @@ from torch import Tensor
 from .launch import device_guard
 
 SMALL_ROWS, ORDER_BLOCK = 32768, 4096  # up to so many rows one program orders them, so many at a time
+ORDER_WARPS = 16  # in 4, a block's ranks spill
 
 
 class RowChunk(NamedTuple):
@@ -60,7 +61,9 @@ def compaction_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]
     if N <= SMALL_ROWS:
         order, count = torch.empty_like(target), target.new_empty(())
         with device_guard(target.device):
-            order_kernel[(1,)](target, order, count, N, ignore_index, BLOCK=ORDER_BLOCK, num_warps=8)
+            order_kernel[(1,)](
+                target, order, count, N, ignore_index, BLOCK=ORDER_BLOCK, num_warps=ORDER_WARPS
+            )
         return order, count
     kept = target != ignore_index
     rank = torch.cumsum(kept, 0)

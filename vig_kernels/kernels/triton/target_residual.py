@@ -98,6 +98,7 @@ def correct_weight_kernel(
 
 BLOCK_N, BLOCK_D = 16, 256  # of correct_hidden_kernel
 ENTRIES, BLOCK_R, BLOCK_W = 4, 16, 512  # of correct_weight_kernel: 3000 rows of one word are 188 steps
+WEIGHT_WARPS = 8
 
 
 def block_of(D: int, most: int = BLOCK_D) -> int:
@@ -134,6 +135,6 @@ class TargetResidual:
         row_of = self.order if rows is None else rows[self.order]
         correct_weight_kernel[(triton.cdiv(entries, ENTRIES), triton.cdiv(D, block))](
             total, hidden, lost, self.sorted, row_of, total.stride(0), hidden.stride(0), entries, first_vocab,
-            first_vocab + words, D, ENTRIES=ENTRIES, BLOCK_R=BLOCK_R, BLOCK_D=block, num_warps=8,
+            first_vocab + words, D, ENTRIES=ENTRIES, BLOCK_R=BLOCK_R, BLOCK_D=block, num_warps=WEIGHT_WARPS,
             enable_fp_fusion=True,
         )  # fmt: skip
