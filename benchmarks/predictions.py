@@ -24,6 +24,10 @@ from benchmarks import static_floors
 from benchmarks.gpu import tables as tables_of_gpu
 from benchmarks.results import FOLDER
 from benchmarks.static_floors import BLURS, GPU, GPUS, HEADS
+from vig_kernels.kernels.triton.linear_cross_entropy import FINISH_ROWS
+from vig_kernels.kernels.triton.logit_fold import COMBINE_PARTS, COMBINE_ROWS
+from vig_kernels.kernels.triton.row_order import ORDER_BLOCK, SMALL_ROWS
+from vig_kernels.kernels.triton.target_residual import BLOCK_W, ENTRIES
 from vig_kernels.kernels.triton.tile_configs import BLUR, HEAD, NARROW, TileConfig
 
 SUSTAINED = {  # parts of the data sheet's FLOP/s and bytes/s that long library calls keep under their power limit
@@ -38,8 +42,7 @@ FILL_S = 1.0e-6  # until the first products of a block: its launch, addresses, f
 LATENCY_S = 0.6e-6  # of a load that another one waits for
 GAP_S = 1.5e-6  # between two launches of a stream
 SMALL_S = 2.0e-6  # a kernel that has next to nothing to do
-ORDER_LAUNCHES = 8  # that put the kept rows first
-CASTS = 4  # further small kernels of a scalar loss: its sum, its divisor, its scale
+CASTS = 4  # small kernels of a scalar loss: its sum, its divisor, its scale
 ISSUE = {
     "sm_80": 4.0,
     "sm_90": 4.0,
@@ -126,10 +129,10 @@ def seconds(launch: Launch, gpu: GPU, dtype: str) -> float:
 
 
 def epilogue(tile: TileConfig, counts: dict, gpu: GPU) -> float:
-    """Seconds of a block after its main loop, as many as its instructions take to issue, all paths of them."""
+    """Seconds of a block after its main loop, as many as the instructions of its shortest path take to issue."""
     cycles = max(
-        tile.num_warps * counts["epilogue_instructions"] / ISSUE[gpu.target],
-        tile.num_warps * counts["epilogue_special"] / SPECIAL[gpu.target],
+        tile.num_warps * counts["shortest_instructions"] / ISSUE[gpu.target],
+        tile.num_warps * counts["shortest_special"] / SPECIAL[gpu.target],
     )
     return cycles / (SUSTAINED[gpu.name][0] * gpu.clock)
 
@@ -158,8 +161,16 @@ def fold(kernel: str, shape: tuple, gpu: GPU, dtype: str, passes: int = 1) -> La
 
 
 def combine(rows: int, parts: int) -> Launch:
-    """32 rows a program; two sweeps over the parts, 32 at a time, each step waiting for its loads."""
-    return Launch("combine", math.ceil(rows / 32), moved=16.0 * rows * parts, chain=2 * math.ceil(parts / 32))
+    """Two sweeps over a row's parts, each step waiting for its loads."""
+    programs, steps = math.ceil(rows / COMBINE_ROWS), math.ceil(parts / COMBINE_PARTS)
+    return Launch("combine", programs, moved=16.0 * rows * parts, chain=2 * steps)
+
+
+def order(N: int) -> Launch:
+    """One program that sees the targets twice, or eight of torch's kernels."""
+    if N > SMALL_ROWS:
+        return Launch("order", times=8)
+    return Launch("order", moved=24.0 * N, chain=2 * math.ceil(N / ORDER_BLOCK))
 
 
 def parts_of(tile: TileConfig, V: int) -> int:
@@ -170,7 +181,7 @@ def score(N: int, D: int, V: int, gpu: GPU, dtype: str, passes: int = 1) -> list
     """linear_nll, or with two passes linear_vig."""
     first = fold("fold", (N, D, V), gpu, dtype, passes)
     joined = combine(N, parts_of(first.tile, V))
-    return [Launch("order", times=ORDER_LAUNCHES), first, *[joined] * passes]
+    return [order(N), first, *[joined] * passes]
 
 
 def train(N: int, D: int, V: int, gpu: GPU, dtype: str) -> list[Launch]:
@@ -181,22 +192,35 @@ def train(N: int, D: int, V: int, gpu: GPU, dtype: str) -> list[Launch]:
     rows = N / chunks  # the last chunk is shorter: their mean
     store = fold("store", (math.ceil(rows), D, V), gpu, dtype)
     parts, block, weight = parts_of(store.tile, V), size * rows * V, size * V * D
-    launches = [
-        Launch("order", times=ORDER_LAUNCHES + CASTS),
-        Launch("zeros of the gradients", moved=4.0 * (V * D + N * D)),
+    product = 2.0 * rows * D * V
+    chunk = [
         store,
         combine(math.ceil(rows), parts),
-        Launch("finish", math.ceil(rows / 16) * parts, moved=2 * block),
-        Launch("hidden gradient", flop=2.0 * rows * D * V, moved=block + weight + 4 * rows * D),
-        Launch("rows in and out", moved=(12 + size) * rows * D, times=3),
-        Launch("weight gradient", flop=2.0 * rows * D * V, moved=block + 8.0 * V * D + size * rows * D),
-        Launch("gradients in the operands' type", moved=(4 + size) * (V * D + N * D) if size == 2 else 0.0),
+        Launch("finish", math.ceil(rows / FINISH_ROWS) * parts, moved=2 * block),
+        Launch("hidden gradient", flop=product, moved=block + weight + 4 * rows * D),
+        Launch("rows out", moved=8 * rows * D, times=2),
     ]
+    once = [order(N), Launch("small", times=CASTS), Launch("zeros of the hidden gradient", moved=4.0 * N * D)]
     if size == 2:
-        residual = Launch("residual of the weight", math.ceil(rows / 32) * math.ceil(D / 256), chain=6 * 32)
-        launches += [Launch("residual of the hidden rows", moved=10.0 * rows * D), residual]
-    once = ("order", "zeros of the gradients", "gradients in the operands' type")
-    return [launch if launch.kernel in once else _times(launch, chunks) for launch in launches]
+        once.append(Launch("hidden gradient in the operands' type", moved=(4 + size) * N * D))
+    if static_floors.kept_whole(N, D, V, gpu.target, size):
+        backward = [
+            order(N),
+            Launch("gather", moved=2.0 * size * N * D),
+            Launch("weight gradient", flop=product, moved=block + weight + size * N * D),
+        ]
+        return [*once, *chunk, *backward]
+    chunk.append(Launch("rows in", moved=2 * size * rows * D))
+    first = Launch("weight gradient, written", flop=product, moved=block + 4.0 * V * D + size * rows * D)
+    more = Launch("weight gradient, added", flop=product, moved=first.moved + 4.0 * V * D, times=chunks - 1)
+    if size == 2:
+        once.append(Launch("weight gradient in the operands' type", moved=(4 + size) * V * D))
+        entries, columns = math.ceil(rows / ENTRIES), math.ceil(D / BLOCK_W)
+        chunk += [
+            Launch("residual of the hidden rows", moved=10.0 * rows * D),
+            Launch("residual of the weight", entries * columns, moved=10.0 * rows * D, chain=3 * ENTRIES),
+        ]
+    return [*once, *(_times(launch, chunks) for launch in chunk), first, *[more] * (chunks > 1)]
 
 
 def _times(launch: Launch, chunks: int) -> Launch:

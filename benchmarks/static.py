@@ -22,8 +22,15 @@ import triton
 from benchmarks import static_counts, static_floors, static_kernels
 from benchmarks.static_kernels import TARGETS, Variant
 from vig_kernels.kernels.triton import gaussian_blur as gaussian_blur_triton
+from vig_kernels.kernels.triton import (
+    kept_block,
+    logit_fold,
+    logit_gradients,
+    logit_tiles,
+    row_order,
+    target_residual,
+)
 from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
-from vig_kernels.kernels.triton import logit_fold, logit_gradients, logit_tiles, target_residual
 from vig_kernels.kernels.triton.tile_configs import BLUR, HEAD, IRREGULAR, TileConfig
 
 STORE = Path(__file__).parent / "results" / "static.json"
@@ -37,6 +44,7 @@ TRAIN_RAGGED = Variant("bias, softcap, block, any D and stride", True, True, sto
 
 PAIR = Variant("pair", pair=True)
 ANY = Variant("any D and stride", even_k=False)
+KEPT = Variant("bias, block kept", bias=True, store=True)
 
 # what the wide, narrow and irregular tiles are launched with (tile_configs.head_config); of less code, what the
 # predictions read
@@ -47,6 +55,7 @@ HEAD_VARIANTS = {
 }
 
 
+WARPS = {"order": row_order.ORDER_WARPS, "correct weight": target_residual.WEIGHT_WARPS}  # of the others 4
 DTYPES = {"16-bit": ("bfloat16", "float16"), "float32": ("float32",)}  # by the table's kind
 
 
@@ -81,7 +90,8 @@ def small_rows(target: str) -> list[dict]:
     """The kernels without a product: their one tile, by the parts that the folds leave."""
 
     def small(kernel, variant, dtype, part=0):
-        return row(kernel, variant, target, dtype, TileConfig(0, part, 0, 4, 3), gemm=False)
+        tile = TileConfig(0, part, 0, WARPS.get(kernel, 4), 3)
+        return row(kernel, variant, target, dtype, tile, gemm=False)
 
     found = []
     for kind, dtypes in DTYPES.items():
@@ -91,6 +101,9 @@ def small_rows(target: str) -> list[dict]:
         found += [small("finish", TRAIN_CAPPED, dtype, part) for part in store for dtype in dtypes]
     for kernel in ("correct hidden", "correct weight"):
         found += [small(kernel, variant, dtype) for variant in (PLAIN, ANY) for dtype in DTYPES["16-bit"]]
+    found += [small("finish", KEPT, "bfloat16", part) for part in parts("store", target, "16-bit")]
+    found.append(small("order", PLAIN, "int64"))
+    found += [small("gather", variant, "bfloat16") for variant in (PLAIN, ANY)]
     return found
 
 
@@ -119,7 +132,9 @@ def ast_source(entry: dict):
     target, dtype, kernel = entry["target"], entry["dtype"], entry["kernel"]
     if kernel in HEAD_VARIANTS:
         function = logit_gradients.gradient_kernel if kernel == "gradient" else logit_fold.fold_kernel
-        return static_kernels.head_source(function, variant, dtype, tile, precision(target, dtype))
+        return static_kernels.head_source(
+            function, variant, dtype, tile, precision(target, dtype), target.startswith("sm_")
+        )
     if kernel.startswith("blur"):
         fast = entry["products"] == "float16"
         how = "ieee" if fast else precision(target, "float32")
@@ -128,6 +143,10 @@ def ast_source(entry: dict):
         return static_kernels.combine_source(variant, tile.block_v)
     if kernel.startswith("correct"):
         return static_kernels.correct_source(kernel, variant, dtype)
+    if kernel == "order":
+        return static_kernels.order_source()
+    if kernel == "gather":
+        return static_kernels.gather_source(variant, dtype)
     return static_kernels.finish_source(variant, dtype, tile.block_v)
 
 
@@ -149,22 +168,35 @@ MODULES = {
     "finish": (linear_cross_entropy_triton,),
     "correct hidden": (target_residual,),
     "correct weight": (target_residual,),
+    "order": (row_order,),
+    "gather": (kept_block,),
     "blur read": (gaussian_blur_triton,),
     "blur write": (gaussian_blur_triton,),
 }
 
 
 def code_of(kernel: str) -> str:
-    """A fingerprint of the kernel's Triton functions, blind to comments and layout, and of Triton's version."""
-    digest = hashlib.sha256(triton.__version__.encode())
+    """A fingerprint of the kernel's Triton functions, blind to comments, docstrings and layout, and the same under
+    every Python."""
+    digest = hashlib.sha256()
     for module in MODULES[kernel]:
-        tree = ast.parse(Path(module.__file__).read_text())
-        for node in tree.body:
+        for node in ast.parse(Path(module.__file__).read_text()).body:
             if isinstance(node, ast.FunctionDef) and any(
                 "jit" in ast.unparse(d) for d in node.decorator_list
             ):
-                digest.update(ast.unparse(node).encode())
+                node.body = node.body[ast.get_docstring(node) is not None :]
+                digest.update(repr(_tree(node)).encode())
     return digest.hexdigest()[:16]
+
+
+def _tree(node: object) -> object:
+    """A syntax tree as tuples. Fields without a value are left out: which there are depends on Python's version."""
+    if isinstance(node, list):
+        return tuple(map(_tree, node))
+    if not isinstance(node, ast.AST):
+        return node
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
+    return type(node).__name__, *((name, _tree(value)) for name, value in fields)
 
 
 def key(entry: dict) -> tuple:
@@ -226,6 +258,14 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(problems) or f"{len(rows())} rows hold")
         return 1 if problems else 0
     known = {key(entry): entry for entry in stored()["rows"]}
+    if (
+        stored().get("triton", triton.__version__) != triton.__version__
+    ):  # another compiler: all are counted anew
+        if options.only:
+            parser.error(
+                f"the stored rows are of Triton {stored()['triton']}, here is {triton.__version__}: count all"
+            )
+        known = {}
     todo = [
         entry
         for entry in rows()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 import subprocess
 import tempfile
@@ -20,6 +21,8 @@ class Assembly(NamedTuple):
 
     label: re.Pattern
     jump: re.Pattern
+    always: re.Pattern  # of a line: a jump without a condition
+    end: re.Pattern  # of a line: the program's end, without a condition
     instruction: re.Pattern
     special: re.Pattern  # of an instruction's name: exponentials and the like
 
@@ -27,15 +30,20 @@ class Assembly(NamedTuple):
 SASS = Assembly(
     re.compile(r"(\.L_\w+):"),
     re.compile(r"BRA.*`\((\.L_\w+)\)"),
+    re.compile(r"/\*[0-9a-f]{4,}\*/\s+BRA"),
+    re.compile(r"/\*[0-9a-f]{4,}\*/\s+EXIT"),
     re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"),
     re.compile(r"MUFU"),
 )
 GCN = Assembly(
     re.compile(r"(\.LBB\w+):"),
     re.compile(r"s_c?branch\w*\s+(\.LBB\w+)"),
+    re.compile(r"^\s+s_branch\s"),
+    re.compile(r"^\s+s_endpgm"),
     re.compile(r"^\s+([vs]_\w+|ds_\w+|buffer_\w+|global_\w+)"),
     re.compile(r"v_(?:exp|log|rcp|rsq|sqrt)_f"),
 )
+WAIT_FOR_ALL = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0")
 MMA = {
     "sm_80": re.compile(r"\bHMMA\.[\w.]+"),
     "sm_90": re.compile(r"\bHGMMA\.[\w.]+"),
@@ -81,25 +89,69 @@ def nvidia(target: str, compiled) -> dict:
         "tensor_kinds": sorted(
             {MMA[target].search(lines[i]).group(0) for i in tensor} | tensor_kinds(compiled)
         ),
+        "waits_in_step": waits_in_step(lines, tensor),
     } | after_loop(lines, tensor, SASS)
 
 
+def waits_in_step(lines: list[str], tensor: list[int]) -> int:
+    """Waits for every tensor instruction under way (wgmma.wait_group 0) that stand between those of one K step: the
+    step then runs its products one after the other. Hopper alone has them."""
+    between = lines[tensor[0] : tensor[-1]] if tensor else []
+    return sum(bool(WAIT_FOR_ALL.search(line)) for line in between)
+
+
 def after_loop(lines: list[str], tensor: list[int], assembly: Assembly) -> dict:
-    """Instructions a warp after the main loop, all paths of it, and how many of them take the special-function unit.
+    """Instructions a warp after the main loop, of all paths and of the shortest, and how many of these take the
+    special-function unit.
 
     The loop ends with the first branch back over a tensor instruction; the compiler may set the last turn of the loop
-    behind it. Of a kernel without tensor instructions: all of its instructions.
+    behind it. Of a kernel without tensor instructions: all of its instructions. The shortest path is the common one:
+    what it jumps over is the mask of the last tile, and the target's logit where a tile has none.
     """
     labels = label_lines(lines, assembly)
     jumps = ((i, jump) for i, line in enumerate(lines) if (jump := assembly.jump.search(line)))
     back = (i for i, jump in jumps if any(labels.get(jump.group(1), i) <= t < i for t in tensor))
     end = next(back, tensor[-1]) if tensor else -1
-    found = [match.group(1) for line in lines[end + 1 :] if (match := assembly.instruction.search(line))]
-    names = [name for name in found if name not in ("NOP", "s_nop")]
+    names = [name for line in lines[end + 1 :] if (name := instruction_of(line, assembly))]
+    common = names
+    if tensor:
+        path = shortest_path(lines, end + 1, assembly)
+        common = [name for i in path if (name := instruction_of(lines[i], assembly))]
     return {
         "epilogue_instructions": len(names),
         "epilogue_special": sum(bool(assembly.special.match(name)) for name in names),
+        "shortest_instructions": len(common),
+        "shortest_special": sum(bool(assembly.special.match(name)) for name in common),
     }
+
+
+def instruction_of(line: str, assembly: Assembly) -> str | None:
+    """The name of the line's instruction, if it has one that does something."""
+    found = assembly.instruction.search(line)
+    return None if found is None or found.group(1) in ("NOP", "s_nop") else found.group(1)
+
+
+def shortest_path(lines: list[str], start: int, assembly: Assembly) -> list[int]:
+    """Lines from `start` to an end of the program, by the way with the fewest instructions."""
+    labels = label_lines(lines, assembly)
+    waiting, came_from = [(0, start, None)], {}
+    while waiting:
+        length, at, before = heapq.heappop(waiting)
+        if at in came_from or at >= len(lines):
+            continue
+        came_from[at] = before
+        if assembly.end.search(lines[at]):
+            path = [at]
+            while came_from[path[-1]] is not None:
+                path.append(came_from[path[-1]])
+            return path[::-1]
+        length += instruction_of(lines[at], assembly) is not None
+        jump = assembly.jump.search(lines[at])
+        if jump and jump.group(1) in labels:
+            heapq.heappush(waiting, (length, labels[jump.group(1)], at))
+        if not assembly.always.search(lines[at]):
+            heapq.heappush(waiting, (length, at + 1, at))
+    raise ValueError(f"no way from line {start} to the end of the program")
 
 
 def label_lines(lines: list[str], assembly: Assembly) -> dict[str, int]:
@@ -183,6 +235,30 @@ EXPECTED = {
 }
 OUTSIDE_LIMIT = 64
 
+# instructions a logit behind the main loop, all paths, on sm_80, sm_90, sm_100: what is known to do, and 5 %. On gfx942
+# the compiler sets turns of the main loop behind it, so that the count says little
+EPILOGUE_BUDGET = {
+    ("fold", "plain", "16-bit"): (23, 15, 17),
+    ("fold", "bias, softcap, entropy, argmax", "16-bit"): (66, 56, 55),
+    ("fold", "bias, softcap, any D and stride", "16-bit"): (49, 51, 51),
+    ("store", "bias, block", "16-bit"): (31, 24, 32),
+    ("store", "bias, softcap, block", "16-bit"): (90, 92, 90),
+    ("store", "bias, softcap, block, any D and stride", "16-bit"): (101, 106, 96),
+    ("gradient", "bias, softcap, entropy, argmax", "16-bit"): (87, 96, 110),
+    ("gradient", "bias, softcap, any D and stride", "16-bit"): (83, 95, 113),
+    ("fold", "plain", "float32"): (19, 15, 68),
+    ("fold", "bias, softcap, entropy, argmax", "float32"): (60, 56, 115),
+    ("fold", "bias, softcap, any D and stride", "float32"): (50, 51, 80),
+    ("store", "bias, block", "float32"): (28, 25, 88),
+    ("store", "bias, softcap, block", "float32"): (98, 95, 139),
+    ("store", "bias, softcap, block, any D and stride", "float32"): (102, 102, 131),
+    ("gradient", "bias, softcap, entropy, argmax", "float32"): (85, 84, 123),
+    ("gradient", "bias, softcap, any D and stride", "float32"): (83, 85, 94),
+}
+# waits that are known: tf32x3 makes three products of one, and the compiler waits for each before it starts the next,
+# since they add to one accumulator from operands that it forms in registers
+WAITS = {"tf32x3": 2}
+
 
 def faults(row: dict) -> list[str]:
     """What a row of static.json does that it must not."""
@@ -198,8 +274,29 @@ def faults(row: dict) -> list[str]:
         found.append(f"{counts['shared_bytes']} bytes of shared memory, the limit is {SHARED_LIMIT[target]}")
     if counts["resident_warps"] == 0:
         found.append("no block fits a multiprocessor")
+    if counts.get("waits_in_step", 0) > WAITS.get(row["products"], 0):
+        found.append(f"{counts['waits_in_step']} waits for all wgmma inside a K step")
+    budget = epilogue_budget(row)
+    per_logit = epilogue_per_logit(row) if budget else 0
+    if budget and per_logit > budget:
+        found.append(f"{per_logit:.1f} instructions a logit in the epilogue, the budget is {budget}")
     if row["products"]:
         pattern = EXPECTED[target, row["products"]]
         if not any(re.search(pattern, kind) for kind in counts["tensor_kinds"]):
             found.append(f"no tensor instruction like {pattern} among {counts['tensor_kinds']}")
     return found
+
+
+def epilogue_budget(row: dict) -> float | None:
+    """Of EPILOGUE_BUDGET; None where there is none."""
+    kind = "float32" if row["dtype"] == "float32" else "16-bit"
+    targets = ("sm_80", "sm_90", "sm_100")
+    budgets = EPILOGUE_BUDGET.get((row["kernel"], row["variant"], kind))
+    return budgets[targets.index(row["target"])] if budgets and row["target"] in targets else None
+
+
+def epilogue_per_logit(row: dict) -> float:
+    """Instructions behind the main loop over the logits of a thread."""
+    tile = row["tile"]
+    logits = tile["block_n"] * tile["block_v"] / (32 * tile["num_warps"])
+    return row["counts"]["epilogue_instructions"] / logits

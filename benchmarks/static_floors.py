@@ -13,6 +13,7 @@ import torch
 
 from vig_kernels.kernels.triton.linear_cross_entropy import chunk_rows
 from vig_kernels.kernels.triton.tile_configs import BLUR, HEAD, NARROW
+from vig_kernels.ops.linear_cross_entropy import GPU_MIB, MIB
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,13 @@ def score(N: int, D: int, V: int, target: str, size: int, passes: int = 1) -> tu
 
 def train(N: int, D: int, V: int, target: str, size: int) -> tuple[float, float]:
     """(FLOP, bytes) of linear_cross_entropy: three GEMMs; the block five times, the weight gradient once a chunk."""
-    chunks = math.ceil(N / train_rows(N, D, V, target, size))
+    rows = train_rows(N, D, V, target, size)
+    chunks = math.ceil(N / rows)
     block = 5 * size * N * V  # written, read and written by the epilogue, read by two GEMMs
-    weight = chunks * (2 * size * V * D + 8 * V * D)
+    if kept_whole(N, D, V, target, size):  # the backward writes the gradient itself
+        weight = 3 * size * V * D
+    else:  # the first chunk writes the float32 sums, the others add to them, the backward casts
+        weight = chunks * 2 * size * V * D + (8 * chunks - 4) * V * D + (4 + size) * V * D * (size == 2)
     return 6.0 * N * D * V, float(block + weight + 4 * size * N * D)
 
 
@@ -66,7 +71,13 @@ def train_rows(N: int, D: int, V: int, target: str, size: int) -> int:
     """Rows of a chunk of linear_cross_entropy with memory="fast", all rows kept and told, both gradients wanted."""
     tile = HEAD["store", target, "float32" if size == 4 else "16-bit"][D <= NARROW]
     dtype = torch.float32 if size == 4 else torch.bfloat16
-    return chunk_rows(N, N, D, V, dtype, (True, True, False), tile.block_v // tile.parts)
+    part = tile.block_v // tile.parts
+    return chunk_rows(N, N, D, V, dtype, (True, True, False), part, GPU_MIB * MIB)
+
+
+def kept_whole(N: int, D: int, V: int, target: str, size: int) -> bool:
+    """Whether the block of all rows is kept for the backward (bfloat16 alone)."""
+    return size == 2 and train_rows(N, D, V, target, size) == N
 
 
 def blur(planes: int, H: int, W: int, sigma: float, target: str, size: int) -> tuple[float, float]:

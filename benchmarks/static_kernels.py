@@ -8,8 +8,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vig_kernels.kernels.triton import gaussian_blur as gaussian_blur_triton
+from vig_kernels.kernels.triton import kept_block, logit_fold, logit_gradients, row_order, target_residual
 from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
-from vig_kernels.kernels.triton import logit_fold, logit_gradients, target_residual
 from vig_kernels.kernels.triton.tile_configs import TileConfig
 
 TARGETS = {
@@ -23,11 +23,12 @@ POINTER = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u
 INT64 = ("target", "order", "count", "place", "row_of")
 FLOAT32 = (
     "partial_max", "partial_sum", "target_logit", "target_slope", "lse", "lse_lo", "nll", "loss_scale", "row_weight",
-    "grad_nll", "residual", "total", "centre_of", "factor_of",
+    "grad_nll", "residual", "total", "centre_of", "factor_of", "row_factor",
 )  # fmt: skip
 FLOATS = ("logit_scale", "logit_softcap", "z_loss")
 ALIGNED = (
     "stride_hidden", "stride_hidden_second", "stride_weight", "stride_block", "stride_matrix", "stride_total", "D",
+    "size", "lines",
 )  # fmt: skip
 
 
@@ -45,7 +46,9 @@ class Variant:
     even_k: bool = True
 
 
-def head_source(kernel, variant: Variant, dtype: str, config: TileConfig, precision: str) -> ASTSource:
+def head_source(
+    kernel, variant: Variant, dtype: str, config: TileConfig, precision: str, nvidia: bool
+) -> ASTSource:
     """fold_kernel or gradient_kernel for `dtype` operands."""
     data = "*" + POINTER[dtype]
     descriptor = config.descriptor and variant.even_k
@@ -66,8 +69,9 @@ def head_source(kernel, variant: Variant, dtype: str, config: TileConfig, precis
     constants = {
         "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_K": config.block_k, "PARTS": config.parts,
         "GROUP": config.group, "EVEN_K": variant.even_k, "DESCRIPTOR": descriptor, "SOFTCAP": variant.softcap,
-        "PRECISION": precision,
+        "FOLDED": not (variant.bias or variant.softcap), "FAST_EXP2": nvidia, "PRECISION": precision,
     }  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return source(kernel, types, constants, aligned=variant.even_k)
 
 
@@ -94,10 +98,11 @@ def source(kernel, types: dict, constants: dict, aligned: bool = True) -> ASTSou
             signature[name] = "*fp32"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
+    unknown = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (aligned and name in ALIGNED)
+        if (signature[name].startswith("*") and name not in unknown) or (aligned and name in ALIGNED)
     }
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -113,16 +118,18 @@ def combine_source(variant: Variant, part: int) -> ASTSource:
         "nll_image": "*fp32" if variant.pair else None,
         "vig": "*fp32" if variant.pair else None,
     }
-    return source(logit_fold.combine_kernel, types, {"PART": part, "BLOCK_N": 32, "BLOCK_T": 32})
+    sizes = {"PART": part, "BLOCK_N": logit_fold.COMBINE_ROWS, "BLOCK_T": logit_fold.COMBINE_PARTS}
+    return source(logit_fold.combine_kernel, types, sizes)
 
 
 def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:
-    weights = "*fp32" if dtype == "float32" else "*fp16"
+    weights, kept = "*fp32" if dtype == "float32" else "*fp16", not variant.softcap
     types = {
         "weights": weights,
         "block": "*" + POINTER[dtype],
         "partial_bias": "*fp32" if variant.bias else None,
-        "residual": None if dtype == "float32" else "*fp32",
+        "residual": None if dtype == "float32" or kept else "*fp32",
+        "row_factor": "*fp32" if kept else None,
     }
     constants = {"PART": part, "BLOCK_N": linear_cross_entropy_triton.FINISH_ROWS, "SOFTCAP": variant.softcap}
     return source(linear_cross_entropy_triton.finish_kernel, types, constants)
@@ -134,8 +141,20 @@ def correct_source(kernel: str, variant: Variant, dtype: str) -> ASTSource:
     data = "*" + POINTER[dtype]
     sizes = {name: getattr(target_residual, name) for name in ("ENTRIES", "BLOCK_N", "BLOCK_R")}
     constants = {name: size for name, size in sizes.items() if name in function.arg_names}
-    constants["BLOCK_D"] = target_residual.BLOCK_D
+    constants["BLOCK_D"] = target_residual.BLOCK_W if "BLOCK_R" in constants else target_residual.BLOCK_D
     return source(function, {"weight": data, "hidden": data}, constants, aligned=variant.even_k)
+
+
+def order_source() -> ASTSource:
+    return source(row_order.order_kernel, {"order": "*i64"}, {"BLOCK": row_order.ORDER_BLOCK})
+
+
+def gather_source(variant: Variant, dtype: str) -> ASTSource:
+    data = "*" + POINTER[dtype]
+    types = {"hidden": data, "out": data, "factor": "*fp32"}
+    return source(
+        kept_block.gather_kernel, types, {"BLOCK_D": kept_block.GATHER_COLUMNS}, aligned=variant.even_k
+    )
 
 
 def blur_source(first_launch: bool, dtype: str, fast: bool, config: TileConfig, precision: str) -> ASTSource:
@@ -155,6 +174,6 @@ def blur_source(first_launch: bool, dtype: str, fast: bool, config: TileConfig, 
     constants = {
         "BLOCK_R": config.block_n, "BLOCK_L": config.block_v, "BLOCK_K": config.block_k,
         "ENTER": fast and first_launch, "LEAVE": fast and not first_launch, "SOURCE_UNIT": True, "OUT_UNIT": True,
-        "PRECISION": precision,
+        "SOURCE_DIVISOR": 16, "OUT_DIVISOR": 16, "PRECISION": precision,
     }  # fmt: skip
     return source(gaussian_blur_triton.band_kernel, types, constants)

@@ -53,7 +53,7 @@ def test_threads_that_differentiate_one_retained_loss(backend, device):
 @every
 def test_a_backward_that_fails_half_way_leaves_no_trap(backend, device, monkeypatch):
     """The first gradient is scaled, the second is not: the next backward must not scale the first one again."""
-    module = importlib.import_module("vig_kernels.ops.linear_cross_entropy")
+    module = importlib.import_module("vig_kernels.ops.loss_gradients")
     inputs = make(PLAIN, torch.float32, device, grad=True)
     expected = torch.autograd.grad(loss_of(inputs, backend=backend) * 3.0, inputs.leaves())
     scaled, calls = module._scaled, []

@@ -30,7 +30,7 @@ def test_a_vendors_product_by_hand():
 def test_waves_of_a_tile_kernel_by_hand(monkeypatch):
     """132 blocks at a time: 133 take twice as long. A second block on the multiprocessor hides the epilogue."""
     tile = predictions.tile_of("fold", "sm_90", "bfloat16", 4096)
-    counts = {"resident_warps": tile.num_warps, "epilogue_instructions": 1464, "epilogue_special": 0}
+    counts = {"resident_warps": tile.num_warps, "shortest_instructions": 1464, "shortest_special": 0}
     monkeypatch.setattr(predictions, "counts_of", lambda *_: counts)
     flop = 2.0 * tile.block_n * tile.block_v * 4096
     products = flop / (0.95 * 0.80 * 989e12 / 132)
@@ -42,7 +42,7 @@ def test_waves_of_a_tile_kernel_by_hand(monkeypatch):
     counts["resident_warps"] *= 2
     launch = Launch("fold", 264, flop * 264, 0.0, tile=tile)
     assert predictions.seconds(launch, H100, "bfloat16") == pytest.approx(2 * products)
-    counts["epilogue_special"] = 10**6  # bound by the special-function unit
+    counts["shortest_special"] = 10**6  # bound by the special-function unit
     slow = predictions.epilogue(tile, counts, H100)
     assert slow == pytest.approx(tile.num_warps * 10**6 / 0.5 / (0.80 * 1.83e9))
 

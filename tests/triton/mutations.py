@@ -25,7 +25,8 @@ from vig_kernels.kernels.triton import tile_configs
 
 SOURCE = Path(tile_configs.__file__).parent
 TILES, FOLD, GRADIENTS, NLL = "logit_tiles", "logit_fold", "logit_gradients", "linear_nll"
-LOSS, BLUR, RESIDUAL = "linear_cross_entropy", "gaussian_blur", "target_residual"
+LOSS, BLUR, RESIDUAL, KEPT = "linear_cross_entropy", "gaussian_blur", "target_residual", "kept_block"
+ORDER = "row_order"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,6 @@ def _faults(kernel: str, module: str, *rows, isolated: bool = False) -> list[Mut
 MUTATIONS = [
     *_faults(
         "fold", TILES,
-        ("vocabulary mask dropped", 'return tl.where(column[None, :] < V, z, -float("inf"))', "return z"),
         ("last block of D skipped", "range(0, D, BLOCK_K)", "range(0, D - BLOCK_K, BLOCK_K)"),
         ("bias added twice", "dot += tl.load(bias", "dot += 2.0 * tl.load(bias"),
         ("scale dropped", "return dot * logit_scale", "return dot"),
@@ -53,6 +53,12 @@ MUTATIONS = [
     ),
     *_faults(
         "fold", FOLD,
+        ("vocabulary mask dropped", 'z = tl.where(column[None, :] < V, z, -float("inf"))', "z = z"),
+        ("last tile not masked", "if first + PART > V:", "if first > V:"),
+        ("folded scale dropped", "unit = logit_scale", "unit = 1.0"),
+        ("scale of the maximum dropped", "top * unit, mask=live", "top, mask=live"),
+        ("target sought in full parts alone", "if hits > 0:", "if hits > 1:"),
+        ("exponent in nats", "(unit * LOG2_E)", "unit"),
         ("maximum started at 0", "top = tl.max(z, axis=1)", "top = tl.maximum(tl.max(z, axis=1), 0.0)"),
         ("last tile of the vocabulary dropped", "triton.cdiv(V, config.block_v)\n", "max(1, V // config.block_v)\n"),
         ("second half folded as the first", "left if half == 0 else right, bias, vocab_tile", "left, bias, vocab_tile"),
@@ -106,7 +112,7 @@ MUTATIONS = [
         ("ignored rows kept", "g = tl.where(live[:, None] &", "g = tl.where(inside[:, None] &"),
         ("loss_scale omitted", "g *= tl.load(loss_scale)", "g *= 1.0"),
         ("residual of a wrong word", "g - stored.to(tl.float32), 0.0)", "0.0, 0.0)"),
-        ("later chunks overwrite", "torch.addmm(total, a, b, out=total)", "total.copy_(a @ b)"),
+        ("later chunks overwrite", "beta = 0.0 if first else 1.0", "beta = 0.0"),
     ),
     *_faults(
         "gradient", NLL,
@@ -155,8 +161,10 @@ MUTATIONS = [
         ("sums overwritten", "tl.load(to, mask=column < D, other=0.0) + sums", "sums"),
         ("ignored rows kept", "target.masked_fill(target == ignore_index, -1)", "target"),
         ("chunk of the vocabulary forgotten", "first_vocab, first_vocab + words", "0, words"),
-        ("rows taken unsorted", "row = tl.load(place + entry, mask=same, other=0)", "row = entry"),
-        ("residuals taken unsorted", "residual + row, mask=same", "residual + entry, mask=same"),
+        ("rows taken unsorted", "rows[self.order]", "rows"),
+        ("residuals taken unsorted", "lost = self.lost[self.order]", "lost = self.lost"),
+        ("rows beyond the target's kept", "same = tl.load(target + entry, mask=there, other=-1) == word",
+         "same = there"),
     ),
     *_faults(
         "correct hidden", RESIDUAL,
@@ -169,6 +177,31 @@ MUTATIONS = [
         ("int32 offset of hidden", "row[:, None] * stride_hidden", "row[:, None].to(tl.int32) * stride_hidden"),
         ("int32 offset of the gradient", "(word - low) * stride_total", "(word - low).to(tl.int32) * stride_total"),
         isolated=True,
+    ),
+    *_faults(
+        "order", ORDER,
+        ("later blocks dropped", "for start in range(0, N, BLOCK):", "for start in range(0, BLOCK, BLOCK):"),
+        ("earlier blocks forgotten", "before += tl.sum(live, axis=0)", "pass"),
+        ("ignored rows from the start", "total + row - rank", "row - rank"),
+        ("kept rows one too far", "rank - 1", "rank"),
+        ("rows beyond N counted", "lane < N, other=ignore_index", "lane < N, other=ignore_index + 1"),
+        ("count of the last block", "kept += (words", "kept = (words"),
+        isolated=True,
+    ),
+    *_faults(
+        "gather", KEPT,
+        ("factor dropped", "tl.load(factor) * tl.load(row_factor + place)", "tl.load(row_factor + place)"),
+        ("factor of the row dropped", "tl.load(factor) * tl.load(row_factor + place)", "tl.load(factor)"),
+        ("factor of another row", "tl.load(row_factor + place)", "tl.load(row_factor + row)"),
+        ("ignored rows kept", "live = (column < D) & (column * 0 + place < tl.load(count))", "live = column < D"),
+        ("rows taken in their own order", "row = tl.load(order + place)", "row = place"),
+    ),
+    *_faults(
+        "finish", LOSS,
+        ("first chunk forgotten", "grads, chunk.first == 0)", "grads, True)"),
+        ("factor of the row near 1", "tl.constexpr(0.70710678)", "tl.constexpr(1.0)"),
+        ("factor of the row not taken off", "g /= ratio[:, None]", "g = g"),
+        ("factor of the row not in the hidden gradient", "total.mul_(row_factor[:, None])", "total"),
     ),
     *_faults(
         "blur", BLUR,
@@ -190,7 +223,7 @@ MUTATIONS = [
 
 def many_parts(k) -> None:
     """More parts than `combine_kernel` takes at a time."""
-    hidden, weight, target, _ = checks.problem(N=6, V=600, D=8)
+    hidden, weight, target, _ = checks.problem(N=6, V=2100, D=8)
     checks.assert_forward(k, hidden, weight, target, checks.OPTIONS)
 
 
@@ -208,9 +241,12 @@ CHECKS = {
         checks.check_what_16_bits_lose,
         checks.check_training,
         lambda k: checks.check_training(k, num_kept=False),
+        checks.check_kept_block,
     ),
     "correct hidden": (checks.check_target_residual,),
     "correct weight": (checks.check_target_residual,),
+    "order": (checks.check_order,),
+    "gather": (checks.check_kept_block,),
     "blur": (
         checks.check_blur,
         lambda k: checks.check_blur(k, torch.uint8),
@@ -224,6 +260,8 @@ OFFSETS = {
     "finish": (checks.check_large_offsets_of_blocks,),
     "correct hidden": (checks.check_large_offsets_of_residuals,),
     "correct weight": (checks.check_large_offsets_of_residuals,),
+    "order": (checks.check_order,),
+    "gather": (checks.check_large_offsets_of_gathered_rows,),
     "blur": (checks.check_large_offsets_of_blocks,),
 }
 

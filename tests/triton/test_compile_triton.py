@@ -41,16 +41,19 @@ def test_blur_is_traced_for_cuda():
     assert found.shape == images.shape and found.dtype == torch.uint8 and found.device.type == "cuda"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", ["linear_nll", "linear_cross_entropy"])
-def test_forward_and_backward_compile_on_the_cpu(op):
+def test_forward_and_backward_compile_on_the_cpu(op, dtype):
+    """In bfloat16 the loss keeps a block, from which the backward forms the weight's gradient."""
     torch.manual_seed(0)
-    weight, target = torch.randn(30, 16), torch.tensor([1, 29, -100, 4])
+    drawn, target = torch.randn(30, 16).to(dtype), torch.tensor([1, 29, -100, 4])
     gradients = []
     for function in (OPS[op], torch.compile(OPS[op], fullgraph=True, backend="aot_eager")):
-        hidden = torch.arange(64.0).reshape(4, 16).sin().requires_grad_()
+        hidden = torch.arange(64.0).reshape(4, 16).sin().to(dtype).requires_grad_()
+        weight = drawn.clone().requires_grad_()
         sum(value.sum() for value in values(function(hidden, weight, target))).backward()
-        gradients.append(hidden.grad)
-    assert torch.equal(*gradients) and gradients[0].any()
+        gradients.append(torch.cat([hidden.grad, weight.grad]))
+    assert torch.equal(*gradients) and gradients[0][:4].any() and gradients[0][4:].any()
 
 
 def test_inductor_compiles_forward_and_backward_on_the_cpu():

@@ -1,10 +1,13 @@
 """Work is counted: one GEMM over the weight to score, three to train, four with recomputation."""
 
 import checks
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vig_kernels.kernels.triton import tile_configs
+from vig_kernels.ops import linear_cross_entropy
 from vig_kernels.problem import HeadProblem, Needs, Saved, Upstream
 
 KERNELS = checks.load("vig_kernels.kernels.triton")
@@ -67,15 +70,17 @@ def test_three_gemms_to_train_and_four_to_recompute(monkeypatch):
     tiles = Tiles(monkeypatch)
     gemm = 2 * kept * 75 * 50
 
-    def count(needs):
+    def count(needs, dtype=torch.float32):
         tiles.flop = 0
         with FlopCounterMode(display=False) as vendor:
-            KERNELS.linear_cross_entropy.forward_backward(
-                HeadProblem(hidden, weight, target, num_kept=kept), None, 0.0, Needs(*needs)
-            )
+            head = HeadProblem(hidden.to(dtype), weight.to(dtype), target, num_kept=kept)
+            checks.formed_gradients(KERNELS, head, None, 0.0, Needs(*needs))
         return (tiles.flop + vendor.get_total_flops()) / gemm
 
     assert count((True, True, False)) == 3, "ignored rows cost no GEMM when num_kept is given"
+    assert count((True, True, False), torch.bfloat16) == 3, (
+        "nor where the backward forms the weight's from a block"
+    )
     assert count((True, False, False)) == 2, "a frozen weight costs no gradient GEMM"
     assert count((False, False, False)) == 40 / kept
 
@@ -95,8 +100,17 @@ def test_three_gemms_to_train_and_four_to_recompute(monkeypatch):
         )
 
 
-def test_the_benchmarks_shapes_take_three():
-    """At 8192 x 4096 in 16 bits the float32 hidden gradient still fits, so the gradients are formed early."""
-    from vig_kernels.ops.linear_cross_entropy import HIDDEN_BUFFER_BYTES
-
-    assert HIDDEN_BUFFER_BYTES >= 4 * 8192 * 4096
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [((8192, 4096, 151936), True), ((16384, 4096, 151936), False), ((16384, 4096, 32064), True)],
+)
+def test_shapes_whose_gradients_are_formed_early(shape, kept, monkeypatch):
+    """16384 x 4096, whose float32 hidden gradient has 256 MiB, too; one block where it fits."""
+    budget = linear_cross_entropy._fast_budget(torch.device("cuda"))
+    monkeypatch.setattr(linear_cross_entropy.check, "wants_grad", lambda x: x is not None)
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(n, shape[1], dtype=torch.bfloat16, device="cuda") for n in shape[::2])
+        head = HeadProblem(hidden, weight, torch.empty(shape[0], dtype=torch.long, device="cuda"))
+        assert linear_cross_entropy._fast(head, None, "triton", budget)
+        rows = KERNELS.linear_cross_entropy.kept_rows(head, Needs(True, True, False), budget)
+    assert rows == (shape[0] if kept else 0)

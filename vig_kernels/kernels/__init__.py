@@ -7,4 +7,7 @@ What a backend's modules offer is the same for all (the values are those of vig_
     linear_vig.forward(problem, hidden_null) -> (vig, nll_image, nll_null)
     linear_cross_entropy.forward_backward(problem, row_weight, z_loss, needs) -> (loss_sum, *gradients of it)
     gaussian_blur.forward(images, gaussian, out) -> out
+
+Where a backend's linear_cross_entropy has `kept_rows(problem, needs, budget)`, its forward_backward takes a budget in
+bytes too and may return a block of `kept_rows` rows instead of the weight's gradient, which `weight_gradient` forms.
 """

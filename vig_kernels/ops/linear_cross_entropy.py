@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch
-from vig_kernels.ops.linear_nll import empty_output, nll_values
-from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs
+from vig_kernels.ops.linear_nll import nll_values
+from vig_kernels.ops.loss_gradients import STATS, gradient_dtypes, loss_and_gradients
+from vig_kernels.problem import HeadProblem, Needs
 
-# The largest float32 copy of a 16-bit hidden gradient that the fast path may hold; on a CPU logits stand beside it.
-HIDDEN_BUFFER_BYTES, CPU_HIDDEN_BUFFER_BYTES = 240 << 20, 96 << 20
-STATS = ("nll", *check.STATS)
-NO_STATS_IN_TRAINING = ("triton",)  # backends whose training sweep has none; that of linear_nll does
-CAST_BYTES = 8 << 20  # what is cast at a time when a float32 gradient is scaled into its output
+MIB = 1 << 20
+LEAST_MIB = 256  # what memory="low" takes at most, and a number must allow; "fast" on a CPU too
+GPU_MIB = 2816  # what memory="fast" takes on a GPU
+# of a float32 copy of a 16-bit hidden gradient that the fast path may hold on a CPU, where logits stand beside it
+CPU_HIDDEN_BUFFER_BYTES = 96 << 20
 
 
 def linear_cross_entropy(
@@ -26,7 +27,7 @@ def linear_cross_entropy(
     num_items: int | float | Tensor | None = None,
     z_loss: float = 0.0,
     num_kept: int | None = None,
-    memory: str = "fast",
+    memory: str | int = "fast",
     bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -47,7 +48,7 @@ def linear_cross_entropy(
         z_loss: weight of lse^2, which keeps the logits' normaliser near 1.
         num_kept: number of rows that are not ignored, if the caller knows it: a GPU then leaves the others out of its
             products without stalling to count them.
-        memory: "fast" or "low".
+        memory: "fast", "low", or the MiB, at least 256, that "fast" may take on a GPU instead of its fixed 2816.
         stats: any of "nll", "lse", "entropy" (nats) and "argmax" (int64): what is known of each row, detached. 0.0, and
             -1 for argmax, on rows that are ignored or of weight 0.
 
@@ -59,11 +60,13 @@ def linear_cross_entropy(
     "fast" scalar losses form their gradients in the forward pass (three matrix products). They stay float32 until
     backward, where the upstream factor (on a GPU and for float16 the divisor too) is applied and the result is cast
     once. For float32 inputs these sums are themselves scaled in place and handed out as the gradients. For 16-bit
-    inputs they are buffers, freed by the backward: 4 V D bytes for the weight, and at most 240 MiB (on a CPU 96) for
-    hidden (beyond that, and with memory="low" or reduction="none", gradients are recomputed in the backward: four
-    products, no buffer). The compiled CPU kernels round the gradients of bfloat16 inputs as they form them, for the
-    weight where the logits of all kept rows fit 160 MiB (else through the same 4 V D bytes): an upstream factor that
-    is not a power of two then rounds a second time.
+    inputs they are buffers, freed by the backward: 4 V D bytes for the weight, and for hidden 4 N D bytes, at most half
+    of the budget (on a CPU 96 MiB). Beyond that, and with memory="low" or reduction="none", gradients are recomputed
+    in the backward: four products, no buffer. On a GPU, where the gradients of the logits of all kept rows fit the
+    budget, those of bfloat16 inputs are kept instead (8192 rows of 151936 words do), and the backward forms the
+    weight's gradient from them: no buffer of 4 V D bytes, and one cast. The compiled CPU kernels round the gradients of
+    bfloat16 inputs as they form them, for the weight where the logits of all kept rows fit 160 MiB (else through the
+    same 4 V D bytes): an upstream factor that is not a power of two then rounds a second time.
     A second backward (`retain_graph=True`), or one in another thread at the same time, forms them again, and so does
     one after a backward under `create_graph`. Gradients for many upstream factors at once (`is_grads_batched=True`,
     torch.func.vmap of torch.autograd.grad) work; differentiating twice and torch.func.grad, vjp and jacrev raise. What
@@ -73,7 +76,7 @@ def linear_cross_entropy(
         ValueError, TypeError, BackendUnavailable: as `linear_nll`.
     """
     check.flag("reduction", reduction, ("mean", "sum", "none"))
-    check.flag("memory", memory, ("fast", "low"))
+    _check_memory(memory)
     stats = check.stats(stats, STATS)
     z_loss = check.number("z_loss", z_loss)
     (problem,) = check.linear(
@@ -94,7 +97,8 @@ def linear_cross_entropy(
     problem = problem._replace(num_kept=num_kept)
 
     name = dispatch.resolve("linear_cross_entropy", backend, problem.weight.device)
-    fast = memory == "fast" and reduction != "none" and _fast(problem, row_weight, name)
+    budget = _budget(memory, problem.weight.device)
+    fast = memory != "low" and reduction != "none" and _fast(problem, row_weight, name, budget)
     if not fast:
         name = dispatch.resolve("linear_nll", backend, problem.weight.device)
     if row_weight is not None and not check.wants_grad(row_weight):
@@ -114,7 +118,9 @@ def linear_cross_entropy(
             row_weight, num_items = row_weight * _reciprocal(num_items, row_weight.device), None
         check.transforms(problem.hidden, problem.weight, problem.bias)
         wanted = [stat in stats for stat in STATS]
-        loss, *found = _forward_op(*problem, row_weight, z_loss, list(_needs(problem)), wanted, name)
+        loss, *found = loss_and_gradients(
+            *problem, row_weight, z_loss, list(_needs(problem)), budget, wanted, name
+        )
         values = dict(zip(STATS, found[-len(STATS) :], strict=True))
     else:
         values = nll_values(problem, ("lse", *stats) if z_loss else stats, name)
@@ -125,6 +131,24 @@ def linear_cross_entropy(
     if num_items is not None and reduction != "none":
         loss = _divided(loss, num_items)
     return (loss, {s: values[s].detach().reshape(hidden.shape[:-1]) for s in stats}) if stats else loss
+
+
+def _check_memory(memory: str | int) -> None:
+    if isinstance(memory, str):
+        check.flag("memory", memory, ("fast", "low"))
+    elif check.integer("memory", memory) < LEAST_MIB:
+        raise ValueError(f"memory={memory} MiB is less than {LEAST_MIB}, which every path may need")
+
+
+def _budget(memory: str | int, device: torch.device) -> int:
+    """Bytes that forming gradients may take on a device, the float32 sums of a weight's gradient apart."""
+    return memory * MIB if not isinstance(memory, str) else _fast_budget(device)
+
+
+@torch.compiler.assume_constant_result
+def _fast_budget(device: torch.device) -> int:
+    """Fixed, never a share of what is free: chunks, and with them bits, must not depend on the neighbours."""
+    return MIB * (LEAST_MIB if device.type == "cpu" else GPU_MIB)
 
 
 def _takes_divisor(weight: Tensor) -> bool:
@@ -188,165 +212,13 @@ def _needs(problem: HeadProblem) -> Needs:
     return Needs(*map(check.wants_grad, (problem.hidden, problem.weight, problem.bias)))
 
 
-def _fast(problem: HeadProblem, row_weight: Tensor | None, backend: str) -> bool:
+def _fast(problem: HeadProblem, row_weight: Tensor | None, backend: str, budget: int) -> bool:
     """Whether to form the gradients in the forward: some are wanted, and their float32 sums are affordable."""
     if not torch.is_grad_enabled() or not any(_needs(problem)):
         return False
     if check.wants_grad(row_weight):
         return False
     hidden = problem.hidden
-    if not check.wants_grad(hidden) or _grad_dtypes(backend, hidden.dtype)[0] == hidden.dtype:
+    if not check.wants_grad(hidden) or gradient_dtypes(backend, hidden.dtype)[0] == hidden.dtype:
         return True
-    return 4 * hidden.numel() <= (
-        CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else HIDDEN_BUFFER_BYTES
-    )
-
-
-def _grad_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    """What a backend forms the gradients of hidden, weight and bias in, for inputs of `dtype`."""
-    stored = dtype if (backend, dtype) == ("cpu", torch.bfloat16) else torch.float32
-    return stored, stored, torch.float32
-
-
-@torch.library.custom_op(
-    "vig_kernels::linear_cross_entropy",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor? row_weight, float z_loss, bool[] needs, bool[] wanted, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward_op(*args):
-    """(loss_sum, gradients of loss_sum as `_grad_dtypes` says, STATS); empty where not needed or wanted."""
-    problem, (row_weight, z_loss, needs, wanted, backend) = HeadProblem(*args[:8]), args[8:]
-    check.target_range(problem)
-    check.num_kept(problem)
-    if problem.target.numel() == 0:
-        return tuple(torch.zeros_like(x) for x in _forward_fake(*args))
-    run = dispatch.module("linear_cross_entropy", backend).forward_backward
-    names = [stat for stat, asked in zip(STATS, wanted, strict=True) if asked]
-    with torch.autocast(problem.hidden.device.type, enabled=False):
-        if names and backend not in NO_STATS_IN_TRAINING:
-            values = {name: empty_output(problem, name, problem.target.shape[0]) for name in names}
-            for name, value in values.items():
-                value.fill_(-1 if name == "argmax" else 0)
-            loss, *grads = run(problem, row_weight, z_loss, Needs(*needs), values)
-        else:
-            loss, *grads = run(problem, row_weight, z_loss, Needs(*needs))
-            values = _swept_apart(problem, names, backend)
-    values = [values[name] if name in values else empty_output(problem, name, 0) for name in STATS]
-    return loss, *(loss.new_empty(0) if grad is None else grad for grad in grads), *values
-
-
-def _swept_apart(problem: HeadProblem, names: list[str], backend: str) -> dict[str, Tensor]:
-    if not names:
-        return {}
-    run = dispatch.module("linear_nll", backend).forward
-    nll, values = run(problem, tuple(name for name in names if name != "nll"))
-    return {"nll": nll} | values
-
-
-@_forward_op.register_fake
-def _forward_fake(*args):
-    problem, (_, _, needs, wanted, backend) = HeadProblem(*args[:8]), args[8:]
-    hidden = problem.hidden
-    grads = [
-        hidden.new_empty(x.shape if need else 0, dtype=dtype if need else torch.float32)
-        for x, need, dtype in zip(
-            (hidden, problem.weight, problem.bias), needs, _grad_dtypes(backend, hidden.dtype), strict=True
-        )
-    ]
-    asked = zip(STATS, wanted, strict=True)
-    values = [empty_output(problem, name, problem.target.shape[0] if asks else 0) for name, asks in asked]
-    return hidden.new_empty((), dtype=torch.float32), *grads, *values
-
-
-def _save(ctx, inputs, output):
-    problem, (row_weight, *ctx.rest) = HeadProblem(*inputs[:8]), inputs[8:]
-    needs = Needs(*ctx.rest[1])
-    _, *grads = output[: -len(STATS)]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.options = problem[4:]
-    # held here, not saved: a backward pops the sums, scales those of float32 in place and hands them out
-    ctx.grads = [grads]
-    ctx.dtypes = [
-        x.dtype if need else None
-        for x, need in zip((problem.hidden, problem.weight, problem.bias), needs, strict=True)
-    ]
-    ctx.save_for_backward(*problem[:4], row_weight)  # what a second backward recomputes from
-
-
-def _backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 13
-    sums = _taken(ctx)
-    # asked for once at most: a checkpoint that does not re-enter gives what was saved a single time
-    saved = ctx.saved_tensors if sums is None or torch.is_grad_enabled() else ()
-    if sums is None:
-        sums = _again(ctx, saved)
-    grad_hidden, grad_weight, grad_bias = (
-        None if dtype is None else _scaled(grad, grad_loss, dtype, saved)
-        for grad, dtype in zip(sums, ctx.dtypes, strict=True)
-    )
-    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 9
-
-
-_forward_op.register_autograd(_backward, setup_context=_save)
-
-
-def _taken(ctx) -> list[Tensor] | None:
-    """The sums for whoever asks first, None for all others: list.pop is atomic, so two threads never share them.
-
-    They are gone even if the backward then fails: what is scaled half is never seen again. Nor does a loss that is
-    kept for the log keep them alive.
-    """
-    try:
-        return ctx.grads.pop()
-    except IndexError:
-        return None
-
-
-def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, saved) -> Tensor:
-    """grad * factor in `dtype`: in place where it may be, else through an op that refuses a second derivative.
-
-    saved: the inputs that the gradient depends on; under create_graph they make it part of the graph.
-    """
-    if type(grad) is not Tensor:  # the compiler reuses memory itself, and refuses a second derivative itself
-        return (grad * factor).to(dtype)
-    if dtype == grad.dtype and not torch.is_grad_enabled() and not check.is_batched(factor):
-        return grad if grad.device.type == "cpu" and float(factor) == 1.0 else grad.mul_(factor)
-    differentiated = [x for x in saved if x is not None and x.requires_grad]
-    return _scale_op(grad, factor, dtype, differentiated[0] if torch.is_grad_enabled() else None)
-
-
-def _again(ctx, saved) -> list[Tensor]:
-    """The sums once more, bit for bit: another backward has taken them."""
-    *tensors, row_weight = saved
-    z_loss, needs, wanted, backend = ctx.rest
-    without = z_loss, needs, [False] * len(wanted), backend
-    with torch.no_grad():
-        return _forward_op(*tensors, *ctx.options, row_weight, *without)[1 : -len(STATS)]
-
-
-@torch.library.custom_op(
-    "vig_kernels::scale_gradient",
-    mutates_args=(),
-    schema="(Tensor gradient, Tensor factor, ScalarType dtype, Tensor? differentiated) -> Tensor",
-)
-def _scale_op(gradient, factor, dtype, differentiated):
-    """(gradient * factor) in float32, cast once; on a CPU, whose cast is an operation of its own, a few MiB at a time.
-
-    It has no gradient of its own. `differentiated` is an input that the gradient depends on: with it the result
-    is part of the graph, and a second differentiation raises instead of leaving this part out.
-    """
-    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-    if gradient.device.type != "cpu":
-        return torch.mul(gradient, factor, out=out)  # one kernel, which casts as it writes
-    step = max(1, CAST_BYTES // max(1, 4 * gradient[:1].numel()))
-    for at in range(0, gradient.shape[0], step):
-        out[at : at + step] = gradient[at : at + step] * factor
-    return out
-
-
-@_scale_op.register_fake
-def _scale_fake(gradient, factor, dtype, differentiated):
-    return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return 4 * hidden.numel() <= (CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else budget // 2)

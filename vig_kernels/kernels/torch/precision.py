@@ -48,6 +48,9 @@ else:  # torch 2.8: one switch for all devices
 FLOAT32_SUMS = held(
     CUDA_PRODUCTS, "allow_fp16_accumulation", False
 )  # of float16 products; cuBLAS refuses otherwise
+WIDE_SUMS = held(
+    CUDA_PRODUCTS, "allow_bf16_reduced_precision_reduction", False
+)  # partial sums of bfloat16 products are joined in float32
 
 
 @contextlib.contextmanager

@@ -58,6 +58,8 @@ def band_kernel(
     LEAVE: tl.constexpr,  # undo it in what is written
     SOURCE_UNIT: tl.constexpr,  # source_step is 0, 1, 2, ...
     OUT_UNIT: tl.constexpr,  # out_column is 0, 1, 2, ...
+    SOURCE_DIVISOR: tl.constexpr,  # of source_plane and source_line: what lets 16 bytes be read at once
+    OUT_DIVISOR: tl.constexpr,  # of out_plane and out_row
     PRECISION: tl.constexpr,
 ):
     """out[row, line] = sum_k K[row, k] source[line, k] of one tile of one plane."""
@@ -70,8 +72,8 @@ def band_kernel(
     operator = tl.load(operator_of + plane)
     radius = tl.load(radius_of + operator)
     matrix_ptr = matrix + (operator.to(tl.int64) * size + tl.minimum(row, size - 1))[:, None] * stride_matrix
-    at = source + tl.load(source_plane + plane)
-    at_line = tl.load(source_line + line, mask=line < lines, other=0)
+    at = source + tl.multiple_of(tl.load(source_plane + plane), SOURCE_DIVISOR)
+    at_line = tl.multiple_of(tl.load(source_line + line, mask=line < lines, other=0), SOURCE_DIVISOR)
     if ENTER or LEAVE:
         centre = tl.load(centre_of + plane)
         factor = tl.load(factor_of + plane)
@@ -99,12 +101,12 @@ def band_kernel(
         # adding and taking away 1.5 * 2^23 rounds half to even
         accumulator = (accumulator + 12582912.0) - 12582912.0
         accumulator = tl.minimum(tl.maximum(accumulator, 0.0), 255.0)
-    to_row = tl.load(out_row + row, mask=row < size, other=0)
+    to_row = tl.multiple_of(tl.load(out_row + row, mask=row < size, other=0), OUT_DIVISOR)
     if OUT_UNIT:
         to_column = line.to(tl.int64)
     else:
         to_column = tl.load(out_column + line, mask=line < lines, other=0)
-    to = out + tl.load(out_plane + plane) + to_row[:, None] + to_column[None, :]
+    to = out + tl.multiple_of(tl.load(out_plane + plane), OUT_DIVISOR) + to_row[:, None] + to_column[None, :]
     tl.store(
         to, narrow(accumulator, out.dtype.element_ty), mask=(row < size)[:, None] & (line < lines)[None, :]
     )
@@ -117,6 +119,7 @@ class Addresses(NamedTuple):
     row: Tensor  # (H,)
     column: Tensor  # (W,)
     unit: bool  # column is 0, 1, 2, ...
+    divisor: int  # a power of two up to 16 that divides every plane and row
 
 
 @functools.lru_cache(maxsize=32)
@@ -125,7 +128,8 @@ def strided_addresses(shape: tuple[int, ...], strides: tuple[int, ...], device: 
     on other streams find it so."""
     ranges = [torch.arange(n, device="cpu") * s for n, s in zip(shape, strides, strict=True)]
     plane = (ranges[0][:, None] + ranges[1]).reshape(-1)
-    return Addresses(plane.to(device), ranges[2].to(device), ranges[3].to(device), strides[3] == 1)
+    divisor = math.gcd(16, *strides[:3])
+    return Addresses(*(t.to(device) for t in (plane, ranges[2], ranges[3])), strides[3] == 1, divisor)
 
 
 def patch_addresses(
@@ -150,7 +154,7 @@ def patch_addresses(
     column = (gx // merge * merge * merge + gx % merge) * length + x % patch
     t = torch.arange(times, device=device) * (rows * columns) + first
     frame = torch.arange(channels * temporal, device=device) * patch * patch
-    return Addresses((t[:, None] * length + frame).reshape(-1), row, column, False)
+    return Addresses((t[:, None] * length + frame).reshape(-1), row, column, unit=False, divisor=1)
 
 
 def band_matrix(size: int, sigma: float, truncate: float, border: str) -> tuple[Tensor, int]:
@@ -227,6 +231,7 @@ def launch_band(
             size, lines, matrices.stride(1), row_tiles, line_tiles,
             BLOCK_R=config.block_n, BLOCK_L=config.block_v, BLOCK_K=config.block_k, ENTER=scaling.enter,
             LEAVE=scaling.leave, SOURCE_UNIT=source.at.unit, OUT_UNIT=out.at.unit,
+            SOURCE_DIVISOR=source.at.divisor, OUT_DIVISOR=out.at.divisor,
             PRECISION=compute_precision(matrices), **config.launch_options,
         )  # fmt: skip
 

@@ -1,10 +1,9 @@
-"""What every Triton op asks before it launches: target, operands, and the order of the rows."""
+"""What every Triton op asks before it launches: target, precision and operands."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -45,6 +44,20 @@ def compute_precision(weight: Tensor) -> str:
     return "tf32x3" if weight.dtype == torch.float32 and nvidia else "ieee"
 
 
+def fast_exp2(device: torch.device) -> bool:
+    """Whether the device has ex2.approx.ftz, one instruction; elsewhere, and in the interpreter, tl.exp2."""
+    return target_of(device).startswith("sm_")
+
+
+def aligned(hidden: Tensor) -> Tensor:
+    """Hidden rows on 16-byte borders, copied where they could but do not lie so: else every kernel compiles twice,
+    once with loads of single elements."""
+    apart = 16 // hidden.element_size()
+    if hidden.shape[1] % apart or (hidden.data_ptr() % 16 == 0 and hidden.stride(0) % apart == 0):
+        return hidden
+    return hidden.clone(memory_format=torch.contiguous_format)
+
+
 def fits_descriptor(weight: Tensor) -> bool:
     """Tensor descriptors need a 16-byte aligned base and row stride."""
     return weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.element_size() % 16 == 0
@@ -65,25 +78,3 @@ def dense(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
 def silence(rows: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The rows, zeroed in place where they are ignored: what they hold, times a gradient of 0, may be NaN."""
     return rows.masked_fill_((target == ignore_index)[:, None], 0.0)
-
-
-class RowChunk(NamedTuple):
-    """Rows [first, first + rows) of an order. Those at or beyond `count`, which the device alone knows, are ignored."""
-
-    order: Tensor  # (N,) int64: the kept rows first
-    count: Tensor  # () int64: how many are kept
-    first: int
-    rows: int
-
-
-def compaction_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """order (N,) int64, the kept rows first and each group in its own order, and count () int64, on the device.
-
-    Nothing is read back: a kernel learns from `count` which of its tiles have nothing to do.
-    """
-    kept = target != ignore_index
-    rank = torch.cumsum(kept, 0)
-    count = rank[-1]
-    index = torch.arange(target.shape[0], device=target.device)
-    place = torch.where(kept, rank - 1, count + index - rank)
-    return torch.empty_like(index).scatter_(0, place, index), count

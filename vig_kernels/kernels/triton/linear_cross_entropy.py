@@ -2,8 +2,9 @@
 
 Row chunk by row chunk: `fold_kernel` of linear_nll leaves exp(z - part max) in a float16 (float32) block, and
 its partials; once they are joined the block becomes d loss / d y in place, and the vendor's GEMM takes it to the
-gradients of hidden and weight. A chunk is as long as the memory promise allows, because every chunk reads and
-writes the float32 weight gradient once.
+gradients of hidden and weight. A chunk is as long as the budget allows, because every chunk reads and writes the
+float32 weight gradient once. Where one chunk holds all rows, the block of a bfloat16 problem is kept instead, and
+the backward forms the weight gradient from it (kept_block.py).
 """
 
 from __future__ import annotations
@@ -17,20 +18,32 @@ from torch import Tensor
 
 from vig_kernels.problem import HeadProblem, Needs
 
-from .launch import RowChunk, compaction_order, dense, device_guard, silence
+from .kept_block import weight_gradient  # noqa: F401  (the op's backward asks this module for it)
+from .launch import aligned, dense, device_guard, silence
 from .linear_nll import sweep
 from .logit_fold import Partials, combine, fold
 from .logit_gradients import accumulate, loss_scale_of
 from .logit_tiles import narrow
+from .row_order import RowChunk, compaction_order
 from .target_residual import TargetResidual
-from .tile_configs import head_config
+from .tile_configs import TileConfig, head_config
 
-EXTRA_BYTES = 240 * 2**20  # of the promised 256 MiB: all that a chunk takes, and what is held for all rows
+MIB = 2**20
+SPARE_BYTES = 16 * MIB  # of a budget: for what is not counted here
+NARROWEST_PART = 64  # columns of a part under any tile of the table
 FINISH_ROWS = 16  # rows of a program of `finish_kernel`, hence of a partial of the bias gradient
 LSE_MARGIN = 100.0  # what |lse| is taken to be where float16's range is set; 64 times more still fits
+# a kept row is stored times this: were it 1, a row of hidden times a factor within 2^-8 of 1 would round back to itself
+ROW_SCALE = tl.constexpr(0.70710678)
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "parts", "V"])
+@triton.jit(
+    do_not_specialize=["first_row", "rows", "parts", "V"],
+    do_not_specialize_on_alignment=[
+        "target_slope", "nll", "lse", "lse_lo", "row_weight", "target", "order", "count", "loss_scale", "residual",
+        "row_factor",
+    ],
+)  # fmt: skip
 def finish_kernel(
     weights,  # (rows, V): exp(z - partial_max) * dz/dy, float32 or float16
     block,  # the same memory, in the type of hidden: loss_scale * d loss / d y
@@ -46,6 +59,7 @@ def finish_kernel(
     loss_scale,  # () float32
     partial_bias,  # (row tiles, V) float32 or None: sums of d loss / d y over the tile's rows
     residual,  # (rows,) float32 or None: what `block` loses at the target (target_residual.py)
+    row_factor,  # (rows,) float32 or None: what a row of `block` is still to be multiplied by (kept_block.py)
     stride_block,
     first_row,
     rows,
@@ -90,7 +104,14 @@ def finish_kernel(
     if partial_bias is not None:
         sums = row_tile.to(tl.int64) * V + column
         tl.store(partial_bias + sums, tl.sum(g, axis=0), mask=column < V)
-    g *= tl.load(loss_scale)
+    scale = tl.load(loss_scale)
+    g *= scale
+    if row_factor is not None:  # every part forms it from the same numbers
+        exact = tl.where(known, pull * scale, 0.0)
+        rounded = narrow(exact * ROW_SCALE, block.dtype.element_ty).to(tl.float32)
+        ratio = tl.where(tl.abs(rounded) > 1e-30, exact / rounded, 1.0)
+        g /= ratio[:, None]
+        tl.store(row_factor + local, ratio, mask=inside & (local * 0 + part == 0))
     stored = narrow(g, block.dtype.element_ty)
     tl.store(block + at, stored, mask=writable)
     if residual is not None:
@@ -107,26 +128,61 @@ class LossTerms(NamedTuple):
     loss_scale: Tensor  # () float32
 
 
+class Formed(NamedTuple):
+    """The loss of the rows and what its gradients are made of; None where nothing is needed."""
+
+    loss: Tensor  # () float32
+    grad_hidden: Tensor | None  # (N, D) float32, like the next two not normalised
+    grad_weight: Tensor | None  # (V, D); None too where a block is kept instead
+    grad_bias: Tensor | None  # (V,)
+    block: Tensor | None = None  # (rows, padded(V)) bfloat16: logit_scale * d loss / d y of the kept rows
+    row_factor: Tensor | None = (
+        None  # (rows,) float32: what the rows of `block` are still to be multiplied by
+    )
+
+
+def kept_rows(problem: HeadProblem, needs: Needs, budget: int) -> int:
+    """Rows of the block that is kept for the backward; 0 where the weight gradient is formed in the forward.
+
+    A function of sizes alone, not of a tile: the fake op asks it too. float16 gradients need their own scale, and
+    float32 sums are the gradient itself.
+    """
+    if not needs[1] or problem.hidden.dtype != torch.bfloat16:
+        return 0
+    (N, D), V = problem.hidden.shape, problem.weight.shape[0]
+    kept = N if problem.num_kept is None else min(N, problem.num_kept)
+    fits = kept and chunk_rows(kept, N, D, V, problem.hidden.dtype, needs, NARROWEST_PART, budget) == kept
+    return kept if fits else 0
+
+
 def forward_backward(
     problem: HeadProblem,
     row_weight: Tensor | None,  # (N,) float32
     z_loss: float,
     needs: Needs,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    budget: int,  # bytes
+) -> Formed:
     """loss_sum = sum_n w_n (nll_n + z_loss lse_n^2), () float32, and its gradients in float32, not normalised.
 
     With num_kept the GEMMs see the kept rows alone; without it ignored rows are multiplied as zeros, since how
     many there are is known on the device only. More kept rows than num_kept give a NaN loss.
-    Extra memory: 240 MiB, the float32 hidden gradient of 16-bit inputs included; and the float32 weight gradient.
+    Extra memory: the budget, the float32 hidden gradient of 16-bit inputs and a kept block included; and the float32
+    weight gradient where none is kept.
     """
     target, bias, row_weight = dense(problem.target, problem.bias, row_weight)
-    problem = problem._replace(target=target, bias=bias)
+    problem = problem._replace(hidden=aligned(problem.hidden), target=target, bias=bias)
     (N, D), V, num_kept = problem.hidden.shape, problem.weight.shape[0], problem.num_kept
     order, count = compaction_order(target, problem.ignore_index)
-    grads = [
-        torch.zeros(shape, dtype=torch.float32, device=target.device) if need else None
-        for shape, need in zip(((N, D), (V, D), (V,)), needs, strict=True)
+    kept = kept_rows(problem, needs, budget)
+    every = RowChunk(order, count, 0, N if num_kept is None else min(N, num_kept))
+    wide = {"dtype": torch.float32, "device": target.device}
+    grads: list[Tensor | None] = [
+        torch.zeros(N, D, **wide) if needs.hidden else None,
+        # the first chunk writes it
+        (torch.empty if every.rows else torch.zeros)(V, D, **wide) if needs.weight and not kept else None,
+        torch.zeros(V, **wide) if needs.bias else None,
     ]
+    block = row_factor = None
     if not any(needs):
         (values,) = sweep(problem, ("lse",))
     else:
@@ -135,9 +191,12 @@ def forward_backward(
         bound = torch.ones_like(values["nll"][:1]) if row_weight is None else row_weight.abs()
         bound = bound * (1 + 2 * abs(z_loss) * LSE_MARGIN)
         loss_scale, unscale = loss_scale_of(bound, problem.logit_scale, problem.hidden.dtype)
-        every = RowChunk(order, count, 0, N if num_kept is None else min(N, num_kept))
+        terms = LossTerms(row_weight, z_loss, loss_scale)
         with device_guard(target.device):
-            train_chunks(problem, LossTerms(row_weight, z_loss, loss_scale), every, values, grads)
+            if kept:
+                block, row_factor = train_whole(problem, terms, every, values, grads)
+            elif every.rows:
+                train_chunks(problem, terms, every, values, grads, budget)
         for gradient in grads[:2]:
             if gradient is not None and unscale is not None:
                 gradient.mul_(unscale)
@@ -150,74 +209,126 @@ def forward_backward(
     loss = losses.sum()
     if num_kept is not None:
         loss = torch.where(count > num_kept, torch.nan, loss)
-    return loss, *grads
+    return Formed(loss, *grads, block, row_factor)
 
 
-def chunk_rows(kept: int, N: int, D: int, V: int, dtype: torch.dtype, needs, part: int) -> int:
-    """Rows of a chunk, as many as EXTRA_BYTES allow: every chunk reads and writes the float32 weight gradient.
+def chunk_rows(kept: int, N: int, D: int, V: int, dtype: torch.dtype, needs, part: int, budget: int) -> int:
+    """Rows of a chunk, as many as the budget allows: every chunk reads and writes the float32 weight gradient.
 
-    For 16-bit inputs the float32 hidden gradient is held, twice the size of the gradient that it becomes; for
-    float32 ones it is the gradient.
+    The float32 hidden gradient of 16-bit inputs is held for all rows; that of float32 ones is the gradient itself.
     """
     size, (need_hidden, need_weight, need_bias) = dtype.itemsize, needs
-    held = 64 * N + (2 * N * D if need_hidden and size == 2 else 0)
-    row = size * padded(V) + 8 * triton.cdiv(V, part) + 64  # block, partials, what is one number a row
+    held = 64 * N + (4 * N * D if need_hidden and size == 2 else 0)
+    row = size * padded(V) + 8 * -(-V // part) + 64  # block, partials, what is one number a row
     row += max(4 * D * need_hidden, size * D * need_weight)  # sums of a chunk, then its rows gathered
     if need_bias:
-        row += 4 * triton.cdiv(V, FINISH_ROWS)
-    rows = max(1, min(kept, (EXTRA_BYTES - held) // row))
+        row += 4 * -(-V // FINISH_ROWS)
+    rows = (budget - SPARE_BYTES - held) // row
+    if kept <= rows:
+        return kept
     tile = 128 if rows >= 512 else 64  # whole tiles, where what is cut off is little
-    return rows // tile * tile if rows > tile else rows
+    return rows // tile * tile if rows > tile else max(1, rows)
 
 
 def padded(V: int) -> int:
     """Columns of a block: its rows start on 16-byte borders, as the GEMM likes them."""
-    return triton.cdiv(V, 16) * 16
+    return -(-V // 16) * 16
+
+
+def train_whole(
+    problem: HeadProblem,
+    terms: LossTerms,
+    every: RowChunk,  # all rows to be worked on
+    values: dict[str, Tensor],  # nll, lse, lse_lo: filled
+    grads: list[Tensor | None],  # of hidden, weight (None) and bias: filled
+) -> tuple[Tensor, Tensor]:
+    """(block, row_factor) of all rows at once, for the weight gradient that the backward forms."""
+    hidden, V = problem.hidden, problem.weight.shape[0]
+    storage = hidden.new_empty(every.rows, padded(V))
+    storage[:, V:].zero_()
+
+    def trial(config):
+        fold_weights(problem, every, config, storage[:, :V])
+
+    config = head_config("store", problem.weight, problem.logit_softcap is not None, trial)
+    row_factor = torch.empty(every.rows, dtype=torch.float32, device=hidden.device)
+    train_chunk(problem, terms, every, config, storage[:, :V], values, grads, row_factor)
+    return storage, row_factor
 
 
 def train_chunks(
     problem: HeadProblem,
     terms: LossTerms,
-    every: RowChunk,  # all rows to be worked on
+    every: RowChunk,  # all rows to be worked on, at least one
     values: dict[str, Tensor],  # nll, lse, lse_lo: filled
-    grads: list[Tensor | None],  # of hidden, weight and bias: added to
+    grads: list[Tensor | None],  # of hidden, weight and bias: filled
+    budget: int,
 ) -> None:
     """The loss's values and gradients, chunk of rows by chunk of rows."""
-    hidden, weight, V = problem.hidden, problem.weight, problem.weight.shape[0]
-    wide = hidden.dtype == torch.float32
+    hidden, V = problem.hidden, problem.weight.shape[0]
     needs = Needs(*(gradient is not None for gradient in grads))
 
     def chunk_of(config):
         part = config.block_v // config.parts
-        return chunk_rows(every.rows, *hidden.shape, V, hidden.dtype, needs, part)
-
-    def run(chunk, config, block):
-        # a weight in (0, 1] relative to its part's maximum: float16 holds it with 3 bits more than bfloat16
-        partials = Partials(chunk.rows, 1, V, config, (), hidden.device)
-        fold(problem, None, chunk, partials, config, block if wide else block.view(torch.float16))
-        return partials
+        return chunk_rows(every.rows, *hidden.shape, V, hidden.dtype, needs, part, budget)
 
     def trial(config):
         rows = chunk_of(config)
-        run(every._replace(rows=rows), config, hidden.new_empty(rows, padded(V))[:, :V])
+        fold_weights(problem, every._replace(rows=rows), config, hidden.new_empty(rows, padded(V))[:, :V])
 
-    if not every.rows:
-        return
-    config = head_config("store", weight, problem.logit_softcap is not None, trial)
+    config = head_config("store", problem.weight, problem.logit_softcap is not None, trial)
     most = chunk_of(config)
     storage = hidden.new_empty(most, padded(V))
     for first in range(0, every.rows, most):
         chunk = every._replace(first=first, rows=min(most, every.rows - first))
-        block = storage[: chunk.rows, :V]
-        partials = run(chunk, config, block)
-        combine(problem, chunk, partials, values)
-        picked = chunk.order[first : first + chunk.rows]
-        residual = None if wide else TargetResidual(problem.target[picked], problem.ignore_index)
-        bias_sums = finish(problem, terms, chunk, partials, values, block, residual, needs.bias)
-        add_gradients(problem, block, picked, residual, grads)
-        if needs.bias:
-            grads[2] += bias_sums
-        partials = residual = bias_sums = None  # freed before their successors are made
+        train_chunk(problem, terms, chunk, config, storage[: chunk.rows, :V], values, grads)
+
+
+def fold_weights(problem: HeadProblem, chunk: RowChunk, config: TileConfig, block: Tensor) -> Partials:
+    """The fold of a chunk, which leaves its weights in `block`: in (0, 1] relative to their part's maximum, so that
+    float16 holds them with 3 bits more than bfloat16."""
+    partials = Partials(chunk.rows, 1, problem.weight.shape[0], config, (), block.device)
+    fold(
+        problem,
+        None,
+        chunk,
+        partials,
+        config,
+        block if block.dtype == torch.float32 else block.view(torch.float16),
+    )
+    return partials
+
+
+def train_chunk(
+    problem: HeadProblem,
+    terms: LossTerms,
+    chunk: RowChunk,
+    config: TileConfig,
+    block: Tensor,  # (rows, V): loss_scale * d loss / d y afterwards
+    values: dict[str, Tensor],
+    grads: list[Tensor | None],
+    row_factor: Tensor | None = None,  # (rows,) float32: filled, and the block is kept
+) -> None:
+    """Values and gradients of one chunk."""
+    partials = fold_weights(problem, chunk, config, block)
+    combine(problem, chunk, partials, values)
+    picked = chunk.order[chunk.first : chunk.first + chunk.rows]
+    residual = None
+    if block.dtype != torch.float32 and row_factor is None:
+        residual = TargetResidual(problem.target[picked], problem.ignore_index)
+    lost = None if residual is None else residual.lost
+    bias_sums = finish(
+        problem, terms, chunk, partials, values, block, (lost, row_factor), grads[2] is not None
+    )
+    partials = None  # freed before the sums are made
+    if bias_sums is not None:
+        grads[2] += bias_sums
+    if row_factor is None:
+        add_gradients(problem, block, picked, residual, grads, chunk.first == 0)
+    elif grads[0] is not None:
+        total = torch.empty(chunk.rows, problem.hidden.shape[1], dtype=torch.float32, device=block.device)
+        accumulate(total, block, problem.weight, first=True)
+        grads[0].index_copy_(0, picked, total.mul_(row_factor[:, None]))
 
 
 def add_gradients(
@@ -226,19 +337,20 @@ def add_gradients(
     picked: Tensor,  # (rows,) int64: the rows of the problem
     residual: TargetResidual | None,
     grads: list[Tensor | None],
+    first: bool,  # the first chunk writes the weight gradient, the others add to it
 ) -> None:
     """The products of a block: what it adds to the gradients of hidden and weight."""
     (grad_hidden, grad_weight, _), hidden, weight = grads, problem.hidden, problem.weight
     if grad_hidden is not None:
-        total = torch.zeros(len(picked), hidden.shape[1], dtype=torch.float32, device=hidden.device)
-        accumulate(total, block, weight)
+        total = torch.empty(len(picked), hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        accumulate(total, block, weight, first=True)
         if residual is not None:
             residual.correct_hidden(total, weight)
         grad_hidden.index_copy_(0, picked, total)
         del total  # before the rows of hidden are gathered
     if grad_weight is not None:
         some = problem.take(picked)
-        accumulate(grad_weight, block.T, silence(some.hidden, some.target, some.ignore_index))
+        accumulate(grad_weight, block.T, silence(some.hidden, some.target, some.ignore_index), first)
         del some
         if residual is not None:
             residual.correct_weight(grad_weight, hidden, picked)
@@ -251,7 +363,9 @@ def finish(
     partials: Partials,
     values: dict[str, Tensor],
     block: Tensor,  # (rows, V): weights of the fold in, loss_scale * d loss / d y out
-    residual: TargetResidual | None,
+    at_target: tuple[
+        Tensor | None, Tensor | None
+    ],  # residual and row_factor, (rows,) float32, of which one is filled
     bias_sums: bool,
 ) -> Tensor | None:
     """Launch `finish_kernel`; with `bias_sums` the column sums of d loss / d y are returned."""
@@ -262,7 +376,7 @@ def finish(
     finish_kernel[(row_tiles * partials.parts,)](
         weights, block, partials.max, partials.target[1], values["nll"], values["lse"], values["lse_lo"],
         terms.row_weight, problem.target, chunk.order, chunk.count, terms.loss_scale, partial,
-        None if residual is None else residual.lost, block.stride(0), chunk.first, rows, partials.parts, V,
+        *at_target, block.stride(0), chunk.first, rows, partials.parts, V,
         terms.z_loss, PART=partials.part, BLOCK_N=FINISH_ROWS, SOFTCAP=problem.logit_softcap is not None,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vig_kernels.problem import HeadProblem, Needs, Saved, Upstream
 
-from .launch import RowChunk, compaction_order, dense, device_guard, silence
+from .launch import aligned, dense, device_guard, silence
 from .logit_fold import Partials, combine, fold
 from .logit_gradients import Block, accumulate, fill_block, loss_scale_of
+from .row_order import RowChunk, compaction_order
 from .target_residual import TargetResidual
 from .tile_configs import head_config
 
@@ -37,7 +38,8 @@ def sweep(
     pass goes through the same kernel with the same tiles, so its bits are the same alone, paired, and in any company.
     """
     target, bias = dense(problem.target, problem.bias)
-    problem = problem._replace(target=target, bias=bias)
+    problem = problem._replace(hidden=aligned(problem.hidden), target=target, bias=bias)
+    hidden_null = None if hidden_null is None else aligned(hidden_null)
     V, N, passes = problem.weight.shape[0], target.shape[0], 1 if hidden_null is None else 2
 
     def outputs(*names):
@@ -106,7 +108,7 @@ def backward(
     """
     upstream, saved = Upstream(*dense(*upstream)), Saved(*dense(*saved))
     target, bias = dense(problem.target, problem.bias)
-    problem = problem._replace(target=target, bias=bias)
+    problem = problem._replace(hidden=aligned(problem.hidden), target=target, bias=bias)
     hidden, num_kept = problem.hidden, problem.num_kept
     gathered = 2 * hidden.element_size() * (num_kept or 0) * hidden.shape[1]  # hidden and its gradient
     if num_kept is not None and num_kept < target.shape[0] and gathered <= GATHERED_BYTES:

@@ -14,11 +14,15 @@ from torch import Tensor
 
 from vig_kernels.problem import HeadProblem
 
-from .launch import RowChunk, compute_precision, interpreted, operand
-from .logit_tiles import dot_tile, halves, logits, narrow, slopes, tile_position
+from .launch import compute_precision, fast_exp2, operand
+from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, slopes, tile_position
+from .row_order import RowChunk
 from .tile_configs import TileConfig, regular
 
 PARTIALS_BYTES = 48 * 2**20
+# a program of `combine_kernel`: few rows, so that few rows fill a GPU, and many parts a step. Fixed: the order in which
+# a row's parts are summed must not depend on N
+COMBINE_ROWS, COMBINE_PARTS = 8, 128
 
 
 @triton.jit
@@ -43,41 +47,62 @@ def fold_part(
     logit_softcap,
     PART: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FOLDED: tl.constexpr,
+    FAST_EXP2: tl.constexpr,
 ):
-    """Reduce one part of a tile to a partial a row, and store the statistics that are asked for."""
-    lane = tl.arange(0, PART)
-    column = part * PART + lane
-    live = live & (local * 0 + part * PART < V)  # the right half of the last tile may lie wholly beyond V
-    z = logits(dot, bias, column, V, logit_scale, logit_softcap, SOFTCAP)
+    """Reduce one part of a tile to a partial a row, and store the statistics that are asked for.
 
-    position = tl.where((wanted >= 0) & (wanted < V), wanted - part * PART, -1).to(tl.int32)
-    picked = tl.sum(tl.where(lane[None, :] == position[:, None], z, 0.0), axis=1)
+    z * unit are the logits: where nothing stands between, the scale waits until there is one number a row, and goes
+    into the exponent's factor. The difference to the maximum is taken before that factor, so that the maximum adds
+    exactly 1 and logits may be as large as float32 holds.
+    """
+    lane = tl.arange(0, PART)
+    first = part * PART
+    column = first + lane
+    live = live & (local * 0 + first < V)  # the right half of the last tile may lie wholly beyond V
+    if FOLDED:
+        z = dot
+        unit = logit_scale
+    else:
+        z = logits(dot, bias, column, V, logit_scale, logit_softcap, SOFTCAP)
+        unit = 1.0
+    if first + PART > V:  # the last tile
+        z = tl.where(column[None, :] < V, z, -float("inf"))
+
+    position = tl.where((wanted >= 0) & (wanted < V), wanted - first, -1).to(tl.int32)
     hit = live & (position >= 0) & (position < PART)
-    tl.store(target_logit + slot, picked, mask=hit)
+    hits = tl.sum(hit.to(tl.int32), axis=0)
+    if hits > 0:
+        picked = tl.sum(tl.where(lane[None, :] == position[:, None], z, 0.0), axis=1)
+        tl.store(target_logit + slot, picked * unit, mask=hit)
 
     top = tl.max(z, axis=1)
     top_safe = tl.where(top == -float("inf"), 0.0, top)  # a part of nothing but -inf logits sums to 0
     at = part.to(tl.int64) * partial_stride + slot
-    tl.store(partial_max + at, top, mask=live)
+    tl.store(partial_max + at, top * unit, mask=live)
     if partial_arg is not None:
         first_top = tl.min(tl.where(z == top[:, None], lane[None, :], PART - 1), axis=1)
         tl.store(partial_arg + at, first_top, mask=live)
-    shifted = z - top_safe[:, None]
-    e = tl.exp(shifted)
+    below = z - top_safe[:, None]
+    e = exp2(below * (unit * LOG2_E), FAST_EXP2)
     tl.store(partial_sum + at, tl.sum(e, axis=1), mask=live)
     if partial_dot is not None:
-        tl.store(partial_dot + at, tl.sum(tl.where(e > 0, e * shifted, 0.0), axis=1), mask=live)
+        tl.store(partial_dot + at, tl.sum(tl.where(e > 0, e * below, 0.0), axis=1) * unit, mask=live)
     if block is not None:
         if SOFTCAP:
             slope = slopes(dot, bias, column, V, logit_scale, logit_softcap)
             e = tl.where(e > 0, e * slope, 0.0)
-            target_slope = tl.sum(tl.where(lane[None, :] == position[:, None], slope, 0.0), axis=1)
-            tl.store(target_logit + partial_stride + slot, target_slope, mask=hit)
+            if hits > 0:
+                target_slope = tl.sum(tl.where(lane[None, :] == position[:, None], slope, 0.0), axis=1)
+                tl.store(target_logit + partial_stride + slot, target_slope, mask=hit)
         to = block + local.to(tl.int64)[:, None] * stride_block + column[None, :]
         tl.store(to, narrow(e, block.dtype.element_ty), mask=live[:, None] & (column[None, :] < V))
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "row_tiles", "passes", "vocab_tiles", "V"])
+@triton.jit(
+    do_not_specialize=["first_row", "rows", "row_tiles", "passes", "vocab_tiles", "V"],
+    do_not_specialize_on_alignment=["target", "order", "count"],
+)
 def fold_kernel(
     hidden,  # (N, D): the first pass, and the only one of linear_nll
     hidden_second,  # (N, D): the second pass of linear_vig; the same pointer as `hidden` otherwise
@@ -113,6 +138,8 @@ def fold_kernel(
     EVEN_K: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FOLDED: tl.constexpr,  # no bias, no cap, a scale > 0: it goes into the exponent
+    FAST_EXP2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Reduce one tile to a partial a row. Grid: row_tiles x passes x vocab_tiles, one-dimensional."""
@@ -137,7 +164,7 @@ def fold_kernel(
         fold_part(
             dot, bias, vocab_tile, wanted, local, slot, live,
             partial_max, partial_sum, partial_dot, partial_arg, rows * passes, target_logit, block, stride_block,
-            V, logit_scale, logit_softcap, BLOCK_V, SOFTCAP,
+            V, logit_scale, logit_softcap, BLOCK_V, SOFTCAP, FOLDED, FAST_EXP2,
         )  # fmt: skip
     else:
         left, right = halves(dot, BLOCK_N, BLOCK_V)
@@ -145,11 +172,16 @@ def fold_kernel(
             fold_part(
                 left if half == 0 else right, bias, vocab_tile * 2 + half, wanted, local, slot, live,
                 partial_max, partial_sum, partial_dot, partial_arg, rows * passes, target_logit, block, stride_block,
-                V, logit_scale, logit_softcap, BLOCK_V // 2, SOFTCAP,
+                V, logit_scale, logit_softcap, BLOCK_V // 2, SOFTCAP, FOLDED, FAST_EXP2,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "pass_offset", "partial_stride", "parts", "V"])
+@triton.jit(
+    do_not_specialize=["first_row", "rows", "pass_offset", "partial_stride", "parts", "V"],
+    do_not_specialize_on_alignment=[
+        "target", "order", "count", "nll", "lse", "entropy", "argmax", "lse_lo", "nll_image", "vig",
+    ],
+)  # fmt: skip
 def combine_kernel(
     partial_max,
     partial_sum,
@@ -275,6 +307,7 @@ def fold(
     V, D = weight.shape
     descriptor = config.descriptor and regular(weight, config)
     row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(V, config.block_v)
+    folded = problem.bias is None and problem.logit_softcap is None and problem.logit_scale > 0
     fold_kernel[(row_tiles * passes * vocab_tiles,)](
         first, second, operand(weight, config) if descriptor else weight, problem.bias, problem.target,
         chunk.order, chunk.count, partials.max, partials.sum, partials.dot, partials.arg, partials.target, block,
@@ -282,8 +315,8 @@ def fold(
         chunk.first, rows, row_tiles, passes, vocab_tiles, V, D, problem.logit_scale, problem.logit_softcap or 0.0,
         BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
         GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
-        SOFTCAP=problem.logit_softcap is not None, PRECISION=compute_precision(weight),
-        **config.launch_options,
+        SOFTCAP=problem.logit_softcap is not None, FOLDED=folded, FAST_EXP2=fast_exp2(weight.device),
+        PRECISION=compute_precision(weight), **config.launch_options,
     )  # fmt: skip
 
 
@@ -296,11 +329,11 @@ def combine(
     nll_image: Tensor | None = None,  # of which "vig" is the difference
 ) -> None:
     """Launch `combine_kernel` for one pass of a chunk; the tensors of `values` are (N,)."""
-    BLOCK_N, rows = 16 if interpreted() else 32, chunk.rows
+    rows = chunk.rows
     statistics = (values.get(name) for name in ("lse", "entropy", "argmax", "lse_lo"))
-    combine_kernel[(triton.cdiv(rows, BLOCK_N),)](
+    combine_kernel[(triton.cdiv(rows, COMBINE_ROWS),)](
         partials.max, partials.sum, partials.dot, partials.arg, partials.target, problem.target, chunk.order,
         chunk.count, values["nll"], *statistics, nll_image, values.get("vig"),
         chunk.first, rows, pass_index * rows, rows * partials.passes, partials.parts, problem.weight.shape[0],
-        PART=partials.part, BLOCK_N=BLOCK_N, BLOCK_T=32, num_warps=4, enable_fp_fusion=True,
+        PART=partials.part, BLOCK_N=COMBINE_ROWS, BLOCK_T=COMBINE_PARTS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

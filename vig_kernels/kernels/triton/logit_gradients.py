@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vig_kernels.kernels.torch.precision import FLOAT32_SUMS, float32_products
+from vig_kernels.kernels.torch.precision import FLOAT32_SUMS, WIDE_SUMS, float32_products
 from vig_kernels.problem import HeadProblem, Saved, Upstream
 
-from .launch import compute_precision, operand
-from .logit_tiles import dot_tile, halves, logits, narrow, slopes, tile_position
+from .launch import compute_precision, fast_exp2, operand
+from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, slopes, tile_position
 from .target_residual import TargetResidual
 from .tile_configs import head_config, regular
 
@@ -49,12 +49,13 @@ def gradient_part(
     ENTROPY: tl.constexpr,
     PART: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FAST_EXP2: tl.constexpr,
 ):
     """Write d loss / d y of one part of a tile."""
     column = part * PART + tl.arange(0, PART)
     z = logits(dot, bias, first_vocab + column, V, logit_scale, logit_softcap, SOFTCAP)
     log_p = z - lse[:, None]
-    p = tl.exp(log_p)
+    p = exp2(log_p * LOG2_E, FAST_EXP2)  # what stands in columns >= V is masked with g
     g = p * up[:, None]
     if ENTROPY:
         g -= tl.where(p > 0, p * (log_p + entropy[:, None]), 0.0) * up_entropy[:, None]
@@ -78,7 +79,19 @@ def gradient_part(
 
 
 @triton.jit(
-    do_not_specialize=["first_row", "rows", "row_tiles", "first_vocab", "columns", "vocab_tiles", "V"]
+    do_not_specialize=["first_row", "rows", "row_tiles", "first_vocab", "columns", "vocab_tiles", "V"],
+    do_not_specialize_on_alignment=[
+        "target",
+        "order",
+        "count",
+        "lse",
+        "entropy",
+        "grad_nll",
+        "grad_lse",
+        "grad_entropy",
+        "loss_scale",
+        "residual",
+    ],
 )
 def gradient_kernel(
     hidden,  # (N, D)
@@ -117,6 +130,7 @@ def gradient_kernel(
     EVEN_K: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FAST_EXP2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """d loss / d y of one recomputed tile, y the logits before the cap. Ignored rows are written as zeros.
@@ -165,7 +179,7 @@ def gradient_kernel(
         gradient_part(
             dot, bias, vocab_tile, wanted, row_lse, up, up_nll, up_entropy, h, live, inside, place, row_tile,
             loss_scale, block, partial_bias, residual_at, stride_block, first_vocab, columns, V, logit_scale,
-            logit_softcap, grad_entropy is not None, BLOCK_V, SOFTCAP,
+            logit_softcap, grad_entropy is not None, BLOCK_V, SOFTCAP, FAST_EXP2,
         )  # fmt: skip
     else:
         left, right = halves(dot, BLOCK_N, BLOCK_V)
@@ -173,20 +187,33 @@ def gradient_kernel(
             gradient_part(
                 left if half == 0 else right, bias, vocab_tile * 2 + half, wanted, row_lse, up, up_nll, up_entropy, h,
                 live, inside, place, row_tile, loss_scale, block, partial_bias, residual_at, stride_block, first_vocab,
-                columns, V, logit_scale, logit_softcap, grad_entropy is not None, BLOCK_V // 2, SOFTCAP,
+                columns, V, logit_scale, logit_softcap, grad_entropy is not None, BLOCK_V // 2, SOFTCAP, FAST_EXP2,
             )  # fmt: skip
 
 
-def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in float32, by the vendor's GEMM: total (M, K) float32, a (M, L), b (L, K)."""
+def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """total += a @ b in float32, by the vendor's GEMM: total (M, K) float32, a (M, L), b (L, K).
+
+    first: total = a @ b, whatever `total` holds.
+    """
+    beta = 0.0 if first else 1.0
     if a.dtype == torch.float32:
         with float32_products(a.dtype):  # never plain TF32, whatever the global setting
-            torch.addmm(total, a, b, out=total)
+            torch.addmm(total, a, b, beta=beta, out=total)
     elif total.device.type == "cuda":
         with FLOAT32_SUMS:
-            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+            torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
     else:  # addmm(out_dtype=) is CUDA's and ROCm's alone
-        torch.addmm(total, a.float(), b.float(), out=total)
+        torch.addmm(total, a.float(), b.float(), beta=beta, out=total)
+
+
+def product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, summed in float32 and cast once, by the vendor's GEMM: bfloat16 out (M, K), a (M, L), b (L, K)."""
+    if out.device.type == "cpu":
+        out.copy_(a.float() @ b.float())
+    else:
+        with WIDE_SUMS:
+            torch.mm(a, b, out=out)
 
 
 def loss_scale_of(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -233,7 +260,7 @@ def fill_block(
             block.first_vocab, columns, vocab_tiles, V, D, problem.logit_scale, softcap or 0.0,
             BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
             GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
-            SOFTCAP=softcap is not None, PRECISION=compute_precision(weight),
+            SOFTCAP=softcap is not None, FAST_EXP2=fast_exp2(weight.device), PRECISION=compute_precision(weight),
             **config.launch_options,
         )  # fmt: skip
         return partial.sum(0) if bias_sums else None

@@ -6,7 +6,7 @@ residual = exact - rounded of that one entry, and what it owes,
 
     grad_hidden[n] += residual[n] weight[target[n]]          grad_weight[target[n]] += residual[n] hidden[n],
 
-is N x D work, against N x D x V. Rows of one target are added one after the other by one program: no atomics.
+is N x D work, against N x D x V. Rows of one target are added in their order by one program: no atomics.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from .launch import interpreted
 
 
-@triton.jit(do_not_specialize=["rows", "V"])
+@triton.jit(do_not_specialize=["rows", "V"], do_not_specialize_on_alignment=["residual", "target"])
 def correct_hidden_kernel(
     total,  # (rows, D) float32, added to
     weight,  # (V, D)
@@ -45,14 +45,13 @@ def correct_hidden_kernel(
     tl.store(to, tl.load(to, mask=mask, other=0.0) + lost[:, None] * w, mask=mask)
 
 
-@triton.jit(do_not_specialize=["entries", "low", "high"])
+@triton.jit(do_not_specialize=["entries", "low", "high"], do_not_specialize_on_alignment=["residual"])
 def correct_weight_kernel(
     total,  # (high - low, D) float32, added to
     hidden,  # (N, D)
-    residual,  # (n,) float32, of the rows of the block
+    residual,  # (entries,) float32, in the order of `target`
     target,  # (entries,) int64, ascending
-    place,  # (entries,) int64: the row of the block
-    row_of,  # (n,) int64: where that row stands in `hidden`; None where it is the same row
+    row_of,  # (entries,) int64: the row of `hidden`
     stride_total,
     stride_hidden,
     entries,
@@ -65,8 +64,8 @@ def correct_weight_kernel(
 ):
     """total[target] += residual hidden[row], for targets in [low, high). Grid: (tiles of ENTRIES, blocks of D).
 
-    A program goes through its entries; at a target's first one it adds all of them, BLOCK_R at a time, also those
-    beyond its own. Most programs find no entry in the range and return.
+    A program goes through its few entries; at a target's first one it adds all of them, BLOCK_R at a time, also
+    those beyond its own. Where a vocabulary comes in chunks most programs find no entry in the range and return.
     """
     tile = tl.program_id(0) * ENTRIES
     mine = tile + tl.arange(0, ENTRIES)
@@ -82,26 +81,29 @@ def correct_weight_kernel(
             sums = tl.zeros((BLOCK_D,), dtype=tl.float32)
             while start < entries:
                 entry = start + tl.arange(0, BLOCK_R)
-                same = tl.load(target + entry, mask=entry < entries, other=-1) == word
-                row = tl.load(place + entry, mask=same, other=0)
-                lost = tl.load(residual + row, mask=same, other=0.0)
-                if row_of is not None:
-                    row = tl.load(row_of + row, mask=same, other=0)
+                there = entry < entries
+                row = tl.load(
+                    row_of + entry, mask=there, other=0
+                )  # beside the next two, none waits for another
+                lost = tl.load(residual + entry, mask=there, other=0.0)
+                same = tl.load(target + entry, mask=there, other=-1) == word
                 at = hidden + row[:, None] * stride_hidden + column[None, :]
                 h = tl.load(at, mask=same[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
-                sums += tl.sum(h * lost[:, None], axis=0)
+                sums += tl.sum(h * tl.where(same, lost, 0.0)[:, None], axis=0)
                 more = tl.sum(same.to(tl.int32), axis=0) == BLOCK_R
                 start = tl.where(more, start + BLOCK_R, entries)
             to = total + (word - low) * stride_total + column
             tl.store(to, tl.load(to, mask=column < D, other=0.0) + sums, mask=column < D)
 
 
-ENTRIES, BLOCK_N, BLOCK_R, BLOCK_D = 32, 16, 8, 256
+BLOCK_N, BLOCK_D = 16, 256  # of correct_hidden_kernel
+ENTRIES, BLOCK_R, BLOCK_W = 4, 16, 512  # of correct_weight_kernel: 3000 rows of one word are 188 steps
+WEIGHT_WARPS = 8
 
 
-def block_of(D: int) -> int:
-    """BLOCK_D; the interpreter takes a row at once."""
-    return triton.next_power_of_2(D) if interpreted() else BLOCK_D
+def block_of(D: int, most: int = BLOCK_D) -> int:
+    """Columns of a program; the interpreter takes a row at once."""
+    return triton.next_power_of_2(D) if interpreted() else most
 
 
 class TargetResidual:
@@ -124,13 +126,15 @@ class TargetResidual:
     def correct_weight(
         self, total: Tensor, hidden: Tensor, rows: Tensor | None = None, first_vocab: int = 0
     ) -> None:
-        """total (v, D), the weight gradient of words first_vocab, ...: += lost hidden, summed over their rows.
+        """total (v, D), the weight gradient of words first_vocab, ...: += lost hidden, over their rows.
 
         rows: where the rows of the block stand in `hidden`; None where they are its rows.
         """
-        (words, D), entries, block = total.shape, self.order.shape[0], block_of(total.shape[1])
+        (words, D), entries, block = total.shape, self.order.shape[0], block_of(total.shape[1], BLOCK_W)
+        lost = self.lost[self.order]
+        row_of = self.order if rows is None else rows[self.order]
         correct_weight_kernel[(triton.cdiv(entries, ENTRIES), triton.cdiv(D, block))](
-            total, hidden, self.lost, self.sorted, self.order, rows, total.stride(0), hidden.stride(0), entries,
-            first_vocab, first_vocab + words, D, ENTRIES=ENTRIES, BLOCK_R=BLOCK_R, BLOCK_D=block, num_warps=4,
+            total, hidden, lost, self.sorted, row_of, total.stride(0), hidden.stride(0), entries, first_vocab,
+            first_vocab + words, D, ENTRIES=ENTRIES, BLOCK_R=BLOCK_R, BLOCK_D=block, num_warps=WEIGHT_WARPS,
             enable_fp_fusion=True,
         )  # fmt: skip

@@ -70,8 +70,8 @@ HEAD: dict[tuple[str, str, str], tuple[TileConfig, TileConfig]] = {
     # tf32x3 keeps three products' operands in registers: smaller tiles
     ("fold", "sm_90", "float32"): (T(128, 128, 32, 8, 3, 2, True),) * 2,
     ("store", "sm_90", "float32"): (T(128, 128, 32, 8, 3, 2, True),) * 2,
-    ("gradient", "sm_90", "float32"): (T(128, 128, 32, 8, 3, 2, True),) * 2,
-    ("fold", "sm_100", "float32"): (T(128, 128, 32, 8, 3, 2, True),) * 2,
+    ("gradient", "sm_90", "float32"): (T(128, 128, 16, 8, 4, 2, True),) * 2,
+    ("fold", "sm_100", "float32"): (T(128, 64, 32, 8, 3, 2, True),) * 2,
     ("store", "sm_100", "float32"): (T(128, 64, 32, 8, 3, 2, True),) * 2,
     ("gradient", "sm_100", "float32"): (T(128, 64, 32, 8, 3, 2, True),) * 2,
     ("fold", "sm_80", "float32"): (T(128, 64, 32, 8, 3, 2),) * 2,
