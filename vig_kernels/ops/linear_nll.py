@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
-from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, Saved, Upstream
+from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, Saved, Upstream, empty_output, with_lse_lo
 
 STATS = (*check.STATS, "lse_lo")  # what a backend's forward may be asked for, besides nll
 
@@ -119,11 +119,6 @@ def _forward_fake(*args):
     return tuple(empty_output(problem, name, rows if wanted else 0) for name, wanted in asked)
 
 
-def empty_output(problem: HeadProblem, name: str, rows: int) -> Tensor:
-    """An uninitialised (rows,) result: int64 for argmax, else float32."""
-    return problem.target.new_empty(rows, dtype=torch.int64 if name.startswith("argmax") else torch.float32)
-
-
 def _save(ctx, inputs, output):
     problem = HeadProblem(*inputs[:8])
     _, lse, entropy, argmax, lse_lo = output
@@ -168,23 +163,6 @@ def nll_backward_op(*args):
     with torch.autocast(problem.hidden.device.type, enabled=False):
         found = run(upstream, saved, problem, Needs(*needs))
     return tuple(problem.hidden.new_empty(0) if grad is None else grad for grad in found)
-
-
-def with_lse_lo(upstream: Upstream, saved: Saved, lse_lo: Tensor) -> tuple[Upstream, Saved]:
-    """What a backward that knows lse alone must be given: p = exp(z - lse) exp(-lse_lo).
-
-    d loss / d z_v = p_v (g_nll + g_lse - g_entropy (z_v - lse - lse_lo + entropy)) - [v = target] g_nll, so that
-    the factor exp(-lse_lo) goes into g_lse and g_entropy, and lse_lo itself into the entropy.
-    """
-    shrink = torch.expm1(-lse_lo)  # small: what it multiplies keeps its bits where lse_lo is 0
-    softmax = [grad for grad in upstream[:2] if grad is not None]
-    if softmax:
-        change = sum(softmax) * shrink
-        upstream = upstream._replace(lse=change if upstream.lse is None else upstream.lse + change)
-    if upstream.entropy is None:
-        return upstream, Saved(saved.lse)
-    upstream = upstream._replace(entropy=upstream.entropy + upstream.entropy * shrink)
-    return upstream, Saved(saved.lse, saved.entropy - lse_lo)
 
 
 @nll_backward_op.register_fake
