@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch
-from vig_kernels.ops.linear_nll import empty_output, nll_values
-from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs
+from vig_kernels.ops import vocab_shards
+from vig_kernels.ops.linear_nll import nll_values
+from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, empty_output
 
 # The largest float32 copy of a 16-bit hidden gradient that the fast path may hold; on a CPU logits stand beside it.
 HIDDEN_BUFFER_BYTES, CPU_HIDDEN_BUFFER_BYTES = 240 << 20, 96 << 20
@@ -32,6 +33,7 @@ def linear_cross_entropy(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     stats: tuple[str, ...] = (),
+    vocab_shard: tuple | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """loss = sum_n w_n (nll_n + z_loss lse_n^2) / divisor, over the rows whose target is not `ignore_index`.
@@ -50,6 +52,8 @@ def linear_cross_entropy(
         memory: "fast" or "low".
         stats: any of "nll", "lse", "entropy" (nats) and "argmax" (int64): what is known of each row, detached. 0.0, and
             -1 for argmax, on rows that are ignored or of weight 0.
+        vocab_shard: (first_row, process group) of a head whose rows are spread over processes, as in `linear_nll`. The
+            log-sum-exp is known only when all ranks have swept: gradients are recomputed whatever `memory` says.
 
     Returns:
         0-d float32, or (...) float32 for reduction="none" (0.0 on ignored rows); with `stats` a pair
@@ -76,16 +80,18 @@ def linear_cross_entropy(
     check.flag("memory", memory, ("fast", "low"))
     stats = check.stats(stats, STATS)
     z_loss = check.number("z_loss", z_loss)
+    given = vocab_shards.local_arguments({"hidden": hidden}, weight, target, bias, vocab_shard, token_weight)
     (problem,) = check.linear(
-        {"hidden": hidden},
-        weight,
-        target,
-        bias=bias,
+        given.hiddens,
+        given.weight,
+        given.target,
+        bias=given.bias,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         ignore_index=ignore_index,
+        least_rows=given.least_rows,
     )
-    row_weight = _row_weight(token_weight, target)
+    row_weight = _row_weight(given.token_weight, given.target)
     num_items = _num_items(num_items)
     num_kept = None if num_kept is None else check.integer("num_kept", num_kept)
     rows = problem.target.shape[0]
@@ -94,7 +100,9 @@ def linear_cross_entropy(
     problem = problem._replace(num_kept=num_kept)
 
     name = dispatch.resolve("linear_cross_entropy", backend, problem.weight.device)
-    fast = memory == "fast" and reduction != "none" and _fast(problem, row_weight, name)
+    fast = (
+        given.shard is None and memory == "fast" and reduction != "none" and _fast(problem, row_weight, name)
+    )
     if not fast:
         name = dispatch.resolve("linear_nll", backend, problem.weight.device)
     if row_weight is not None and not check.wants_grad(row_weight):
@@ -117,7 +125,7 @@ def linear_cross_entropy(
         loss, *found = _forward_op(*problem, row_weight, z_loss, list(_needs(problem)), wanted, name)
         values = dict(zip(STATS, found[-len(STATS) :], strict=True))
     else:
-        values = nll_values(problem, ("lse", *stats) if z_loss else stats, name)
+        values = nll_values(problem, ("lse", *stats) if z_loss else stats, name, given.shard)
         losses = values["nll"] + z_loss * values["lse"].square() if z_loss else values["nll"]
         if row_weight is not None:
             losses = losses * torch.where(valid, row_weight, 0.0)
