@@ -61,8 +61,8 @@ def selective_loss(
 
     Returns a float32 scalar, or (scalar, outputs). A call that keeps no token gives 0.0 and zero gradients.
     Frozen weights cost no gradient GEMM; tied embeddings receive their gradient from both ends.
-    A model that transformers has made tensor-parallel (`tp_plan="auto"`) keeps its sharded head; all ranks of it pass the
-    same batch.
+    A model that transformers has made tensor-parallel (`tp_plan="auto"`) keeps its sharded head: all its ranks pass
+    the same batch.
     Raises HeadError where the head cannot be fused: adapters on it, quantised or otherwise sharded weights, or logits
     that the model transforms in an unknown way (found by `verify_head` at the first call).
     """
