@@ -1,4 +1,4 @@
-"""A rank of a sharded head, run as `python sharded_heads.py RANK RANKS FOLDER`: every case, its results saved.
+"""A rank of a sharded head, run as `python sharded_heads.py RANK RANKS FOLDER BACKEND...`; its results are saved.
 
 tests/test_sharded_heads.py starts the ranks and compares what they saved with one process.
 """
@@ -131,15 +131,55 @@ def part(made: Inputs, rows: slice) -> Inputs:
     return replace(made, weight=made.weight.detach()[rows].requires_grad_(), options=options)
 
 
-def run_cases(rank: int, ranks: int) -> dict:
+def run_cases(rank: int, ranks: int, backends: list[str]) -> dict:
     found = {}
     for name, sharded in SHARDED.items():
         made, null = inputs(sharded, ranks)
         first, last = bounds(sharded, ranks)[rank : rank + 2]
-        for backend in BACKENDS:
+        for backend in backends:
             shard = {"vocab_shard": (first, dist.group.WORLD)}
             found[name, backend] = results(part(made, slice(first, last)), null, backend, **shard)
     return found
+
+
+# --- against one process ---
+
+DIFFERENCES = {"vig": "nll_null", "vig.kl": "nll.lse"}  # of two larger values, whose norm is the measure
+
+
+def close(mine: torch.Tensor, one: torch.Tensor, norm: torch.Tensor) -> bool:
+    """Within 1e-6 of a norm, infinite in the same places, integers equal."""
+    if mine.shape != one.shape or mine.dtype != one.dtype:
+        return False
+    if one.dtype == torch.int64:
+        return torch.equal(mine, one)
+    mine, one = mine.double(), one.double()
+    finite = one.isfinite()
+    if not torch.equal(mine[~finite], one[~finite]):
+        return False
+    return bool((mine - one)[finite].norm() <= 1e-6 * norm + 1e-12)
+
+
+def differing(mine: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    """What is not within 1e-6 of one process."""
+    assert mine.keys() == one.keys()
+    norms = {name: value[value.isfinite()].double().norm() for name, value in one.items()}
+    return {
+        name: (mine[name], value)
+        for name, value in one.items()
+        if not close(mine[name], value, norms[DIFFERENCES.get(name, name)])
+    }
+
+
+def whole(ranks: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
+    """A result of the whole head: gradients of weight (1) and bias (2) end to end, all else the same on every rank."""
+    if name.endswith((".grad_1", ".grad_2")):
+        return torch.cat([rank[name] for rank in ranks])
+    for rank in ranks[1:]:
+        assert torch.equal(ranks[0][name].nan_to_num(7), rank[name].nan_to_num(7)), (
+            f"{name} differs between ranks"
+        )
+    return ranks[0][name]
 
 
 # --- DTensors ---
@@ -301,23 +341,25 @@ def _growth(call) -> float:
     return (peak[0] - before) / 2**20
 
 
-def run(rank: int, ranks: int, folder: str) -> None:
+def run(rank: int, ranks: int, folder: str, backends: list[str]) -> None:
+    """All backends, and what does not depend on them; of one alone, the cases."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    mesh = init_device_mesh("cpu", (ranks,))
-    found = {
-        "cases": run_cases(rank, ranks),
-        "dtensors": run_dtensors(mesh),
-        "fsdp2": run_fsdp2(rank, mesh),
-        "refusals": run_refusals(rank, ranks, mesh),
-        "wire": run_wire(rank),
-    }
-    if ranks == 2:
-        found["memory"] = run_memory(rank)
+    found = {"cases": run_cases(rank, ranks, backends)}
+    if backends == BACKENDS:
+        mesh = init_device_mesh("cpu", (ranks,))
+        found |= {
+            "dtensors": run_dtensors(mesh),
+            "fsdp2": run_fsdp2(rank, mesh),
+            "refusals": run_refusals(rank, ranks, mesh),
+            "wire": run_wire(rank),
+        }
+        if ranks == 2:
+            found["memory"] = run_memory(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

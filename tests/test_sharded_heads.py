@@ -2,85 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import sharded_heads
 import torch
 from cases import assert_gradients, bound, eager_logits
-from sharded_heads import BACKENDS, DTENSOR_WORDS, MEMORY, SHARDED, WIRE
+from ranks import launch
+from sharded_heads import BACKENDS, DTENSOR_WORDS, MEMORY, SHARDED, WIRE, differing, whole
 from torch.utils.checkpoint import checkpoint
 
 from vig_kernels import linear_cross_entropy, reference
 
 RANKS = (2, 4)
-SECONDS = 240
 
 
 @pytest.fixture(scope="module", params=RANKS, ids=lambda ranks: f"{ranks}-ranks")
 def found(request, tmp_path_factory) -> list[dict]:
     """What each rank has saved."""
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
-    env = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", PYTHONPATH=os.pathsep.join(sys.path))
-    command = [sys.executable, sharded_heads.__file__]
-    logs = [folder / f"{rank}.log" for rank in range(request.param)]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(request.param), str(folder)],
-            env=env,
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(SECONDS) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert not any(codes), "\n".join(log.read_text()[-2000:] for log in logs)
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(request.param)]
-
-
-DIFFERENCES = {"vig": "nll_null", "vig.kl": "nll.lse"}  # of two larger values, whose norm is the measure
-
-
-def close(mine: torch.Tensor, one: torch.Tensor, norm: torch.Tensor) -> bool:
-    """Within 1e-6 of a norm, infinite in the same places, integers equal."""
-    if mine.shape != one.shape or mine.dtype != one.dtype:
-        return False
-    if one.dtype == torch.int64:
-        return torch.equal(mine, one)
-    mine, one = mine.double(), one.double()
-    finite = one.isfinite()
-    if not torch.equal(mine[~finite], one[~finite]):
-        return False
-    return bool((mine - one)[finite].norm() <= 1e-6 * norm + 1e-12)
-
-
-def differing(mine: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> dict[str, tuple]:
-    """What is not within 1e-6 of one process."""
-    assert mine.keys() == one.keys()
-    norms = {name: value[value.isfinite()].double().norm() for name, value in one.items()}
-    return {
-        name: (mine[name], value)
-        for name, value in one.items()
-        if not close(mine[name], value, norms[DIFFERENCES.get(name, name)])
-    }
-
-
-def whole(ranks: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
-    """A result of the whole head: gradients of weight (1) and bias (2) end to end, all else the same on every rank."""
-    if name.endswith((".grad_1", ".grad_2")):
-        return torch.cat([rank[name] for rank in ranks])
-    for rank in ranks[1:]:
-        assert torch.equal(ranks[0][name].nan_to_num(7), rank[name].nan_to_num(7)), (
-            f"{name} differs between ranks"
-        )
-    return ranks[0][name]
+    return launch(sharded_heads.__file__, request.param, folder, *BACKENDS, MALLOC_MMAP_THRESHOLD_="65536")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensor_parallel
 import torch
+from ranks import launch
 from tiny import llava_model, llava_processor
 
-RANKS, SECONDS = 2, 240
+RANKS = 2
 
 
 @pytest.fixture(scope="module")
@@ -31,24 +28,7 @@ def found(tmp_path_factory) -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    logs = [folder / f"{rank}.log" for rank in range(RANKS)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, tensor_parallel.__file__, str(rank), str(RANKS), str(folder), str(port)],
-            env=env,
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(SECONDS) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert not any(codes), "\n".join(log.read_text()[-2000:] for log in logs)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return launch(tensor_parallel.__file__, RANKS, folder, str(port))
 
 
 def assert_near(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
