@@ -52,6 +52,7 @@ SHARDED = {
     "no-rows": Sharded(Case("", N=0)),
     "no-words": Sharded(Case("", N=6, D=16, V=9), cut="empty"),
     "peaked": Sharded(Case("", N=8, D=32, V=90, scale=30.0)),
+    "sunk": Sharded(Case("", N=8, D=40, V=100, bias=True, sunk=400.0)),  # lse is -395: a float32 steps by 3e-5
     "twins": Sharded(Case("", N=8, D=32, V=12, twins=True), cut="uneven"),
     "options": Sharded(
         Case("", N=20, D=70, V=257, bias=True, scale=3.0,
