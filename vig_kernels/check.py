@@ -161,9 +161,20 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def linear(
-    hiddens: dict[str, Tensor], weight, target, *, bias, logit_scale, logit_softcap, ignore_index
+    hiddens: dict[str, Tensor],
+    weight,
+    target,
+    *,
+    bias,
+    logit_scale,
+    logit_softcap,
+    ignore_index,
+    least_rows=1,
 ) -> tuple[HeadProblem, ...]:
-    """Check the arguments of a linear op, apply autocast and flatten to (N, D): a problem for each hidden."""
+    """Check the arguments of a linear op, apply autocast and flatten to (N, D): a problem for each hidden.
+
+    least_rows: of the weight; a rank of a sharded head may hold none.
+    """
     options = (
         scale(logit_scale),
         softcap(logit_softcap),
@@ -179,7 +190,7 @@ def linear(
 
     first_name, first = next(iter(hiddens.items()))
     width = first.shape[-1]
-    if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] == 0 or width == 0:
+    if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] < least_rows or width == 0:
         raise ValueError(
             f"expected weight (V, {width}) to fit {first_name} {tuple(first.shape)} with V and D at least 1, got "
             f"{tuple(weight.shape)}"
@@ -219,15 +230,16 @@ def rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
-def target_range(problem: HeadProblem) -> None:
-    """ValueError for the first target outside [0, V), counted over the flattened rows.
+def target_range(problem: HeadProblem, vocabulary: int | None = None) -> None:
+    """ValueError for the first target outside [0, V), counted over the flattened rows; V of the weight where not given.
 
     Reading values back would stall a GPU, so there the check runs only with VIG_CHECK_TARGETS=1. A compiled graph
     cannot branch on them: the ops check when they run, the compiled reference leaves it to its gather.
     """
     if torch.compiler.is_compiling():
         return
-    target, vocabulary, ignore_index = problem.target, problem.weight.shape[0], problem.ignore_index
+    target, ignore_index = problem.target, problem.ignore_index
+    vocabulary = problem.weight.shape[0] if vocabulary is None else vocabulary
     if target.device.type != "cpu" and os.environ.get("VIG_CHECK_TARGETS") != "1":
         return
     fine = (target.clamp(0, vocabulary - 1) == target) | (target == ignore_index)

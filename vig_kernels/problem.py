@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # the arguments of a custom op that are a HeadProblem, in the order of its fields
@@ -72,3 +73,25 @@ class Gaussian(NamedTuple):
     truncate: float = 3.0  # taps reach ceil(truncate * sigma) pixels
     border: str = "reflect"  # or "replicate"
     precision: str = "float32"  # or "fast": products may be 16-bit
+
+
+def empty_output(problem: HeadProblem, name: str, rows: int) -> Tensor:
+    """An uninitialised (rows,) result: int64 for argmax, else float32."""
+    return problem.target.new_empty(rows, dtype=torch.int64 if name.startswith("argmax") else torch.float32)
+
+
+def with_lse_lo(upstream: Upstream, saved: Saved, lse_lo: Tensor) -> tuple[Upstream, Saved]:
+    """What a backward that knows lse alone must be given: p = exp(z - lse) exp(-lse_lo).
+
+    d loss / d z_v = p_v (g_nll + g_lse - g_entropy (z_v - lse - lse_lo + entropy)) - [v = target] g_nll, so that
+    the factor exp(-lse_lo) goes into g_lse and g_entropy, and lse_lo itself into the entropy.
+    """
+    shrink = torch.expm1(-lse_lo)  # small: what it multiplies keeps its bits where lse_lo is 0
+    softmax = [grad for grad in upstream[:2] if grad is not None]
+    if softmax:
+        change = sum(softmax) * shrink
+        upstream = upstream._replace(lse=change if upstream.lse is None else upstream.lse + change)
+    if upstream.entropy is None:
+        return upstream, Saved(saved.lse)
+    upstream = upstream._replace(entropy=upstream.entropy + upstream.entropy * shrink)
+    return upstream, Saved(saved.lse, saved.entropy - lse_lo)

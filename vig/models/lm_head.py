@@ -122,13 +122,18 @@ def find_head(model: nn.Module) -> nn.Module:
 
 
 def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, D) and bias of the head, at the moment of its call: sharding wrappers have gathered them."""
+    """Weight (V, D) and bias of the head, at the moment of its call: sharding wrappers have gathered them.
+
+    The head of a tensor-parallel model (transformers' tp_plan) stays sharded: DTensors, for `head_input`.
+    """
     layer = getattr(head, "base_layer", head)
     weight, bias = layer.weight, getattr(layer, "bias", None)
-    if hasattr(weight, "placements"):  # a DTensor
+    if is_sharded(weight) and not getattr(
+        layer, "_is_hooked", False
+    ):  # as transformers marks what it distributes
         raise HeadError(
-            f"the weight of the LM head is sharded ({weight.placements}) when it is called. Leave the head out "
-            "of the tensor-parallel plan; FSDP2 gathers it"
+            f"the weight of the LM head is sharded ({weight.placements}) when it is called, but not by the model's "
+            'own plan. Load the model with tp_plan="auto", or leave the head whole; FSDP2 gathers it'
         )
     if weight.numel() == 0:
         raise HeadError(
@@ -141,6 +146,37 @@ def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
             'A quantised head must be left out of quantisation (llm_int8_skip_modules=["lm_head"])'
         )
     return weight, bias
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(weight, "placements")
+
+
+def head_input(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Hidden states as the ops of `vig_kernels` take them beside a weight of `head_weights`.
+
+    All ranks of a tensor-parallel model hold the same rows: beside its DTensor they are a Replicate one.
+    """
+    if not is_sharded(weight):
+        return hidden
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
+
+
+def _rows_of(weight: Tensor, rows: Tensor) -> Tensor:
+    """weight[rows], float32, also of a weight whose rows are spread over ranks."""
+    if not is_sharded(weight):
+        return weight[rows].float()
+    local, mesh = weight.to_local(), weight.device_mesh
+    chunk = -(-weight.shape[0] // mesh.size())  # Shard(0) cuts as torch.chunk does
+    index = rows - mesh.get_local_rank() * chunk
+    here = (index >= 0) & (index < len(local))
+    found = torch.zeros((len(rows), *weight.shape[1:]), device=local.device)
+    found[here] = local[index[here]].float()
+    torch.distributed.all_reduce(found, group=mesh.get_group())
+    return found
 
 
 @contextmanager
@@ -205,7 +241,7 @@ def _probe(model: nn.Module, causal: nn.Module, inputs: dict[str, Any]) -> HeadT
         nonlocal columns, raw, tolerance
         weight, bias = head_weights(head)
         columns = torch.linspace(0, len(weight) - 1, min(len(weight), 1024), device=weight.device).long()
-        sample, offset = weight[columns].float(), 0.0 if bias is None else bias[columns].float()
+        sample, offset = _rows_of(weight, columns), 0.0 if bias is None else _rows_of(bias, columns)
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn((1, 2, hidden.shape[-1]), generator=generator).to(weight.device)
         largest = torch.nn.functional.linear(probe, sample).abs().max()

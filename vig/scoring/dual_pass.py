@@ -17,7 +17,14 @@ from torch import Tensor
 
 from vig.models import image_features
 from vig.models.image_features import ImageFeatures
-from vig.models.lm_head import HeadTransform, find_head, head_replaced, hidden_at_head
+from vig.models.lm_head import (
+    HeadTransform,
+    find_head,
+    head_input,
+    head_replaced,
+    head_weights,
+    hidden_at_head,
+)
 from vig.models.loading import LoadedModel
 from vig.models.null_pixels import PixelRange, null_pictures
 from vig.models.pixels import Sizes
@@ -170,12 +177,12 @@ class TwoPasses:
 
     @property
     def _weight(self) -> Tensor:
-        return self.head.weight
+        return head_weights(self.head)[0]
 
     @property
     def _head_options(self) -> dict:
         return {
-            "bias": self.head.bias,
+            "bias": head_weights(self.head)[1],
             "logit_scale": self.transform.scale,
             "logit_softcap": self.transform.softcap,
             "backend": self.backend,
@@ -188,7 +195,8 @@ class TwoPasses:
         """
         rows = batch.answers
         with packed_attention.attention(self.model, batch.layout), on_rows(self._last, rows.index):
-            return _AnswerRows(hidden_at_head(self.model, batch.inputs, rows.index), rows.target)
+            hidden = hidden_at_head(self.model, batch.inputs, rows.index)
+        return _AnswerRows(head_input(hidden, self._weight), rows.target)
 
     @torch.inference_mode()
     def last_layer_error(self, view: View) -> float:

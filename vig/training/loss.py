@@ -20,6 +20,7 @@ from vig.models.lm_head import (
     HeadTransform,
     ShiftedRows,
     find_head,
+    head_input,
     head_replaced,
     head_weights,
     shifted_rows,
@@ -60,7 +61,9 @@ def selective_loss(
 
     Returns a float32 scalar, or (scalar, outputs). A call that keeps no token gives 0.0 and zero gradients.
     Frozen weights cost no gradient GEMM; tied embeddings receive their gradient from both ends.
-    Raises HeadError where the head cannot be fused: adapters on it, quantised or sharded weights, or logits
+    A model that transformers has made tensor-parallel (`tp_plan="auto"`) keeps its sharded head: all its ranks pass
+    the same batch.
+    Raises HeadError where the head cannot be fused: adapters on it, quantised or otherwise sharded weights, or logits
     that the model transforms in an unknown way (found by `verify_head` at the first call).
     """
     if return_outputs and torch.is_grad_enabled():
@@ -152,9 +155,9 @@ def _at_the_head(
         if hidden.shape[:-1] != labels.shape:
             raise HeadError(_other_shape(hidden, labels))
         kept = ShiftedRows(*(tensor.to(hidden.device) for tensor in rows))
-        value = compute(
-            KeptRows(hidden.reshape(-1, hidden.shape[-1])[kept.index], kept, _of_head(head, transform))
-        )
+        options = _of_head(head, transform)
+        taken = head_input(hidden.reshape(-1, hidden.shape[-1])[kept.index], options["weight"])
+        value = compute(KeptRows(taken, kept, options))
         if return_outputs:
             return forward(hidden)
         if value.dim():

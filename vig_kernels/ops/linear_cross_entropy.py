@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch
+from vig_kernels.ops import vocab_shards
 from vig_kernels.ops.linear_nll import nll_values
 from vig_kernels.ops.loss_gradients import STATS, gradient_dtypes, loss_and_gradients
 from vig_kernels.problem import HeadProblem, Needs
@@ -33,6 +34,7 @@ def linear_cross_entropy(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     stats: tuple[str, ...] = (),
+    vocab_shard: tuple | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """loss = sum_n w_n (nll_n + z_loss lse_n^2) / divisor, over the rows whose target is not `ignore_index`.
@@ -51,6 +53,8 @@ def linear_cross_entropy(
         memory: "fast", "low", or the MiB, at least 256, that "fast" may take on a GPU instead of its fixed 2816.
         stats: any of "nll", "lse", "entropy" (nats) and "argmax" (int64): what is known of each row, detached. 0.0, and
             -1 for argmax, on rows that are ignored or of weight 0.
+        vocab_shard: (first_row, process group) of a head whose rows are spread over processes, as in `linear_nll`. The
+            log-sum-exp is known only when all ranks have swept: gradients are recomputed whatever `memory` says.
 
     Returns:
         0-d float32, or (...) float32 for reduction="none" (0.0 on ignored rows); with `stats` a pair
@@ -79,16 +83,18 @@ def linear_cross_entropy(
     _check_memory(memory)
     stats = check.stats(stats, STATS)
     z_loss = check.number("z_loss", z_loss)
+    given = vocab_shards.local_arguments({"hidden": hidden}, weight, target, bias, vocab_shard, token_weight)
     (problem,) = check.linear(
-        {"hidden": hidden},
-        weight,
-        target,
-        bias=bias,
+        given.hiddens,
+        given.weight,
+        given.target,
+        bias=given.bias,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         ignore_index=ignore_index,
+        least_rows=given.least_rows,
     )
-    row_weight = _row_weight(token_weight, target)
+    row_weight = _row_weight(given.token_weight, given.target)
     num_items = _num_items(num_items)
     num_kept = None if num_kept is None else check.integer("num_kept", num_kept)
     rows = problem.target.shape[0]
@@ -98,7 +104,8 @@ def linear_cross_entropy(
 
     name = dispatch.resolve("linear_cross_entropy", backend, problem.weight.device)
     budget = _budget(memory, problem.weight.device)
-    fast = memory != "low" and reduction != "none" and _fast(problem, row_weight, name, budget)
+    fast = given.shard is None and memory != "low" and reduction != "none"
+    fast = fast and _fast(problem, row_weight, name, budget)
     if not fast:
         name = dispatch.resolve("linear_nll", backend, problem.weight.device)
     if row_weight is not None and not check.wants_grad(row_weight):
@@ -123,7 +130,7 @@ def linear_cross_entropy(
         )
         values = dict(zip(STATS, found[-len(STATS) :], strict=True))
     else:
-        values = nll_values(problem, ("lse", *stats) if z_loss else stats, name)
+        values = nll_values(problem, ("lse", *stats) if z_loss else stats, name, given.shard)
         losses = values["nll"] + z_loss * values["lse"].square() if z_loss else values["nll"]
         if row_weight is not None:
             losses = losses * torch.where(valid, row_weight, 0.0)

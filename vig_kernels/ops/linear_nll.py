@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
-from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, Saved, Upstream
+from vig_kernels.ops import sharded_heads, vocab_shards
+from vig_kernels.ops.vocab_shards import VocabShard
+from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, Saved, Upstream, empty_output, with_lse_lo
 
 STATS = (*check.STATS, "lse_lo")  # what a backend's forward may be asked for, besides nll
 
@@ -23,6 +25,7 @@ def linear_nll(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     stats: tuple[str, ...] = (),
+    vocab_shard: tuple | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """nll = log sum_v exp(z_v) - z_target, in nats, with z = softcap(logit_scale * (hidden weight^T + bias)).
@@ -38,6 +41,11 @@ def linear_nll(
         logit_softcap: cap * tanh(logits / cap), applied after the scale (Gemma 2).
         stats: any of "lse" (log sum exp), "entropy" (nats) and "argmax" (int64, the first maximum): further
             results of the same sweep; 0.0, 0.0 and -1 on ignored rows.
+        vocab_shard: (first_row, process group) where weight (and bias) are this rank's rows of a larger head, from
+            row first_row on; group None is the default one. Ranks hold consecutive rows, in order, and pass the same
+            hidden and target; target counts over the whole head. A DTensor weight with Shard(0) beside a Replicate
+            hidden says so itself. All ranks get the same values, bit for bit, and the whole hidden gradient; the
+            weight's gradient is that of the rank's rows. Every rank must make the call, and the backward.
         backend: "auto", the best that can run here, or the name of one; see `vig_kernels.backends()`.
 
     Returns:
@@ -53,23 +61,30 @@ def linear_nll(
         BackendUnavailable: a named backend that cannot run here.
     """
     stats = check.stats(stats, check.STATS)
+    given = vocab_shards.local_arguments({"hidden": hidden}, weight, target, bias, vocab_shard)
     (problem,) = check.linear(
-        {"hidden": hidden},
-        weight,
-        target,
-        bias=bias,
+        given.hiddens,
+        given.weight,
+        given.target,
+        bias=given.bias,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         ignore_index=ignore_index,
+        least_rows=given.least_rows,
     )
-    values = nll_values(problem, stats, dispatch.resolve("linear_nll", backend, problem.weight.device))
+    name = dispatch.resolve("linear_nll", backend, problem.weight.device)
+    values = nll_values(problem, stats, name, given.shard)
     shape = hidden.shape[:-1]
     nll = values["nll"].reshape(shape)
     return (nll, {stat: values[stat].reshape(shape) for stat in stats}) if stats else nll
 
 
-def nll_values(problem: HeadProblem, stats: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+def nll_values(
+    problem: HeadProblem, stats: tuple[str, ...], backend: str, shard: VocabShard | None = None
+) -> dict[str, Tensor]:
     """{"nll": (N,), stat: (N,)} of a problem, attached to the graph; "nll" is there whether asked for or not."""
+    if shard is not None:
+        return sharded_heads.nll_values(problem, stats, backend, shard)
     hidden, weight, target, bias = problem[:4]
     if backend == "reference":
         check.target_range(problem)
@@ -119,11 +134,6 @@ def _forward_fake(*args):
     return tuple(empty_output(problem, name, rows if wanted else 0) for name, wanted in asked)
 
 
-def empty_output(problem: HeadProblem, name: str, rows: int) -> Tensor:
-    """An uninitialised (rows,) result: int64 for argmax, else float32."""
-    return problem.target.new_empty(rows, dtype=torch.int64 if name.startswith("argmax") else torch.float32)
-
-
 def _save(ctx, inputs, output):
     problem = HeadProblem(*inputs[:8])
     _, lse, entropy, argmax, lse_lo = output
@@ -168,23 +178,6 @@ def nll_backward_op(*args):
     with torch.autocast(problem.hidden.device.type, enabled=False):
         found = run(upstream, saved, problem, Needs(*needs))
     return tuple(problem.hidden.new_empty(0) if grad is None else grad for grad in found)
-
-
-def with_lse_lo(upstream: Upstream, saved: Saved, lse_lo: Tensor) -> tuple[Upstream, Saved]:
-    """What a backward that knows lse alone must be given: p = exp(z - lse) exp(-lse_lo).
-
-    d loss / d z_v = p_v (g_nll + g_lse - g_entropy (z_v - lse - lse_lo + entropy)) - [v = target] g_nll, so that
-    the factor exp(-lse_lo) goes into g_lse and g_entropy, and lse_lo itself into the entropy.
-    """
-    shrink = torch.expm1(-lse_lo)  # small: what it multiplies keeps its bits where lse_lo is 0
-    softmax = [grad for grad in upstream[:2] if grad is not None]
-    if softmax:
-        change = sum(softmax) * shrink
-        upstream = upstream._replace(lse=change if upstream.lse is None else upstream.lse + change)
-    if upstream.entropy is None:
-        return upstream, Saved(saved.lse)
-    upstream = upstream._replace(entropy=upstream.entropy + upstream.entropy * shrink)
-    return upstream, Saved(saved.lse, saved.entropy - lse_lo)
 
 
 @nll_backward_op.register_fake

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
-from vig_kernels.ops.linear_nll import empty_output
-from vig_kernels.problem import HEAD_SCHEMA, HeadProblem
+from vig_kernels.ops import sharded_heads, vocab_shards
+from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, empty_output
 
-STATS = ("kl", "entropy_image", "entropy_null", "argmax_image", "argmax_null")
+STATS = sharded_heads.VIG_STATS
 
 
 class TokenVIG(NamedTuple):
@@ -32,6 +32,7 @@ def linear_vig(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     stats: tuple[str, ...] = (),
+    vocab_shard: tuple | None = None,
     backend: str = "auto",
 ) -> TokenVIG | tuple[TokenVIG, dict[str, Tensor]]:
     """VIG_t = NLL(a_t | a_<t, Q, null image) - NLL(a_t | a_<t, Q, image), in nats, in one sweep of the weight.
@@ -39,7 +40,7 @@ def linear_vig(
     Token-level Visual Information Gain of arXiv 2602.17186, section 3; a sample's VIG is the mean over its answer
     tokens. Arguments, accuracy and errors are those of `linear_nll`, for two hidden states of one shape. Ignored
     rows give 0.0 three times; equal hidden states give exactly 0.0. `nll_image` has the bits of `linear_nll`.
-    No gradient.
+    No gradient. vocab_shard (and a DTensor weight): a head whose rows are spread over processes, as in `linear_nll`.
 
     stats: any of "kl", "entropy_image", "entropy_null" (nats), "argmax_image" and "argmax_null" (int64), (...) each: a
     pair (TokenVIG, {name: tensor}) is returned then. kl = KL(p_image || p_null) = sum_v p_v (log p_v - log q_v), at
@@ -48,17 +49,25 @@ def linear_vig(
     forms the logits of both passes once more for "kl", in the chunked sweep of the torch backend.
     """
     stats = check.stats(stats, STATS)
+    hiddens = {"hidden_image": hidden_image, "hidden_null": hidden_null}
+    given = vocab_shards.local_arguments(hiddens, weight, target, bias, vocab_shard)
     problem, null = check.linear(
-        {"hidden_image": hidden_image, "hidden_null": hidden_null},
-        weight,
-        target,
-        bias=bias,
+        given.hiddens,
+        given.weight,
+        given.target,
+        bias=given.bias,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         ignore_index=ignore_index,
+        least_rows=given.least_rows,
     )
     name = dispatch.resolve("linear_vig", backend, problem.weight.device)
-    if name == "reference":
+    if given.shard is not None:
+        vig, nll_image, nll_null, *values = sharded_heads.vig_values(
+            problem, null.hidden, stats, name, given.shard
+        )
+        values = dict(zip(STATS, values, strict=True))
+    elif name == "reference":
         check.target_range(problem)
         options = problem.reference_options() | {"stats": STATS}
         found, values = reference.linear_vig(problem.hidden, null.hidden, *problem[1:3], **options)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch
-from vig_kernels.ops.linear_nll import empty_output
-from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs
+from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, empty_output
 
 STATS = ("nll", *check.STATS)
 NO_STATS_IN_TRAINING = ("triton",)  # backends whose training sweep has none; that of linear_nll does

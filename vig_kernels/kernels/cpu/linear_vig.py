@@ -21,7 +21,7 @@ def with_stats(
     both = (2, hidden.shape[0])
     values = {"nll": hidden.new_zeros(both, dtype=torch.float32)}
     for stat in stats:  # one sweep gives a statistic of both passes, which stand one behind the other
-        kind = stat.split("_")[0]
+        kind = stat.rsplit("_", 1)[0]
         values[kind] = target.new_full(both, -1) if kind == "argmax" else torch.zeros_like(values["nll"])
     described, kept_bias = native.head(problem)
     native.module().linear_nll(
@@ -33,7 +33,7 @@ def with_stats(
     )
     del kept_bias  # read until here
     image, null = values["nll"]
-    found = {stat: values[stat.split("_")[0]][int(stat.endswith("_null"))].clone() for stat in stats}
+    found = {stat: values[stat.rsplit("_", 1)[0]][int(stat.endswith("_null"))].clone() for stat in stats}
     return null - image, image.clone(), null.clone(), found
 
 

@@ -12,9 +12,9 @@ def with_stats(
     problem: HeadProblem, hidden_null: Tensor, stats: tuple[str, ...]
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """(vig, nll_image, nll_null, stats), (N,) each: the tiles of linear_nll, hence its bits."""
-    kinds = tuple(dict.fromkeys(stat.split("_")[0] for stat in stats))
+    kinds = tuple(dict.fromkeys(stat.rsplit("_", 1)[0] for stat in stats))
     image, null = sweep(problem, (problem.hidden, hidden_null), kinds)
-    found = {stat: (null if stat.endswith("_null") else image)[stat.split("_")[0]] for stat in stats}
+    found = {stat: (null if stat.endswith("_null") else image)[stat.rsplit("_", 1)[0]] for stat in stats}
     return null["nll"] - image["nll"], image["nll"], null["nll"], found
 
 

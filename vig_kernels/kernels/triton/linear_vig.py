@@ -22,10 +22,10 @@ def with_stats(
 
     Statistics are those of one pass: "kl" needs both logits of an entry, which meet in no tile here, and is left out.
     """
-    kinds = tuple(dict.fromkeys(stat.split("_")[0] for stat in stats if stat != "kl"))
+    kinds = tuple(dict.fromkeys(stat.rsplit("_", 1)[0] for stat in stats if stat != "kl"))
     image, null = sweep(problem, kinds, hidden_null)
     found = {
-        stat: (null if stat.endswith("_null") else image)[stat.split("_")[0]]
+        stat: (null if stat.endswith("_null") else image)[stat.rsplit("_", 1)[0]]
         for stat in stats
         if stat != "kl"
     }
