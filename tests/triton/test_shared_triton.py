@@ -36,3 +36,4 @@ from test_vig_stats import (  # noqa: F401
     test_some_of_them_are_the_same,
     test_words_that_the_bias_rules_out_add_nothing,
 )
+from test_vig_stats import test_values as test_values_beside_vig  # noqa: F401
