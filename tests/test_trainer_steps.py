@@ -43,7 +43,7 @@ from torch.distributed.tensor import init_device_mesh
 from vig import SelectiveCollator, SelectiveLabels, SelectiveTrainer
 from vig.models.lm_head import HeadError, verify_head
 from vig.training.loss import row_losses, selective_loss
-from vig.training.trainer import load_converted
+from vig.training.trainer import COUNTS, load_converted
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,10 @@ def evaluate_on_ranks(rank, folder, items, chosen, processor):
         model=base(), args=args, eval_dataset=items, data_collator=SelectiveCollator(processor, chosen)
     )
     assert trainer.args.world_size == 2
-    torch.save(trainer.evaluate()["eval_loss"], folder.with_suffix(f".{rank}"))
+    trainer.log_token_stats = True
+    metrics = trainer.evaluate()
+    names = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
+    torch.save([metrics[name] for name in names], folder.with_suffix(f".{rank}"))
 
 
 def test_two_processes_evaluate_every_sample_once(processor, tmp_path):
@@ -136,7 +139,8 @@ def test_two_processes_evaluate_every_sample_once(processor, tmp_path):
     chosen = selection(processor, items, lambda row, n: np.arange(n) < (n if row == 0 else 1))
     expected = masked_cross_entropy(base(), SelectiveCollator(processor, chosen)(items)).item()
     found = run_on_two(evaluate_on_ranks, tmp_path / "out", items, chosen, processor)
-    assert found == [pytest.approx(expected, rel=1e-5)] * 2
+    figures = token_figures(base(), SelectiveCollator(processor, chosen)(items))
+    assert found == [pytest.approx([expected, *figures], rel=1e-5)] * 2
 
 
 def test_row_losses_are_those_of_each_row_alone(processor):
@@ -480,6 +484,73 @@ def test_the_log_counts_tokens_under_trls_names(processor, tmp_path):
     assert "num_tokens" not in trainer.evaluate()
 
 
+def token_figures(model, batch) -> tuple[float, float]:
+    """Mean entropy and share of hits over the kept tokens, from the model's own logits in float64."""
+    inputs = {name: value for name, value in batch.items() if name not in COUNTS}
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, :-1].double()
+    kept = batch["labels"][:, 1:] != -100
+    logs, target = logits[kept].log_softmax(-1), batch["labels"][:, 1:][kept]
+    return float(-(logs.exp() * logs).sum(1).mean()), float((logs.argmax(1) == target).double().mean())
+
+
+class WithStats(SelectiveTrainer):
+    log_token_stats = True
+
+
+def test_the_log_has_entropy_and_accuracy_of_the_kept_tokens(processor, tmp_path):
+    """Over all tokens of uneven micro-batches, in training and evaluation; the step keeps its bits."""
+    items = samples(5)
+    chosen = selection(processor, items, lambda row, n: np.arange(n) < (n if row == 0 else 2))
+    collator = SelectiveCollator(processor, chosen)
+    model = base()
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():  # some words are right: those of the first sample's logits
+        batch = collator(items)
+        logits = model(**{name: value for name, value in batch.items() if name not in COUNTS}).logits[:, :-1]
+        best = logits[batch["labels"][:, 1:] != -100].argmax(1)[0]
+        head[batch["labels"][batch["labels"] != -100][0]] = 1.001 * head[best]
+    expected = token_figures(model, batch)
+    assert 0 < expected[1] < 1
+    found = []
+    for trainer_class in (WithStats, SelectiveTrainer):
+        args = arguments(tmp_path, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=3,
+                         per_device_eval_batch_size=2)  # fmt: skip
+        trainer = trainer_class(
+            model=copy.deepcopy(model),
+            args=args,
+            train_dataset=items,
+            eval_dataset=items,
+            data_collator=collator,
+        )
+        before = trainer.evaluate()
+        trainer.train()
+        found.append((trainer, before))
+    (trainer, before), (plain, plain_before) = found
+    first, second = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry, prefix in ((first, ""), (before, "eval_")):
+        assert entry[f"{prefix}entropy"] == pytest.approx(expected[0], rel=1e-4)
+        assert entry[f"{prefix}mean_token_accuracy"] == pytest.approx(expected[1], rel=1e-6)
+    assert second["entropy"] != first["entropy"]
+    assert torch.equal(weights(trainer.model), weights(plain.model))
+    assert before["eval_loss"] == plain_before["eval_loss"]
+    names = {name for entry in plain.state.log_history for name in entry}
+    assert not {"entropy", "mean_token_accuracy", "eval_entropy", "eval_mean_token_accuracy"} & names
+
+
+def test_token_stats_where_nothing_is_kept(processor, tmp_path):
+    items = samples(4)
+    nothing = selection(processor, items, lambda row, n: np.zeros(n, bool))
+    trainer = WithStats(
+        model=base(), args=arguments(tmp_path, max_steps=1), train_dataset=items, eval_dataset=items,
+        data_collator=SelectiveCollator(processor, nothing),
+    )  # fmt: skip
+    trainer.train()
+    assert "entropy" not in next(entry for entry in trainer.state.log_history if "loss" in entry)
+    metrics = trainer.evaluate()
+    assert math.isnan(metrics["eval_entropy"]) and math.isnan(metrics["eval_mean_token_accuracy"])
+
+
 # --- selective labels under TRL ---
 
 
@@ -514,7 +585,9 @@ def test_sft_trainer_with_its_own_collator(processor, tmp_path):
         trainer = SelectiveSFT(
             model=model, args=config, train_dataset=data, data_collator=collator, processing_class=processor
         )
+        trainer.log_token_stats = True
         trainer.train()
+        assert logged(trainer)["entropy"] > 0 and 0 <= logged(trainer)["mean_token_accuracy"] <= 1
         steps.append((logged(trainer)["loss"], weights(model) - weights(base())))
     assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-5)
     assert (steps[0][1] - steps[1][1]).norm() < 1e-4 * steps[1][1].norm()

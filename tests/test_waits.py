@@ -34,7 +34,10 @@ def own_waits(family: str, samples: list = WITH_IMAGES, **options) -> list[str]:
         found = one.passes.score(views, nulls)
     assert device.copies >= 4, "the batch was not on the device"
     for value, other in zip(found, expected, strict=True):
-        for ours, theirs in zip(value, other, strict=True):
+        (*passes, stats), (*of_cpu, stats_of_cpu) = value, other
+        assert stats.keys() == stats_of_cpu.keys() and bool(stats) == ("stats" in options)
+        pairs = zip((*passes, *stats.values()), (*of_cpu, *stats_of_cpu.values()), strict=True)
+        for ours, theirs in pairs:
             assert ours is theirs is None or abs(ours - theirs).max() < 1e-5
     ours = [wait for wait in device.waits if wait.is_ours]
     assert ours[-1] == device.waits[-1], "something was waited for behind the values"
@@ -62,6 +65,10 @@ def test_samples_apart_do_not_wait_either(family):
 
 def test_text_alone_does_not_wait():
     assert own_waits("llava", TEXT_ONLY) == THE_VALUES
+
+
+def test_statistics_come_with_the_values():
+    assert own_waits("llava", stats=("kl", "entropy")) == THE_VALUES
 
 
 WAITS = {

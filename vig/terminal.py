@@ -21,6 +21,7 @@ from rich.text import Text
 
 from vig.data.error_log import ErrorLog
 from vig.scoring.progress_bar import LateBar
+from vig.store.token_stats import TOKEN_STATS, stat_columns
 
 if TYPE_CHECKING:
     from vig.models.null_image import NullSettings
@@ -321,6 +322,7 @@ def inspection_summary(seen: Inspection, null: NullSettings, picture: Path | Non
         "null": null.kind,
         "answers_from": seen.answers_from,
     }
+    lists |= {name: list(map(float, values)) for name, values in row.token_stats.items()}
     return about | {"vig": row.vig, "tokens": seen.answer, **lists, "picture": picture}
 
 
@@ -332,10 +334,15 @@ def show_inspection(console: Console, seen: Inspection, null: NullSettings, pict
     console.print(Text(f"{seen.sample.key} (id {seen.sample.id})", style="bold"))
     console.print(prompt)
     console.print(f"\nanswer tokens (underlined) come from {seen.answers_from}; null image: {null.kind}")
-    table = Table("token", *(("NLL image", "NLL null", "VIG") if seen.row.vig is not None else ("NLL",)))
+    stats = [one for one in stat_columns(TOKEN_STATS) if one.name in seen.row.token_stats]
+    labels = ("NLL image", "NLL null", "VIG") if seen.row.vig is not None else ("NLL",)
+    table = Table("token", *labels, *(one.label.replace(" ", "\n") for one in stats))
     nulls = seen.row.token_nll_null if seen.row.vig is not None else [None] * seen.row.n_tokens
-    for text, image, blind in zip(seen.answer, seen.row.token_nll_image, nulls, strict=True):
-        numbers = (image,) if blind is None else (image, blind, blind - image)
+    more = list(zip(*(seen.row.token_stats[one.name] for one in stats), strict=True))
+    for text, image, blind, beside in zip(
+        seen.answer, seen.row.token_nll_image, nulls, more or [()] * seen.row.n_tokens, strict=True
+    ):
+        numbers = (image, *beside) if blind is None else (image, blind, blind - image, *beside)
         table.add_row(Text(repr(text)[1:-1]), *(f"{number:+.3f}" for number in numbers))
     console.print(table)
     if seen.row.vig is not None:

@@ -325,13 +325,13 @@ def check_training(k, dtype=torch.float32, num_kept=True, cap=4.0, chunk_rows=16
 
 def check_target_residual(k):
     """The correction kernels against float64: targets that repeat, are ignored or unknown, several blocks of D."""
-    draw = torch.Generator().manual_seed(6)
-    N, D, V = 36, 20, 40
+    draw, module = torch.Generator().manual_seed(6), k.target_residual
+    N, D, V = 56, 20, 40
     target = torch.randint(0, V, (N,), generator=draw)
-    target[10:20] = 17  # more rows than a program adds at a time
-    target[[3, 30]], target[[4, 31]], target[5] = 7, -1, V
+    target[10:30] = 17  # more rows than a program adds at a time
+    assert module.BLOCK_R < 20
+    target[[3, 40]], target[[4, 41]], target[5] = 7, -1, V
     hidden, weight = (torch.randn(n + 2, D, generator=draw).bfloat16()[1:-1] for n in (N, V))
-    module = k.target_residual
     kept, module.block_of = module.block_of, lambda D, most=16: 16
     try:
         residual = module.TargetResidual(target, 7)

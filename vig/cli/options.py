@@ -23,7 +23,7 @@ ADVANCED = {
     "batch_tokens", "batch_size", "workers", "backend", "revision", "attn", "window", "no_share", "engine", "actors",
     "trust_remote_code", "max_length", "end_of_turn", "device", "columns", "roles", "clip", "seed", "stop_tokens",
     "accumulate", "schedule", "warmup", "weight_decay", "max_grad_norm", "z_loss", "freeze", "gradient_checkpointing",
-    "processor", "errors", "retry", "shard", "mean", "by", "eval_every", "report_to",
+    "processor", "errors", "retry", "shard", "mean", "by", "stats", "eval_every", "report_to",
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from vig.cli.options import (
     Roles,
     Sigma,
     Split,
+    any_of,
     app,
     err,
     out,
@@ -39,6 +40,7 @@ from vig.data.error_log import ErrorLog
 from vig.data.reading import Reading, Source
 from vig.models.null_image import BLUR_SIGMA
 from vig.scoring.record_count import RecordCount
+from vig.store.token_stats import TOKEN_STATS
 
 if TYPE_CHECKING:
     from vig.scoring.scorer import Progress
@@ -79,7 +81,7 @@ def inspect(
         raise typer.BadParameter(f"{picture} is not the name of a file in a folder that is there")
     settings = usage(
         ScoreSettings, null=null, sigma=sigma, dtype=dtype, device=device, end_of_turn=end_of_turn,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, stats=tuple(TOKEN_STATS),
     )  # fmt: skip
     if answer is None or not data.is_file():  # else a photograph
         data = source(data, split, columns, roles)
@@ -140,6 +142,12 @@ def score(
         bool,
         typer.Option("--no-share", help="Compute every sample alone, even with the same images and prompt."),
     ] = False,
+    stats: Annotated[
+        str,
+        typer.Option(
+            help=f"Also store for each answer token, of the same sweep: {any_of(TOKEN_STATS)}; several as kl,entropy."
+        ),
+    ] = "",
     engine: Annotated[str, typer.Option(help="plain, or ray: actors on a Ray cluster.")] = "plain",
     actors: Annotated[
         int | None, typer.Option(min=1, help="With --engine ray: how many. Default: one a GPU.")
@@ -167,6 +175,7 @@ def score(
             ScoreSettings, null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens,
             batch_size=batch_size, backend=backend, end_of_turn=end_of_turn, max_length=max_length,
             workers=workers, revision=revision, attn=attn, share=not no_share, trust_remote_code=trust_remote_code,
+            stats=[name.strip() for name in stats.split(",") if name.strip()],
         )  # fmt: skip
         data = source(data, split, columns, roles)
         run = RunSpec(data, image_root, limit, part, window, retry_failed=retry == "failed")

@@ -24,7 +24,11 @@ def select(
     tau_floor: Annotated[float | None, typer.Option(help="Lowest tau, in nats.")] = None,
     seed: Annotated[int, typer.Option(help="For level random.")] = 0,
     by: Annotated[
-        str | None, typer.Option(help="source: p within each source, so that none is emptied.")
+        str | None,
+        typer.Option(
+            help="source: p within each source, so that none is emptied. kl: rank by KL(image || null), not VIG; "
+            "needs `vig score --stats kl`."
+        ),
     ] = None,
     stop_tokens: Annotated[
         str,

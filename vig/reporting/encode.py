@@ -33,6 +33,7 @@ def sample_json(view: SampleView, source: int) -> dict[str, Any]:
         "v": [one.vig for one in view.passes] or [None],
         "a": [_units(one.nll_image) for one in view.passes],
         "b": [_units(one.nll_null) for one in view.passes],
+        "x": [{name: _units(values) for name, values in one.stats.items()} for one in view.passes],
         "m": [None if one.kept is None else "".join("01"[kept] for kept in one.kept) for one in view.passes]
         or [None],
         "u": [list(turn) for turn in view.turns],

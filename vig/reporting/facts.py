@@ -21,6 +21,7 @@ from vig.selection.rule import row_kinds, sample_draws, token_and_sample_vig
 from vig.selection.sources import Sources
 from vig.store.scores import read_scores
 from vig.store.selections import hash_keys
+from vig.store.token_stats import TOKEN_STATS, stat_columns
 
 WORD_ROWS = 20_000  # rows whose words are counted, of more a seeded sample
 REASONS = 1000  # groups of errors; further reasons stand together
@@ -66,6 +67,7 @@ class Facts:
         default_factory=dict
     )  # of the picked rows, where it is not their `vig`
     words: list[WordRow] = field(default_factory=list)
+    stats: dict[str, tuple[float, int]] = field(default_factory=dict)  # label -> sum, tokens
 
     @property
     def multimodal(self) -> int:
@@ -167,6 +169,7 @@ def _token_pass(scores, facts: Facts, keeper: Keeper, word_rows: np.ndarray) -> 
         lengths = lengths[ok]
         token_vig, _ = token_and_sample_vig(batch, ok, lengths, None)
         mine = batch if ok.all() else batch.filter(pa.array(ok))
+        _add_stats(facts, mine)
         places = np.minimum(mine["positions"].flatten().to_numpy(), len(RANGE_OF_POSITION) - 1)
         facts.tokens.add(token_vig, RANGE_OF_POSITION[places])
         selected_tokens, selected = keeper.add(mine, lengths, facts.sources.codes(mine["source"]))
@@ -180,6 +183,14 @@ def _token_pass(scores, facts: Facts, keeper: Keeper, word_rows: np.ndarray) -> 
             if keeper.rules.own_mean and ok[row - start]:
                 facts.selected_vig[row] = float(selected[place[row - start]])
         start += batch.num_rows
+
+
+def _add_stats(facts: Facts, rows: pa.RecordBatch) -> None:
+    for column in stat_columns(TOKEN_STATS):
+        if column.name in rows.schema.names:
+            values = rows[column.name].flatten().to_numpy()
+            total, count = facts.stats.get(column.label, (0.0, 0))
+            facts.stats[column.label] = (total + float(values.sum(dtype=np.float64)), count + len(values))
 
 
 def _take_words(facts: Facts, rows: pa.RecordBatch, lengths: np.ndarray, vig: np.ndarray, wanted) -> None:

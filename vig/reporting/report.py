@@ -121,6 +121,8 @@ def rules_of(chosen: dict, scored: dict) -> Rules:
         given["level"] = "both"  # it keeps as many
     if given.get("by") == "source":
         given.pop("tau", None)  # there is one a source
+    if given.get("by") == "kl":  # the page's axes are of VIG
+        given = {name: given[name] for name in ("p", "level") if name in given}
     stop_tokens = chosen.get("stop_tokens", "select") if chosen else "keep"
     return Rules(**given, stops=Stops.of(scored, stop_tokens, chosen.get("mean", "all")))
 
@@ -234,9 +236,14 @@ def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str,
         ("answer tokens", fitting(facts.tokens.count), "of these samples"),
         ("mean sample VIG", rounded(facts.samples.mean), "nats"),
     ]
+    figures += [
+        (f"mean {label}", rounded(total / max(count, 1)), "nats; over these answer tokens")
+        for label, (total, count) in facts.stats.items()
+    ]
     if chosen:
         counts, tau = chosen["counts"], chosen["tau"]
-        remark = f"nats; level {chosen['level']}, p\u202f=\u202f{chosen['p']:g}"
+        unit = "nats of KL" if chosen.get("by") == "kl" else "nats"
+        remark = f"{unit}; level {chosen['level']}, p\u202f=\u202f{chosen['p']:g}"
         if chosen.get("by") == "source":
             remark += f"; the lowest of {len(chosen['sources'])} sources"
         figures.append(("threshold τ", "none" if tau is None else rounded(tau), remark))
@@ -271,7 +278,13 @@ def _tau_notes(chosen: dict, metadata: dict) -> list[str]:
     """What `select` warned of."""
     if not chosen:
         return []
-    return tau_warnings(chosen["tau"], metadata, chosen["counts"], chosen.get("sources"))
+    notes = tau_warnings(chosen["tau"], metadata, chosen["counts"], chosen.get("sources"))
+    if chosen.get("by") == "kl":
+        notes.append(
+            "The selection ranks by KL. The slider, the figures and the threshold in them are of VIG; marks on tokens, "
+            "and the counts of what is trained on, are the selection's."
+        )
+    return notes
 
 
 def _settings(metadata: dict, chosen: dict) -> list[tuple[str, str]]:

@@ -116,6 +116,7 @@ function tokenLook(sample, pass, index, kept) {
     kinds.push("z");
     title = `NLL ${fixed(image, 3)} nats, one pass: no VIG`;
   }
+  for (const [name, values] of Object.entries(sample.x[pass])) title += `; ${name} ${fixed(values[index] * UNIT, 3)}`;
   if (SPECIAL.test(sample.t[index].trim())) kinds.push("special");
   if (kept) {
     kinds.push(kept[index] ? "kept" : "left");
@@ -146,6 +147,10 @@ function table(sample) {
     }
     heads.push("NLL image" + suffix);
     columns.push(nats(sample.a[pass]));
+    for (const [name, values] of Object.entries(sample.x[pass])) {
+      heads.push(name + suffix);
+      columns.push(nats(values));
+    }
   });
   if (kept) {
     heads.push("trained on");

@@ -16,6 +16,7 @@ from vig.data.samples import read_samples
 from vig.models.token_texts import token_texts
 from vig.reporting.views import Pass, SampleView
 from vig.scoring import batching
+from vig.store.token_stats import TOKEN_STATS, stat_columns
 
 MOST_IMAGES = 8  # of a sample that are shown
 
@@ -98,6 +99,7 @@ class Viewer:
         """The words of a row of scores; `add_pictures` adds the rest."""
         ids = row["token_ids"] or []
         scored = Pass(row["token_nll_image"] or [], row["token_nll_null"] or [], row["vig"], kept)
+        scored.stats = {one.label: row[one.name] for one in stat_columns(TOKEN_STATS) if row.get(one.name)}
         view = SampleView(
             row["key"],
             row["id"] or "",

@@ -102,13 +102,15 @@ class ErrorGroup:
 class Pass:
     """One scoring of a sample's answer. Lists run along the answer tokens; NLL in nats.
 
-    nll_null is empty without an image. kept: which tokens are trained on, None without a selection.
+    nll_null is empty without an image. kept: which tokens are trained on, None without a selection. stats: what stands
+    beside the likelihoods, nats, by label.
     """
 
     nll_image: list[float]
     nll_null: list[float]
     vig: float | None = None  # of the sample, nats
     kept: list[bool] | None = None
+    stats: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass

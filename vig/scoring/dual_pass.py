@@ -6,9 +6,10 @@ and one sweep of the head's weight serves both passes (`vig_kernels.linear_vig`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ from vig.scoring import packed_attention, prefix_sharing
 from vig.scoring.batch import Batch, on_device, pixels_of, tables_of
 from vig.scoring.prefix_sharing import SharedRow, View
 from vig.scoring.settings import ScoreSettings
+from vig.store.token_stats import stat_columns
 from vig_kernels import linear_nll, linear_vig
 
 # Whose images a pass sees: the sample's, what is made of their pixels, or other ones in their place.
@@ -44,16 +46,19 @@ class TokenNLL(NamedTuple):
 
     image: np.ndarray
     null: np.ndarray | None
+    stats: Mapping[str, np.ndarray] = MappingProxyType({})  # by column of `vig.store.token_stats`, (n,) each
 
     def is_finite(self) -> bool:
-        return bool(np.isfinite(self.image).all() and (self.null is None or np.isfinite(self.null).all()))
+        lists = (self.image, *(() if self.null is None else (self.null,)), *self.stats.values())
+        return all(bool(np.isfinite(values).all()) for values in lists)
 
 
 class TwoPasses:
     """Scores batches of encoded samples with a loaded model and one kind of null image.
 
     settings: `null`, `backend`; `share`: neighbours that share images and prompt prefix are computed in one row
-    (`prefix_sharing`), where the model's attention allows it; `batch_tokens`: the longest such row.
+    (`prefix_sharing`), where the model's attention allows it; `batch_tokens`: the longest such row; `stats`: what is
+    taken from the same sweep of the head beside the likelihoods.
     """
 
     def __init__(self, loaded: LoadedModel, encoder: Encoder, settings: ScoreSettings):
@@ -63,6 +68,7 @@ class TwoPasses:
             settings.backend,
             settings.batch_tokens,
         )
+        self.stat_columns = stat_columns(settings.stats)
         self.model, self.head = loaded.model, find_head(loaded.model)
         self.pixel_range = PixelRange.of(loaded.processor)
         self.transform = HeadTransform()
@@ -93,15 +99,26 @@ class TwoPasses:
         batch = self._build(rows)
         image = self._answer_rows(self._with_images(batch, "image"))
         if not rows[0].first.sample.images:
-            nll = linear_nll(image.hidden, self._weight, image.target, **self._head_options)
-            return [TokenNLL(values[0], None) for values in _per_sample(nll[None], batch)]
+            names = {one.name: one.of_nll for one in self.stat_columns if one.of_nll}
+            nll, stats = with_stats(
+                linear_nll, image.hidden, self._weight, image.target, names=names, **self._head_options
+            )
+            return _token_values(batch, [nll], stats)
         if nulls is None:
             null = self._answer_rows(self._with_images(batch, "null"))
         else:
             null = self._answer_rows(self._with_images(self._build(self.rows(nulls)), "other image"))
-        pair = linear_vig(image.hidden, null.hidden, self._weight, image.target, **self._head_options)
-        both = torch.stack([pair.nll_image, pair.nll_null])
-        return [TokenNLL(*values) for values in _per_sample(both, batch)]
+        names = {one.name: one.of_vig for one in self.stat_columns}
+        pair, stats = with_stats(
+            linear_vig,
+            image.hidden,
+            null.hidden,
+            self._weight,
+            image.target,
+            names=names,
+            **self._head_options,
+        )
+        return _token_values(batch, [pair.nll_image, pair.nll_null], stats)
 
     def rows(self, views: Sequence[View]) -> list[SharedRow]:
         """The rows that a batch of these views has: one each, or one for neighbours that share a prefix."""
@@ -242,6 +259,28 @@ class _AnswerRows(NamedTuple):
     target: Tensor  # (N,)
 
 
+def with_stats(op: Callable, *tensors: Tensor, names: Mapping[str, str], **options: Any) -> tuple[Any, dict]:
+    """The op's result, and {column: (N,) tensor} of its statistics. names: column -> the op's name for it."""
+    if not names:
+        return op(*tensors, **options), {}
+    found, values = op(*tensors, stats=tuple(names.values()), **options)
+    return found, {column: values[name] for column, name in names.items()}
+
+
+def _token_values(batch: Batch, passes: list[Tensor], stats: dict[str, Tensor]) -> list[TokenNLL]:
+    """One value a sample, from (N,) values of the batch's answer tokens: the passes' (the null's may be missing) and
+    the statistics', copied to the host together."""
+    together = torch.stack([values.float() for values in (*passes, *stats.values())])
+    return [
+        TokenNLL(
+            values[0],
+            values[1] if len(passes) == 2 else None,
+            dict(zip(stats, values[len(passes) :], strict=True)),
+        )
+        for values in _per_sample(together, batch)
+    ]
+
+
 def _per_sample(values: Tensor, batch: Batch) -> list[np.ndarray]:
-    """Cuts (passes, N) values of a batch, in reading order, into one array a sample: where the batch is waited for."""
-    return np.split(values.float().cpu().numpy(), np.cumsum(batch.answer_lengths)[:-1], axis=1)
+    """Cuts (columns, N) values of a batch, in reading order, into one array a sample: where the batch is waited for."""
+    return np.split(values.cpu().numpy(), np.cumsum(batch.answer_lengths)[:-1], axis=1)

@@ -77,6 +77,8 @@ class Scorer:
         as many as keep the model fed (`vig.scoring.loader.workers_beside`).
     share: samples with the same images and prompt prefix share its computation, where the model's attention allows
         it and it passes its self-check on the first of them (`vig.scoring.prefix_sharing`).
+    stats: any of "kl" (KL(p_image || p_null) over the vocabulary) and "entropy" (of both), in nats, for each answer
+        token beside its likelihoods, from the same sweep: `ScoreRow.token_stats`.
     Raises ModelError for a model that cannot be loaded or does not do what scoring needs.
     """
 
@@ -99,11 +101,12 @@ class Scorer:
         attn: str | None = None,
         share: bool = True,
         trust_remote_code: bool = False,
+        stats: Iterable[str] = (),
     ):
         settings = ScoreSettings(
             null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens, batch_size=batch_size,
             backend=backend, end_of_turn=end_of_turn, max_length=max_length, workers=workers, revision=revision,
-            attn=attn, share=share, trust_remote_code=trust_remote_code,
+            attn=attn, share=share, trust_remote_code=trust_remote_code, stats=stats,
         )  # fmt: skip
         self.settings, self.null = settings, settings.null_settings
         self.loaded = _loaded(model, processor, settings)
@@ -310,6 +313,7 @@ class Scorer:
             "batch_tokens": self.settings.batch_tokens,
             "batch_size": self.settings.batch_size,
             "share": self.settings.share,
+            **({"stats": list(self.settings.stats)} if self.settings.stats else {}),
         }
 
 
@@ -351,9 +355,12 @@ def error_row(item: LoadedRecord) -> ScoreRow | None:
 def scored_row(item: LoadedRecord, value: TokenNLL) -> ScoreRow:
     """The row to store, its token columns as arrays; an error row where a value is not finite."""
     finite = np.isfinite(value.image) & (True if value.null is None else np.isfinite(value.null))
+    for values in value.stats.values():
+        finite &= np.isfinite(values)
     if not finite.all():
         token = int(finite.argmin())
         null = "" if value.null is None else f", nll_null {value.null[token]}"
+        null += "".join(f", {name[6:]} {values[token]}" for name, values in value.stats.items())
         return _row(
             item, f"error: answer token {token}: nll_image {value.image[token]}{null}. Try --dtype float32"
         )
@@ -364,6 +371,7 @@ def scored_row(item: LoadedRecord, value: TokenNLL) -> ScoreRow:
         positions=np.array(item.encoded.turn_position, np.int32),
         token_nll_image=value.image,
         token_nll_null=value.null if value.null is not None else (),
+        token_stats=value.stats,
     )
 
 

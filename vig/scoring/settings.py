@@ -16,6 +16,7 @@ from vig.models.end_of_turn import check_end_of_turn
 from vig.models.loading import check_dtype, device_named
 from vig.models.null_image import BLUR_SIGMA, NullSettings
 from vig.scoring import batching
+from vig.store.token_stats import check_stats
 from vig_kernels.dispatch import named
 
 
@@ -40,6 +41,7 @@ class ScoreSettings:
     attn: str | None = None
     share: bool = True
     trust_remote_code: bool = False
+    stats: tuple[str, ...] = ()
 
     def __post_init__(self):
         NullSettings(self.null, self.sigma)
@@ -47,6 +49,7 @@ class ScoreSettings:
         if self.device is not None:
             device_named(self.device)
         named(self.backend)
+        object.__setattr__(self, "stats", check_stats(self.stats))
         if self.end_of_turn is not None:
             check_end_of_turn(self.end_of_turn)
         if self.batch_tokens < 1 or (self.batch_size is not None and self.batch_size < 1):

@@ -14,6 +14,7 @@ from vig.selection.stop_tokens import NO_STOPS, Stops
 from vig.store.rows import list_array, segment_means
 from vig.store.selections import SELECTION_SCHEMA, hash_keys, mix64
 
+KL = "token_kl"
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -31,6 +32,7 @@ class Rule:
     token_limit: int | None = None  # of a token in these, beside the end-of-turn tokens
     taus: Mapping[str, float] | None = None  # by source, in place of tau
     stops: Stops = NO_STOPS
+    by_kl: bool = False  # KL(p_image || p_null) takes the place of VIG
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -38,6 +40,7 @@ class Rule:
         read = (
             "key", "id", "source", "status", "n_tokens", "vig", "token_ids", "token_nll_image", "token_nll_null"
         )  # fmt: skip
+        read = (*read, KL) if self.by_kl else read
         return (*read, "positions") if self.stops.ids else read
 
     def apply(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int, int]:
@@ -74,7 +77,7 @@ class Rule:
             if self.token_limit is not None:
                 tokens = (token_draws(draw, lengths) <= self.token_limit) & np.repeat(keep, lengths)
             return keep, tokens
-        token_vig, vig = token_and_sample_vig(batch, ok, lengths, self.clip, self.stops)
+        token_vig, vig = self._values(batch, ok, lengths)
         tau = self._taus_of_rows(batch, ok)  # (M,)
         passed = token_vig >= np.repeat(tau, lengths)
         if self.level == "token":
@@ -82,6 +85,13 @@ class Rule:
         keep = vig >= tau
         owners = np.repeat(keep, lengths)
         return keep, owners if self.level == "sample" else owners & passed
+
+    def _values(
+        self, batch: pa.RecordBatch, ok: np.ndarray, lengths: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.by_kl:
+            return token_and_sample_kl(batch, ok, lengths, self.stops)
+        return token_and_sample_vig(batch, ok, lengths, self.clip, self.stops)
 
     def _taus_of_rows(self, batch: pa.RecordBatch, ok: np.ndarray) -> np.ndarray:
         if self.taus is None:
@@ -124,6 +134,18 @@ def token_and_sample_vig(
     if not stops.in_mean:
         return token_vig, stops.sample_vig(batch, ok, lengths, token_vig)
     return token_vig, rows["vig"].to_numpy() if clip is None else segment_means(token_vig, lengths)
+
+
+def token_and_sample_kl(
+    batch: pa.RecordBatch, ok: np.ndarray, lengths: np.ndarray, stops: Stops = NO_STOPS
+) -> tuple[np.ndarray, np.ndarray]:
+    """KL(p_image || p_null), float64, at the multimodal samples' tokens, and its mean over each sample's answer."""
+    rows = batch if ok.all() else batch.filter(pa.array(ok))
+    kl = rows[KL].flatten().to_numpy().astype(np.float64)
+    if len(kl) != lengths.sum():
+        first = rows["key"][0].as_py() if rows.num_rows else "?"
+        raise StoreError(f"{KL} and n_tokens disagree in the batch that begins with {first}: score it again")
+    return kl, segment_means(kl, lengths) if stops.in_mean else stops.sample_vig(batch, ok, lengths, kl)
 
 
 def sample_draws(hashes: np.ndarray, seed: int) -> np.ndarray:

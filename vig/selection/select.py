@@ -28,7 +28,7 @@ from vig.data.files import StoreError, lock_folder
 from vig.selection.advice import barely_used, mistaken_share, noise_floor, share_of, tau_warnings
 from vig.selection.by_source import SourceCounts, source_lines, taus_of
 from vig.selection.random_level import count_both, random_rule
-from vig.selection.rule import Rule, row_kinds, token_and_sample_vig
+from vig.selection.rule import KL, Rule, row_kinds, token_and_sample_kl, token_and_sample_vig
 from vig.selection.sources import Sources
 from vig.selection.stop_tokens import Stops, check_stops
 from vig.store.folder import shards_in
@@ -71,8 +71,14 @@ class Choice:
             raise ValueError(f"tau_floor is a finite number of nats; got {self.tau_floor!r}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed is an integer of 64 bits; got {self.seed!r}")
-        if self.by not in (None, "source"):
-            raise ValueError(f'by = {self.by!r}, expected "source", or nothing for one tau over all samples')
+        if self.by not in (None, "source", "kl"):
+            raise ValueError(
+                f'by = {self.by!r}, expected "source" or "kl", or nothing for one tau over all samples'
+            )
+        if self.by == "kl" and self.clip is not None:
+            raise ValueError(
+                "clip bounds the log-probabilities of VIG, which by = 'kl' does not use; leave it out"
+            )
         if self.by == "source" and self.level == "random":
             raise ValueError("level random draws from all samples alike; leave out by (--by source)")
         check_stops(self.stop_tokens, self.mean)
@@ -125,7 +131,7 @@ class Selection:
     def figures(self) -> list[str]:
         """Lines for a terminal: tau, and how much is kept."""
         n, text, floor = self.counts, self.counts["text_only_tokens"], noise_floor(self.metadata)
-        tau = "none" if self.tau is None else f"{self.tau:.6g} nats"
+        tau = "none" if self.tau is None else f"{self.tau:.6g} nats" + (" of KL" if self.by == "kl" else "")
         if self.tau is not None and self.tau != self.tau_p:
             tau += f" (the floor; the percentile is {self.tau_p:.6g})"
         if self.by == "source":
@@ -193,7 +199,9 @@ def select(
         tokens of kept samples are kept in any case, the other tokens are drawn.
     clip: lowest log-probability in nats (below 0; math.log(0.01), say) that either pass counts with.
     tau_floor: lowest tau in nats.
-    by: "source" takes p within each source, with a tau of its own; ``sources`` of the result counts them.
+    by: "source" takes p within each source, with a tau of its own; ``sources`` of the result counts them. "kl" ranks
+        samples and tokens by KL(p_image || p_null) in place of VIG: how far the image moves the whole distribution,
+        for better or worse, not the answer's likelihood alone. It needs scores with `stats=("kl",)`.
     stop_tokens: "keep" keeps the end-of-turn tokens of every kept sample, whatever their VIG; "select" only those with
         VIG >= tau, as the paper's rule does. Scores that do not say which tokens these are have the paper's rule.
     mean: "all" answer tokens enter a sample's VIG, as the paper's do; "content" leaves end-of-turn tokens out.
@@ -237,7 +245,15 @@ def _choose(
         tau = tau_p = min(taus.values())
     notes = list(missing)
     level = "both" if is_random else choice.level
-    rule = Rule(level, math.inf if tau is None else tau, choice.clip, choice.seed, taus=taus, stops=stops)
+    rule = Rule(
+        level,
+        math.inf if tau is None else tau,
+        choice.clip,
+        choice.seed,
+        taus=taus,
+        stops=stops,
+        by_kl=choice.by == "kl",
+    )
     if is_random and tau is not None:
         both = count_both(scores, rule, report)
         rule = random_rule(rule, facts.hashes, facts.n_tokens, both, notes)
@@ -260,8 +276,8 @@ def _choose(
     notes += [
         *tau_warnings(tau, about, counts, sources),
         *(
-            barely_used(facts.vig, about) if choice.clip is None else ()
-        ),  # clipped values are no measure of it
+            barely_used(facts.vig, about) if choice.clip is None and choice.by != "kl" else ()
+        ),  # clipped values, and KL, are no measure of it
         *mistaken_share(choice.p),
     ]
     return Selection(
@@ -287,14 +303,18 @@ class _Progress:
 
 
 def _first_pass(scores, choice: Choice, stops: Stops, report: _Progress) -> _Facts:
-    from_tokens = choice.clip is not None or not stops.in_mean
+    from_tokens = choice.clip is not None or not stops.in_mean or choice.by == "kl"
     columns, sources, codes = ["key", "source", "status", "n_tokens", "vig"], Sources(), []
-    if from_tokens:
+    if choice.by == "kl":
+        columns += [KL, *(stops.columns if stops.ids and not stops.in_mean else ())]
+    elif from_tokens:
         columns += ["token_nll_image", "token_nll_null", *(stops.columns if stops.ids else ())]
     vigs, sizes, hashes, text_only, text_tokens, errors = [np.empty(0)], [], [], 0, 0, 0
     for batch in read_scores(scores, columns, batch_size=1 << 13 if from_tokens else 1 << 16):
         ok, text, lengths = row_kinds(batch)
-        if from_tokens:
+        if choice.by == "kl":
+            vigs.append(token_and_sample_kl(batch, ok, lengths[ok], stops)[1])
+        elif from_tokens:
             vigs.append(token_and_sample_vig(batch, ok, lengths[ok], choice.clip, stops)[1])
         else:
             vigs.append(batch["vig"].to_numpy(zero_copy_only=False)[ok])

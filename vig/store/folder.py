@@ -40,6 +40,8 @@ NOT_BINDING = frozenset(
     }
 )
 ABOUT_THE_DATA = frozenset({"data_fingerprint", "limit", "window", "shard"})
+# Settings that may differ between scores that are read as one: columns beside the likelihoods, which do not change.
+BESIDE = frozenset({"stats"})
 JOB = re.compile(r"shard-(\d+)-of-(\d+)")
 
 
@@ -230,7 +232,9 @@ def refuse_differences(folder: Path, old: dict, new: dict) -> None:
 
 def refuse_mixture(first: Path, settings: dict, path: Path, others: dict) -> None:
     """Raises SettingsDiffer where two shards hold values that cannot be compared; they may be of different data."""
-    differences = [row for row in settings_differences(settings, others) if row[0] not in ABOUT_THE_DATA]
+    differences = [
+        row for row in settings_differences(settings, others) if row[0] not in ABOUT_THE_DATA | BESIDE
+    ]
     if differences:
         raise SettingsDiffer(
             f"{first} and {path} hold scores made with different settings",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+
+from vig.store.token_stats import TOKEN_STATS, StatColumn, stat_columns
 
 METADATA_KEY = b"vig"  # of the Parquet files' metadata
 LIST_LIMIT = 2**31 - 1  # offsets of an Arrow list are int32
@@ -30,13 +32,20 @@ SCORE_SCHEMA = pa.schema(
 )
 
 
+def score_schema(stats: Iterable[str] = ()) -> pa.Schema:
+    """SCORE_SCHEMA with the columns of these statistics behind it (`vig.store.token_stats`)."""
+    more = [pa.field(column.name, pa.list_(pa.float32())) for column in stat_columns(stats)]
+    return pa.schema([*SCORE_SCHEMA, *more])
+
+
 @dataclass
 class ScoreRow:
     """One sample as scored. ``token_nll_null`` is empty for a text-only sample, every column for an error.
 
     vig = mean_t(token_nll_null_t - token_nll_image_t) in nats, in float64 (paper, section 3).
-    The scorer's columns are arrays of the stored dtype, which are joined as they are; any other sequence is
-    converted token by token.
+    ``token_stats``: the statistics that were asked for, by the names of their columns (``token_kl``); of a text-only
+    sample those of its one pass. The scorer's columns are arrays of the stored dtype, which are joined as they are;
+    any other sequence is converted token by token.
     """
 
     key: str
@@ -47,6 +56,7 @@ class ScoreRow:
     positions: np.ndarray | Sequence[int] = ()  # (n,) int32
     token_nll_image: np.ndarray | Sequence[float] = ()  # (n,) float32
     token_nll_null: np.ndarray | Sequence[float] = ()  # (n,) float32
+    token_stats: Mapping[str, np.ndarray] = field(default_factory=dict)  # column -> (n,) float32
 
     @property
     def n_tokens(self) -> int:
@@ -95,6 +105,16 @@ class ScoreBlock:
     positions: np.ndarray  # (S,) int32
     token_nll_image: np.ndarray  # (S,) float32
     token_nll_null: np.ndarray  # (S,) float32
+    token_stats: Mapping[str, np.ndarray] = field(default_factory=dict)  # column -> (S,) float32
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        """The statistics that it has, wholly or as far as its rows have them."""
+        return tuple(
+            name
+            for name, columns in TOKEN_STATS.items()
+            if any(column.name in self.token_stats for column in columns)
+        )
 
     @classmethod
     def from_rows(cls, rows: Iterable[ScoreRow]) -> ScoreBlock:
@@ -118,17 +138,20 @@ class ScoreBlock:
             filled[np.repeat(ok, n_tokens)] = null
             null = filled
         names = ([getattr(row, name) for row in rows] for name in ("key", "id", "source"))
-        return cls(*names, status, n_tokens, ids, positions, image, null)
+        return cls(*names, status, n_tokens, ids, positions, image, null, _stats_of(rows, len(ids)))
 
-    def table(self) -> pa.Table:
-        """The rows as an Arrow table of SCORE_SCHEMA, with the sample values computed from the tokens."""
+    def table(self, stats: Iterable[str] = ()) -> pa.Table:
+        """The rows as an Arrow table of `score_schema(stats)`, with the sample values computed from the tokens."""
+        more = stat_columns(stats)
         lengths = np.asarray(self.n_tokens, np.int64)
         ids, positions, image, null = self._checked_tokens(lengths)
         ok, status, problems = self._judge(lengths, image, null)
         scored = ok | (status == "text_only")
+        extra = [self._stat(column, np.repeat(scored if column.of_nll else ok, lengths)) for column in more]
         if (~scored & (lengths > 0)).any():  # error rows keep no tokens
             kept = np.repeat(scored, lengths)
             ids, positions, image, null = ids[kept], positions[kept], image[kept], null[kept]
+            extra = [values[kept] for values in extra]
             lengths = np.where(scored, lengths, 0)
         pair = slice(None)
         if not ok.all():
@@ -149,7 +172,23 @@ class ScoreBlock:
             list_array(image, lengths, scored),
             list_array(null[pair], np.where(ok, lengths, 0), ok),
         ]
-        return pa.Table.from_arrays(columns, schema=SCORE_SCHEMA)
+        for column, values in zip(more, extra, strict=True):
+            if column.of_nll is None:
+                columns.append(list_array(values[pair], np.where(ok, lengths, 0), ok))
+            else:
+                columns.append(list_array(values, lengths, scored))
+        return pa.Table.from_arrays(columns, schema=score_schema(stats))
+
+    def _stat(self, column: StatColumn, needed: np.ndarray) -> np.ndarray:
+        """A column of statistics, (S,) float32. needed: (S,) bool, the tokens that must have it."""
+        if column.name not in self.token_stats and not needed.any():
+            return np.zeros(len(needed), np.float32)
+        if column.name not in self.token_stats:
+            raise ValueError(f"{self.key[0]}: no {column.name}, which the settings of these scores ask for")
+        values = np.ascontiguousarray(self.token_stats[column.name], np.float32)
+        if values.shape != needed.shape:
+            raise ValueError(f"expected {column.name} {needed.shape} as n_tokens sums to, got {values.shape}")
+        return values
 
     def _checked_tokens(self, lengths: np.ndarray) -> list[np.ndarray]:
         rows, total = len(self.key), int(lengths.sum())
@@ -197,6 +236,25 @@ class ScoreBlock:
         for row, text in problems.items():
             status[row], ok[row] = text, False
         return ok, status, problems
+
+
+def _stats_of(rows: Sequence[ScoreRow], total: int) -> dict[str, np.ndarray]:
+    """The rows' statistics one after another, (total,) float32 each; 0 where a row has no such value."""
+    joined = {name: np.zeros(total, np.float32) for row in rows for name in row.token_stats}
+    of_text = {column.name for column in stat_columns(TOKEN_STATS) if column.of_nll}
+    start = 0
+    for row in rows:
+        end = start + row.n_tokens
+        expected = {"ok": joined.keys(), "text_only": joined.keys() & of_text}.get(row.status, ())
+        for name in expected if row.n_tokens else ():
+            values = row.token_stats.get(name, ())
+            if len(values) != row.n_tokens:
+                raise ValueError(
+                    f"{row.key} ({row.status}): {row.n_tokens} token_ids but {len(values)} values of {name}"
+                )
+            joined[name][start:end] = values
+        start = end
+    return joined
 
 
 def _joined(parts: list[Sequence], dtype) -> tuple[np.ndarray, np.ndarray]:

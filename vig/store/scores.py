@@ -11,6 +11,8 @@ each window either finished or absent.
     token_ids, positions     list<int32> position 0 marks a new turn; null in error rows
     token_nll_image          list<float32>
     token_nll_null           list<float32>   null in text-only rows, which have one pass
+    token_kl                 list<float32>   only where asked for (`vig.store.token_stats`): KL(p_image || p_null)
+    token_entropy_image, token_entropy_null  list<float32>, likewise
 
 Text-only and error rows have null vig, never 0. The settings stand as JSON in every file's metadata under
 the key "vig", so a single shard explains itself.
@@ -44,6 +46,7 @@ from vig.store.folder import (
     window_of,
 )
 from vig.store.rows import METADATA_KEY, ScoreBlock, ScoreRow
+from vig.store.token_stats import TOKEN_STATS
 
 SCHEMA_VERSION = 1
 PARQUET = {"compression": "zstd", "compression_level": 1, "use_dictionary": ["source", "status"]}
@@ -69,7 +72,7 @@ def write_shard(
     ``ScoreWriter.register(window, entry)``.
     """
     if not isinstance(rows, pa.Table):
-        rows = (rows if isinstance(rows, ScoreBlock) else ScoreBlock.from_rows(rows)).table()
+        rows = _table(rows, settings)
     document = json.dumps(normal_settings(settings), sort_keys=True)
     sink = pa.BufferOutputStream()
     pq.write_table(rows.replace_schema_metadata({METADATA_KEY: document}), sink, **PARQUET)
@@ -86,7 +89,7 @@ def replace_rows(
 
     Like ``write_shard`` it needs no lock."""
     path = Path(folder) / shard_name(window)
-    new = (rows if isinstance(rows, ScoreBlock) else ScoreBlock.from_rows(rows)).table()
+    new = _table(rows, settings)
     old = pq.read_table(path).replace_schema_metadata(None)
     place = {key: row for row, key in enumerate(old["key"].to_pylist())}
     order = np.arange(len(old))
@@ -95,6 +98,11 @@ def replace_rows(
             raise StoreError(f"{path} has no sample {key!r} to replace")
         order[place[key]] = len(old) + row
     return write_shard(folder, window, pa.concat_tables([old, new]).take(order), settings)
+
+
+def _table(rows: ScoreBlock | Iterable[ScoreRow], settings: dict) -> pa.Table:
+    block = rows if isinstance(rows, ScoreBlock) else ScoreBlock.from_rows(rows)
+    return block.table(settings.get("stats", ()))
 
 
 def _entry(name: str, size: int, rows: pa.Table) -> dict:
@@ -244,7 +252,10 @@ def open_scores(scores: Any) -> Any:
     scores = list(scores)
     if not scores:
         raise StoreError("no scores were given: the list is empty")
-    return ScoreBlock.from_rows(scores).table() if isinstance(scores[0], ScoreRow) else scores
+    if not isinstance(scores[0], ScoreRow):
+        return scores
+    block = ScoreBlock.from_rows(scores)
+    return block.table(block.stats)
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
@@ -297,10 +308,12 @@ def read_scores(
 ) -> Iterator[pa.RecordBatch]:
     """Rows of all shards in reading order, in constant memory. ``columns``: the ones wanted, default all.
 
-    Raises SettingsDiffer where shards were made with other settings than the first: their values cannot be
-    compared. (Settings about which data was scored may differ.) Raises StoreError for a damaged shard.
+    Raises StoreError where a column is wanted that the scores do not have, or a shard is damaged, and SettingsDiffer
+    where shards were made with other settings than the first: their values cannot be compared. (Settings about which
+    data was scored may differ, and which statistics stand beside the likelihoods.)
     """
     if isinstance(scores, pa.Table):
+        _check_columns(scores.schema, columns, "the table of scores")
         yield from (scores.select(columns) if columns else scores).to_batches(max_chunksize=batch_size)
         return
     first = None
@@ -309,9 +322,18 @@ def read_scores(
             settings = _file_settings(file.schema_arrow, path)
             first = first or (path, settings)
             refuse_mixture(*first, path, settings)
+            _check_columns(file.schema_arrow, columns, path)
             batches = file.iter_batches(batch_size, columns=columns)
             while (batch := _next_batch(batches, path)) is not None:
                 yield batch
+
+
+def _check_columns(schema: pa.Schema, columns: Sequence[str] | None, where: Path | str) -> None:
+    for name in columns or ():
+        if name not in schema.names:
+            stat = next((s for s, known in TOKEN_STATS.items() if name in [one.name for one in known]), None)
+            cure = f" with `vig score --stats {stat}` into another folder" if stat else ""
+            raise StoreError(f"{where} has no column {name!r}. Score the data again{cure}")
 
 
 def _next_batch(batches: Iterator[pa.RecordBatch], path: Path) -> pa.RecordBatch | None:

@@ -28,6 +28,8 @@ from vig.models.lm_head import (
 )
 from vig_kernels import linear_cross_entropy
 
+STATS = ("entropy", "argmax")  # of `linear_cross_entropy`, that trainers log
+
 
 class KeptRows(NamedTuple):
     """What the LM head was called with, as far as labels are kept."""
@@ -48,6 +50,7 @@ def selective_loss(
     memory: str = "fast",
     backend: str = "auto",
     return_outputs: bool = False,
+    on_stats: Callable[[Tensor], None] | None = None,
 ) -> Any:
     """Masked cross-entropy of a causal or vision-language model over the tokens that `labels` keep.
 
@@ -58,6 +61,8 @@ def selective_loss(
     num_kept: kept tokens of this call (`count_kept`), which spares a GPU one synchronisation.
     memory, backend: as in `vig_kernels.linear_cross_entropy`.
     return_outputs: also return the model's outputs with their logits (B, T, V). For evaluation, under no_grad.
+    on_stats: called with (N, 3) float32, detached, of the kept rows: entropy in nats, 1.0 where the most likely token
+        is the label, 1.0 (0.0 three times where the weight is 0). From the loss's own sweep; its bits stay.
 
     Returns a float32 scalar, or (scalar, outputs). A call that keeps no token gives 0.0 and zero gradients.
     Frozen weights cost no gradient GEMM; tied embeddings receive their gradient from both ends.
@@ -77,7 +82,7 @@ def selective_loss(
         weight = None
         if token_weight is not None:
             weight = token_weight.reshape(-1)[kept.rows.index + 1].to(kept.hidden.device)
-        return linear_cross_entropy(
+        found = linear_cross_entropy(
             kept.hidden,
             target=kept.rows.target,
             token_weight=weight,
@@ -86,8 +91,13 @@ def selective_loss(
             z_loss=z_loss,
             memory=memory,
             backend=backend,
+            stats=() if on_stats is None else STATS,
             **kept.head,
         )
+        if on_stats is None:
+            return found
+        on_stats(_figures(found[1], kept.rows.target))
+        return found[0]
 
     loss, outputs = _at_the_head(model, inputs, labels, num_kept, mean, return_outputs)
     if return_outputs:
@@ -105,11 +115,13 @@ def row_losses(
     z_loss: float = 0.0,
     backend: str = "auto",
     return_outputs: bool = False,
+    stats: bool = False,
 ) -> Any:
     """Loss and weight of each row, for evaluation: (B, 2) float32, summed w_t * (nll_t + z_loss * lse_t^2) and w_t.
 
     Arguments as for `selective_loss`, whose value is the ratio of the two columns' sums. Rows that lie one behind the
-    other (padding-free: labels (1, T), ``position_ids`` from 0 in each) are told apart.
+    other (padding-free: labels (1, T), ``position_ids`` from 0 in each) are told apart. With `stats` (B, 5): summed
+    entropy, hits and tokens of each row beside them, as in `selective_loss`.
     """
     inputs = {"use_cache": False} | dict(inputs)
     labels = inputs.pop("labels")
@@ -122,15 +134,26 @@ def row_losses(
     def summed(kept: KeptRows) -> Tensor:
         nll = linear_cross_entropy(
             kept.hidden, target=kept.rows.target, reduction="none", num_kept=len(kept.rows.index),
-            z_loss=z_loss, backend=backend, **kept.head,
+            z_loss=z_loss, backend=backend, stats=STATS if stats else (), **kept.head,
         )  # fmt: skip
+        nll, values = nll if stats else (nll, {})
         index = kept.rows.index + 1
         weight = torch.ones_like(nll) if token_weight is None else token_weight.reshape(-1)[index].to(nll)
-        sums = nll.new_zeros((int(owner[-1]) + 1, 2))
-        return sums.index_add_(0, owner[index].to(nll.device), torch.stack((nll * weight, weight), 1))
+        columns = torch.stack((nll * weight, weight), 1)
+        if stats:
+            figures = _figures(values, kept.rows.target) * (weight != 0).unsqueeze(1)
+            columns = torch.cat((columns, figures), 1)
+        sums = nll.new_zeros((int(owner[-1]) + 1, columns.shape[1]))
+        return sums.index_add_(0, owner[index].to(nll.device), columns)
 
     found, outputs = _at_the_head(model, inputs, labels, num_kept, summed, return_outputs)
     return (found, outputs) if return_outputs else found
+
+
+def _figures(values: dict[str, Tensor], target: Tensor) -> Tensor:
+    """(N, 3) float32: entropy, whether the most likely token is the target, and 1 for a row that counts."""
+    argmax = values["argmax"]  # -1 in a row that does not count
+    return torch.stack((values["entropy"], (argmax == target).float(), (argmax >= 0).float()), 1)
 
 
 def _at_the_head(

@@ -27,6 +27,7 @@ from vig.training.collator import SelectiveCollator
 from vig.training.labels import SelectiveLabels
 from vig.training.loss import row_losses, selective_loss
 
+TOKEN_STATS = ("entropy", "mean_token_accuracy")  # TRL's names
 COUNTS = ("num_kept", "num_truncated", "num_unreadable")  # what our collators add to a batch
 
 
@@ -46,15 +47,21 @@ class FusedLossMixin:
     - A run resumes, and ``load_best_model_at_end`` loads, by transformers' own key conversion where a family's
       checkpoint names its weights in another way than the model.
     - Logged beside the loss: ``num_tokens`` (seen so far, TRL's name), ``num_kept_tokens`` (trained on so far) and
-      ``train_tokens_per_second`` (since the last log). TRL's entropy and token accuracy are not.
+      ``train_tokens_per_second`` (since the last log).
+    - With ``log_token_stats`` also ``entropy`` (nats) and ``mean_token_accuracy``, TRL's names, of the kept tokens
+      since the last log, and ``eval_entropy`` and ``eval_mean_token_accuracy`` of the evaluation set: means over all
+      tokens on all processes (TRL's are means of batch means). They come from the loss's own sweep, which keeps its
+      bits; on GPUs the logits of the kept tokens are formed once more for them. Where no token is kept they are left
+      out (NaN in an evaluation).
 
-    z_loss: weight of lse^2, a class attribute.
+    z_loss: weight of lse^2; log_token_stats: class attributes both, as ``class MySFT(...): log_token_stats = True``.
     Raises ValueError for what the loss does not have: label smoothing, compute_loss_func, router losses, other loss
     types of TRL, context parallelism, prompt tuning, adapters on the head.
     """
 
     loss_is_scaled_for_ga = True
     z_loss = 0.0
+    log_token_stats = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -63,6 +70,7 @@ class FusedLossMixin:
         self._loss_shifts_labels = True
         self.truncated_samples = self.unreadable_samples = 0
         self._throughput = _Throughput()
+        self._token_stats = _TokenStats()
         self._evaluated: list[float] | None = None  # summed loss and weight of all samples
         self._loading: Path | None = None  # the checkpoint whose weights are being loaded
         self._is_empty_step = False
@@ -131,7 +139,8 @@ class FusedLossMixin:
         }
         if self._evaluated is not None:
             return self._evaluation_loss(model, inputs, options)
-        result = selective_loss(model, inputs, num_items=num_items_in_batch, **options)
+        on_stats = self._token_stats.add if self.log_token_stats and model.training else None
+        result = selective_loss(model, inputs, num_items=num_items_in_batch, on_stats=on_stats, **options)
         loss = result[0] if return_outputs else result
         if model.training:
             self.truncated_samples += counts["num_truncated"] or 0
@@ -144,12 +153,12 @@ class FusedLossMixin:
 
     def _evaluation_loss(self, model: nn.Module, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
         """The mean of this batch; its samples are added to the evaluation's sums, each once over all processes."""
-        result = row_losses(model, inputs, **options)
+        result = row_losses(model, inputs, stats=self.log_token_stats, **options)
         rows, outputs = result if options["return_outputs"] else (result, None)
         padded = self.accelerator.pad_across_processes(rows, dim=0)  # with rows that weigh nothing
         everywhere = self.accelerator.gather_for_metrics(padded).sum(0).tolist()
         self._evaluated = [one + other for one, other in zip(self._evaluated, everywhere, strict=True)]
-        total, weight = rows.sum(0)
+        total, weight = rows.sum(0)[:2]
         loss = torch.where(weight > 0, total / weight, total)
         return (loss, outputs) if options["return_outputs"] else loss
 
@@ -178,15 +187,17 @@ class FusedLossMixin:
         return loss, outputs.logits.detach(), inputs.get("labels")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._evaluated = [0.0, 0.0]
+        self._evaluated = [0.0] * (5 if self.log_token_stats else 2)
         try:
             output = super().evaluation_loop(*args, **kwargs)
-            total, weight = self._evaluated
+            total, weight, *stats = self._evaluated
         finally:
             self._evaluated = None
-        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
-        if name in output.metrics:
-            output.metrics[name] = total / weight if weight else math.nan
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if f"{prefix}_loss" in output.metrics:
+            output.metrics[f"{prefix}_loss"] = total / weight if weight else math.nan
+            for name, value in zip(TOKEN_STATS, stats[:-1], strict=False):  # none unless asked for
+                output.metrics[f"{prefix}_{name}"] = value / stats[-1] if stats[-1] else math.nan
         return output
 
     # --- the step ---
@@ -240,6 +251,8 @@ class FusedLossMixin:
             logs["unreadable_samples"] = self.unreadable_samples
         if "loss" in logs and "learning_rate" in logs:  # Trainer's own, which every process writes
             logs |= self._throughput.figures(self.accelerator)
+            if self.log_token_stats:
+                logs |= self._token_stats.figures(self.accelerator)
         super().log(logs, *args, **kwargs)
 
 
@@ -305,6 +318,25 @@ class _Throughput:
         speed = (seen - self.logged) / max(now - self.since, 1e-9)
         self.logged, self.since = seen, now
         return {"num_tokens": seen, "num_kept_tokens": kept, "train_tokens_per_second": round(speed, 1)}
+
+
+class _TokenStats:
+    """Summed entropy, hits and number of the tokens that this process trained on since the last log."""
+
+    def __init__(self):
+        self.sums: Tensor | None = None  # (3,) float64
+
+    def add(self, figures: Tensor) -> None:
+        """Adds the kept rows of a micro-batch, (N, 3), without waiting for a GPU."""
+        sums = figures.sum(0, dtype=torch.float64)
+        self.sums = sums if self.sums is None else self.sums.to(sums.device) + sums
+
+    def figures(self, accelerator: Any) -> dict[str, float]:
+        """The means over all processes, which must all ask; begins anew."""
+        sums = torch.zeros(3) if self.sums is None else self.sums
+        self.sums = None
+        *totals, count = accelerator.reduce(sums.to(accelerator.device).double(), "sum").tolist()
+        return {name: total / count for name, total in zip(TOKEN_STATS, totals, strict=True)} if count else {}
 
 
 class SelectiveTrainer(FusedLossMixin, transformers.Trainer):

@@ -82,9 +82,8 @@ def correct_weight_kernel(
             while start < entries:
                 entry = start + tl.arange(0, BLOCK_R)
                 there = entry < entries
-                row = tl.load(
-                    row_of + entry, mask=there, other=0
-                )  # beside the next two, none waits for another
+                # three loads, none of which waits for another
+                row = tl.load(row_of + entry, mask=there, other=0)
                 lost = tl.load(residual + entry, mask=there, other=0.0)
                 same = tl.load(target + entry, mask=there, other=-1) == word
                 at = hidden + row[:, None] * stride_hidden + column[None, :]
@@ -134,7 +133,7 @@ class TargetResidual:
         lost = self.lost[self.order]
         row_of = self.order if rows is None else rows[self.order]
         correct_weight_kernel[(triton.cdiv(entries, ENTRIES), triton.cdiv(D, block))](
-            total, hidden, lost, self.sorted, row_of, total.stride(0), hidden.stride(0), entries, first_vocab,
-            first_vocab + words, D, ENTRIES=ENTRIES, BLOCK_R=BLOCK_R, BLOCK_D=block, num_warps=WEIGHT_WARPS,
-            enable_fp_fusion=True,
+            total, hidden, lost, self.sorted, row_of, total.stride(0), hidden.stride(0), entries,
+            first_vocab, first_vocab + words, D, ENTRIES=ENTRIES, BLOCK_R=BLOCK_R, BLOCK_D=block,
+            num_warps=WEIGHT_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
