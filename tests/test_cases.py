@@ -294,7 +294,7 @@ ASKED = {"question": "Q?", "answer": "A."}
         (TURNS | {"audios": ["a.mp3"]}, "the field audios holds audio", "Only images are scored"),
         (TURNS | {"tools": "no JSON"}, "the tools are text, but not JSON", "JSON"),
         (TURNS | {"messages": [{}]}, "both conversations and messages", "--columns ignore=messages"),
-        (TURNS | {"image": "a.jpg", "images": ["b.jpg"]}, "in both the fields image and images", "ignore=image"),
+        (TURNS | {"image": "a.jpg", "images": ["b.jpg"]}, "images in the fields images and image", "ignore=image"),
         ({"messages": [{"role": "user", "content": "a <video> of it"}]}, "the mark <video> of video", "Only images"),
         (
             {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]},
