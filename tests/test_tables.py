@@ -189,6 +189,7 @@ def extended(tmp_path_factory) -> Path:
         shutil.copytree(
             ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "plots", "checkpoint")
         )
+    shutil.copy(ROOT / "README.md", copy)
     append(copy / "vig/models/null_pixels.py", GREY)
     insert(copy / "vig/models/null_image.py", '    "drop": Null(', GREY_ROW)
     (copy / "vig/data/flat.py").write_text(FLAT)
@@ -220,6 +221,7 @@ def test_what_is_added_is_in_the_help_and_the_docs(extended):
     assert done.returncode == 0, done.stderr
     assert "| `grey` | pixels | grey | a control |" in (extended / "docs/null-images.md").read_text()
     assert "| Aya Vision | `aya_vision` |" in (extended / "docs/families.md").read_text()
+    assert "Aya Vision" in (extended / "README.md").read_text()
 
 
 SHOW = """
