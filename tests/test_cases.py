@@ -341,6 +341,21 @@ def test_what_is_not_read_is_refused_by_name(record, reason, cure):
     assert len(str(error.value)) < 700
 
 
+def test_three_image_fields_that_differ_are_refused_together(monkeypatch):
+    monkeypatch.setattr("vig.data.records.IMAGE_FIELDS", ("images", "image", "input"))
+    record = {
+        "question": "<image>Q?",
+        "answer": "A.",
+        "images": ["a.jpg"],
+        "image": "a.jpg",
+        "input": "b.jpg",
+    }
+    with pytest.raises(SampleError, match="in the fields images and image and input"):
+        sample_from_record(record, key="k")
+    sample = sample_from_record(record | {"input": "a.jpg"}, key="k")
+    assert len(sample.images) == 1
+
+
 @pytest.mark.parametrize(
     "more",
     [
