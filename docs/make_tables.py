@@ -1,4 +1,4 @@
-"""The tables of these pages that are made from the package's own: `python docs/make_tables.py` writes them anew.
+"""What the docs and the README hold of the package's own tables: `python docs/make_tables.py` writes it anew.
 
 A table stands in its page between `<!-- table: NAME -->` and `<!-- /table: NAME -->`.
 """
@@ -6,6 +6,7 @@ A table stands in its page between `<!-- table: NAME -->` and `<!-- /table: NAME
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def families() -> str:
     return markdown(["family", "model_type", "where its pixels lie", "left alone"], rows)
 
 
+def family_names() -> str:
+    """An item's lines, with the indent of the mark behind them."""
+    names = ", ".join(
+        dict.fromkeys(row.name.replace(" ", "\0").replace(",\0", ", ") for row in FAMILIES.values())
+    )
+    lines = textwrap.fill(f"{names}.", 120, initial_indent="  ", subsequent_indent="  ")
+    return lines.replace("\0", " ") + "\n  "  # no name is cut in two
+
+
 def formats() -> str:
     rows = ([row.name, ", ".join(f"`{end}`" for end in row.suffixes), row.holds] for row in FORMATS)
     return markdown(["format", "files", "what they hold"], rows)
@@ -54,6 +64,7 @@ def attention() -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "null images": ("null-images.md", null_images),
     "families": ("families.md", families),
+    "family names": ("../README.md", family_names),
     "formats": ("formats.md", formats),
     "records": ("formats.md", records),
     "attention kernels": ("throughput.md", attention),

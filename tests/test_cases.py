@@ -330,7 +330,7 @@ ASKED = {"question": "Q?", "answer": "A."}
         (TURNS | {"audios": ["a.mp3"]}, "the field audios holds audio", "Only images are scored"),
         (TURNS | {"tools": "no JSON"}, "the tools are text, but not JSON", "JSON"),
         (TURNS | {"messages": [{}]}, "both conversations and messages", "--columns ignore=messages"),
-        (TURNS | {"image": "a.jpg", "images": ["b.jpg"]}, "in both the fields image and images", "ignore=image"),
+        (TURNS | {"image": "a.jpg", "images": ["b.jpg"]}, "images in the fields images and image", "ignore=image"),
         ({"messages": [{"role": "user", "content": "a <video> of it"}]}, "the mark <video> of video", "Only images"),
         (
             {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]},
@@ -375,6 +375,21 @@ def test_what_is_not_read_is_refused_by_name(record, reason, cure):
         sample_from_record(record, key="k")
     assert reason in error.value.reason and cure in error.value.cure
     assert len(str(error.value)) < 700
+
+
+def test_three_image_fields_that_differ_are_refused_together(monkeypatch):
+    monkeypatch.setattr("vig.data.records.IMAGE_FIELDS", ("images", "image", "input"))
+    record = {
+        "question": "<image>Q?",
+        "answer": "A.",
+        "images": ["a.jpg"],
+        "image": "a.jpg",
+        "input": "b.jpg",
+    }
+    with pytest.raises(SampleError, match="in the fields images and image and input"):
+        sample_from_record(record, key="k")
+    sample = sample_from_record(record | {"input": "a.jpg"}, key="k")
+    assert len(sample.images) == 1
 
 
 @pytest.mark.parametrize(

@@ -155,17 +155,18 @@ WRITERS["flat"] = flat
 VIP_ROW = """        Family("ViP-LLaVA", "vipllava", "vig.models.pixels:PLAIN", ONE_PICTURE),
 """
 VIP_TINY = '\n\nFAMILIES["vipllava"] = FAMILIES["llava"]\n'
-PLAIN_NLL = '''"""The op `linear_nll` on the backend `plain`, which does what `torch` does."""
-
-from vig_kernels.kernels.torch.linear_nll import *  # noqa: F403
-'''
+PLAIN_OPS = {
+    "linear_nll": "forward, backward",
+    "linear_vig": "with_stats",
+    "linear_cross_entropy": "forward_backward",
+}  # op -> what the backend `plain` takes of `torch`: no more than the contract says
 PLAIN_PACKAGE = '''"""Plain."""
 
 
 def why_not(device):
     return None
 '''
-PLAIN_ROW = """    Backend("plain", "any device: an example", "vig_kernels.kernels.plain"),
+PLAIN_ROW = """        Backend("plain", "any device: an example", "vig_kernels.kernels.plain"),
 """
 
 
@@ -188,6 +189,7 @@ def extended(tmp_path_factory) -> Path:
         shutil.copytree(
             ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "plots", "checkpoint")
         )
+    shutil.copy(ROOT / "README.md", copy)
     append(copy / "vig/models/null_pixels.py", GREY)
     insert(copy / "vig/models/null_image.py", '    "drop": Null(', GREY_ROW)
     (copy / "vig/data/flat.py").write_text(FLAT)
@@ -197,8 +199,10 @@ def extended(tmp_path_factory) -> Path:
     append(copy / "tests/tiny_families.py", VIP_TINY)
     (copy / "vig_kernels/kernels/plain").mkdir()
     (copy / "vig_kernels/kernels/plain/__init__.py").write_text(PLAIN_PACKAGE)
-    (copy / "vig_kernels/kernels/plain/linear_nll.py").write_text(PLAIN_NLL)
-    insert(copy / "vig_kernels/backend_table.py", '    Backend("reference"', PLAIN_ROW)
+    for op, functions in PLAIN_OPS.items():
+        text = f"from vig_kernels.kernels.torch.{op} import {functions}  # noqa: F401\n"
+        (copy / f"vig_kernels/kernels/plain/{op}.py").write_text(text)
+    insert(copy / "vig_kernels/backend_table.py", '        Backend("reference"', PLAIN_ROW)
     return copy
 
 
@@ -217,6 +221,7 @@ def test_what_is_added_is_in_the_help_and_the_docs(extended):
     assert done.returncode == 0, done.stderr
     assert "| `grey` | pixels | grey | a control |" in (extended / "docs/null-images.md").read_text()
     assert "| ViP-LLaVA | `vipllava` |" in (extended / "docs/families.md").read_text()
+    assert "ViP-LLaVA" in (extended / "README.md").read_text()
 
 
 SHOW = """
@@ -227,7 +232,7 @@ from vig.data.locate import locate
 from vig.models.families import family_of
 from vig.models.null_image import NullSettings
 from vig.reporting.report import null_caption
-from vig_kernels import dispatch, linear_nll
+from vig_kernels import dispatch, linear_cross_entropy, linear_nll, linear_vig, reference
 
 def error(function, *arguments):
     try:
@@ -235,7 +240,11 @@ def error(function, *arguments):
     except ValueError as problem:
         return str(problem)
 
-hidden, weight = torch.randn(2, 8), torch.randn(5, 8)
+hidden, weight, target = torch.randn(2, 8), torch.randn(5, 8), torch.tensor([1, 2])
+found, more = linear_vig(hidden, hidden + 1, weight, target, stats=("kl", "argmax_null"), backend="plain")
+leaf = hidden.clone().requires_grad_()
+loss, counted = linear_cross_entropy(leaf, weight, target, stats=("nll",), reduction="sum", backend="plain")
+loss.backward()
 print(json.dumps({
     "null": error(NullSettings, "fog"),
     "family": error(family_of, type("Config", (), {"model_type": "eye"})),
@@ -243,7 +252,10 @@ print(json.dumps({
     "backend": error(lambda: linear_nll(hidden, weight, torch.tensor([1, 2]), backend="best")),
     "caption": null_caption({"null": {"kind": "grey"}}),
     "available": dispatch.why_not("linear_nll", "plain", torch.device("cpu")),
-    "values": linear_nll(hidden, weight, torch.tensor([1, 2]), backend="plain").tolist(),
+    "values": linear_nll(hidden, weight, target, backend="plain").tolist(),
+    "vig": [found.nll_image.tolist(), found.nll_null.tolist(), sorted(more)],
+    "loss": [loss.item(), counted["nll"].tolist(), bool(leaf.grad.any())],
+    "exact": [reference.linear_nll(x, weight, target).tolist() for x in (hidden, hidden + 1)],
 }))
 """
 
@@ -252,10 +264,15 @@ def test_what_is_added_is_in_errors_and_the_report(extended):
     done = run_in(extended, "-c", SHOW)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert "shuffle, grey, drop" in said["null"] and said["caption"] == "grey"
+    assert "grey, drop" in said["null"] and said["caption"] == "grey"
     assert "vipllava (ViP-LLaVA)" in said["family"] and ".flat" in said["format"]
-    assert "'torch', 'plain', 'reference'" in said["backend"]
-    assert said["available"] is None and len(said["values"]) == 2
+    assert "'plain', 'reference'" in said["backend"]
+    image, null = (pytest.approx(values, abs=1e-5) for values in said["exact"])
+    assert said["available"] is None and said["values"] == image
+    nll_image, nll_null, names = said["vig"]
+    assert nll_image == said["values"] and nll_null == null and names == ["argmax_null", "kl"]
+    loss, nll, has_gradient = said["loss"]
+    assert loss == pytest.approx(sum(said["exact"][0]), abs=1e-4) and nll == image and has_gradient
 
 
 def test_what_is_added_is_among_the_parameters_of_the_tests_and_passes(extended):

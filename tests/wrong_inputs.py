@@ -1,6 +1,6 @@
 """Wrong inputs and what each gives: the cases behind docs/wrong-inputs.md.
 
-python tests/wrong_inputs.py > docs/wrong-inputs.md
+`python tests/wrong_inputs.py` writes the page anew.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from unittest import mock
 
 import tiny
 
+PAGE = Path(__file__).parent.parent / "docs" / "wrong-inputs.md"
 HEAD = """# Wrong inputs, and what each gives
 
 Every row was tried: `tests/test_wrong_inputs.py` runs it and compares. Exit codes: 0 done, 1 failed, 2 wrong usage,
@@ -253,4 +254,5 @@ def escape(text: str) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        print(page(table(save_model(Path(folder)))), end="")
+        made = page(table(save_model(Path(folder))))  # whole before the page is touched
+    PAGE.write_text(made, encoding="utf-8")

@@ -1,6 +1,6 @@
 """The ops, and the backends that may run them. Without torch: command lines read it for their help.
 
-A new backend is a package `vig_kernels/kernels/<name>/` with `why_not(device)` and one module an op, and a row here.
+What a backend's package holds: vig_kernels/kernels/__init__.py.
 """
 
 from __future__ import annotations
@@ -14,17 +14,28 @@ class Backend(NamedTuple):
     name: str
     runs_on: str  # one line for people
     package: str  # import path; has why_not(device), and a module for each op or the ops themselves
+    fills_values: bool = (
+        True  # its linear_cross_entropy gives statistics; else linear_nll sweeps again for them
+    )
+    bfloat16_gradients: bool = (
+        False  # linear_cross_entropy's of bfloat16 hidden and weight; all others are float32
+    )
 
 
-_ROWS = (
-    Backend("triton", "GPUs by CUDA, ROCm or XPU: Triton kernels", "vig_kernels.kernels.triton"),
-    Backend("cpu", "CPUs: compiled C++ kernels", "vig_kernels.kernels.cpu"),
-    Backend("torch", "any device: chunked PyTorch, no compiler needed", "vig_kernels.kernels.torch"),
-    Backend("reference", "any device with float64: the slow specification", "vig_kernels.reference"),
-)
-
-
-BACKENDS = {row.name: row for row in _ROWS}  # best first: "auto" takes the first that can run
+BACKENDS = {
+    row.name: row
+    for row in (
+        Backend(
+            "triton",
+            "GPUs by CUDA, ROCm or XPU: Triton kernels",
+            "vig_kernels.kernels.triton",
+            fills_values=False,
+        ),
+        Backend("cpu", "CPUs: compiled C++ kernels", "vig_kernels.kernels.cpu", bfloat16_gradients=True),
+        Backend("torch", "any device: chunked PyTorch, no compiler needed", "vig_kernels.kernels.torch"),
+        Backend("reference", "any device with float64: the slow specification", "vig_kernels.reference"),
+    )
+}  # best first: "auto" takes the first that can run
 
 
 def choices() -> str:

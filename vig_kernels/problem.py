@@ -24,9 +24,8 @@ class HeadProblem(NamedTuple):
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # cap * tanh(logits / cap), after the scale
     ignore_index: int = -100
-    num_kept: int | None = (
-        None  # rows that are not ignored, where the caller knows: a GPU need not count them
-    )
+    # rows that are not ignored, where the caller knows: a GPU need not count them
+    num_kept: int | None = None
 
     def reference_options(self) -> dict:
         """The keyword arguments of the functions of `vig_kernels.reference`."""

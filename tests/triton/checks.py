@@ -71,7 +71,7 @@ def assert_forward(k, hidden, weight, target, options):
     assert (chosen >= logits[live].amax(1) - 2 * limit[live]).all(), "argmax"
     assert (nll[~live] == 0).all() and (values["argmax"][~live] == -1).all(), "ignored rows"
     other = hidden.new_empty(len(hidden), hidden.shape[1] + 8)[:, : hidden.shape[1]].copy_(hidden.flip(0))
-    vig, image, null = k.linear_vig.forward(HeadProblem(hidden, weight, target, *arguments), other)
+    vig, image, null, _ = k.linear_vig.with_stats(HeadProblem(hidden, weight, target, *arguments), other, ())
     assert torch.equal(vig, null - image), "vig"
     assert torch.equal(image, nll), "nll_image has other bits than linear_nll"
     alone = k.linear_nll.forward(HeadProblem(other, weight, target, *arguments), ())[0]
@@ -129,7 +129,7 @@ def check_chunks_and_company(k):
     kept, k.logit_fold.PARTIALS_BYTES = k.logit_fold.PARTIALS_BYTES, 2000
     try:
         again, again_stats = k.linear_nll.forward(HeadProblem(hidden, weight, target), STATS)
-        _, image, _ = k.linear_vig.forward(HeadProblem(hidden, weight, target), hidden + 1)
+        _, image, *_ = k.linear_vig.with_stats(HeadProblem(hidden, weight, target), hidden + 1, ())
     finally:
         k.logit_fold.PARTIALS_BYTES = kept
     assert torch.equal(whole, again) and torch.equal(image, whole), "chunks change bits"

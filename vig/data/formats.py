@@ -27,7 +27,7 @@ class Format(NamedTuple):
         `vig.data.rows`); in a `Named` where the row's number is not its name.
     count: import path of f(path) -> number of records, or None where only reading them all would tell.
     whole_folder: `path` is the folder in which files of these suffixes lie, not one of them.
-    yields: in a folder beside data of another format such a file is not data, but named as not read.
+    gives_way: ignored (and listed as not read) in a folder that also holds data of another format.
     as_json: the selected records can be exported as they stand in the data.
     """
 
@@ -37,7 +37,7 @@ class Format(NamedTuple):
     count: str
     holds: str  # for docs/formats.md
     whole_folder: bool = False
-    yields: bool = False
+    gives_way: bool = False
     as_json: bool = False
 
     def read(self, path: Path, wanted: Any) -> Any:
@@ -65,7 +65,7 @@ FORMATS = (
         "vig.data.json_rows:json_rows",
         "vig.data.json_rows:count_json",
         "an array of records, one record a line, an object whose one array they are, or one record",
-        yields=True,
+        gives_way=True,
         as_json=True,
     ),
     Format(
@@ -96,7 +96,7 @@ FORMATS = (
         "vig.data.csv_rows:csv_rows",
         "vig.data.csv_rows:count_csv",
         "one record a row below a header; turns and lists of images are JSON in their cells",
-        yields=True,
+        gives_way=True,
     ),
     Format(
         "photographs",

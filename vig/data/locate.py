@@ -92,8 +92,8 @@ def _the_kind(folder: Path, files: list[Path], kinds: dict[str, list[Path]]) -> 
         raise DataError(f"no photographs and no data files in {folder}: expected {known}")
     captions = {file.with_suffix("") for file in files if file.name.lower().endswith(".txt")}
     captioned = any(file.with_suffix("") in captions for file in kinds.get("photographs", ()))
-    first = [row for row in rows if not row.yields and (captioned or not row.whole_folder)]
-    first = first or [row for row in rows if row.yields] or rows
+    first = [row for row in rows if not row.gives_way and (captioned or not row.whole_folder)]
+    first = first or [row for row in rows if row.gives_way] or rows
     if first[0].name == "imagefolder":  # which says of the images beside it what they are
         first = [row for row in first if not row.whole_folder]
     if len(first) > 1:
@@ -107,7 +107,7 @@ def _counted(row: Format, files: list[Path]) -> str:
     """ "1 Parquet file (2 rows)"."""
     if row.whole_folder:
         return f"{len(files)} image{'s' if len(files) > 1 else ''}"
-    counts = [row.n_records(file) for file in files] if not row.yields else [None]
+    counts = [row.n_records(file) for file in files] if not row.gives_way else [None]
     rows = "" if None in counts else f" ({sum(counts):,} rows)"
     return f"{len(files)} {row.name} file{'s' if len(files) > 1 else ''}{rows}"
 

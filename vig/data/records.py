@@ -154,18 +154,19 @@ def _system_turn(record: dict[str, Any], turns: list[dict[str, Any]]) -> list[di
 
 def _image_values(record: dict[str, Any]) -> list[Any]:
     """The images of the record's own fields, of which one may be used."""
-    found: list[list[Any]] = []
+    found: dict[str, list[Any]] = {}
     for field in IMAGE_FIELDS:
         value = record.get(field)
         if isinstance(value, str) and value.lstrip().startswith("["):
             value = decoded(value, field)
         if value is not None and not (isinstance(value, list | tuple) and not value):
-            found.append(list(value) if isinstance(value, list | tuple) else [value])
-    if len(found) == 2 and found[0] != found[1]:
-        raise Unusable(
-            "it has images in both the fields image and images", "Use one, with --columns ignore=image"
-        )
-    return found[0] if found else []
+            found[field] = list(value) if isinstance(value, list | tuple) else [value]
+    first = next(iter(found.values()), [])
+    if any(images != first for images in found.values()):
+        _, *others = found
+        cure = f"Use one, with --columns {','.join(f'ignore={field}' for field in others)}"
+        raise Unusable(f"it has different images in the fields {' and '.join(found)}", cure)
+    return first
 
 
 def _refuse_what_is_not_read(record: dict[str, Any], has_images: bool) -> None:

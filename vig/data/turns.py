@@ -66,7 +66,7 @@ def messages(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def prompt_completion(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """TRL trains on the completion alone: answers within the prompt are none."""
+    """TRL trains on the completion alone: answers within the prompt do not count."""
     prompt, completion = (
         [turn(role, value)] if isinstance(value, str) and value.lstrip()[:2] != "[{" else turn_list(value)
         for role, value in (("user", record["prompt"]), ("assistant", record["completion"]))

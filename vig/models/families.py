@@ -35,13 +35,11 @@ class Family:
     layout: str  # import path of where pictures lie in its pixel inputs: a `PixelLayout` of vig.models.pixels
     shape: str  # of its pixel inputs, for docs/families.md
     padding: str = "nothing is padded"  # what a null leaves alone, likewise
-    shares_prefix: bool = (
-        True  # attention over images and question is causal: samples may share them in one row
-    )
+    # attention over images and question is causal: samples may share them in one row
+    shares_prefix: bool = True
     two_way_images: bool = False  # the tokens of one image see each other
-    features_apart: bool = (
-        True  # the vision tower gives features and nothing else, so they may be kept for later rows
-    )
+    # the vision tower gives features and nothing else, so they may be kept for later rows
+    features_apart: bool = True
     vision_tower: str = TOWER  # pattern of its parameters' names: frozen in training unless asked otherwise
 
 

@@ -89,7 +89,7 @@ class Spread(NamedTuple):
 
 
 class Tiles:
-    """Pictures that lie in rectangles of `pixel_values`. Where, says `spread` (pixels, sizes, processor)."""
+    """Pictures that lie in rectangles of `pixel_values`. `spread` (pixels, sizes, processor) says where."""
 
     def __init__(
         self, spread: Callable[[PixelInputs, Sizes, Any], list[Spread]], keep_from_zero: bool = False

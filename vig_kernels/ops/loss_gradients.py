@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vig_kernels import check, dispatch
+from vig_kernels import backend_table, check, dispatch
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, empty_output
 
 STATS = ("nll", *check.STATS)
-NO_STATS_IN_TRAINING = ("triton",)  # backends whose training sweep has none; that of linear_nll does
 CAST_BYTES = 8 << 20  # what is cast at a time when a float32 gradient is scaled into its output
 
 
 def gradient_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     """What a backend forms the gradients of hidden, weight and bias in, for inputs of `dtype`."""
-    stored = dtype if (backend, dtype) == ("cpu", torch.bfloat16) else torch.float32
+    kept = dtype == torch.bfloat16 and backend_table.BACKENDS[backend].bfloat16_gradients
+    stored = dtype if kept else torch.float32
     return stored, stored, torch.float32
 
 
@@ -42,7 +42,7 @@ def loss_and_gradients(*args):
     module = dispatch.module("linear_cross_entropy", backend)
     names = [stat for stat, asked in zip(STATS, wanted, strict=True) if asked]
     values = {}
-    if backend not in NO_STATS_IN_TRAINING:
+    if backend_table.BACKENDS[backend].fills_values:
         values = {name: empty_output(problem, name, problem.target.shape[0]) for name in names}
         for name, value in values.items():
             value.fill_(-1 if name == "argmax" else 0)

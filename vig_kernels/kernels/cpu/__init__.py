@@ -10,5 +10,5 @@ from vig_kernels.kernels.cpu import native
 def why_not(device: torch.device) -> str | None:
     """None when the compiled kernels run on tensors of `device`, else the reason and the cure."""
     if device.type != "cpu":
-        return f"the cpu backend runs on CPU tensors, not on {device}: use backend='triton' or 'torch'"
+        return f"the cpu backend runs on CPU tensors, not on {device}: use backend='auto'"
     return native.why_not()

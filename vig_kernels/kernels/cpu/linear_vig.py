@@ -35,8 +35,3 @@ def with_stats(
     image, null = values["nll"]
     found = {stat: values[stat.rsplit("_", 1)[0]][int(stat.endswith("_null"))].clone() for stat in stats}
     return null - image, image.clone(), null.clone(), found
-
-
-def forward(problem: HeadProblem, hidden_null: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(vig, nll_image, nll_null)."""
-    return with_stats(problem, hidden_null, ())[:3]

@@ -16,8 +16,3 @@ def with_stats(
     image, null = sweep(problem, (problem.hidden, hidden_null), kinds)
     found = {stat: (null if stat.endswith("_null") else image)[stat.rsplit("_", 1)[0]] for stat in stats}
     return null["nll"] - image["nll"], image["nll"], null["nll"], found
-
-
-def forward(problem: HeadProblem, hidden_null: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(vig, nll_image, nll_null)."""
-    return with_stats(problem, hidden_null, ())[:3]

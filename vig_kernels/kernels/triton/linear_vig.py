@@ -30,8 +30,3 @@ def with_stats(
         if stat != "kl"
     }
     return null["vig"], image["nll"], null["nll"], found
-
-
-def forward(problem: HeadProblem, hidden_null: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(vig, nll_image, nll_null)."""
-    return with_stats(problem, hidden_null, ())[:3]
