@@ -30,3 +30,19 @@ def test_every_launch_is_bound_and_compiled(target, tmp_path):
         "correct_weight_kernel", "gather_kernel", "order_kernel", "band_kernel",
     )  # fmt: skip
     assert set(compiled) == set(kernels) and min(compiled.values()) > 0
+
+
+def test_launches_of_a_call_are_few():
+    """Counted under a driver that launches nothing: three kernels to score, six of ours and two products to train."""
+    script = SCRIPT.with_name("host_time.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(SCRIPT.parents[2])}
+    done = subprocess.run(
+        [sys.executable, script, "3"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = {row["op"]: row["launches"] for row in map(json.loads, done.stdout.splitlines())}
+    scored = ["order_kernel", "fold_kernel", "combine_kernel"]
+    assert found["linear_nll"] == scored
+    assert found["linear_vig"] == [*scored, "combine_kernel"]
+    trained = [*scored, "finish_kernel", "order_kernel", "gather_kernel"]
+    assert found["linear_cross_entropy, forward and backward"] == trained

@@ -187,10 +187,13 @@ def forward_backward(
         (values,) = sweep(problem, ("lse",))
     else:
         names = ("nll", "lse", "lse_lo")
-        values = {name: torch.zeros(N, dtype=torch.float32, device=target.device) for name in names}
-        bound = torch.ones_like(values["nll"][:1]) if row_weight is None else row_weight.abs()
-        bound = bound * (1 + 2 * abs(z_loss) * LSE_MARGIN)
-        loss_scale, unscale = loss_scale_of(bound, problem.logit_scale, problem.hidden.dtype)
+        values = dict(zip(names, torch.zeros(len(names), N, **wide), strict=True))
+
+        def bound():
+            largest = torch.ones_like(values["nll"][:1]) if row_weight is None else row_weight.abs()
+            return largest * (1 + 2 * abs(z_loss) * LSE_MARGIN)
+
+        loss_scale, unscale = loss_scale_of(bound, problem)
         terms = LossTerms(row_weight, z_loss, loss_scale)
         with device_guard(target.device):
             if kept:

@@ -157,7 +157,7 @@ def gradient_sweep(
     """One sweep over (vocabulary chunk x row chunk) blocks; what is summed is float32 and cast once."""
     hidden, weight, target = problem[:3]
     (N, D), V, wide = hidden.shape, weight.shape[0], hidden.dtype == torch.float32
-    loss_scale, unscale = loss_scale_of(entry_bound(upstream, saved), problem.logit_scale, hidden.dtype)
+    loss_scale, unscale = loss_scale_of(lambda: entry_bound(upstream, saved), problem)
     hidden_sums = 0 if wide or not needs.hidden else min(4 * N * D, HIDDEN_BYTES)
     columns = vocab_chunk(V, D, 64 * N + held + hidden_sums)
     rows = row_chunk(N, D, columns, hidden.dtype, needs, held, silent)

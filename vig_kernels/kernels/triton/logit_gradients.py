@@ -5,6 +5,7 @@ The vendor's GEMM takes a block to the gradients of hidden and weight, summed in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -216,17 +217,17 @@ def product(out: Tensor, a: Tensor, b: Tensor) -> None:
             torch.mm(a, b, out=out)
 
 
-def loss_scale_of(bound: Tensor, logit_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def loss_scale_of(bound: Callable[[], Tensor], problem: HeadProblem) -> tuple[Tensor, Tensor | None]:
     """(loss_scale, unscale): what a block of d loss / d y is stored multiplied by, and what its products are to be.
 
     loss_scale holds logit_scale, the factor between y and hidden @ weight.T. For float16 also a power of two that moves
-    entries of at most `bound` to 2^10 and leaves the range below to small probabilities; unscale takes it back.
+    entries of at most `bound()` to 2^10 and leaves the range below to small probabilities; unscale takes it back.
     """
-    if dtype != torch.float16:
-        return torch.full((), logit_scale, dtype=torch.float32, device=bound.device), None
-    _, exponent = torch.frexp(bound.max() * abs(logit_scale))
+    if problem.hidden.dtype != torch.float16:
+        return torch.full((), problem.logit_scale, dtype=torch.float32, device=problem.hidden.device), None
+    _, exponent = torch.frexp(bound().max() * abs(problem.logit_scale))
     power = torch.exp2((10 - exponent).clamp(-100, 100).float())
-    return power * logit_scale, 1 / power
+    return power * problem.logit_scale, 1 / power
 
 
 class Block(NamedTuple):

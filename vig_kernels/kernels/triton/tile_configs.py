@@ -120,33 +120,29 @@ def head_config(
     """The tile of "fold", "store" or "gradient" for a weight (V, D). `trial` runs a candidate."""
     V, D = weight.shape
     target, kind = target_of(weight.device), kind_of(weight.dtype)
-    if target == "interpreter":
-        chosen, candidates = INTERPRETER, [INTERPRETER, replace(INTERPRETER, parts=1)]
-    else:
-        rows = HEAD[kernel, table_target(target), kind]
-        # the slopes of the cap take registers that the wide tiles do not have
-        chosen = rows[D <= NARROW or (kernel == "store" and softcap)]
-        if not regular(weight, chosen):
-            chosen = IRREGULAR.get((table_target(target), kind), rows[1])
-        candidates = [*dict.fromkeys(rows), *neighbours(chosen)]
-    return tuned((kernel, target, str(weight.dtype), V, D), candidates, trial) if autotuning() else chosen
+    rows = (INTERPRETER,) * 2 if target == "interpreter" else HEAD[kernel, table_target(target), kind]
+    # the slopes of the cap take registers that the wide tiles do not have
+    chosen = rows[D <= NARROW or (kernel == "store" and softcap)]
+    if target != "interpreter" and not regular(weight, chosen):
+        chosen = IRREGULAR.get((table_target(target), kind), rows[1])
+    if not autotuning():
+        return chosen
+    more = [replace(chosen, parts=1)] if target == "interpreter" else neighbours(chosen)
+    return tuned((kernel, target, str(weight.dtype), V, D), [*dict.fromkeys(rows), *more], trial)
 
 
 def blur_config(matrices: Tensor, size: int, lines: int, trial: Callable[[TileConfig], object]) -> TileConfig:
     """The tile of the blur, BLOCK_N rows of a (size, size) matrix x BLOCK_V of `lines`. `trial` runs a candidate."""
     target = target_of(matrices.device)
     if target == "interpreter":
-        chosen = replace(INTERPRETER, block_n=32, block_v=32, block_k=32)
-        candidates = [chosen, replace(chosen, block_n=16)]
+        chosen, changes = replace(INTERPRETER, block_n=32, block_v=32, block_k=32), [{"block_n": 16}]
     else:
         chosen = BLUR[table_target(target), kind_of(matrices.dtype)]
         changes = [{"block_n": 128}, {"block_v": 128}, {"num_warps": 8}, {"num_stages": 2}, {"num_stages": 4}]
-        candidates = [chosen, *(replace(chosen, **change) for change in changes)]
-    return (
-        tuned(("blur", target, str(matrices.dtype), size, lines), candidates, trial)
-        if autotuning()
-        else chosen
-    )
+    if not autotuning():
+        return chosen
+    candidates = [chosen, *(replace(chosen, **change) for change in changes)]
+    return tuned(("blur", target, str(matrices.dtype), size, lines), candidates, trial)
 
 
 def autotuning() -> bool:

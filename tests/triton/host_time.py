@@ -1,0 +1,80 @@
+"""`python tests/triton/host_time.py`: what a call of an op costs the host beyond its launches, without a GPU.
+
+The host code runs on small CPU tensors under the driver of launches.py, and a launch does nothing: what is left are the
+checks, the dispatch through torch.library and autograd, the allocations, and the small torch operations of a call.
+Prints, for each op, the kernels that it launches and the median microseconds of a call. Medians of a quiet machine.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+
+import launches
+import torch
+from triton.runtime.jit import JITFunction
+
+import vig_kernels
+
+N, D, V = 8, 64, 304
+
+
+class Launches:
+    """Takes the place of Triton's launch: keeps the names of kernels, and the time that the stand-in itself takes."""
+
+    def __init__(self):
+        self.names, self.seconds = [], 0.0
+        JITFunction.run = lambda kernel, *arguments, **_: self.take(kernel.fn.__name__, arguments)
+
+    def take(self, name: str, arguments: tuple) -> None:
+        began = time.perf_counter()
+        self.names.append(name)
+        if name == "order_kernel":  # the one kernel whose result the host code needs in range
+            _, order, count, *_ = arguments
+            torch.arange(len(order), out=order)
+            count.fill_(len(order))
+        self.seconds += time.perf_counter() - began
+
+
+def calls() -> dict:
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, D).bfloat16() for n in (N, V))
+    target = torch.randint(0, V, (N,))
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+
+    def train():
+        for leaf in leaves:
+            leaf.grad = None
+        vig_kernels.linear_cross_entropy(
+            *leaves, target, num_kept=N, num_items=N, backend="triton"
+        ).backward()
+
+    return {
+        "linear_nll": lambda: vig_kernels.linear_nll(hidden, weight, target, backend="triton"),
+        "linear_vig": lambda: vig_kernels.linear_vig(hidden, hidden, weight, target, backend="triton"),
+        "linear_cross_entropy, forward and backward": train,
+    }
+
+
+def measured(call, seen: Launches, rounds: int) -> dict:
+    for _ in range(20):
+        call()
+    seen.names.clear()
+    call()
+    names, microseconds = list(seen.names), []
+    for _ in range(rounds):
+        seen.seconds, began = 0.0, time.perf_counter()
+        call()
+        microseconds.append(1e6 * (time.perf_counter() - began - seen.seconds))
+    return {"launches": names, "microseconds": statistics.median(microseconds)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    launches.pretend("sm_90")
+    seen = Launches()
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    for name, call in calls().items():
+        print(json.dumps({"op": name} | measured(call, seen, rounds)))
