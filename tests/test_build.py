@@ -70,4 +70,4 @@ def test_without_the_extension_there_is_a_reason_and_no_module(monkeypatch):
 
 
 def test_only_cpu_tensors():
-    assert "triton" in cpu.why_not(torch.device("cuda"))
+    assert "backend='auto'" in cpu.why_not(torch.device("cuda"))
