@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import triton
@@ -47,6 +48,7 @@ class TileConfig:
 
 
 T = TileConfig
+P = partial(TileConfig, group=8)
 INTERPRETER = T(32, 256, 64, num_warps=1, num_stages=1, parts=2, group=2)
 
 # (kernel, target, kind): (wide, narrow). wide where D > NARROW, see `head_config`.
@@ -81,15 +83,16 @@ HEAD: dict[tuple[str, str, str], tuple[TileConfig, TileConfig]] = {
     ("fold", "gfx942", "float32"): (T(128, 128, 32, 8, 2, 2),) * 2,
     ("store", "gfx942", "float32"): (T(128, 128, 32, 8, 2, 2),) * 2,
     ("gradient", "gfx942", "float32"): (T(128, 128, 32, 8, 2, 2),) * 2,
-    # two accumulators and two blocks of rows beside one of the weight: half the columns of the fold's tiles
-    ("pair", "sm_90", "16-bit"): (T(128, 128, 64, 8, 4, 2, True), T(128, 64, 64, 8, 3, 2, True)),
-    ("pair", "sm_100", "16-bit"): (T(128, 128, 64, 8, 4, 2, True), T(128, 64, 64, 8, 3, 2, True)),
-    ("pair", "sm_80", "16-bit"): (T(128, 64, 32, 8, 4, 2), T(64, 64, 32, 4, 4, 2)),
-    ("pair", "gfx942", "16-bit"): (T(128, 128, 64, 8, 2, 2), T(128, 64, 64, 8, 2, 2)),
-    ("pair", "sm_90", "float32"): (T(128, 64, 32, 8, 3, 2, True),) * 2,
-    ("pair", "sm_100", "float32"): (T(128, 32, 32, 8, 3, 2, True),) * 2,
-    ("pair", "sm_80", "float32"): (T(64, 64, 32, 8, 3, 2),) * 2,
-    ("pair", "gfx942", "float32"): (T(128, 64, 32, 8, 2, 2),) * 2,
+    # two accumulators and two blocks of rows beside one of the weight: half the fold's columns, and half its group, so
+    # that as many rows stay in L2
+    ("pair", "sm_90", "16-bit"): (P(128, 128, 64, 8, 4, 2, True), P(128, 64, 64, 8, 3, 2, True)),
+    ("pair", "sm_100", "16-bit"): (P(128, 128, 64, 8, 4, 2, True), P(128, 64, 64, 8, 3, 2, True)),
+    ("pair", "sm_80", "16-bit"): (P(128, 64, 32, 8, 4, 2), P(64, 64, 32, 4, 4, 2)),
+    ("pair", "gfx942", "16-bit"): (P(128, 128, 64, 8, 2, 2), P(128, 64, 64, 8, 2, 2)),
+    ("pair", "sm_90", "float32"): (P(128, 64, 32, 8, 3, 2, True),) * 2,
+    ("pair", "sm_100", "float32"): (P(128, 32, 32, 8, 3, 2, True),) * 2,
+    ("pair", "sm_80", "float32"): (P(128, 64, 16, 8, 3, 2),) * 2,
+    ("pair", "gfx942", "float32"): (P(128, 64, 32, 8, 2, 2),) * 2,
 }
 
 # (target, kind): for irregular loads (any D, any stride), whose masks take registers; see `irregular_tile`
@@ -102,10 +105,11 @@ IRREGULAR: dict[tuple[str, str], TileConfig] = {
 
 # the same of "pair"
 IRREGULAR_PAIR: dict[tuple[str, str], TileConfig] = {
-    ("sm_90", "16-bit"): T(128, 32, 32, 8, 3, 2),
-    ("sm_90", "float32"): T(64, 32, 32, 4, 3, 2),
-    ("sm_100", "16-bit"): T(128, 32, 32, 8, 3, 2),
-    ("sm_100", "float32"): T(128, 32, 16, 8, 3, 2),
+    ("sm_90", "16-bit"): P(128, 32, 32, 8, 3, 2),
+    ("sm_90", "float32"): P(64, 32, 32, 4, 3, 2),
+    ("sm_100", "16-bit"): P(128, 32, 32, 8, 3, 2),
+    ("sm_100", "float32"): P(128, 32, 16, 8, 3, 2),
+    ("sm_80", "float32"): P(128, 32, 16, 8, 3, 2),
 }
 
 # (target, kind of the products)
