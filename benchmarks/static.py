@@ -56,7 +56,8 @@ HEAD_VARIANTS = {
     "gradient": ((STATS,), (STATS,), (RAGGED,)),
     "pair": ((PLAIN, CAPPED), (PLAIN, CAPPED), (RAGGED,)),
 }
-FUNCTIONS = {"gradient": logit_gradients.gradient_kernel, "pair": pair_fold.pair_kernel}  # of the others the fold
+# of the others fold_kernel
+FUNCTIONS = {"gradient": logit_gradients.gradient_kernel, "pair": pair_fold.pair_kernel}
 
 
 WARPS = {"order": row_order.ORDER_WARPS, "correct weight": target_residual.WEIGHT_WARPS}  # of the others 4

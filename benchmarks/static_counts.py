@@ -246,6 +246,9 @@ EPILOGUE_BUDGET = {
     ("store", "bias, softcap, block, any D and stride", "16-bit"): (101, 106, 96),
     ("gradient", "bias, softcap, entropy, argmax", "16-bit"): (87, 96, 110),
     ("gradient", "bias, softcap, any D and stride", "16-bit"): (83, 95, 113),
+    ("pair", "plain", "16-bit"): (27, 27, 34),  # a pair of logits
+    ("pair", "bias, softcap", "16-bit"): (88, 87, 82),
+    ("pair", "bias, softcap, any D and stride", "16-bit"): (88, 95, 90),
     ("fold", "plain", "float32"): (19, 15, 68),
     ("fold", "bias, softcap, entropy, argmax", "float32"): (60, 56, 115),
     ("fold", "bias, softcap, any D and stride", "float32"): (50, 51, 80),
@@ -254,6 +257,9 @@ EPILOGUE_BUDGET = {
     ("store", "bias, softcap, block, any D and stride", "float32"): (102, 102, 131),
     ("gradient", "bias, softcap, entropy, argmax", "float32"): (85, 84, 123),
     ("gradient", "bias, softcap, any D and stride", "float32"): (83, 85, 94),
+    ("pair", "plain", "float32"): (27, 27, 115),
+    ("pair", "bias, softcap", "float32"): (88, 86, 165),
+    ("pair", "bias, softcap, any D and stride", "float32"): (93, 92, 126),
 }
 # waits that are known: tf32x3 makes three products of one, and the compiler waits for each before it starts the next,
 # since they add to one accumulator from operands that it forms in registers
@@ -305,7 +311,7 @@ def epilogue_budget(row: dict) -> float | None:
 
 
 def epilogue_per_logit(row: dict) -> float:
-    """Instructions behind the main loop over the logits of a thread."""
+    """Instructions behind the main loop over the logits of a thread; of a pair, over those of one pass."""
     tile = row["tile"]
     logits = tile["block_n"] * tile["block_v"] / (32 * tile["num_warps"])
     return row["counts"]["epilogue_instructions"] / logits

@@ -29,8 +29,8 @@ POINTER = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u
 
 INT64 = ("target", "order", "count", "place", "row_of")
 FLOAT32 = (
-    "partial_max", "partial_sum", "partials", "kl", "target_logit", "target_slope", "lse", "lse_lo", "nll", "loss_scale", "row_weight",
-    "grad_nll", "residual", "total", "centre_of", "factor_of", "row_factor",
+    "partial_max", "partial_sum", "partials", "kl", "target_logit", "target_slope", "lse", "lse_lo", "nll",
+    "loss_scale", "row_weight", "grad_nll", "residual", "total", "centre_of", "factor_of", "row_factor",
 )  # fmt: skip
 FLOATS = ("logit_scale", "logit_softcap", "z_loss")
 ALIGNED = (

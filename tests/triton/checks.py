@@ -104,13 +104,14 @@ def assert_divergence(k, hidden, null, weight, target, options):
     *found, values = k.linear_vig.with_stats(head, null, ("kl", "entropy_image", "argmax_null"))
     *plain, others = k.linear_vig.with_stats(head, null, ("entropy_image", "argmax_null"))
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True)), "KL changes VIG"
-    assert list(values) == ["kl", "entropy_image", "argmax_null"]
+    assert values.keys() == {"kl", *others}
     assert all(torch.equal(values[name], others[name]) for name in others), "KL changes other statistics"
     _, exact = reference.linear_vig(hidden, null, weight, target, **options, stats=("kl",))
     limit = 2 * (bound(hidden, weight, options) + bound(null, weight, options)) - 3e-5
     kl = values["kl"]
     assert kl.dtype == torch.float32 and (kl >= 0).all()
-    assert ((kl - exact["kl"]).abs() <= limit).all(), f"KL: {((kl - exact['kl']).abs() / limit).max():.1e} of its bound"
+    used = ((kl - exact["kl"]).abs() / limit).max()
+    assert used <= 1, f"KL errs by {used:.1e} of its bound"
     assert not kl[target == -100].any(), "ignored rows"
     return kl
 
@@ -583,6 +584,7 @@ def check_large_offsets_of_partials(k):
 def check_large_offsets_of_a_pair(k):
     """Rows of either pass, or of the weight, that lie far apart, and partials that do."""
     hidden, null, weight, target, _ = pair_problem(torch.bfloat16, N=5, D=8, V=40)
+    target[4] = 0  # the last row is read
     near = k.pair_fold.divergence(HeadProblem(hidden, weight, target), null)
     for where in range(3):
         operands = [hidden, null, weight]
@@ -591,7 +593,7 @@ def check_large_offsets_of_a_pair(k):
         assert torch.equal(found, near), f"offsets of {('hidden', 'null', 'weight')[where]}"
     config = k.tile_configs.INTERPRETER
     rows, part = 2**28 + 16, config.block_v // config.parts  # part 2 starts beyond 2^31
-    partials, kl, order, count = torch.empty(15 * rows), torch.zeros(3), torch.arange(3), torch.tensor(3)
+    partials, kl, order, count = torch.empty(15 * rows), torch.zeros(16), torch.arange(16), torch.tensor(3)
     assert part * 3 >= 40
     k.pair_fold.pair_kernel[(2,)](
         hidden, null, weight, None, order, count, partials, hidden.stride(0), null.stride(0), weight.stride(0),
@@ -600,7 +602,7 @@ def check_large_offsets_of_a_pair(k):
         PRECISION="ieee",
     )  # fmt: skip
     k.pair_fold.pair_combine_kernel[(1,)](partials, order, count, kl, 0, rows, 3, BLOCK_N=16, BLOCK_T=32)
-    assert torch.equal(kl, near[:3])
+    assert torch.equal(kl[:3], near[:3]) and not kl[3:].any()
 
 
 def check_large_offsets_of_blocks(k):

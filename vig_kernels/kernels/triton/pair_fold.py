@@ -30,7 +30,8 @@ from .logit_tiles import INTERPRETED, LOG2_E, exp2, halves, logits, tile_positio
 from .row_order import RowChunk, compaction_order
 from .tile_configs import TileConfig, head_config, regular
 
-FIELDS = tl.constexpr(5)  # of a row and part: max and sum of the image pass, of the null pass, sum of the differences
+# of a row and part: max and sum of the image pass, max and sum of the null pass, sum of the differences
+FIELDS = tl.constexpr(5)
 
 
 @triton.jit
@@ -282,7 +283,9 @@ def vocab_parts(V: int, config: TileConfig) -> int:
     return triton.cdiv(V, config.block_v // config.parts)
 
 
-def fold(problem: HeadProblem, hidden_null: Tensor, chunk: RowChunk, partials: Tensor, config: TileConfig) -> None:
+def fold(
+    problem: HeadProblem, hidden_null: Tensor, chunk: RowChunk, partials: Tensor, config: TileConfig
+) -> None:
     """Launch `pair_kernel` on the rows of a chunk."""
     hidden, weight, rows = problem.hidden, problem.weight, chunk.rows
     V, D = weight.shape
@@ -321,13 +324,12 @@ def divergence(problem: HeadProblem, hidden_null: Tensor) -> Tensor:
     with device_guard(target.device):
         config = head_config("pair", problem.weight, problem.logit_softcap is not None, trial)
         most = chunk_rows(N, V, config)
-        storage = partials_of(most, config)
+        partials = partials_of(most, config)  # a short last chunk takes the beginning of it
         for first in range(0, N, most):
             chunk = RowChunk(order, count, first, min(most, N - first))
-            partials = storage.flatten()[: storage[:, :, 0].numel() * chunk.rows]  # the last chunk may be short
             fold(problem, hidden_null, chunk, partials, config)
             pair_combine_kernel[(triton.cdiv(chunk.rows, COMBINE_ROWS),)](
-                partials, order, count, kl, first, chunk.rows, len(storage),
+                partials, order, count, kl, first, chunk.rows, len(partials),
                 BLOCK_N=COMBINE_ROWS, BLOCK_T=COMBINE_PARTS, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return kl
