@@ -27,11 +27,12 @@ from vig_kernels.kernels.triton import (
     logit_fold,
     logit_gradients,
     logit_tiles,
+    pair_fold,
     row_order,
     target_residual,
 )
 from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
-from vig_kernels.kernels.triton.tile_configs import BLUR, HEAD, IRREGULAR, TileConfig
+from vig_kernels.kernels.triton.tile_configs import BLUR, HEAD, TileConfig, irregular_tile
 
 STORE = Path(__file__).parent / "results" / "static.json"
 
@@ -42,6 +43,7 @@ TRAIN = Variant("bias, block", bias=True, store=True)
 TRAIN_CAPPED = Variant("bias, softcap, block", softcap=True, bias=True, store=True)
 TRAIN_RAGGED = Variant("bias, softcap, block, any D and stride", True, True, store=True, even_k=False)
 
+CAPPED = Variant("bias, softcap", softcap=True, bias=True)
 PAIR = Variant("pair", pair=True)
 ANY = Variant("any D and stride", even_k=False)
 KEPT = Variant("bias, block kept", bias=True, store=True)
@@ -52,7 +54,10 @@ HEAD_VARIANTS = {
     "fold": ((PLAIN, STATS), (PLAIN, STATS), (RAGGED,)),
     "store": ((TRAIN,), (TRAIN, TRAIN_CAPPED), (TRAIN_RAGGED,)),
     "gradient": ((STATS,), (STATS,), (RAGGED,)),
+    "pair": ((PLAIN, CAPPED), (PLAIN, CAPPED), (RAGGED,)),
 }
+# of the others fold_kernel
+FUNCTIONS = {"gradient": logit_gradients.gradient_kernel, "pair": pair_fold.pair_kernel}
 
 
 WARPS = {"order": row_order.ORDER_WARPS, "correct weight": target_residual.WEIGHT_WARPS}  # of the others 4
@@ -72,7 +77,7 @@ def rows() -> list[dict]:
     """Every kernel x variant x target x dtype x tile that the tables can launch."""
     found = []
     for (kernel, target, kind), (wide, narrow) in HEAD.items():
-        irregular = IRREGULAR.get((target, kind), narrow)
+        irregular = irregular_tile(kernel, target, kind)
         for tile, variants in zip((wide, narrow, irregular), HEAD_VARIANTS[kernel], strict=True):
             found += [
                 row(kernel, variant, target, dtype, tile) for variant in variants for dtype in DTYPES[kind]
@@ -102,14 +107,14 @@ def small_rows(target: str) -> list[dict]:
     for kernel in ("correct hidden", "correct weight"):
         found += [small(kernel, variant, dtype) for variant in (PLAIN, ANY) for dtype in DTYPES["16-bit"]]
     found += [small("finish", KEPT, "bfloat16", part) for part in parts("store", target, "16-bit")]
-    found.append(small("order", PLAIN, "int64"))
+    found += [small("pair combine", PLAIN, "float32"), small("order", PLAIN, "int64")]
     found += [small("gather", variant, "bfloat16") for variant in (PLAIN, ANY)]
     return found
 
 
 def parts(kernel: str, target: str, kind: str) -> list[int]:
     """The widths of a part under every tile of a kernel, the irregular one too."""
-    tiles = [*HEAD[kernel, target, kind], IRREGULAR.get((target, kind), HEAD[kernel, target, kind][1])]
+    tiles = [*HEAD[kernel, target, kind], irregular_tile(kernel, target, kind)]
     return sorted({tile.block_v // tile.parts for tile in tiles})
 
 
@@ -131,7 +136,7 @@ def ast_source(entry: dict):
     variant, tile = Variant(**entry["options"]), TileConfig(**entry["tile"])
     target, dtype, kernel = entry["target"], entry["dtype"], entry["kernel"]
     if kernel in HEAD_VARIANTS:
-        function = logit_gradients.gradient_kernel if kernel == "gradient" else logit_fold.fold_kernel
+        function = FUNCTIONS.get(kernel, logit_fold.fold_kernel)
         return static_kernels.head_source(
             function, variant, dtype, tile, precision(target, dtype), target.startswith("sm_")
         )
@@ -141,6 +146,8 @@ def ast_source(entry: dict):
         return static_kernels.blur_source(kernel == "blur read", dtype, fast, tile, how)
     if kernel == "combine":
         return static_kernels.combine_source(variant, tile.block_v)
+    if kernel == "pair combine":
+        return static_kernels.pair_combine_source()
     if kernel.startswith("correct"):
         return static_kernels.correct_source(kernel, variant, dtype)
     if kernel == "order":
@@ -165,6 +172,8 @@ MODULES = {
     "store": (logit_tiles, logit_fold),
     "gradient": (logit_tiles, logit_gradients),
     "combine": (logit_fold,),
+    "pair": (logit_tiles, pair_fold),
+    "pair combine": (pair_fold,),
     "finish": (linear_cross_entropy_triton,),
     "correct hidden": (target_residual,),
     "correct weight": (target_residual,),

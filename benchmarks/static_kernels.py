@@ -8,7 +8,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vig_kernels.kernels.triton import gaussian_blur as gaussian_blur_triton
-from vig_kernels.kernels.triton import kept_block, logit_fold, logit_gradients, row_order, target_residual
+from vig_kernels.kernels.triton import (
+    kept_block,
+    logit_fold,
+    logit_gradients,
+    pair_fold,
+    row_order,
+    target_residual,
+)
 from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
 from vig_kernels.kernels.triton.tile_configs import TileConfig
 
@@ -22,8 +29,8 @@ POINTER = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u
 
 INT64 = ("target", "order", "count", "place", "row_of")
 FLOAT32 = (
-    "partial_max", "partial_sum", "target_logit", "target_slope", "lse", "lse_lo", "nll", "loss_scale", "row_weight",
-    "grad_nll", "residual", "total", "centre_of", "factor_of", "row_factor",
+    "partial_max", "partial_sum", "partials", "kl", "target_logit", "target_slope", "lse", "lse_lo", "nll",
+    "loss_scale", "row_weight", "grad_nll", "residual", "total", "centre_of", "factor_of", "row_factor",
 )  # fmt: skip
 FLOATS = ("logit_scale", "logit_softcap", "z_loss")
 ALIGNED = (
@@ -49,7 +56,7 @@ class Variant:
 def head_source(
     kernel, variant: Variant, dtype: str, config: TileConfig, precision: str, nvidia: bool
 ) -> ASTSource:
-    """fold_kernel or gradient_kernel for `dtype` operands."""
+    """fold_kernel, gradient_kernel or pair_kernel for `dtype` operands."""
     data = "*" + POINTER[dtype]
     descriptor = config.descriptor and variant.even_k
     types = {
@@ -120,6 +127,11 @@ def combine_source(variant: Variant, part: int) -> ASTSource:
     }
     sizes = {"PART": part, "BLOCK_N": logit_fold.COMBINE_ROWS, "BLOCK_T": logit_fold.COMBINE_PARTS}
     return source(logit_fold.combine_kernel, types, sizes)
+
+
+def pair_combine_source() -> ASTSource:
+    sizes = {"BLOCK_N": logit_fold.COMBINE_ROWS, "BLOCK_T": logit_fold.COMBINE_PARTS}
+    return source(pair_fold.pair_combine_kernel, {}, sizes)
 
 
 def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:

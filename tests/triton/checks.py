@@ -24,7 +24,7 @@ OPTIONS = {"bias": None, "logit_scale": 1.0, "logit_softcap": None}
 def load(package: str) -> SimpleNamespace:
     """The modules of a package of kernels."""
     names = ("linear_nll", "linear_vig", "linear_cross_entropy", "logit_fold", "logit_gradients", "target_residual",
-             "kept_block", "row_order", "gaussian_blur")  # fmt: skip
+             "kept_block", "pair_fold", "row_order", "gaussian_blur")  # fmt: skip
     found = {name: importlib.import_module(f"{package}.{name}") for name in names}
     return SimpleNamespace(**found, tile_configs=importlib.import_module(f"{package}.tile_configs"))
 
@@ -82,6 +82,94 @@ def check_fold_and_combine(k, dtype=torch.float32):
     for bias, scale, cap in ((False, 0.7, None), (True, 1.5, 4.0)):
         hidden, weight, target, b = problem(dtype=dtype, bias=bias)
         assert_forward(k, hidden, weight, target, {"bias": b, "logit_scale": scale, "logit_softcap": cap})
+
+
+def pair_problem(dtype=torch.float32, bias=False, N=21, D=50, V=75):
+    """hidden, null, weight, target, bias: passes that are equal in row 3, near in some rows and far in others.
+
+    The null rows lie apart from one another in another way than the image rows.
+    """
+    hidden, weight, target, b = problem(N, D, V, dtype, bias=bias)
+    share = torch.linspace(0, 1, N)[:, None]
+    mixed = hidden.float() * (1 - share) + problem(N, D, V, seed=1)[0] * share
+    mixed[3] = hidden[3].float()
+    null = hidden.new_empty(N, D + 8)[:, :D].copy_(mixed)
+    return hidden, null, weight, target, b
+
+
+def assert_divergence(k, hidden, null, weight, target, options):
+    """KL of linear_vig against float64 within the promise, and all else as it is without."""
+    arguments = (options["bias"], options["logit_scale"], options["logit_softcap"], -100)
+    head = HeadProblem(hidden, weight, target, *arguments)
+    *found, values = k.linear_vig.with_stats(head, null, ("kl", "entropy_image", "argmax_null"))
+    *plain, others = k.linear_vig.with_stats(head, null, ("entropy_image", "argmax_null"))
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True)), "KL changes VIG"
+    assert values.keys() == {"kl", *others}
+    assert all(torch.equal(values[name], others[name]) for name in others), "KL changes other statistics"
+    _, exact = reference.linear_vig(hidden, null, weight, target, **options, stats=("kl",))
+    limit = 2 * (bound(hidden, weight, options) + bound(null, weight, options)) - 3e-5
+    kl = values["kl"]
+    assert kl.dtype == torch.float32 and (kl >= 0).all()
+    used = ((kl - exact["kl"]).abs() / limit).max()
+    assert used <= 1, f"KL errs by {used:.1e} of its bound"
+    assert not kl[target == -100].any(), "ignored rows"
+    return kl
+
+
+def check_divergence(k, dtype=torch.float32):
+    for bias, scale, cap in ((False, 0.7, None), (True, 1.5, 4.0), (True, -0.5, None)):
+        hidden, null, weight, target, b = pair_problem(dtype, bias)
+        target[3] = 5
+        options = {"bias": b, "logit_scale": scale, "logit_softcap": cap}
+        kl = assert_divergence(k, hidden, null, weight, target, options)
+        assert kl[3] == 0 and (kl[target != -100] > 0).sum() > 5
+
+
+def check_divergence_of_many_parts(k):
+    """More parts than `pair_combine_kernel` takes at a time, and maxima that rise from part to part."""
+    hidden, null, weight, target, bias = pair_problem(bias=True, N=6, D=8, V=2100)
+    bias.copy_(torch.linspace(0, 30, 2100))
+    assert_divergence(k, hidden, null, weight, target, OPTIONS | {"bias": bias})
+
+
+def check_divergence_where_words_are_ruled_out(k):
+    """Words that the bias masks, more than a part of them, and a part whose weights underflow in one pass alone."""
+    hidden, null, weight, target, bias = pair_problem(bias=True)
+    bias[:40], bias[60] = -torch.inf, -torch.inf
+    target[:] = torch.where(target >= 0, 50, target)
+    assert_divergence(k, hidden, null, weight, target, OPTIONS | {"bias": bias})
+
+
+def check_divergence_of_shifted_logits(k):
+    """Every logit of the image pass 4096 above the null pass's: KL is that of the passes without the shift, to 1e-4.
+
+    The products are exact, so that nothing but the reduction errs; the promise alone would allow 8e-3.
+    """
+    draw = torch.Generator().manual_seed(6)
+    words = torch.randint(-8, 9, (75, 16), generator=draw) / 4.0
+    rows = torch.randint(-4, 5, (12, 16), generator=draw) / 4.0
+    words[:, 0], rows[:, 0] = 1.0, 0.0
+    image, null = rows.clone(), rows.flip(0)
+    image[:, 0] = 4096.0
+    target = torch.zeros(12, dtype=torch.long)
+    kl = k.pair_fold.divergence(HeadProblem(image, words, target), null)
+    _, exact = reference.linear_vig(image, null, words, target, stats=("kl",))
+    assert ((kl - exact["kl"]).abs() <= 2e-6 * (1 + exact["kl"])).all(), "a shift of all logits"
+
+
+def check_chunks_and_company_of_a_pair(k):
+    """The bits of a row's KL depend on neither the chunk it falls in nor the rows beside it."""
+    hidden, null, weight, target, _ = pair_problem(N=40)
+    whole = k.pair_fold.divergence(HeadProblem(hidden, weight, target), null)
+    kept, k.pair_fold.PARTIALS_BYTES = k.pair_fold.PARTIALS_BYTES, 2500
+    try:
+        again = k.pair_fold.divergence(HeadProblem(hidden, weight, target), null)
+    finally:
+        k.pair_fold.PARTIALS_BYTES = kept
+    assert torch.equal(whole, again), "chunks change bits"
+    for some in (slice(3, 4), slice(7, 30)):
+        part = k.pair_fold.divergence(HeadProblem(hidden[some], weight, target[some]), null[some])
+        assert torch.equal(part, whole[some]), "company changes bits"
 
 
 def check_first_of_equal_maxima(k):
@@ -491,6 +579,30 @@ def check_large_offsets_of_partials(k):
     assert (
         (nll - reference.linear_nll(hidden, weight, target)).abs() <= bound(hidden, weight, OPTIONS)
     ).all()
+
+
+def check_large_offsets_of_a_pair(k):
+    """Rows of either pass, or of the weight, that lie far apart, and partials that do."""
+    hidden, null, weight, target, _ = pair_problem(torch.bfloat16, N=5, D=8, V=40)
+    target[4] = 0  # the last row is read
+    near = k.pair_fold.divergence(HeadProblem(hidden, weight, target), null)
+    for where in range(3):
+        operands = [hidden, null, weight]
+        operands[where] = far_apart(len(operands[where]), 8, BEYOND, torch.bfloat16).copy_(operands[where])
+        found = k.pair_fold.divergence(HeadProblem(operands[0], operands[2], target), operands[1])
+        assert torch.equal(found, near), f"offsets of {('hidden', 'null', 'weight')[where]}"
+    config = k.tile_configs.INTERPRETER
+    rows, part = 2**28 + 16, config.block_v // config.parts  # part 2 starts beyond 2^31
+    partials, kl, order, count = torch.empty(15 * rows), torch.zeros(16), torch.arange(16), torch.tensor(3)
+    assert part * 3 >= 40
+    k.pair_fold.pair_kernel[(2,)](
+        hidden, null, weight, None, order, count, partials, hidden.stride(0), null.stride(0), weight.stride(0),
+        0, rows, 1, 2, 40, 8, 1.0, 0.0, BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k,
+        PARTS=2, GROUP=2, EVEN_K=False, DESCRIPTOR=False, SOFTCAP=False, FOLDED=True, FAST_EXP2=False,
+        PRECISION="ieee",
+    )  # fmt: skip
+    k.pair_fold.pair_combine_kernel[(1,)](partials, order, count, kl, 0, rows, 3, BLOCK_N=16, BLOCK_T=32)
+    assert torch.equal(kl[:3], near[:3]) and not kl[3:].any()
 
 
 def check_large_offsets_of_blocks(k):

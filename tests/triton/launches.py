@@ -25,6 +25,7 @@ from vig_kernels.kernels.triton import (
     launch,
     logit_fold,
     logit_gradients,
+    pair_fold,
     row_order,
     target_residual,
     tile_configs,
@@ -35,7 +36,7 @@ from vig_kernels.kernels.triton import linear_vig as linear_vig_triton
 
 MODULES = (
     gaussian_blur_triton, kept_block, launch, linear_cross_entropy_triton, linear_nll_triton, linear_vig_triton,
-    logit_fold, logit_gradients, row_order, target_residual, tile_configs, triton_backend,
+    logit_fold, logit_gradients, pair_fold, row_order, target_residual, tile_configs, triton_backend,
 )  # fmt: skip
 HEADS = (  # dtype, N, D, V, elements between rows
     (torch.bfloat16, 40, 64, 304, 0),  # what tensor descriptors and loads without masks are for
@@ -103,7 +104,8 @@ def heads() -> None:
         stats = ("lse", "entropy", "argmax")
         nll, values = vig_kernels.linear_nll(hidden, weight, target, stats=stats, backend="triton", **options)
         (nll + values["lse"] + values["entropy"]).sum().backward()
-        vig_kernels.linear_vig(hidden, hidden, weight, target, backend="triton")
+        vig_kernels.linear_vig(hidden, hidden, weight, target, stats=("kl",), backend="triton")
+        vig_kernels.linear_vig(hidden, hidden, weight, target, stats=("kl",), backend="triton", **options)
         more = {"z_loss": 1e-4, "token_weight": torch.rand(N)} | options
         for memory, extra in (("fast", {}), ("fast", more), ("low", {})):
             loss = vig_kernels.linear_cross_entropy(

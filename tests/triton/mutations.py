@@ -26,7 +26,7 @@ from vig_kernels.kernels.triton import tile_configs
 SOURCE = Path(tile_configs.__file__).parent
 TILES, FOLD, GRADIENTS, NLL = "logit_tiles", "logit_fold", "logit_gradients", "linear_nll"
 LOSS, BLUR, RESIDUAL, KEPT = "linear_cross_entropy", "gaussian_blur", "target_residual", "kept_block"
-ORDER = "row_order"
+ORDER, PAIR = "row_order", "pair_fold"
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,50 @@ MUTATIONS = [
         ("second pass combined from the first", "chunk.first, rows, pass_index * rows", "chunk.first, rows, 0"),
         ("difference turned round", "loss - image", "image - loss"),
         ("second pass not launched", "(row_tiles * passes * vocab_tiles,)", "(row_tiles * vocab_tiles,)"),
+    ),
+    *_faults(
+        "pair", PAIR,
+        ("last block of D skipped", "range(0, D, BLOCK_K)", "range(0, D - BLOCK_K, BLOCK_K)"),
+        ("null pass multiplied as the image", "tl.dot(null, w, null_dot", "tl.dot(image, w, null_dot"),
+        ("null pass with the image's stride", "row * stride_hidden_second", "row * stride_hidden"),
+        ("last tile not masked", "if first + PART > V:", "if first > V:"),
+        ("scale of the differences dropped", "tl.sum(apart, axis=1) * unit", "tl.sum(apart, axis=1)"),
+        ("scale of the null maximum dropped", "null_top * unit", "null_top"),
+        ("scale of the maximum dropped", "tl.store(to, top * unit", "tl.store(to, top"),
+        ("folded scale dropped", "unit = logit_scale if FOLDED else 1.0", "unit = 1.0"),
+        ("exponent in nats", "exp2(null_below * (unit * LOG2_E)", "exp2(null_below * unit"),
+        ("difference turned round", "e * (below - null_below)", "e * (null_below - below)"),
+        ("weights of 0 kept", "tl.where(e > 0, e * (below - null_below), 0.0)", "e * (below - null_below)"),
+        ("second half of the null pass as its first", "null_left if half == 0 else null_right", "null_left"),
+        ("last tile of the vocabulary dropped", "triton.cdiv(V, config.block_v)\n", "max(1, V // config.block_v)\n"),
+        ("maximum of nothing", 'z - tl.where(top == -float("inf"), 0.0, top)[:, None]', "z - top[:, None]"),
+    ),
+    *_faults(
+        "pair combine", PAIR,
+        ("shift of the image pass dropped", "(shift - null_shift)", "(0.0 - null_shift)"),
+        ("shift of the null pass dropped", "(shift - null_shift)", "shift"),
+        ("weights of 0 kept", "tl.where(weight > 0, weight *", "tl.where(weight >= 0, weight *"),
+        ("rescale of the null pass omitted", "* tl.exp(null_shift)", ""),
+        ("rescale omitted", "total += part_sum * weight", "total += part_sum"),
+        ("later parts dropped", "for start in range(0, parts, BLOCK_T)", "for start in range(0, BLOCK_T, BLOCK_T)"),
+        ("sums of the passes exchanged", "(tl.log(s) - tl.log(null_s))", "(tl.log(null_s) - tl.log(s))"),
+        ("ignored rows not zeroed", "tl.where(live, found, 0.0), mask", "tl.where(live, found, 1.0), mask"),
+        ("order forgotten", "tl.store(kl + row,", "tl.store(kl + first_row + local,"),
+        ("differences between the logits themselves", "part_sum * (shift - null_shift)",
+         "part_sum * ((shift + m) - (null_shift + null_m)) - part_sum * (m - null_m)"),
+    ),
+    *_faults(
+        "pair", PAIR,
+        ("int32 offset of hidden", "row * stride_hidden,", "row.to(tl.int32) * stride_hidden,"),
+        ("int32 offset of the null pass", "row * stride_hidden_second", "row.to(tl.int32) * stride_hidden_second"),
+        ("int32 offset of weight", "V - 1).to(tl.int64)", "V - 1)"),
+        ("int32 offset of partials", "part.to(tl.int64) * FIELDS * rows", "part * FIELDS * rows"),
+        isolated=True,
+    ),
+    *_faults(
+        "pair combine", PAIR,
+        ("int32 offset of partials", "(part.to(tl.int64) * FIELDS + number)", "(part * FIELDS + number)"),
+        isolated=True,
     ),
     *_faults(
         "gradient", GRADIENTS,
@@ -231,6 +275,13 @@ CHECKS = {
     "fold": (checks.check_fold_and_combine, checks.check_first_of_equal_maxima),
     "combine": (checks.check_low_part_of_lse, checks.check_fold_and_combine, many_parts),
     "vig": (checks.check_fold_and_combine,),
+    "pair": (checks.check_divergence, checks.check_divergence_where_words_are_ruled_out),
+    "pair combine": (
+        checks.check_divergence,
+        checks.check_divergence_where_words_are_ruled_out,
+        checks.check_divergence_of_many_parts,
+        checks.check_divergence_of_shifted_logits,
+    ),
     "gradient": (
         checks.check_what_16_bits_lose,
         checks.check_gradients,
@@ -256,6 +307,8 @@ CHECKS = {
 OFFSETS = {
     "fold": (checks.check_large_offsets_of_operands, checks.check_large_offsets_of_partials),
     "combine": (checks.check_large_offsets_of_partials,),
+    "pair": (checks.check_large_offsets_of_a_pair,),
+    "pair combine": (checks.check_large_offsets_of_a_pair,),
     "gradient": (checks.check_large_offsets_of_operands,),
     "finish": (checks.check_large_offsets_of_blocks,),
     "correct hidden": (checks.check_large_offsets_of_residuals,),

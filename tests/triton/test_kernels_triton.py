@@ -96,6 +96,32 @@ def test_chunks_and_company_change_no_bits(small_tiles):
     checks.check_chunks_and_company(KERNELS)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "parts", "descriptor"),
+    [(DTYPES[0], 1, False), (DTYPES[1], 2, True), (DTYPES[2], 2, False)],
+    ids=str,
+)
+def test_divergence(dtype, parts, descriptor, monkeypatch):
+    config = TileConfig(16, 32, 16, 1, 1, parts=parts, group=2, descriptor=descriptor)
+    monkeypatch.setattr(tile_configs, "INTERPRETER", config)
+    checks.check_divergence(KERNELS, dtype)
+    hidden, null, weight, target, _ = checks.pair_problem(dtype, N=18, D=48, V=66)
+    checks.assert_divergence(KERNELS, hidden, null, weight, target, checks.OPTIONS)
+
+
+def test_divergence_of_all_sorts(small_tiles):
+    checks.check_divergence_of_many_parts(KERNELS)
+    checks.check_divergence_where_words_are_ruled_out(KERNELS)
+    checks.check_divergence_of_shifted_logits(KERNELS)
+    checks.check_chunks_and_company_of_a_pair(KERNELS)
+    hidden, null, weight, target, _ = checks.pair_problem()
+    with_target_beyond = HeadProblem(hidden, weight, target.clamp_min(0) + 75, ignore_index=75)
+    kl = KERNELS.pair_fold.divergence(with_target_beyond, null)
+    assert kl.isfinite().all() and kl[target > 0].any(), "KL needs no target"
+    weight[3] = torch.nan
+    assert KERNELS.pair_fold.divergence(HeadProblem(hidden, weight, target), null)[target >= 0].isnan().all()
+
+
 def test_ignored_rows_cost_nothing_in_any_chunk(small_tiles):
     hidden, weight, target, _ = checks.problem(N=40, ignored=False)
     target[20:] = -100
@@ -370,10 +396,11 @@ def test_autotune_searches_every_kernel(monkeypatch, capsys):
     _, values = KERNELS.linear_nll.forward(head, ("lse",))
     KERNELS.linear_nll.backward(Upstream(values["lse"]), Saved(values["lse"]), head, needs)
     KERNELS.linear_cross_entropy.forward_backward(head, None, 0.0, needs, checks.BUDGET)
+    KERNELS.pair_fold.divergence(head, hidden)
     images, sigma = torch.rand(1, 1, 9, 7), torch.ones(1, dtype=torch.float64)
     KERNELS.gaussian_blur.forward(images, Gaussian(sigma, sigma), torch.empty_like(images))
     chosen = [line for line in capsys.readouterr().err.splitlines() if line.startswith("VIG_AUTOTUNE *")]
-    assert [line.split()[2] for line in chosen] == ["fold", "gradient", "store", "blur", "blur"]
+    assert [line.split()[2] for line in chosen] == ["fold", "gradient", "store", "pair", "blur", "blur"]
 
 
 @pytest.mark.parametrize("low, span", [(3.0, 0.0), (0.0, 0.0), (1000.0, 0.01)])

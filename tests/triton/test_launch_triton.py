@@ -27,7 +27,8 @@ def test_every_launch_is_bound_and_compiled(target, tmp_path):
     compiled = json.loads(done.stdout.splitlines()[-1])
     kernels = (
         "fold_kernel", "combine_kernel", "finish_kernel", "gradient_kernel", "correct_hidden_kernel",
-        "correct_weight_kernel", "gather_kernel", "order_kernel", "band_kernel",
+        "correct_weight_kernel", "gather_kernel", "order_kernel", "band_kernel", "pair_kernel",
+        "pair_combine_kernel",
     )  # fmt: skip
     assert set(compiled) == set(kernels) and min(compiled.values()) > 0
 

@@ -22,6 +22,7 @@ class Tiles:
         for module, name, columns in (
             (KERNELS.logit_fold, "fold_kernel", "V"),
             (KERNELS.logit_gradients, "gradient_kernel", "columns"),
+            (KERNELS.pair_fold, "pair_kernel", "V"),
         ):
             monkeypatch.setattr(module, name, Counted(getattr(module, name), self, columns))
 
@@ -35,7 +36,8 @@ class Counted:
     def __getitem__(self, grid):
         def launch(*arguments, **options):
             given = dict(zip(self.kernel.arg_names, arguments, strict=False))
-            self.tiles.flop += 2 * given["rows"] * given.get("passes", 1) * given[self.columns] * given["D"]
+            passes = 2 if self.kernel.__name__ == "pair_kernel" else given.get("passes", 1)
+            self.tiles.flop += 2 * given["rows"] * passes * given[self.columns] * given["D"]
             self.tiles.launches += 1
             return self.kernel[grid](*arguments, **options)
 
@@ -49,7 +51,11 @@ def test_one_pass_to_score(monkeypatch):
         KERNELS.linear_nll.forward(HeadProblem(hidden, weight, target), checks.STATS)
         assert tiles.flop == gemm and tiles.launches == 1
         KERNELS.linear_vig.with_stats(HeadProblem(hidden, weight, target), hidden + 1, ())
-    assert tiles.flop == 3 * gemm and tiles.launches == 2, "both passes belong to one launch"
+        assert tiles.flop == 3 * gemm and tiles.launches == 2, "both passes belong to one launch"
+        KERNELS.linear_vig.with_stats(
+            HeadProblem(hidden, weight, target), hidden + 1, ("kl", "entropy_image")
+        )
+        assert tiles.flop == 7 * gemm and tiles.launches == 4, "KL takes one product of each pass more"
     assert vendor.get_total_flops() == 0
 
 

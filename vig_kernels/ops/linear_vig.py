@@ -46,7 +46,7 @@ def linear_vig(
     pair (TokenVIG, {name: tensor}) is returned then. kl = KL(p_image || p_null) = sum_v p_v (log p_v - log q_v), at
     least 0, exactly 0 for equal hidden states, and within 1e-5 + 2e-6 (A_image + A_null) of float64, where A is the
     row's in the bound of `linear_nll`. They come from the same sweep, and VIG keeps its bits; only the triton backend
-    forms the logits of both passes once more for "kl", in the chunked sweep of the torch backend.
+    forms the logits of both passes once more for "kl", in a sweep that holds both in one tile.
     """
     stats = check.stats(stats, STATS)
     hiddens = {"hidden_image": hidden_image, "hidden_null": hidden_null}
@@ -102,9 +102,6 @@ def _op(*args):
     run = dispatch.module("linear_vig", backend).with_stats
     with torch.autocast(problem.hidden.device.type, enabled=False):
         vig, nll_image, nll_null, values = run(problem, hidden_null, stats)
-        if "kl" in stats and "kl" not in values:
-            *_, more = dispatch.module("linear_vig", "torch").with_stats(problem, hidden_null, ("kl",))
-            values = values | more
     return (
         vig,
         nll_image,

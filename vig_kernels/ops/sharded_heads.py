@@ -268,8 +268,6 @@ def _vig_part(
         return _without_rows(local, ("nll_image", "nll_null", *names))
     run = dispatch.module("linear_vig", backend).with_stats
     _, nll_image, nll_null, values = run(local, hidden_null, names)
-    if "kl" in names and "kl" not in values:
-        values = values | dispatch.module("linear_vig", "torch").with_stats(local, hidden_null, ("kl",))[-1]
     return {"nll_image": nll_image, "nll_null": nll_null} | values
 
 

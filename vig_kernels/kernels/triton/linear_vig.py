@@ -13,6 +13,7 @@ from torch import Tensor
 from vig_kernels.problem import HeadProblem
 
 from .linear_nll import sweep
+from .pair_fold import divergence
 
 
 def with_stats(
@@ -20,7 +21,7 @@ def with_stats(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """(vig, nll_image, nll_null, stats), each (N,), as linear_nll defines nll; one sweep of the weight.
 
-    Statistics are those of one pass: "kl" needs both logits of an entry, which meet in no tile here, and is left out.
+    "kl", which needs both logits of an entry, takes a sweep of its own (pair_fold.py), so that all else keeps its bits.
     """
     kinds = tuple(dict.fromkeys(stat.rsplit("_", 1)[0] for stat in stats if stat != "kl"))
     image, null = sweep(problem, kinds, hidden_null)
@@ -29,4 +30,6 @@ def with_stats(
         for stat in stats
         if stat != "kl"
     }
+    if "kl" in stats:
+        found["kl"] = divergence(problem, hidden_null)
     return null["vig"], image["nll"], null["nll"], found

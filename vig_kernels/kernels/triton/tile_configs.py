@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import triton
@@ -47,10 +48,12 @@ class TileConfig:
 
 
 T = TileConfig
+P = partial(TileConfig, group=8)
 INTERPRETER = T(32, 256, 64, num_warps=1, num_stages=1, parts=2, group=2)
 
 # (kernel, target, kind): (wide, narrow). wide where D > NARROW, see `head_config`.
-# fold: linear_nll and linear_vig; store: the fold of linear_cross_entropy; gradient: the recomputing backward.
+# fold: linear_nll and linear_vig; store: the fold of linear_cross_entropy; gradient: the recomputing backward;
+# pair: KL of linear_vig, two accumulators a tile.
 HEAD: dict[tuple[str, str, str], tuple[TileConfig, TileConfig]] = {
     # one tile fills a multiprocessor: 64 KiB of A and B a stage pair, the accumulator in 128 registers a thread
     ("fold", "sm_90", "16-bit"): (T(128, 256, 64, 8, 4, 2, True), T(128, 128, 64, 8, 3, 2, True)),
@@ -80,14 +83,33 @@ HEAD: dict[tuple[str, str, str], tuple[TileConfig, TileConfig]] = {
     ("fold", "gfx942", "float32"): (T(128, 128, 32, 8, 2, 2),) * 2,
     ("store", "gfx942", "float32"): (T(128, 128, 32, 8, 2, 2),) * 2,
     ("gradient", "gfx942", "float32"): (T(128, 128, 32, 8, 2, 2),) * 2,
+    # two accumulators and two blocks of rows beside one of the weight: half the fold's columns, and half its group, so
+    # that as many rows stay in L2
+    ("pair", "sm_90", "16-bit"): (P(128, 128, 64, 8, 4, 2, True), P(128, 64, 64, 8, 3, 2, True)),
+    ("pair", "sm_100", "16-bit"): (P(128, 128, 64, 8, 4, 2, True), P(128, 64, 64, 8, 3, 2, True)),
+    ("pair", "sm_80", "16-bit"): (P(128, 64, 32, 8, 4, 2), P(64, 64, 32, 4, 4, 2)),
+    ("pair", "gfx942", "16-bit"): (P(128, 128, 64, 8, 2, 2), P(128, 64, 64, 8, 2, 2)),
+    ("pair", "sm_90", "float32"): (P(128, 64, 32, 8, 3, 2, True),) * 2,
+    ("pair", "sm_100", "float32"): (P(128, 32, 32, 8, 3, 2, True),) * 2,
+    ("pair", "sm_80", "float32"): (P(128, 64, 16, 8, 3, 2),) * 2,
+    ("pair", "gfx942", "float32"): (P(128, 64, 32, 8, 2, 2),) * 2,
 }
 
-# (target, kind): for irregular loads (any D, any stride), whose masks take registers; elsewhere the narrow tile
+# (target, kind): for irregular loads (any D, any stride), whose masks take registers; see `irregular_tile`
 IRREGULAR: dict[tuple[str, str], TileConfig] = {
     ("sm_90", "16-bit"): T(128, 64, 32, 8, 3, 2),
     ("sm_90", "float32"): T(128, 64, 32, 8, 3, 2),
     ("sm_100", "16-bit"): T(128, 64, 32, 8, 3, 2),
     ("sm_100", "float32"): T(128, 64, 16, 8, 3, 2),
+}
+
+# the same of "pair"
+IRREGULAR_PAIR: dict[tuple[str, str], TileConfig] = {
+    ("sm_90", "16-bit"): P(128, 32, 32, 8, 3, 2),
+    ("sm_90", "float32"): P(64, 32, 32, 4, 3, 2),
+    ("sm_100", "16-bit"): P(128, 32, 32, 8, 3, 2),
+    ("sm_100", "float32"): P(128, 32, 16, 8, 3, 2),
+    ("sm_80", "float32"): P(128, 32, 16, 8, 3, 2),
 }
 
 # (target, kind of the products)
@@ -109,6 +131,12 @@ def table_target(target: str) -> str:
     return "sm_80" if target == "xpu" else target
 
 
+def irregular_tile(kernel: str, target: str, kind: str) -> TileConfig:
+    """The tile for loads with masks along D; the narrow one where none is named."""
+    table = IRREGULAR_PAIR if kernel == "pair" else IRREGULAR
+    return table.get((target, kind), HEAD[kernel, target, kind][1])
+
+
 def regular(weight: Tensor, config: TileConfig) -> bool:
     """Whether loads need no mask along D, and a tensor descriptor can be made where the tile wants one."""
     return weight.shape[1] % config.block_k == 0 and (fits_descriptor(weight) or not config.descriptor)
@@ -117,14 +145,14 @@ def regular(weight: Tensor, config: TileConfig) -> bool:
 def head_config(
     kernel: str, weight: Tensor, softcap: bool, trial: Callable[[TileConfig], object]
 ) -> TileConfig:
-    """The tile of "fold", "store" or "gradient" for a weight (V, D). `trial` runs a candidate."""
+    """The tile of "fold", "store", "gradient" or "pair" for a weight (V, D). `trial` runs a candidate."""
     V, D = weight.shape
     target, kind = target_of(weight.device), kind_of(weight.dtype)
     rows = (INTERPRETER,) * 2 if target == "interpreter" else HEAD[kernel, table_target(target), kind]
     # the slopes of the cap take registers that the wide tiles do not have
     chosen = rows[D <= NARROW or (kernel == "store" and softcap)]
     if target != "interpreter" and not regular(weight, chosen):
-        chosen = IRREGULAR.get((table_target(target), kind), rows[1])
+        chosen = irregular_tile(kernel, table_target(target), kind)
     if not autotuning():
         return chosen
     more = [replace(chosen, parts=1)] if target == "interpreter" else neighbours(chosen)
