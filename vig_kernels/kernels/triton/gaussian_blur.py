@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vig_kernels.problem import Gaussian
 
-from .launch import compute_precision, device_guard
+from .launch import cdiv, compute_precision, device_guard
 from .logit_tiles import narrow
 from .tile_configs import blur_config
 
@@ -187,7 +187,7 @@ def operators(sigmas, planes: int, size: int, truncate: float, border: str, dtyp
 def _kept_operators(sigmas, planes, size, truncate, border, dtype, device):
     distinct = sorted(set(sigmas))
     bands = [band_matrix(size, sigma, truncate, border) for sigma in distinct]
-    matrices = torch.zeros(len(bands), size, triton.cdiv(size, 16) * 16, dtype=dtype, device="cpu")
+    matrices = torch.zeros(len(bands), size, cdiv(size, 16) * 16, dtype=dtype, device="cpu")
     for matrix, (band, _) in zip(matrices, bands, strict=True):
         matrix[:, :size] = band
     place = {sigma: i for i, sigma in enumerate(distinct)}
@@ -225,7 +225,7 @@ def launch_band(
     lines, size = len(source.at.row), len(source.at.column)
 
     def run(config):
-        row_tiles, line_tiles = triton.cdiv(size, config.block_n), triton.cdiv(lines, config.block_v)
+        row_tiles, line_tiles = cdiv(size, config.block_n), cdiv(lines, config.block_v)
         band_kernel[(row_tiles * line_tiles * len(source.at.plane),)](
             matrices, which, radii, source.values, *source.at[:3], out.values, *out.at[:3], *scaling[:2],
             size, lines, matrices.stride(1), row_tiles, line_tiles,

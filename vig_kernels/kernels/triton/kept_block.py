@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, interpreted
+from .launch import cdiv, device_guard, interpreted
 from .logit_gradients import product
 from .logit_tiles import narrow
 from .row_order import compaction_order
@@ -65,7 +65,7 @@ def weight_gradient(
         order, count = compaction_order(target, ignore_index)
         gathered = hidden.new_empty(rows, D)
         columns = triton.next_power_of_2(D) if interpreted() else GATHER_COLUMNS
-        gather_kernel[(rows, triton.cdiv(D, columns))](
+        gather_kernel[(rows, cdiv(D, columns))](
             hidden, order, count, factor.float(), row_factor, gathered, hidden.stride(0), D, BLOCK_D=columns,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -11,6 +11,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
+def cdiv(a: int, b: int) -> int:
+    """How many b are needed for a. triton.cdiv takes microseconds: it unwraps constants of kernels first."""
+    return -(-a // b)
+
+
 @functools.cache
 def interpreted() -> bool:
     """Whether kernels of this process run in Triton's interpreter (TRITON_INTERPRET=1 before the first import)."""

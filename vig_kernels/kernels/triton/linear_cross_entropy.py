@@ -19,7 +19,7 @@ from torch import Tensor
 from vig_kernels.problem import HeadProblem, Needs
 
 from .kept_block import weight_gradient  # noqa: F401  (the op's backward asks this module for it)
-from .launch import aligned, dense, device_guard, silence
+from .launch import aligned, cdiv, dense, device_guard, silence
 from .linear_nll import sweep
 from .logit_fold import Partials, combine, fold
 from .logit_gradients import accumulate, loss_scale_of
@@ -373,7 +373,7 @@ def finish(
 ) -> Tensor | None:
     """Launch `finish_kernel`; with `bias_sums` the column sums of d loss / d y are returned."""
     rows, V = block.shape
-    row_tiles = triton.cdiv(rows, FINISH_ROWS)
+    row_tiles = cdiv(rows, FINISH_ROWS)
     weights = block if block.dtype == torch.float32 else block.view(torch.float16)
     partial = torch.empty(row_tiles, V, dtype=torch.float32, device=block.device) if bias_sums else None
     finish_kernel[(row_tiles * partials.parts,)](

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vig_kernels.problem import HeadProblem
 
-from .launch import compute_precision, fast_exp2, operand
+from .launch import cdiv, compute_precision, fast_exp2, operand
 from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, slopes, tile_position
 from .row_order import RowChunk
 from .tile_configs import TileConfig, regular
@@ -276,7 +276,7 @@ class Partials:
     def __init__(self, rows: int, passes: int, V: int, config: TileConfig, stats: tuple[str, ...], device):
         self.passes = passes
         self.part = config.block_v // config.parts
-        self.parts = triton.cdiv(V, self.part)
+        self.parts = cdiv(V, self.part)
         shape = (self.parts, rows * passes)
         self.max = torch.empty(shape, dtype=torch.float32, device=device)
         self.sum = torch.empty(shape, dtype=torch.float32, device=device)
@@ -288,7 +288,7 @@ class Partials:
     def chunk_rows(N: int, passes: int, V: int, config: TileConfig, stats: tuple[str, ...]) -> int:
         """Rows a chunk whose partials stay under PARTIALS_BYTES; whole tiles where at least one fits."""
         fields = 2 + ("entropy" in stats) + ("argmax" in stats)
-        row_bytes = 4 * passes * (fields * triton.cdiv(V, config.block_v // config.parts) + 2)
+        row_bytes = 4 * passes * (fields * cdiv(V, config.block_v // config.parts) + 2)
         rows = max(1, PARTIALS_BYTES // row_bytes)
         return min(N, rows // config.block_n * config.block_n or rows)
 
@@ -306,7 +306,7 @@ def fold(
     first, second = problem.hidden, problem.hidden if hidden_null is None else hidden_null
     V, D = weight.shape
     descriptor = config.descriptor and regular(weight, config)
-    row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(V, config.block_v)
+    row_tiles, vocab_tiles = cdiv(rows, config.block_n), cdiv(V, config.block_v)
     folded = problem.bias is None and problem.logit_softcap is None and problem.logit_scale > 0
     fold_kernel[(row_tiles * passes * vocab_tiles,)](
         first, second, operand(weight, config) if descriptor else weight, problem.bias, problem.target,
@@ -331,7 +331,7 @@ def combine(
     """Launch `combine_kernel` for one pass of a chunk; the tensors of `values` are (N,)."""
     rows = chunk.rows
     statistics = (values.get(name) for name in ("lse", "entropy", "argmax", "lse_lo"))
-    combine_kernel[(triton.cdiv(rows, COMBINE_ROWS),)](
+    combine_kernel[(cdiv(rows, COMBINE_ROWS),)](
         partials.max, partials.sum, partials.dot, partials.arg, partials.target, problem.target, chunk.order,
         chunk.count, values["nll"], *statistics, nll_image, values.get("vig"),
         chunk.first, rows, pass_index * rows, rows * partials.passes, partials.parts, problem.weight.shape[0],

@@ -16,7 +16,7 @@ from torch import Tensor
 from vig_kernels.kernels.torch.precision import FLOAT32_SUMS, WIDE_SUMS, float32_products
 from vig_kernels.problem import HeadProblem, Saved, Upstream
 
-from .launch import compute_precision, fast_exp2, operand
+from .launch import cdiv, compute_precision, fast_exp2, operand
 from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, slopes, tile_position
 from .target_residual import TargetResidual
 from .tile_configs import head_config, regular
@@ -251,7 +251,7 @@ def fill_block(
 
     def run(config):
         descriptor = config.descriptor and regular(weight, config)
-        row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(columns, config.block_v)
+        row_tiles, vocab_tiles = cdiv(rows, config.block_n), cdiv(columns, config.block_v)
         partial = hidden.new_empty(row_tiles, columns, dtype=torch.float32) if bias_sums else None
         gradient_kernel[(row_tiles * vocab_tiles,)](
             hidden, operand(weight, config) if descriptor else weight, problem.bias, problem.target, block.order,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vig_kernels.problem import HeadProblem
 
-from .launch import aligned, compute_precision, dense, device_guard, fast_exp2, operand
+from .launch import aligned, cdiv, compute_precision, dense, device_guard, fast_exp2, operand
 from .logit_fold import COMBINE_PARTS, COMBINE_ROWS, PARTIALS_BYTES
 from .logit_tiles import INTERPRETED, LOG2_E, exp2, halves, logits, tile_position
 from .row_order import RowChunk, compaction_order
@@ -280,7 +280,7 @@ def chunk_rows(N: int, V: int, config: TileConfig) -> int:
 
 
 def vocab_parts(V: int, config: TileConfig) -> int:
-    return triton.cdiv(V, config.block_v // config.parts)
+    return cdiv(V, config.block_v // config.parts)
 
 
 def fold(
@@ -290,7 +290,7 @@ def fold(
     hidden, weight, rows = problem.hidden, problem.weight, chunk.rows
     V, D = weight.shape
     descriptor = config.descriptor and regular(weight, config)
-    row_tiles, vocab_tiles = triton.cdiv(rows, config.block_n), triton.cdiv(V, config.block_v)
+    row_tiles, vocab_tiles = cdiv(rows, config.block_n), cdiv(V, config.block_v)
     folded = problem.bias is None and problem.logit_softcap is None and problem.logit_scale > 0
     pair_kernel[(row_tiles * vocab_tiles,)](
         hidden, hidden_null, operand(weight, config) if descriptor else weight, problem.bias,
@@ -328,7 +328,7 @@ def divergence(problem: HeadProblem, hidden_null: Tensor) -> Tensor:
         for first in range(0, N, most):
             chunk = RowChunk(order, count, first, min(most, N - first))
             fold(problem, hidden_null, chunk, partials, config)
-            pair_combine_kernel[(triton.cdiv(chunk.rows, COMBINE_ROWS),)](
+            pair_combine_kernel[(cdiv(chunk.rows, COMBINE_ROWS),)](
                 partials, order, count, kl, first, chunk.rows, len(partials),
                 BLOCK_N=COMBINE_ROWS, BLOCK_T=COMBINE_PARTS, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip

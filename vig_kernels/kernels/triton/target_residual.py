@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import interpreted
+from .launch import cdiv, interpreted
 
 
 @triton.jit(do_not_specialize=["rows", "V"], do_not_specialize_on_alignment=["residual", "target"])
@@ -117,7 +117,7 @@ class TargetResidual:
     def correct_hidden(self, total: Tensor, weight: Tensor, first: int = 0) -> None:
         """total (m, D), the hidden gradient of rows first, first + 1, ...: += lost weight[target]."""
         (rows, D), V, block = total.shape, weight.shape[0], block_of(total.shape[1])
-        correct_hidden_kernel[(triton.cdiv(rows, BLOCK_N), triton.cdiv(D, block))](
+        correct_hidden_kernel[(cdiv(rows, BLOCK_N), cdiv(D, block))](
             total, weight, self.lost[first:], self.target[first:], total.stride(0), weight.stride(0), rows, V, D,
             BLOCK_N=BLOCK_N, BLOCK_D=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -132,7 +132,7 @@ class TargetResidual:
         (words, D), entries, block = total.shape, self.order.shape[0], block_of(total.shape[1], BLOCK_W)
         lost = self.lost[self.order]
         row_of = self.order if rows is None else rows[self.order]
-        correct_weight_kernel[(triton.cdiv(entries, ENTRIES), triton.cdiv(D, block))](
+        correct_weight_kernel[(cdiv(entries, ENTRIES), cdiv(D, block))](
             total, hidden, lost, self.sorted, row_of, total.stride(0), hidden.stride(0), entries,
             first_vocab, first_vocab + words, D, ENTRIES=ENTRIES, BLOCK_R=BLOCK_R, BLOCK_D=block,
             num_warps=WEIGHT_WARPS, enable_fp_fusion=True,
