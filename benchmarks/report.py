@@ -160,11 +160,14 @@ def block(suite: str, page: Path, paths: Paths) -> str:
 
 
 def _scoring(paths: Paths) -> str:
-    """The suites of scoring in one sentence."""
-    parts = []
+    """The suites of scoring in one sentence, each by the first machine that has run it; their page has all machines."""
+    first = {}
     for result in paths.stored(SCORING):
-        suite = importlib.import_module(f"benchmarks.{result['suite']}")
-        parts.append(suite.in_words(result["cases"]))
+        first.setdefault(result["suite"], result)
+    parts = [
+        importlib.import_module(f"benchmarks.{suite}").in_words(result["cases"])
+        for suite, result in first.items()
+    ]
     return f"{'; '.join(parts)}.\n"
 
 
