@@ -31,6 +31,7 @@ from test_linear_nll import (  # noqa: F401
     test_the_lowest_finite_logit_beats_minus_infinity,
 )
 from test_linear_vig import test_shape_and_no_gradient  # noqa: F401
+from test_stats_fuzz import test_statistics_of_drawn_losses, test_statistics_of_drawn_pairs  # noqa: F401
 from test_vig_stats import (  # noqa: F401
     test_equal_passes_have_no_divergence,
     test_some_of_them_are_the_same,
