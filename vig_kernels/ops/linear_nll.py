@@ -9,10 +9,9 @@ from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
 from vig_kernels.ops import sharded_heads, vocab_shards
+from vig_kernels.ops.nll_autograd import STATS, register_gradients
 from vig_kernels.ops.vocab_shards import VocabShard
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, Saved, Upstream, empty_output, with_lse_lo
-
-STATS = (*check.STATS, "lse_lo")  # what a backend's forward may be asked for, besides nll
 
 
 def linear_nll(
@@ -31,8 +30,8 @@ def linear_nll(
     """nll = log sum_v exp(z_v) - z_target, in nats, with z = softcap(logit_scale * (hidden weight^T + bias)).
 
     Args:
-        hidden: (..., D) float32, bfloat16 or float16; any strides. Rows that do not lie at one distance, such as those
-            of hidden[:, :-1], are copied: to shift by one, shift the target and end its rows with `ignore_index`.
+        hidden: (..., D) float32, bfloat16 or float16; any strides. Rows without one common stride, such as those of
+            hidden[:, :-1], are copied: to shift by one, shift the target and end its rows with `ignore_index`.
         weight: (V, D), same dtype: `nn.Linear.weight` of the LM head. Rows may lie any distance apart; elements of a
             row must be neighbours, or every call copies the weight (a transposed one).
         target: (...) int64 or int32. Rows with `ignore_index` return 0.0 and get no gradient.
@@ -134,34 +133,6 @@ def _forward_fake(*args):
     return tuple(empty_output(problem, name, rows if wanted else 0) for name, wanted in asked)
 
 
-def _save(ctx, inputs, output):
-    problem = HeadProblem(*inputs[:8])
-    _, lse, entropy, argmax, lse_lo = output
-    ctx.options, ctx.backend = problem[4:], inputs[-1]
-    ctx.save_for_backward(*problem[:4], lse, lse_lo, entropy)
-    ctx.mark_non_differentiable(argmax, lse_lo)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, *grads):
-    *tensors, lse, lse_lo, entropy = ctx.saved_tensors
-    problem = HeadProblem(*tensors, *ctx.options)
-    needs = Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    upstream = Upstream(*(grad if grad is not None and grad.numel() else None for grad in grads[:3]))
-    inputs = problem.hidden, problem.weight, problem.bias
-    if not any(needs) or all(grad is None for grad in upstream) or problem.target.shape[0] == 0:
-        found = [x.new_zeros(x.shape) if need else None for x, need in zip(inputs, needs, strict=True)]
-    else:
-        found = nll_backward_op(*problem, *upstream, lse, lse_lo, entropy, list(needs), ctx.backend)
-    grad_hidden, grad_weight, grad_bias = (
-        grad if need else None for grad, need in zip(found, needs, strict=True)
-    )
-    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
-
-
-nll_forward_op.register_autograd(_backward, setup_context=_save)
-
-
 @torch.library.custom_op(
     "vig_kernels::linear_nll_backward",
     mutates_args=(),
@@ -180,11 +151,4 @@ def nll_backward_op(*args):
     return tuple(problem.hidden.new_empty(0) if grad is None else grad for grad in found)
 
 
-@nll_backward_op.register_fake
-def _backward_fake(*args):
-    problem, (needs, _) = HeadProblem(*args[:8]), args[14:]
-    inputs = problem.hidden, problem.weight, problem.bias
-    return tuple(
-        x.new_empty(x.shape) if need else problem.hidden.new_empty(0)
-        for x, need in zip(inputs, needs, strict=True)
-    )
+register_gradients(nll_forward_op, nll_backward_op)

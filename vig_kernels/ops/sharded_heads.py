@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vig_kernels import check, dispatch
 from vig_kernels.ops import vocab_shards
+from vig_kernels.ops.nll_autograd import STATS, register_gradients
 from vig_kernels.ops.vocab_shards import NO_TARGET, VocabShard
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, Saved, Upstream, empty_output, with_lse_lo
 
-STATS = ("lse", "entropy", "argmax", "lse_lo")
 SHARD_SCHEMA = "int first_row, str group"
 
 
@@ -132,36 +132,6 @@ def _nll_fake(*args):
     return tuple(empty_output(problem, name, rows if wants else 0) for name, wants in asked)
 
 
-def _save(ctx, inputs, output):
-    problem = HeadProblem(*inputs[:8])
-    _, lse, entropy, argmax, lse_lo = output
-    ctx.options, ctx.shard, ctx.backend = problem[4:], inputs[8:10], inputs[-1]
-    ctx.save_for_backward(*problem[:4], lse, lse_lo, entropy)
-    ctx.mark_non_differentiable(argmax, lse_lo)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, *grads):
-    *tensors, lse, lse_lo, entropy = ctx.saved_tensors
-    problem = HeadProblem(*tensors, *ctx.options)
-    needs = Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    upstream = Upstream(*(grad if grad is not None and grad.numel() else None for grad in grads[:3]))
-    inputs = problem.hidden, problem.weight, problem.bias
-    if not any(needs) or all(grad is None for grad in upstream) or problem.target.shape[0] == 0:
-        found = [x.new_zeros(x.shape) if need else None for x, need in zip(inputs, needs, strict=True)]
-    else:
-        found = _nll_backward_op(
-            *problem, *ctx.shard, *upstream, lse, lse_lo, entropy, list(needs), ctx.backend
-        )
-    grad_hidden, grad_weight, grad_bias = (
-        grad if need else None for grad, need in zip(found, needs, strict=True)
-    )
-    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
-
-
-_nll_op.register_autograd(_backward, setup_context=_save)
-
-
 @torch.library.custom_op(
     "vig_kernels::sharded_nll_backward",
     mutates_args=(),
@@ -195,14 +165,7 @@ def _nll_backward_op(*args):
     return tuple(found)
 
 
-@_nll_backward_op.register_fake
-def _nll_backward_fake(*args):
-    problem, needs = HeadProblem(*args[:8]), args[16]
-    inputs = problem.hidden, problem.weight, problem.bias
-    return tuple(
-        x.new_empty(x.shape) if need else problem.hidden.new_empty(0)
-        for x, need in zip(inputs, needs, strict=True)
-    )
+register_gradients(_nll_op, _nll_backward_op, between=len(VocabShard._fields))
 
 
 # --- linear_vig ---

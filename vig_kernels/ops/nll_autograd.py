@@ -1,0 +1,55 @@
+"""The autograd of nll, for the op over a whole head and the one over a shard of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vig_kernels import check
+from vig_kernels.problem import HeadProblem, Needs, Upstream
+
+STATS = (*check.STATS, "lse_lo")  # what a backend's forward may be asked for, besides nll
+
+
+def register_gradients(forward: Callable, backward: Callable, between: int = 0) -> None:
+    """Attach `backward`, a custom op, to the custom op `forward`, whose outputs are (nll, *STATS).
+
+    forward: (*HeadProblem, ..., backend); the first `between` arguments behind the problem go to `backward` too.
+    backward: (*HeadProblem, *those, *Upstream, lse, lse_lo, entropy, needs, backend) -> gradients of hidden, weight
+        and bias.
+    """
+
+    def save(ctx, inputs, output):
+        problem = HeadProblem(*inputs[:8])
+        _, lse, entropy, argmax, lse_lo = output
+        ctx.options, ctx.between, ctx.backend = problem[4:], inputs[8 : 8 + between], inputs[-1]
+        ctx.inputs = len(inputs)
+        ctx.save_for_backward(*problem[:4], lse, lse_lo, entropy)
+        ctx.mark_non_differentiable(argmax, lse_lo)
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx, *grads):
+        *tensors, lse, lse_lo, entropy = ctx.saved_tensors
+        problem = HeadProblem(*tensors, *ctx.options)
+        needs = Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        upstream = Upstream(*(grad if grad is not None and grad.numel() else None for grad in grads[:3]))
+        inputs = problem.hidden, problem.weight, problem.bias
+        if not any(needs) or all(grad is None for grad in upstream) or problem.target.shape[0] == 0:
+            found = [x.new_zeros(x.shape) if need else None for x, need in zip(inputs, needs, strict=True)]
+        else:
+            saved = lse, lse_lo, entropy
+            found = backward(*problem, *ctx.between, *upstream, *saved, list(needs), ctx.backend)
+        grad_hidden, grad_weight, grad_bias = (
+            grad if need else None for grad, need in zip(found, needs, strict=True)
+        )
+        return grad_hidden, grad_weight, None, grad_bias, *(None,) * (ctx.inputs - 4)
+
+    def fake(*args):
+        problem, needs = HeadProblem(*args[:8]), args[-2]
+        inputs = problem.hidden, problem.weight, problem.bias
+        return tuple(
+            x.new_empty(x.shape) if need else problem.hidden.new_empty(0)
+            for x, need in zip(inputs, needs, strict=True)
+        )
+
+    forward.register_autograd(differentiate, setup_context=save)
+    backward.register_fake(fake)
