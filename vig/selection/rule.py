@@ -26,9 +26,8 @@ class Rule:
     tau: float
     clip: float | None = None
     seed: int = 0
-    sample_limit: int | None = (
-        None  # level "random": the highest draw of a sample that is kept; None: none is
-    )
+    # level "random": the highest draw of a sample that is kept; None: none is
+    sample_limit: int | None = None
     token_limit: int | None = None  # of a token in these, beside the end-of-turn tokens
     taus: Mapping[str, float] | None = None  # by source, in place of tau
     stops: Stops = NO_STOPS
@@ -77,7 +76,7 @@ class Rule:
             if self.token_limit is not None:
                 tokens = (token_draws(draw, lengths) <= self.token_limit) & np.repeat(keep, lengths)
             return keep, tokens
-        token_vig, vig = self._values(batch, ok, lengths)
+        token_vig, vig = self.values(batch, ok, lengths)
         tau = self._taus_of_rows(batch, ok)  # (M,)
         passed = token_vig >= np.repeat(tau, lengths)
         if self.level == "token":
@@ -86,9 +85,17 @@ class Rule:
         owners = np.repeat(keep, lengths)
         return keep, owners if self.level == "sample" else owners & passed
 
-    def _values(
+    @property
+    def value_columns(self) -> tuple[str, ...]:
+        """Of the scores, that `values` reads beside those of `row_kinds`."""
+        if self.by_kl:
+            return (KL, *(self.stops.columns if self.stops.ids and not self.stops.in_mean else ()))
+        return ("token_nll_image", "token_nll_null", *(self.stops.columns if self.stops.ids else ()))
+
+    def values(
         self, batch: pa.RecordBatch, ok: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
+        """What is compared with tau, float64: of the multimodal samples' tokens, and of the samples."""
         if self.by_kl:
             return token_and_sample_kl(batch, ok, lengths, self.stops)
         return token_and_sample_vig(batch, ok, lengths, self.clip, self.stops)

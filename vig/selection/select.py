@@ -28,7 +28,7 @@ from vig.data.files import StoreError, lock_folder
 from vig.selection.advice import barely_used, mistaken_share, noise_floor, share_of, tau_warnings
 from vig.selection.by_source import SourceCounts, source_lines, taus_of
 from vig.selection.random_level import count_both, random_rule
-from vig.selection.rule import KL, Rule, row_kinds, token_and_sample_kl, token_and_sample_vig
+from vig.selection.rule import Rule, row_kinds
 from vig.selection.sources import Sources
 from vig.selection.stop_tokens import Stops, check_stops
 from vig.store.folder import shards_in
@@ -303,19 +303,16 @@ class _Progress:
 
 
 def _first_pass(scores, choice: Choice, stops: Stops, report: _Progress) -> _Facts:
-    from_tokens = choice.clip is not None or not stops.in_mean or choice.by == "kl"
+    rule = Rule("both", math.inf, choice.clip, stops=stops, by_kl=choice.by == "kl")
+    from_tokens = rule.by_kl or choice.clip is not None or not stops.in_mean
     columns, sources, codes = ["key", "source", "status", "n_tokens", "vig"], Sources(), []
-    if choice.by == "kl":
-        columns += [KL, *(stops.columns if stops.ids and not stops.in_mean else ())]
-    elif from_tokens:
-        columns += ["token_nll_image", "token_nll_null", *(stops.columns if stops.ids else ())]
+    if from_tokens:
+        columns += rule.value_columns
     vigs, sizes, hashes, text_only, text_tokens, errors = [np.empty(0)], [], [], 0, 0, 0
     for batch in read_scores(scores, columns, batch_size=1 << 13 if from_tokens else 1 << 16):
         ok, text, lengths = row_kinds(batch)
-        if choice.by == "kl":
-            vigs.append(token_and_sample_kl(batch, ok, lengths[ok], stops)[1])
-        elif from_tokens:
-            vigs.append(token_and_sample_vig(batch, ok, lengths[ok], choice.clip, stops)[1])
+        if from_tokens:
+            vigs.append(rule.values(batch, ok, lengths[ok])[1])
         else:
             vigs.append(batch["vig"].to_numpy(zero_copy_only=False)[ok])
         sizes.append(lengths[ok].astype(np.int32))
