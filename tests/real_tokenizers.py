@@ -58,21 +58,20 @@ Pieces = list[tuple[str, bool]]  # texts of a prompt, in order, and whether they
 # --- prompts as the models' own code writes them, without their templates
 
 
-def llava15(turns: Turns, image: str) -> Pieces:
+def _spaced(form: str) -> Callable[[Turns, str], Pieces]:
     """A space behind every text. The end of a turn is written behind the answer, as LLaVA's training code does."""
-    pieces = [("<s>", False)]
-    for turn, (question, answer) in enumerate(turns):
-        shown = image + "\n" if image and turn == 0 else ""
-        pieces += [(f"USER: {shown}{question} ASSISTANT: ", False), (f"{answer}</s>", True), (" ", False)]
-    return pieces
+
+    def pieces_of(turns: Turns, image: str) -> Pieces:
+        pieces = [("<s>", False)]
+        for turn, (question, answer) in enumerate(turns):
+            shown = image + "\n" if image and turn == 0 else ""
+            pieces += [(form.format(shown + question), False), (f"{answer}</s>", True), (" ", False)]
+        return pieces
+
+    return pieces_of
 
 
-def llava_next_mistral(turns: Turns, image: str) -> Pieces:
-    pieces = [("<s>", False)]
-    for turn, (question, answer) in enumerate(turns):
-        shown = image + "\n" if image and turn == 0 else ""
-        pieces += [(f"[INST] {shown}{question} [/INST] ", False), (f"{answer}</s>", True), (" ", False)]
-    return pieces
+llava15, llava_next_mistral = _spaced("USER: {} ASSISTANT: "), _spaced("[INST] {} [/INST] ")
 
 
 def qwen3_vl(turns: Turns, image: str) -> Pieces:

@@ -63,9 +63,8 @@ class Facts:
     picked: dict[int, list[str]] = field(default_factory=dict)  # row -> names of its strata
     strata: dict[str, int] = field(default_factory=dict)  # name -> samples on the page
     rows: dict[int, dict] = field(default_factory=dict)  # the picked rows of the scores
-    selected_vig: dict[int, float] = field(
-        default_factory=dict
-    )  # of the picked rows, where it is not their `vig`
+    # of the picked rows, where it is not their `vig`
+    selected_vig: dict[int, float] = field(default_factory=dict)
     words: list[WordRow] = field(default_factory=list)
     stats: dict[str, tuple[float, int]] = field(default_factory=dict)  # label -> sum, tokens
 

@@ -35,9 +35,8 @@ class Attention(NamedTuple):
 class AttentionKernel(NamedTuple):
     """One way to attend."""
 
-    parts: Callable[
-        [Sequence[Segment], Attention], list[Any]
-    ]  # what `attended` wants to know of the segments
+    # what `attended` wants to know of the segments
+    parts: Callable[[Sequence[Segment], Attention], list[Any]]
     attended: Callable[[Attention, list[Any]], Tensor]  # (L, heads, d) from `parts` on the device
     why_not: Callable[[Attention], str | None]  # None where it can do what is asked, else the reason
     takes: str  # for docs/throughput.md

@@ -12,9 +12,8 @@ class StatColumn(NamedTuple):
     name: str  # the column
     label: str  # for people
     of_vig: str  # what `linear_vig` calls it
-    of_nll: (
-        str | None
-    )  # what `linear_nll` calls it; None: null in the row of a text-only sample, which has one pass
+    # what `linear_nll` calls it; None: null in the row of a text-only sample, which has one pass
+    of_nll: str | None
 
 
 TOKEN_STATS: dict[str, tuple[StatColumn, ...]] = {

@@ -136,9 +136,8 @@ class Formed(NamedTuple):
     grad_weight: Tensor | None  # (V, D); None too where a block is kept instead
     grad_bias: Tensor | None  # (V,)
     block: Tensor | None = None  # (rows, padded(V)) bfloat16: logit_scale * d loss / d y of the kept rows
-    row_factor: Tensor | None = (
-        None  # (rows,) float32: what the rows of `block` are still to be multiplied by
-    )
+    # (rows,) float32: what the rows of `block` are still to be multiplied by
+    row_factor: Tensor | None = None
 
 
 def kept_rows(problem: HeadProblem, needs: Needs, budget: int) -> int:
@@ -366,9 +365,8 @@ def finish(
     partials: Partials,
     values: dict[str, Tensor],
     block: Tensor,  # (rows, V): weights of the fold in, loss_scale * d loss / d y out
-    at_target: tuple[
-        Tensor | None, Tensor | None
-    ],  # residual and row_factor, (rows,) float32, of which one is filled
+    # residual and row_factor, (rows,) float32, of which one is filled
+    at_target: tuple[Tensor | None, Tensor | None],
     bias_sums: bool,
 ) -> Tensor | None:
     """Launch `finish_kernel`; with `bias_sums` the column sums of d loss / d y are returned."""
