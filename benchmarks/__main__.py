@@ -134,19 +134,21 @@ def evidence(
     Then the page, its figures and the README's block are written from the lines."""
     from benchmarks.evidence import command
 
+    same = True
     try:
         if check is not None:
-            raise typer.Exit(0 if command.check(check, out, _tell) else 1)
-        if only is not None:
+            same = command.check(check, out, _tell)
+        elif only is not None:
             command.run_one(only, out, _tell)
-            return
-        if not report:
-            command.run_experiment(out, seeds, processes, _tell)
-        for path in command.write_report(out):
-            console.print(f"wrote {path}", highlight=False)
+        else:
+            if not report:
+                command.run_experiment(out, seeds, processes, _tell)
+            for path in command.write_report(out):
+                console.print(f"wrote {path}", highlight=False)
     except (ValueError, RuntimeError) as error:
         _tell(f"evidence: {error}")
         raise typer.Exit(1) from None
+    raise typer.Exit(0 if same else 1)
 
 
 @app.command()
