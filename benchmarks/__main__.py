@@ -120,7 +120,7 @@ def evidence(
         Path | None, typer.Option(help="Folder of the lines. Default: benchmarks/results.")
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="One run, such as 'shipped/0.75/1000/vig', in this process.")
+        str | None, typer.Option(help="One run, such as 'shipped/0.75/1100/vig', in this process.")
     ] = None,
     check: Annotated[
         str | None, typer.Option(help="A stored run, to be run again: exit code 1 if its line differs.")

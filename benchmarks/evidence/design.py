@@ -18,7 +18,7 @@ SHARES = (
     0.5,
     0.75,
 )  # of colours and captions of the tuning data, answered from habit, without looking
-SEEDS, VARIANT_SEEDS, RATE_SEEDS, HABIT_SEEDS = range(1000, 1010), 5, range(2000, 2003), range(3000, 3005)
+SEEDS, VARIANT_SEEDS, RATE_SEEDS, HABIT_SEEDS = range(1100, 1110), 5, range(2000, 2003), range(3000, 3005)
 VARIANT_SHARES, RATE_SHARES, HABIT_SHARES = (0.5, 0.75), (0.0, 0.75), (0.5, 0.75)
 RATES = (0.5, 1.0, 2.0)  # times the learning rate of every other run
 
