@@ -1,7 +1,7 @@
 """Training on masked answer tokens by the recipe of `vig train`, on stored features.
 
 AdamW, linear warm-up and decay, clipped gradients, the loss of a step divided by its kept tokens, samples without a
-kept token left out, the order of the samples by `plan_batches`. tests/test_evidence_fit.py compares the weights with
+kept token left out, the order of the samples by `plan_batches`. tests/test_evidence_runs.py compares the weights with
 those of `vig.train`.
 """
 
@@ -82,6 +82,7 @@ def by_length(step: list[tuple[Item, Tensor]]) -> list[list[tuple[Item, Tensor]]
     """The step cut in two where that leaves the fewest padded places; not at all where it leaves none fewer."""
     step = sorted(step, key=lambda pair: len(pair[0].ids))
     lengths = [len(item.ids) for item, _ in step]
-    sizes = [cut * lengths[cut - 1] + (len(step) - cut) * lengths[-1] for cut in range(1, len(step) + 1)]
-    cut = int(np.argmin(sizes)) + 1
+    cut = min(
+        range(len(step), 0, -1), key=lambda cut: cut * lengths[cut - 1] + (len(step) - cut) * lengths[-1]
+    )  # of equals the first: no cut
     return [part for part in (step[:cut], step[cut:]) if part]
