@@ -47,6 +47,13 @@ def check(name: str, out: Path | None, say: Say) -> bool:
     return not differ
 
 
+def write_report(out: Path | None) -> list[Path]:
+    """Page, figures and the README's block; beside the lines where these are not the checkout's own."""
+    from benchmarks.evidence import report
+
+    return report.write(report.places_of(_file(out)))
+
+
 def _head() -> dict:
     head = machine.header("evidence", threads=1, quick=False)
     return head | {"command": "python -m benchmarks evidence"}
