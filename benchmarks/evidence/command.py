@@ -60,8 +60,11 @@ def _head() -> dict:
 
 
 def _line(run: design.Run) -> dict:
+    from transformers.utils import logging
+
     from benchmarks.evidence.runs import Laboratory
 
+    logging.disable_progress_bar()
     return Laboratory(run.base).line(run)
 
 
