@@ -107,6 +107,50 @@ def static(context: typer.Context) -> None:
     raise typer.Exit(suite.main(context.args))
 
 
+@app.command("evidence")
+def evidence(
+    seeds: Annotated[
+        int,
+        typer.Option(
+            help="Seeds of the core arms; fewer on slower machines, never fewer arms.", min=1, max=10
+        ),
+    ] = 10,
+    processes: Annotated[int, typer.Option(help="Processes of one thread each.", min=1)] = 2,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the lines. Default: benchmarks/results.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="One run, such as 'shipped/0.75/1100/vig', in this process.")
+    ] = None,
+    check: Annotated[
+        str | None, typer.Option(help="A stored run, to be run again: exit code 1 if its line differs.")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Only write page and figures from the stored lines.")
+    ] = False,
+) -> None:
+    """The experiment of docs/evidence.md: 376 trainings, about an hour on 2 cores; the same command goes on.
+
+    Then the page, its figures and the README's block are written from the lines."""
+    from benchmarks.evidence import command
+
+    same = True
+    try:
+        if check is not None:
+            same = command.check(check, out, _tell)
+        elif only is not None:
+            command.run_one(only, out, _tell)
+        else:
+            if not report:
+                command.run_experiment(out, seeds, processes, _tell)
+            for path in command.write_report(out):
+                console.print(f"wrote {path}", highlight=False)
+    except (ValueError, RuntimeError) as error:
+        _tell(f"evidence: {error}")
+        raise typer.Exit(1) from None
+    raise typer.Exit(0 if same else 1)
+
+
 @app.command()
 def report(
     check: Annotated[

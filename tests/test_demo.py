@@ -1,6 +1,7 @@
 """The miniature: its scenes, its shipped checkpoint, and what VIG must show on them."""
 
 import hashlib
+import io
 import json
 import random
 import re
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from vig.data.images import open_images
 from vig.data.sample import BrokenRecord
 from vig.data.samples import read_samples
-from vig.demo import dataset, measures, nulls, scenes
+from vig.demo import dataset, measures, nulls, run, scenes
 from vig.demo.arms import CHECKPOINT, Job
 from vig.demo.evaluate import Exam
 from vig.models.null_image import NullSettings
@@ -253,6 +255,47 @@ def test_the_page_on_null_images_says_what_its_command_measures(tmp_path):
     assert [float(number) for number in said.groups()] == pytest.approx(
         [found.vig[name] for name in ("object", "colour", "function")], abs=0.0051
     )
+
+
+def test_intervals_over_seeds_are_those_of_the_t_distribution():
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 11, 12, 40):
+        values = rng.normal(70, 3, n)
+        low, high = stats.t.interval(0.95, n - 1, values.mean(), stats.sem(values))
+        found = measures.mean_interval(values)
+        assert found == pytest.approx((values.mean(), (high - low) / 2), rel=2e-4)
+    three = measures.mean_interval(np.array([1.5, 2.8, 2.0]))
+    assert (three.signed, str(three), three.excludes_zero) == ("+2.1 ± 1.6", "2.1 ± 1.6", True)
+    assert not measures.mean_interval(np.array([-1.0, 2.0])).excludes_zero
+    alone = measures.mean_interval(np.array([3.0]))
+    assert (str(alone), alone.excludes_zero) == ("3.0", False)
+    with pytest.raises(ValueError, match="at least one seed"):
+        measures.mean_interval(np.array([]))
+
+
+def test_the_arms_table_claims_what_its_intervals_allow():
+    colour = {"all": (75.8, 76.5, 76.2), "random": (74.2, 68.8, 58.5), "vig": (77.3, 79.3, 78.2)}
+    base = {"arm": "base", "seed": None, "questions": 600, "colour": 64.3, "exact": 60.2}
+    rows = [
+        {"arm": arm, "seed": seed, "colour": value, "exact": value - 4, "tokens": 14_000}
+        for arm, values in colour.items()
+        for seed, value in enumerate(values)
+    ]
+    console = Console(record=True, width=160, file=io.StringIO())
+    claims = run._show_arms(console, [base, *rows])
+    said = console.export_text()
+    assert "VIG, p = 70 minus all tokens: +2.1 ± 1.6 points\n" in said
+    assert "random, same count minus the base: +2.9 ± 19.8 points: no difference is claimed" in said
+    assert "78.3 ± 2.5" in said and "paired t over 3 seeds" in said
+    assert claims == {
+        "all tokens minus the base": True,
+        "random, same count minus the base": False,
+        "VIG, p = 70 minus the base": True,
+        "VIG, p = 70 minus all tokens": True,
+        "VIG, p = 70 minus random, same count": False,
+    }
 
 
 def test_jobs_are_read_as_they_are_written():

@@ -5,6 +5,7 @@ Words are told apart by the committed lists of `vig.demo.scenes` alone: not by t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +64,54 @@ def vig_by(field: str, scores: str | Path, truth: Mapping[str, dict]) -> dict[st
     for row in _multimodal(scores):
         groups.setdefault(truth[row["id"]][field], []).append(row["vig"])
     return {name: np.array(values) for name, values in groups.items()}
+
+
+# 97.5th percentiles of the t distribution, 1 to 10 degrees of freedom
+_T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+
+class MeanInterval(NamedTuple):
+    """A mean over n seeds and its 95 % t interval, mean +- half; half is nan of one seed."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}{self._half}"
+
+    @property
+    def signed(self) -> str:
+        """With the sign of the mean, as differences are written."""
+        return f"{self.mean:+.1f}{self._half}"
+
+    @property
+    def _half(self) -> str:
+        return "" if math.isnan(self.half) else f" ± {self.half:.1f}"
+
+    @property
+    def excludes_zero(self) -> bool:
+        return abs(self.mean) > self.half
+
+
+def mean_interval(values: np.ndarray) -> MeanInterval:
+    """Of (n,) values, one a seed. Raises ValueError for none."""
+    n = len(values)
+    if not n:
+        raise ValueError("no values: a mean needs at least one seed")
+    if n == 1:
+        return MeanInterval(float(values[0]), math.nan)
+    return MeanInterval(float(np.mean(values)), float(_t_975(n - 1) * np.std(values, ddof=1) / math.sqrt(n)))
+
+
+def _t_975(freedom: int) -> float:
+    """From the table, beyond it by R. A. Fisher's expansion about the normal percentile, to 0.0001."""
+    if freedom <= len(_T_975):
+        return _T_975[freedom - 1]
+    z = 1.959964
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def words_of(tokenizer) -> list[str]:

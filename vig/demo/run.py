@@ -32,7 +32,7 @@ from vig.demo.dataset import (
     tuning_records,
     write_records,
 )
-from vig.demo.measures import vig_by, word_vig, words_of
+from vig.demo.measures import mean_interval, vig_by, word_vig, words_of
 from vig.training.folder import RECORD
 
 NAMES = {"base": "base, untuned", "all": "all tokens", "random": "random, same count", "vig": "VIG, p = 70"}
@@ -259,19 +259,12 @@ def _show_arm(console: Console, found: dict) -> None:
 
 
 def _show_arms(console: Console, figures: list[dict]) -> dict[str, bool]:
-    """The table of the four arms, and which of them beat the base on every seed."""
+    """The table of the four arms, how VIG compares with the others, and which of the arms beat the base."""
     base = figures[0]
     seeds = sorted({found["seed"] for found in figures[1:]})
     title = f"right colour, % of {base['questions']:,} questions about scenes where habit is always wrong"
-    table = Table(
-        "arm",
-        *(f"seed {seed}" for seed in seeds),
-        "mean",
-        "exact answer",
-        "tokens",
-        title=title,
-        title_justify="left",
-    )
+    heads = (*(f"seed {seed}" for seed in seeds), "mean and 95 % interval", "exact answer", "tokens")
+    table = Table("arm", *heads, title=title, title_justify="left")
     table.add_row(
         NAMES["base"],
         *([f"{base['colour']:.1f}"] * len(seeds)),
@@ -279,24 +272,27 @@ def _show_arms(console: Console, figures: list[dict]) -> dict[str, bool]:
         f"{base['exact']:.1f}",
         "0",
     )
-    claims = {}
+    colour = {}
     for arm in ARMS:
         rows = sorted((found for found in figures if found["arm"] == arm), key=lambda found: found["seed"])
-        colour = [found["colour"] for found in rows]
+        colour[arm] = np.array([found["colour"] for found in rows])
         exact, tokens = (np.mean([found[name] for found in rows]) for name in ("exact", "tokens"))
-        means = (f"{np.mean(colour):.1f}", f"{exact:.1f}", f"{tokens:,.0f}")
-        table.add_row(NAMES[arm], *(f"{value:.1f}" for value in colour), *means)
-        claims[arm] = all(value > base["colour"] for value in colour)
+        means = (str(mean_interval(colour[arm])), f"{exact:.1f}", f"{tokens:,.0f}")
+        table.add_row(NAMES[arm], *(f"{value:.1f}" for value in colour[arm]), *means)
     console.print(table)
     console.print(
         "tokens: answer tokens of a training's steps, those of text-only samples included, mean over seeds"
     )
-    for arm, claimed in claims.items():
-        said = (
-            "beats the base on every seed"
-            if claimed
-            else "does not beat the base on every seed: nothing is claimed"
-        )
-        console.print(f"{NAMES[arm]}: {said}")
+    compared = [(f"{NAMES[arm]} minus the base", colour[arm] - base["colour"]) for arm in ARMS]
+    compared += [
+        (f"{NAMES['vig']} minus {NAMES[arm]}", colour["vig"] - colour[arm]) for arm in ARMS if arm != "vig"
+    ]
+    claims = {}
+    for what, differences in compared:
+        found = mean_interval(differences)
+        claims[what] = found.excludes_zero
+        said = "" if found.excludes_zero else ": no difference is claimed"
+        console.print(f"{what}: {found.signed} points{said}")
+    console.print(f"intervals: paired t over {len(seeds)} seeds, of one draw of the data and one test")
     console.print()
     return claims
