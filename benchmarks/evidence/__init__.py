@@ -1,0 +1,1 @@
+"""The experiment: when does VIG selection help?"""
