@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -128,6 +130,41 @@ def test_a_base_that_is_not_there_is_left_out_and_named(tmp_path, monkeypatch):
     groups = workers.possible(design.plan(), said.append)
     assert {group[0].base for group in groups} == {"shipped"}
     assert said == [f"{tmp_path / 'nowhere'} holds no checkpoint: the 31 runs of the habit base are left out"]
+
+
+def test_a_terminated_experiment_ends_its_processes(tmp_path, monkeypatch):
+    path, pids = tmp_path / "lines.jsonl", tmp_path / "pids"
+    store.begin(path, {})
+    script = f"import os, time; open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(100)"
+    monkeypatch.setattr(workers, "_command", lambda *_: [sys.executable, "-c", script])
+
+    def end_when_both_run(text: str) -> None:
+        while not pids.exists() or pids.read_text().count("\n") < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(workers, "POLL", 0.1)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        workers.run_all(
+            path,
+            1,
+            2,
+            lambda text: end_when_both_run(text) if " runs" in text and "left out" not in text else None,
+        )
+    assert signal.getsignal(signal.SIGTERM) == before
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+def test_a_process_that_fails_ends_the_others_and_is_told(tmp_path, monkeypatch):
+    path = tmp_path / "lines.jsonl"
+    store.begin(path, {})
+    monkeypatch.setattr(workers, "_command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
+    monkeypatch.setattr(workers, "POLL", 0.1)
+    with pytest.raises(workers.WorkerFailed, match=r"lines\.log"):
+        workers.run_all(path, 1, 2, lambda text: None)
 
 
 def test_check_names_the_fields_that_differ(tmp_path, monkeypatch):

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.evidence import design, store
@@ -33,15 +35,14 @@ def possible(groups: Sequence[Group], say: Callable[[str], None]) -> list[Group]
 
 
 def run_all(path: Path, seeds: int, processes: int, say: Callable[[str], None]) -> int:
-    """Run what is missing; returns the number of lines that are there then. Ctrl-C ends the processes too."""
+    """Run what is missing; returns how many lines are there then. Ctrl-C and SIGTERM end the processes too."""
     groups = possible(design.plan(seeds), say)
     wanted = set(design.runs(groups))
-    command = [sys.executable, "-m", "benchmarks.evidence.workers", str(path), str(seeds)]
     log = path.with_suffix(".log")
     started, before = time.monotonic(), _done(path, wanted)
-    with log.open("a", encoding="utf-8") as file:
+    with log.open("a", encoding="utf-8") as file, _terminated_as_interrupted():
         workers = [
-            subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | ALONE)
+            subprocess.Popen(_command(path, seeds), stdout=file, stderr=file, env=os.environ | ALONE)
             for _ in range(processes)
         ]
         try:
@@ -63,6 +64,24 @@ def run_all(path: Path, seeds: int, processes: int, say: Callable[[str], None]) 
         raise WorkerFailed(f"a process of the experiment failed: see {log}")
     log.unlink()
     return _done(path, wanted)
+
+
+def _command(path: Path, seeds: int) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.evidence.workers", str(path), str(seeds)]
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends this process through its `finally` blocks, as Ctrl-C does."""
+
+    def on_signal(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _done(path: Path, wanted: set[Run]) -> int:
