@@ -115,14 +115,14 @@ def check_budget(budget: float) -> None:
 
 def rules_of(chosen: dict, scored: dict) -> Rules:
     """What the slider follows: the selection's own settings, or `select`'s defaults. scored: metadata of the scores."""
-    names = ("p", "level", "by", "tau_floor", "clip", "tau")
+    names = ("p", "level", "by", "tau_floor", "clip", "tau", "keep_easy")
     given = {name: chosen[name] for name in names if chosen.get(name) is not None}
     if given.get("level") == "random":
         given["level"] = "both"  # it keeps as many
     if given.get("by") == "source":
         given.pop("tau", None)  # there is one a source
     if given.get("by") == "kl":  # the page's axes are of VIG
-        given = {name: given[name] for name in ("p", "level") if name in given}
+        given = {name: given[name] for name in ("p", "level", "keep_easy") if name in given}
     stop_tokens = chosen.get("stop_tokens", "select") if chosen else "keep"
     return Rules(**given, stops=Stops.of(scored, stop_tokens, chosen.get("mean", "all")))
 
@@ -262,6 +262,8 @@ def _trained_on(what: str, counts: dict) -> tuple[str, str, str]:
     remark = f"{part + text_only:,} of {every:,}"
     if text_only:
         remark += f"; {_percent(part, whole)} of the {whole:,} with an image"
+    if chosen_easy := counts.get(f"{what}_easy"):
+        remark += f"; {chosen_easy:,} as easy alone"
     return f"{what} trained on", _percent(part + text_only, every), remark
 
 
@@ -311,6 +313,7 @@ def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) 
     return {
         "level": rules.level,
         "clip": rules.clip,
+        "easy": rules.keep_easy,
         "rule": "source" if rules.by == "source" else "all",
         "place": place,
         "selected": bool(chosen),
