@@ -64,8 +64,8 @@ def select(
     """Choose samples and tokens from scores; no model is needed. Exit code 3: the scores are not complete."""
     import warnings
 
+    from vig.selection.choice import Choice
     from vig.selection.export import check_export, export_records
-    from vig.selection.select import Choice
     from vig.selection.select import select as choose
 
     if clip is not None and not 0 < clip < 1:
