@@ -100,10 +100,15 @@ class Selection:
             f"samples kept  {share_of(n['samples_kept'], n['samples_total'])} with an image",
             f"tokens kept   {share_of(n['tokens_kept'], n['tokens_total'])} of these samples' answers",
             *self._easy_lines(),
-            f"text-only     {n['text_only']:,} samples, {n['text_only_tokens']:,} tokens, all kept",
+            f"text-only     {n['text_only']:,} samples, {text:,} tokens, all kept{self._text_only_share()}",
             f"trained on    {share_of(n['tokens_kept'] + text, n['tokens_total'] + text)} of all answer tokens",
             f"not scored    {n['errors']:,} samples, none kept",
         ] + ([] if floor is None else [f"noise floor   {floor:.3g} nats: the same image scored twice"])
+
+    def _text_only_share(self) -> str:
+        text = self.counts["text_only_tokens"]
+        kept = text + self.counts["tokens_kept"]
+        return f": {100 * text / kept:.1f} % of the tokens trained on" if text else ""
 
     def _easy_lines(self) -> list[str]:
         if self.keep_easy is None:
