@@ -189,7 +189,7 @@ def test_score_report_and_select_say_it(data, tmp_path):
 
     html = report(scores, page, selection=chosen, data=data, samples=3).read_text()
     assert f"{tokens} more text only, {share} of all" in html
-    assert f"{of_kept:.1f} % of what is trained on is text only" in html
+    assert f"; text only make up {of_kept:.1f} %" in html
     assert "Is the null image blind?" in html and "Null blur, sigma 0.02 leaves" in html
     for row in [*check.null.kinds, total]:
         assert f'<th scope="row">{row.name}</th><td class="n">{row.words:,}</td>' in html

@@ -275,8 +275,8 @@ def _trained_on(what: str, counts: dict) -> tuple[str, str, str]:
     every = whole + text_only
     remark = f"{part + text_only:,} of {every:,}"
     if text_only:
-        remark += f"; {_percent(part, whole)} of the {whole:,} with an image; {_percent(text_only, part + text_only)}"
-        remark += " of what is trained on is text only"
+        remark += f"; {_percent(part, whole)} of the {whole:,} with an image"
+        remark += f"; text only make up {_percent(text_only, part + text_only)}"
     if chosen_easy := counts.get(f"{what}_easy"):
         remark += f"; {chosen_easy:,} as easy alone"
     return f"{what} trained on", _percent(part + text_only, every), remark
