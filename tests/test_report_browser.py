@@ -256,6 +256,7 @@ def test_the_slider_counts_as_select_does(opened, scores, rows):
         ({"clip": -0.6}, "--clip 0.548812"),
         ({"mean": "content", "tau_floor": 0.1}, "--tau-floor 0.1 --mean content"),
         ({"level": "token"}, "--level token"),
+        ({"keep_easy": 0.3}, "--keep-easy 0.3"),
     ],
 )
 def test_marks_follow_the_mean_and_level_of_the_selection(chrome, root, options, flags):
@@ -284,10 +285,11 @@ def test_marks_follow_the_mean_and_level_of_the_selection(chrome, root, options,
                 chrome, "return [...document.querySelectorAll('.current .t')].map((n) => n.matches('.kept'))"
             )
             assert marks == table[f"data.json#{number}"].token_keep.tolist(), (p, number)
-    text = js(chrome, "return document.body.innerText")
+    text, own_mean = js(chrome, "return document.body.innerText"), bool({"clip", "mean"} & options.keys())
     assert f"--p 25 {flags}" in text
-    assert ("by VIG as selected" in text) == ("level" not in options)
-    assert ("as selected" in text) == ("level" not in options)
+    assert ("NLL under the null image is below 0.3 nats" in text) == ("keep_easy" in options)
+    assert ("by VIG as selected" in text) == own_mean
+    assert ("as selected" in text) == own_mean
     assert chrome.get_log("browser") == []
 
 

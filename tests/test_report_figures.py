@@ -317,7 +317,7 @@ class Pieces:
 
 def words_of(tokenizer, *answers) -> list[str]:
     words = Words(tokenizer)
-    rows = [WordRow(np.array(ids, np.int32), np.ones(len(ids))) for ids in answers]
+    rows = [WordRow(np.array(ids, np.int32), np.ones(len(ids)), np.ones(len(ids))) for ids in answers]
     numbers, vig = words.read(rows)
     assert vig.sum() == sum(map(len, answers))
     return [words.texts[number] for number in numbers]
@@ -334,14 +334,14 @@ def test_words_are_whole_words():
 
 
 def test_a_words_vig_is_the_sum_of_its_tokens():
-    row = WordRow(np.array([2, 7, 3, 4, 13]), np.array([0.1, 2.0, 3.0, 0.5, 0.0]))
+    row = WordRow(np.array([2, 7, 3, 4, 13]), np.array([0.1, 2.0, 3.0, 0.5, 0.0]), np.full(5, 4.0))
     found = word_figures([row] * 5, Pieces(), sampled=False)
     assert [(word.text, word.count) for word in found.highest] == [("apple", 5), ("red", 5)]
     assert found.highest[0].vig == pytest.approx(3.5) and found.lowest[0].text == "</s>"
     boxes = dict(found.classes)
     assert boxes.keys() == {"colour", "object", "function"} and boxes["object"].count == 5
     assert boxes["object"].median == pytest.approx(3.5, abs=1e-3) and not found.parts_of_speech
-    rare = WordRow(np.array([11]), np.array([9.0]))
+    rare = WordRow(np.array([11]), np.array([9.0]), np.array([9.5]))
     assert "\u65e5" not in [word.text for word in word_figures([row] * 5 + [rare], Pieces(), False).highest]
 
 
@@ -384,7 +384,7 @@ def test_parts_of_speech_come_from_spacy_where_it_is(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", spacy)
     tagger = find_tagger()
     assert asked == ["en_core_web_sm"]
-    row = WordRow(np.array([2, 7, 3, 4, 13]), np.array([0.1, 2.0, 3.0, 0.5, 0.0]))
+    row = WordRow(np.array([2, 7, 3, 4, 13]), np.array([0.1, 2.0, 3.0, 0.5, 0.0]), np.full(5, 4.0))
     found = word_figures([row] * 4, Pieces(), False, tagger)
     assert {name: (box.count, round(box.median, 2)) for name, box in found.parts_of_speech} == {
         "determiner": (4, 0.1), "adjective": (4, 2.0), "noun": (4, 3.5),

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,8 +209,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def show_scores(console: Console, folder: Path, state: Progress, errors: ErrorLog) -> None:
-    """The summary of `vig score`. errors: of all rows in the folder."""
+def show_scores(
+    console: Console, folder: Path, state: Progress, errors: ErrorLog, lines: Sequence[str] = ()
+) -> None:
+    """The summary of `vig score`. errors: of all rows in the folder. lines: what its scores as a whole tell."""
     here = state.done - state.resumed
     scored = here - state.failed
     console.print(
@@ -231,6 +233,8 @@ def show_scores(console: Console, folder: Path, state: Progress, errors: ErrorLo
     show_errors(console, state, errors)
     if errors.count:
         console.print(f"all of them: {folder / '_errors.jsonl'}", markup=False)
+    for line in lines:
+        console.print(line, markup=False)
     console.print(f"scores: {folder}", markup=False)
 
 

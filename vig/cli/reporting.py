@@ -53,15 +53,21 @@ def compare(
     image_root: ImageRoot = None,
     title: Annotated[str | None, typer.Option(help="Title of the page. Default: the data's name.")] = None,
     budget: Annotated[float, typer.Option(help="Size of the page in MB; pictures shrink to fit.")] = 15.0,
+    keep_easy: Annotated[
+        float | None,
+        typer.Option(help="Nats: count tokens under it without the image as kept, as `vig select` does."),
+    ] = None,
 ) -> None:
     """Compare two scorings of one dataset: another model, null image, sigma, checkpoint or dtype."""
     from vig.reporting.report import check_budget
     from vig.selection.compare import check_p
     from vig.selection.compare import compare as run
+    from vig.selection.rule import check_easy
 
     usage(check_p, p)
+    usage(check_easy, keep_easy)
     usage(check_budget, budget)
-    found = run(a, b, p, moved=moved)
+    found = run(a, b, p, moved=moved, keep_easy=keep_easy)
     summarise(as_json, lambda: out.print("\n".join(found.lines()), markup=False), found.as_dict)
     if page is not None:
         from vig.reporting.compare_page import comparison_page

@@ -211,17 +211,21 @@ def _end_scoring(
     folder: Path, part: tuple[int, int] | None, done: Progress, errors: Path | None, as_json: bool
 ) -> None:
     """Shows what was scored; exit code 3 where some samples could not be. errors: a file for them all."""
+    from vig.reporting.null_check import check_scores
+    from vig.reporting.viewer import Viewer
     from vig.store.errors import stored_errors
     from vig.store.folder import output_folder
+    from vig.store.scores import score_metadata
 
     failed = done.failed or done.failed_before
     with ErrorLog(errors) as log:
         log.extend(stored_errors(output_folder(folder, part)) if failed else ())
     place = output_folder(folder, part)
+    check = check_scores(place, Viewer(score_metadata(place)).tokenizer)
     summarise(
         as_json,
-        lambda: terminal.show_scores(out, place, done, log),
-        lambda: terminal.scores_summary(place, done, log),
+        lambda: terminal.show_scores(out, place, done, log, check.lines()),
+        lambda: terminal.scores_summary(place, done, log) | {"check": check.as_dict()},
     )
     if failed:
         raise typer.Exit(SOME_FAILED)

@@ -40,6 +40,13 @@ def select(
         str,
         typer.Option(help="Sample VIG over all answer tokens, or over content: without end-of-turn tokens."),
     ] = "all",
+    keep_easy: Annotated[
+        float | None,
+        typer.Option(
+            help="Nats: also keep the tokens whose NLL under the null image is below, of dropped samples too: the "
+            "words that give answers their form."
+        ),
+    ] = None,
     export: Annotated[
         Path | None,
         typer.Option(
@@ -57,22 +64,22 @@ def select(
     """Choose samples and tokens from scores; no model is needed. Exit code 3: the scores are not complete."""
     import warnings
 
+    from vig.selection.choice import Choice
     from vig.selection.export import check_export, export_records
-    from vig.selection.select import Choice
     from vig.selection.select import select as choose
 
     if clip is not None and not 0 < clip < 1:
         raise typer.BadParameter(f"got {clip}, expected a probability between 0 and 1", param_hint="--clip")
     lowest = None if clip is None else math.log(clip)
-    usage(Choice, p, level, lowest, tau_floor, seed, by, stop_tokens, mean)
+    usage(Choice, p, level, lowest, tau_floor, seed, by, stop_tokens, mean, keep_easy)
     if export is not None:
         usage(check_export, export)
     with warnings.catch_warnings(), terminal.share(err, "selecting") as on_share:
         warnings.simplefilter("ignore")  # the summary below shows them
         chosen = choose(
             scores[0] if len(scores) == 1 else scores, p, level=level, out=folder, tau_floor=tau_floor,
-            clip=lowest, seed=seed, by=by, stop_tokens=stop_tokens, mean=mean, overwrite=overwrite,
-            progress=on_share,
+            clip=lowest, seed=seed, by=by, stop_tokens=stop_tokens, mean=mean, keep_easy=keep_easy,
+            overwrite=overwrite, progress=on_share,
         )  # fmt: skip
     exported = None if export is None else export_records(chosen, export, data=data)
 

@@ -137,7 +137,7 @@ def _figures(c: Comparison) -> list[tuple[str, str, str]]:
         ),
     ]
     if c.token_overlap is not None:
-        figures.append(("tokens kept by both", f"{100 * c.token_overlap:.1f} %", f"at p = {c.p:g}"))
+        figures.append(("tokens kept by both", f"{100 * c.token_overlap:.1f} %", c.settings))
     figures += [
         (f"mean VIG, {name}", rounded(value), f"nats; τ = {rounded(tau)}")
         for name, value, tau in zip(PASSES, c.mean_vig, c.taus, strict=True)

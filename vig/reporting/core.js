@@ -68,6 +68,9 @@ const selectedVig = (sample) => (sample.c == null ? sample.v[0] : sample.c);
 const MOST = state.clip == null ? Infinity : -state.clip / UNIT; // of a token's NLL
 const selectedTokenVig = (sample, index) => (Math.min(sample.b[0][index], MOST) - Math.min(sample.a[0][index], MOST)) * UNIT;
 
+// Likely without the image too: kept whatever its VIG, where the selection keeps such tokens.
+const isEasy = (sample, index) => state.easy != null && sample.b[0][index] * UNIT < state.easy;
+
 // Which place of the slider is looked at, null for the selection that the page was made with.
 const preview = { place: null, rule: "all" };
 function thresholdOf(sample) {
@@ -84,9 +87,10 @@ function keptTokens(sample) {
   if (sample.st === "text_only") return sample.t.map(() => true);
   const tau = thresholdOf(sample);
   if (tau == null) return null;
-  if (!isKept(sample)) return sample.t.map(() => false);
+  if (!isKeptByVig(sample, tau)) return sample.t.map((_, index) => isEasy(sample, index));
   const stops = new Set(sample.e);
-  return sample.t.map((_, index) => state.level === "sample" || stops.has(index) || selectedTokenVig(sample, index) >= tau);
+  return sample.t.map((_, index) => state.level === "sample" || stops.has(index) || selectedTokenVig(sample, index) >= tau
+    || isEasy(sample, index));
 }
 function isKept(sample) {
   if (sample.st === "text_only") return true;
@@ -94,5 +98,8 @@ function isKept(sample) {
   if (preview.place == null && sample.m[0] != null) return sample.m[0].includes("1");
   const tau = thresholdOf(sample);
   if (tau == null) return false;
+  return isKeptByVig(sample, tau) || sample.t.some((_, index) => isEasy(sample, index));
+}
+function isKeptByVig(sample, tau) {
   return state.level === "token" ? sample.t.some((_, index) => selectedTokenVig(sample, index) >= tau) : selectedVig(sample) >= tau;
 }

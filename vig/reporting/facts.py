@@ -40,7 +40,8 @@ class WordRow(NamedTuple):
     """Answer tokens of one row, for the figures of words."""
 
     ids: np.ndarray  # (n,) int32
-    vig: np.ndarray  # (n,) float64
+    vig: np.ndarray  # (n,) float64, nats
+    nll_null: np.ndarray  # (n,) float32, nats
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Facts:
     # Samples and tokens by the VIG that tau is compared with: the two above, unless the selection has its own mean.
     compared: tuple[Counter, Counter] | None = None
     text_only: int = 0
+    text_only_tokens: int = 0
     n_errors: int = 0
     errors: dict[str, ErrorGroup] = field(default_factory=dict)
     tau: float | None = None  # in use: the selection's, or that of p = 70
@@ -121,6 +123,7 @@ def _sample_pass(scores, facts: Facts, rules: Rules) -> tuple[np.ndarray, np.nda
             facts.by_source = facts.by_source.grown(len(facts.sources.names))
         facts.by_source.add(vig, of_source)
         facts.text_only += int(text_only.sum())
+        facts.text_only_tokens += int(lengths[text_only].sum())
         _add_errors(facts, batch, ~ok & ~text_only)
         if rules.own_mean:
             vig = token_and_sample_vig(batch, ok, lengths[ok], rules.clip, stops)[1]
@@ -176,7 +179,7 @@ def _token_pass(scores, facts: Facts, keeper: Keeper, word_rows: np.ndarray) -> 
             facts.compared[1].add(selected_tokens)
         place = np.cumsum(ok) - 1  # among the rows with VIG
         first, last = np.searchsorted(word_rows, (start, start + batch.num_rows))
-        _take_words(facts, mine, lengths, token_vig, place[word_rows[first:last] - start])
+        facts.words += take_words(mine, lengths, token_vig, place[word_rows[first:last] - start])
         for row in facts.picked.keys() & range(start, start + batch.num_rows):
             facts.rows[row] = batch.slice(row - start, 1).to_pylist()[0]
             if keeper.rules.own_mean and ok[row - start]:
@@ -192,10 +195,16 @@ def _add_stats(facts: Facts, rows: pa.RecordBatch) -> None:
             facts.stats[column.label] = (total + float(values.sum(dtype=np.float64)), count + len(values))
 
 
-def _take_words(facts: Facts, rows: pa.RecordBatch, lengths: np.ndarray, vig: np.ndarray, wanted) -> None:
-    """wanted: places of the rows whose words are counted."""
-    ids = rows["token_ids"].flatten().to_numpy()
-    ends = np.cumsum(lengths)
+def take_words(
+    rows: pa.RecordBatch,  # multimodal ones alone
+    lengths: np.ndarray,  # their answer tokens
+    vig: np.ndarray,  # of the tokens
+    wanted: np.ndarray,  # places among the rows of those whose words are counted
+) -> list[WordRow]:
+    """Copies of the tokens of the wanted rows."""
+    values = rows["token_ids"].flatten().to_numpy(), vig, rows["token_nll_null"].flatten().to_numpy()
+    ends, found = np.cumsum(lengths), []
     for row in wanted.tolist():
         part = slice(ends[row] - lengths[row], ends[row])
-        facts.words.append(WordRow(ids[part].copy(), vig[part].copy()))
+        found.append(WordRow(*(value[part].copy() for value in values)))
+    return found

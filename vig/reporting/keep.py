@@ -1,7 +1,8 @@
 """What is kept at each p, exactly as `vig select` keeps it: for the report's slider and for `vig plot --sweep`.
 
 A token is kept at tau if its sample's VIG >= tau and its own VIG >= tau: if min(the two) >= tau. An end-of-turn token
-that goes with its sample counts with the sample's VIG. So one number a token says at which tau it leaves, and counting
+that goes with its sample counts with the sample's VIG, and an easy one that is kept in any case (`keep_easy`) never
+leaves, nor does its sample. So one number a token says at which tau it leaves, and counting
 these between the taus of 200 values of p, of all sources, gives every count in one pass.
 """
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 
 from vig.reporting.scale import rounded
 from vig.reporting.views import KeepCurve
-from vig.selection.rule import token_and_sample_vig
+from vig.selection.rule import easy_tokens, token_and_sample_vig
 from vig.selection.sources import Sources
 from vig.selection.stop_tokens import NO_STOPS, Stops
 
@@ -33,6 +34,7 @@ class Rules:
     tau_floor: float | None = None
     clip: float | None = None
     stops: Stops = NO_STOPS
+    keep_easy: float | None = None
     tau: float | None = None  # the selection's own, where there is one
 
     @property
@@ -54,6 +56,7 @@ class Rules:
         options += "" if self.clip is None else f" --clip {math.exp(self.clip):.6g}"
         options += "" if self.tau_floor is None else f" --tau-floor {self.tau_floor:g}"
         options += " --stop-tokens select" if self.stops.ids and not self.stops.keep else ""
+        options += "" if self.keep_easy is None else f" --keep-easy {self.keep_easy:g}"
         return options + ("" if self.stops.in_mean else " --mean content")
 
 
@@ -91,6 +94,12 @@ class Keeper:
             with_sample = np.maximum.reduceat(token_vig, np.cumsum(lengths) - lengths)
         if rules.stops.keep and len(lengths):
             leaves = np.where(rules.stops.mask(rows, every), np.repeat(with_sample, lengths), leaves)
+        if rules.keep_easy is not None and len(lengths):
+            easy = easy_tokens(rows, every, rules.keep_easy)
+            leaves = np.where(easy, np.inf, leaves)
+            with_sample = np.where(
+                np.logical_or.reduceat(easy, np.cumsum(lengths) - lengths), np.inf, with_sample
+            )
         self.samples += self._reached(with_sample, codes)
         self.tokens += self._reached(leaves, np.repeat(codes, lengths))
         return token_vig, vig

@@ -18,6 +18,7 @@ from vig.reporting.encode import sample_json, script_json
 from vig.reporting.facts import WORD_ROWS, Facts, gather
 from vig.reporting.figures import box_figures
 from vig.reporting.keep import DEFAULT_P, Rules
+from vig.reporting.null_check import check_null
 from vig.reporting.page import render
 from vig.reporting.scale import rounded
 from vig.reporting.strata import STRATA
@@ -77,6 +78,7 @@ def report(
     views = [_view(viewer, facts, number, kept, rules) for number in sorted(facts.rows)]
     encoded, pictures = with_pictures(views, viewer, facts.sources.names, int(budget * MEGABYTE))
     figures = word_figures(facts.words, viewer.tokenizer, facts.multimodal > WORD_ROWS, find_tagger())
+    null_check = check_null(facts.words, viewer.tokenizer, metadata.get("null") or {})
     page = Page(
         title=title or Path(str(metadata.get("data") or metadata.get("model", "Scores"))).name,
         subtitle=subtitle(metadata),
@@ -86,6 +88,7 @@ def report(
         measures=rules.measures,
         boxes=box_figures(facts, figures),
         words=figures,
+        null_check=null_check,
         keep=facts.keep,
         tau=facts.tau,
         p=chosen.get("p", DEFAULT_P),
@@ -93,6 +96,7 @@ def report(
         notes=[
             *unfinished(scores),
             *_tau_notes(chosen, metadata),
+            *(_sentence(line) for line in ([] if null_check is None else null_check.warnings)),
             *viewer.notes,
             *_left_out(pictures, budget),
         ],
@@ -115,14 +119,14 @@ def check_budget(budget: float) -> None:
 
 def rules_of(chosen: dict, scored: dict) -> Rules:
     """What the slider follows: the selection's own settings, or `select`'s defaults. scored: metadata of the scores."""
-    names = ("p", "level", "by", "tau_floor", "clip", "tau")
+    names = ("p", "level", "by", "tau_floor", "clip", "tau", "keep_easy")
     given = {name: chosen[name] for name in names if chosen.get(name) is not None}
     if given.get("level") == "random":
         given["level"] = "both"  # it keeps as many
     if given.get("by") == "source":
         given.pop("tau", None)  # there is one a source
     if given.get("by") == "kl":  # the page's axes are of VIG
-        given = {name: given[name] for name in ("p", "level") if name in given}
+        given = {name: given[name] for name in ("p", "level", "keep_easy") if name in given}
     stop_tokens = chosen.get("stop_tokens", "select") if chosen else "keep"
     return Rules(**given, stops=Stops.of(scored, stop_tokens, chosen.get("mean", "all")))
 
@@ -211,6 +215,10 @@ def _refuse_selection_of_others(scored: dict, chosen: dict) -> None:
         )
 
 
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
 def null_caption(metadata: dict) -> str:
     """What stands below a null image."""
     kind = (metadata.get("null") or {}).get("kind")
@@ -233,7 +241,7 @@ def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str,
     rest.append(f"{facts.n_errors:,} not scored" if facts.n_errors else "")
     figures = [
         ("samples", fitting(facts.multimodal), "; ".join(part for part in rest if part)),
-        ("answer tokens", fitting(facts.tokens.count), "of these samples"),
+        ("answer tokens", fitting(facts.tokens.count), _of_these_samples(facts)),
         ("mean sample VIG", rounded(facts.samples.mean), "nats"),
     ]
     figures += [
@@ -254,6 +262,12 @@ def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str,
     return figures
 
 
+def _of_these_samples(facts: Facts) -> str:
+    text = facts.text_only_tokens
+    share = f"; {text:,} more text only, {_percent(text, facts.tokens.count + text)} of all" if text else ""
+    return "of these samples" + share
+
+
 def _trained_on(what: str, counts: dict) -> tuple[str, str, str]:
     """The share of all samples or tokens, text-only ones included: they are kept whole."""
     part, whole = counts[f"{what}_kept"], counts[f"{what}_total"]
@@ -262,6 +276,9 @@ def _trained_on(what: str, counts: dict) -> tuple[str, str, str]:
     remark = f"{part + text_only:,} of {every:,}"
     if text_only:
         remark += f"; {_percent(part, whole)} of the {whole:,} with an image"
+        remark += f"; text only make up {_percent(text_only, part + text_only)}"
+    if chosen_easy := counts.get(f"{what}_easy"):
+        remark += f"; {chosen_easy:,} as easy alone"
     return f"{what} trained on", _percent(part + text_only, every), remark
 
 
@@ -311,6 +328,7 @@ def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) 
     return {
         "level": rules.level,
         "clip": rules.clip,
+        "easy": rules.keep_easy,
         "rule": "source" if rules.by == "source" else "all",
         "place": place,
         "selected": bool(chosen),

@@ -68,6 +68,28 @@ class WordFigures:
     sampled: bool = False
 
 
+@dataclass(frozen=True)
+class NullRow:
+    """How the null image leaves one kind of word: means in nats, shares from 0 to 1 (`vig.reporting.null_check`)."""
+
+    name: str
+    words: int  # that the image makes likely
+    nll_image: float
+    nll_null: float
+    chance: float
+    likely: float  # share of them that the null leaves likely
+    wrong: float  # share that the null makes far less likely than chance
+
+
+@dataclass(frozen=True)
+class NullCheck:
+    """Whether the null image is blind, by the words that need sight. kinds: a row each; total: of all of them."""
+
+    total: NullRow
+    kinds: list[NullRow]
+    warnings: list[str]
+
+
 @dataclass
 class KeepCurve:
     """What `vig select` keeps at each p, for one tau ("all") and for a tau a source ("source").
@@ -150,6 +172,7 @@ class Page:
     token_histogram: Histogram | None = None
     boxes: list[Boxes] = field(default_factory=list)
     words: WordFigures = field(default_factory=WordFigures)
+    null_check: NullCheck | None = None
     keep: KeepCurve | None = None
     tau: float | None = None
     measures: tuple[str, str] = (

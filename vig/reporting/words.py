@@ -98,12 +98,19 @@ class Words:
 
     def read(self, rows: Sequence) -> tuple[np.ndarray, np.ndarray]:
         """Numbers (W,) and VIG (W,) of all words of the rows, which have `ids` and `vig` along their tokens."""
+        numbers, starts = self.find(rows)
+        if not len(starts):
+            return numbers, np.empty(0)
+        return numbers, np.add.reduceat(np.concatenate([row.vig for row in rows]), starts)
+
+    def find(self, rows: Sequence) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers (W,) of all words of the rows, which have `ids`, and the places (W,) of their first tokens among the
+        tokens of all rows, one behind the other."""
         lengths = np.array([len(row.ids) for row in rows], np.int64)
         if not lengths.sum():
-            return np.empty(0, np.int64), np.empty(0)
+            return np.empty(0, np.int64), np.empty(0, np.int64)
         ids = np.concatenate([row.ids for row in rows])
         starts = self.starts(ids, lengths)
-        vig = np.add.reduceat(np.concatenate([row.vig for row in rows]), starts)
         sizes = np.diff(np.append(starts, len(ids)))
         # 64 bits that depend on a run's ids and their order: two of a million runs collide once in 10^7 folders
         place = (np.arange(len(ids)) - np.repeat(starts, sizes)).astype(np.uint64)
@@ -115,7 +122,7 @@ class Words:
             self._number(hash, ids[starts[first] : starts[first] + sizes[first]])
             for hash, first in zip(hashes.tolist(), firsts.tolist(), strict=True)
         ]
-        return np.array(numbers, np.int64)[which], vig
+        return np.array(numbers, np.int64)[which], starts
 
     def _number(self, hash: int, ids: np.ndarray) -> int:
         found = self._runs.get(hash)
@@ -166,7 +173,7 @@ def word_figures(rows: Sequence, tokenizer: Any, sampled: bool, tagger: Any = No
     codes = {name: code for code, name in enumerate(names)}
     by_class = Counter(len(names))
     sums, counts, kinds = np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)
-    for part in _parts(rows):
+    for part in parts(rows):
         numbers, vig = words.read(part)
         new = words.texts[len(kinds) :]
         kinds = np.append(
@@ -191,7 +198,7 @@ def word_figures(rows: Sequence, tokenizer: Any, sampled: bool, tagger: Any = No
     )
 
 
-def _parts(rows: Sequence) -> Iterator[Sequence]:
+def parts(rows: Sequence) -> Iterator[Sequence]:
     """The rows in parts of about PART tokens, so that memory stays small beside theirs."""
     first = size = 0
     for place, row in enumerate(rows):

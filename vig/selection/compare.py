@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from vig.data.files import StoreError
-from vig.selection.rule import row_kinds, token_and_sample_vig
+from vig.selection.rule import check_easy, easy_tokens, row_kinds, token_and_sample_vig
 from vig.selection.sources import Sources
 from vig.selection.stop_tokens import Stops
 from vig.store.folder import SettingsDiffer, settings_differences
@@ -72,11 +72,22 @@ class Comparison:
     taus: tuple[float, float]
     sample_overlap: dict[float, float]  # by p
     token_overlap: float | None  # at p; None where the answers have other tokens
+    keep_easy: float | None  # nats; easy tokens count as kept in it
     sources: list[SourceComparison]
     rose: list[Moved]
     fell: list[Moved]
     identical: bool
     points: np.ndarray = field(repr=False)  # (n, 2) sample VIG in A and B, at most POINTS, seeded
+
+    @property
+    def settings(self) -> str:
+        """At which the tokens are compared."""
+        easy = (
+            ""
+            if self.keep_easy is None
+            else f", with the tokens under {self.keep_easy:g} nats without the image"
+        )
+        return f"at p = {self.p:g}{easy}"
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the points, for JSON."""
@@ -106,7 +117,7 @@ class Comparison:
             f"kept by both   {shares}, of the samples kept by either",
         ]
         if self.token_overlap is not None:
-            lines.append(f"tokens         {100 * self.token_overlap:.1f} % at p = {self.p:g}")
+            lines.append(f"tokens         {100 * self.token_overlap:.1f} % {self.settings}")
         if len(self.sources) > 1:
             lines += [_source_line(row) for row in self.sources[:LISTED]]
             more = len(self.sources) - LISTED
@@ -151,16 +162,20 @@ def compare(
     p: float = 70.0,
     *,
     moved: int = 24,
+    keep_easy: float | None = None,
 ) -> Comparison:
     """Compare two scorings of one dataset; B is told relative to A.
 
     moved: how many samples are listed in each direction. Samples are matched by key; overlaps follow `select` at p with
     level "both" and its other defaults.
+    keep_easy: as `select` takes it: the overlap of the tokens counts those with nll_null_t < keep_easy as kept, in
+    every sample. That of the samples stays the one by VIG.
 
     Raises SettingsDiffer where the scores are of other data, StoreError where they share no sample with VIG or cannot
-    be read, ValueError for a p that makes no sense.
+    be read, ValueError for a p or a keep_easy that makes no sense.
     """
     check_p(p)
+    check_easy(keep_easy)
     a, b = open_scores(a), open_scores(b)
     about = score_metadata(a), score_metadata(b)
     _refuse_other_data(*about)
@@ -173,7 +188,7 @@ def compare(
     ranks = np.stack([mean_ranks(values) for values in vig])
     kept = {share: np.stack([_keeps(values, share) for values in vig]) for share in sorted({*SHARES, p})}
     stops = [Stops.of(one, "keep", "all") for one in about]
-    tokens = _Tokens([float(np.percentile(values, 100 - p)) for values in vig], stops)
+    tokens = _Tokens([float(np.percentile(values, 100 - p)) for values in vig], stops, keep_easy)
     tokens.read(a, b)
     rose, fell = _movers(a, b, (one.rows[at_a], two.rows[at_b]), vig, ranks, moved)
     places = np.linspace(0, len(at_a) - 1, min(POINTS, len(at_a))).astype(np.int64)
@@ -191,6 +206,7 @@ def compare(
         taus=tuple(tokens.taus),
         sample_overlap={share: _overlap(*marks) or 0.0 for share, marks in kept.items()},
         token_overlap=tokens.overlap,
+        keep_easy=keep_easy,
         sources=_by_source(one.codes[at_a], sources.names, vig, ranks, kept[p]),
         rose=rose,
         fell=fell,
@@ -288,8 +304,8 @@ class _Tokens:
 
     Where rows stand in another order, or answers have other tokens, there is no overlap to tell."""
 
-    def __init__(self, taus: list[float], stops: list[Stops]):
-        self.taus, self.stops = taus, stops
+    def __init__(self, taus: list[float], stops: list[Stops], keep_easy: float | None):
+        self.taus, self.stops, self.keep_easy = taus, stops, keep_easy
         self.both = self.either = 0
         self.comparable = self.equal = True
 
@@ -324,7 +340,8 @@ class _Tokens:
             passed = token_vig >= tau
             if stops.keep:
                 passed |= stops.mask(batch, every)
-            marks.append(passed & np.repeat(vig >= tau, lengths))
+            kept = passed & np.repeat(vig >= tau, lengths)
+            marks.append(kept if self.keep_easy is None else kept | easy_tokens(batch, every, self.keep_easy))
             values.append(token_vig)
         self.both += int((marks[0] & marks[1]).sum())
         self.either += int((marks[0] | marks[1]).sum())

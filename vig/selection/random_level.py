@@ -25,8 +25,8 @@ def count_both(scores, rule: Rule, report: Callable[[int], None]) -> Both:
     samples = tokens = seen = 0
     stops = [np.empty(0, np.int64)]
     for batch in read_scores(scores, rule.columns):
-        _, more_samples, more_tokens = rule.apply(batch)
-        samples, tokens = samples + more_samples, tokens + more_tokens
+        more = rule.apply(batch)
+        samples, tokens = samples + more.samples, tokens + more.tokens
         if rule.stops.keep:
             ends = rule.stops.mask(batch, row_kinds(batch)[0])
             stops.append(np.flatnonzero(ends) + seen)

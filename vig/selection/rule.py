@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,19 @@ from vig.store.selections import SELECTION_SCHEMA, hash_keys, mix64
 
 KL = "token_kl"
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Applied(NamedTuple):
+    """What a rule makes of a batch: its selection rows, and how many multimodal samples and tokens of theirs are kept.
+
+    Of these, easy_samples and easy_tokens are kept as easy alone: by ``keep_easy``, not by the rule of VIG.
+    """
+
+    rows: pa.RecordBatch
+    samples: int
+    tokens: int
+    easy_samples: int = 0
+    easy_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,9 @@ class Rule:
     taus: Mapping[str, float] | None = None  # by source, in place of tau
     stops: Stops = NO_STOPS
     by_kl: bool = False  # KL(p_image || p_null) takes the place of VIG
+    keep_easy: float | None = (
+        None  # nats: tokens with nll_null under it are kept too, in every multimodal sample
+    )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -42,17 +59,22 @@ class Rule:
         read = (*read, KL) if self.by_kl else read
         return (*read, "positions") if self.stops.ids else read
 
-    def apply(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int, int]:
-        """Selection rows, the number of multimodal samples kept, and of tokens kept in them."""
+    def apply(self, batch: pa.RecordBatch) -> Applied:
+        """Selection rows and counts, a function of this batch alone."""
         ok, text_only, lengths = row_kinds(batch)
         keep = np.zeros(batch.num_rows, bool)
-        keep[ok], multimodal_tokens = self._choose(batch, ok, lengths[ok])
+        kept, chosen = self._choose(batch, ok, lengths[ok])
         if self.stops.keep:
-            multimodal_tokens |= self.stops.mask(batch, ok) & np.repeat(keep[ok], lengths[ok])
+            chosen |= self.stops.mask(batch, ok) & np.repeat(kept, lengths[ok])
+        samples_by_vig, tokens_by_vig = int(kept.sum()), int(chosen.sum())
+        if self.keep_easy is not None:
+            easy = easy_tokens(batch, ok, self.keep_easy)
+            kept, chosen = kept | (segment_means(easy, lengths[ok]) > 0), chosen | easy
+        keep[ok] = kept
         keep |= text_only
         owners_ok = np.repeat(ok, lengths)
         tokens = np.ones(len(owners_ok), bool)
-        tokens[owners_ok] = multimodal_tokens
+        tokens[owners_ok] = chosen
         valid = ok | text_only
         columns = [
             batch["key"],
@@ -61,8 +83,12 @@ class Rule:
             batch["token_ids"],
             list_array(tokens, lengths, valid),
         ]
-        samples = int(keep[ok].sum())
-        return pa.record_batch(columns, schema=SELECTION_SCHEMA), samples, int(multimodal_tokens.sum())
+        rows, n_samples, n_tokens = (
+            pa.record_batch(columns, schema=SELECTION_SCHEMA),
+            int(kept.sum()),
+            int(chosen.sum()),
+        )
+        return Applied(rows, n_samples, n_tokens, n_samples - samples_by_vig, n_tokens - tokens_by_vig)
 
     def _choose(
         self, batch: pa.RecordBatch, ok: np.ndarray, lengths: np.ndarray
@@ -153,6 +179,20 @@ def token_and_sample_kl(
         first = rows["key"][0].as_py() if rows.num_rows else "?"
         raise StoreError(f"{KL} and n_tokens disagree in the batch that begins with {first}: score it again")
     return kl, segment_means(kl, lengths) if stops.in_mean else stops.sample_vig(batch, ok, lengths, kl)
+
+
+def check_easy(nats: float | None) -> None:
+    """Raises ValueError for a bound of easy tokens that makes no sense; None is none."""
+    if nats is not None and not 0 < nats < np.inf:
+        raise ValueError(
+            f"keep_easy is a number of nats above 0 under which nll_null is easy (0.5, say); got {nats!r}"
+        )
+
+
+def easy_tokens(batch: pa.RecordBatch, ok: np.ndarray, nats: float) -> np.ndarray:
+    """(n,) bool: nll_null_t < nats, as stored and whatever a clip, of the tokens of the multimodal samples (ok)."""
+    rows = batch if ok.all() else batch.filter(pa.array(ok))
+    return rows["token_nll_null"].flatten().to_numpy() < np.float64(nats)
 
 
 def sample_draws(hashes: np.ndarray, seed: int) -> np.ndarray:

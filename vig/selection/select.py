@@ -3,6 +3,7 @@
     tau_p = the (100 - p)-th percentile of sample VIG over the multimodal samples
     keep the samples with VIG >= tau_p, and in them the tokens with VIG_t >= tau_p       (level "both")
     and the end-of-turn tokens of the kept samples, unless the paper's rule is asked for (`vig.selection.stop_tokens`)
+    and, where keep_easy is given, the tokens with nll_null_t < keep_easy of all multimodal samples, dropped ones too
 
 Source: "Selective Training for Large Vision Language Models via Visual Information Gain", arXiv 2602.17186,
 section 3. Scores are facts, so any p and level can be chosen without scoring again.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -27,10 +29,11 @@ import pyarrow as pa
 from vig.data.files import StoreError, lock_folder
 from vig.selection.advice import barely_used, mistaken_share, noise_floor, share_of, tau_warnings
 from vig.selection.by_source import SourceCounts, source_lines, taus_of
+from vig.selection.choice import Choice
 from vig.selection.random_level import count_both, random_rule
 from vig.selection.rule import Rule, row_kinds
 from vig.selection.sources import Sources
-from vig.selection.stop_tokens import Stops, check_stops
+from vig.selection.stop_tokens import Stops
 from vig.store.folder import shards_in
 from vig.store.rows import METADATA_KEY
 from vig.store.scores import count_rows, open_scores, read_scores, score_metadata, unfinished
@@ -41,52 +44,6 @@ from vig.store.selections import (
     refuse_other_selection,
     write_selection,
 )
-
-LEVELS = ("both", "sample", "token", "random")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What is asked of a selection. Raises ValueError for values that make no sense, whatever the scores."""
-
-    p: float = 70.0
-    level: str = "both"
-    clip: float | None = None
-    tau_floor: float | None = None
-    seed: int = 0
-    by: str | None = None
-    stop_tokens: str = "keep"
-    mean: str = "all"
-
-    def __post_init__(self):
-        if not 0 < self.p <= 100:
-            raise ValueError(f"p is the percentage of samples to keep, above 0 and up to 100; got {self.p!r}")
-        if self.level not in LEVELS:
-            raise ValueError(f"level {self.level!r} is not one of {', '.join(LEVELS)}")
-        if self.clip is not None and not self.clip < 0:
-            raise ValueError(
-                f"clip is a log-probability in nats, below 0 (log 0.01 = -4.605); got {self.clip!r}"
-            )
-        if self.tau_floor is not None and not math.isfinite(self.tau_floor):
-            raise ValueError(f"tau_floor is a finite number of nats; got {self.tau_floor!r}")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed is an integer of 64 bits; got {self.seed!r}")
-        if self.by not in (None, "source", "kl"):
-            raise ValueError(
-                f'by = {self.by!r}, expected "source" or "kl", or nothing for one tau over all samples'
-            )
-        if self.by == "kl" and self.clip is not None:
-            raise ValueError(
-                "clip bounds the log-probabilities of VIG, which by = 'kl' does not use; leave it out"
-            )
-        if self.by == "source" and self.level == "random":
-            raise ValueError("level random draws from all samples alike; leave out by (--by source)")
-        check_stops(self.stop_tokens, self.mean)
-
-    def recorded(self, stops: Stops) -> dict[str, object]:
-        """What a selection records of it: of the stop tokens what takes effect on its scores."""
-        asked = {name: value for name, value in vars(self).items() if name not in ("stop_tokens", "mean")}
-        return asked | stops.settings()
 
 
 @dataclass
@@ -106,6 +63,7 @@ class Selection:
     by: str | None
     stop_tokens: str  # as asked for; the metadata say what takes effect on these scores
     mean: str
+    keep_easy: float | None  # nats
     sources: list[dict]  # by="source": tau and counts of each; else empty
     counts: dict[str, int]
     metadata: dict = field(repr=False)  # of the scores, with "selection" added
@@ -117,7 +75,7 @@ class Selection:
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Rows of SELECTION_SCHEMA in the order of the scores, in constant memory."""
         for batch in read_scores(self.scores, self.rule.columns):
-            yield self.rule.apply(batch)[0]
+            yield self.rule.apply(batch).rows
 
     def table(self) -> SelectionTable:
         """The mapping key -> (keep, token_ids, token_keep), in memory."""
@@ -141,10 +99,28 @@ class Selection:
             *source_lines(self.sources),
             f"samples kept  {share_of(n['samples_kept'], n['samples_total'])} with an image",
             f"tokens kept   {share_of(n['tokens_kept'], n['tokens_total'])} of these samples' answers",
-            f"text-only     {n['text_only']:,} samples, {n['text_only_tokens']:,} tokens, all kept",
+            *self._easy_lines(),
+            f"text-only     {n['text_only']:,} samples, {text:,} tokens, all kept{self._text_only_share()}",
             f"trained on    {share_of(n['tokens_kept'] + text, n['tokens_total'] + text)} of all answer tokens",
             f"not scored    {n['errors']:,} samples, none kept",
         ] + ([] if floor is None else [f"noise floor   {floor:.3g} nats: the same image scored twice"])
+
+    def _text_only_share(self) -> str:
+        text = self.counts["text_only_tokens"]
+        kept = text + self.counts["tokens_kept"]
+        return f": {100 * text / kept:.1f} % of the tokens trained on" if text else ""
+
+    def _easy_lines(self) -> list[str]:
+        if self.keep_easy is None:
+            return []
+        n = self.counts
+        by_vig, easy = n["tokens_kept"] - n["tokens_easy"], n["tokens_easy"]
+        measure = "KL" if self.by == "kl" else "VIG"
+        return [
+            f"  by {measure:11} {n['samples_kept'] - n['samples_easy']:,} samples, {by_vig:,} tokens",
+            f"  as easy       {easy:,} more tokens, whose nll_null is under {self.keep_easy:g} nats",
+            f"  easy alone    {n['samples_easy']:,} samples, kept for such tokens only",
+        ]
 
 
 @dataclass
@@ -184,6 +160,7 @@ def select(
     by: str | None = None,
     stop_tokens: str = "keep",
     mean: str = "all",
+    keep_easy: float | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[float], None] | None = None,
@@ -205,6 +182,11 @@ def select(
     stop_tokens: "keep" keeps the end-of-turn tokens of every kept sample, whatever their VIG; "select" only those with
         VIG >= tau, as the paper's rule does. Scores that do not say which tokens these are have the paper's rule.
     mean: "all" answer tokens enter a sample's VIG, as the paper's do; "content" leaves end-of-turn tokens out.
+    keep_easy: nats, above 0 (0.5, say). The tokens with nll_null_t < keep_easy, which are likely without the image too,
+        are kept whatever their VIG, in every multimodal sample: in one that VIG drops they alone are trained on.
+        Otherwise an answer loses the words that give it its form. nll_null_t counts as stored, whatever the clip. Off
+        by default; not with level "random". The counts ``tokens_easy`` and ``samples_easy`` say how many tokens and
+        samples are kept by this alone; ``tokens_kept`` and ``samples_kept`` include them.
     out: folder to write the selection to, in Parquet. A selection there that was made with the same settings is
         replaced; one of others raises SettingsDiffer, unless overwrite is set.
     progress: called with the share done, 0 to 1.
@@ -213,7 +195,7 @@ def select(
     another process is writing to ``out``. Scores that are not complete are warned of, and listed in ``unfinished`` of
     the result.
     """
-    choice = Choice(p, level, clip, tau_floor, seed, by, stop_tokens, mean)
+    choice = Choice(p, level, clip, tau_floor, seed, by, stop_tokens, mean, keep_easy)
     scores, folder = open_scores(scores), Path(out) if out is not None else None
     about = score_metadata(scores)
     stops = Stops.of(about, stop_tokens, mean)
@@ -253,6 +235,7 @@ def _choose(
         taus=taus,
         stops=stops,
         by_kl=choice.by == "kl",
+        keep_easy=choice.keep_easy,
     )
     if is_random and tau is not None:
         both = count_both(scores, rule, report)
@@ -263,7 +246,7 @@ def _choose(
     metadata = {**about, "selection": {**choice.recorded(stops), **found}}
 
     def final_metadata() -> dict:
-        counts.update(samples_kept=kept.samples, tokens_kept=kept.tokens)
+        counts.update(kept.counts)
         return metadata
 
     batches = kept.batches(scores, rule, report)
@@ -350,15 +333,17 @@ class _Kept:
     """Counts of what a rule keeps, filled while its batches pass by."""
 
     def __init__(self, taus: Mapping[str, float] | None = None):
-        self.samples = self.tokens = 0
+        self.counts = Counter(samples_kept=0, tokens_kept=0)
         self.sources = SourceCounts(dict(taus or {}))
 
     def batches(self, scores, rule: Rule, report: _Progress) -> Iterator[pa.RecordBatch]:
         for batch in read_scores(scores, rule.columns):
-            rows, samples, tokens = rule.apply(batch)
+            found = rule.apply(batch)
             if rule.taus is not None:
                 ok, _, lengths = row_kinds(batch)
-                self.sources.add(batch, ok, lengths, rows)
-            self.samples, self.tokens = self.samples + samples, self.tokens + tokens
-            yield rows
+                self.sources.add(batch, ok, lengths, found.rows)
+            self.counts.update(samples_kept=found.samples, tokens_kept=found.tokens)
+            if rule.keep_easy is not None:
+                self.counts.update(samples_easy=found.easy_samples, tokens_easy=found.easy_tokens)
+            yield found.rows
             report(batch.num_rows)
