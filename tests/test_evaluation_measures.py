@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vig.metrics import anls, auroc, chair, exact_accuracy, levenshtein, mcnemar, paired_bootstrap, yes_no
+from vig.evaluation.hallucination import chair
+from vig.evaluation.ranking import auroc
+from vig.evaluation.significance import mcnemar, paired_bootstrap
+from vig.evaluation.similarity import anls, exact_accuracy, levenshtein
+from vig.evaluation.yes_no import yes_no
 
 
 def test_pope_by_hand():
