@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from vig.cli import app
 from vig.data.files import StoreError
 from vig.evaluation.answering import Answerer, Asked, left_padded, prompt_of
-from vig.evaluation.questions import DataSpec, Record
+from vig.evaluation.questions import Record
 from vig.evaluation.run import evaluate
 from vig.evaluation.settings import AnswerSettings, EvalSpec
 from vig.evaluation.tasks import TASKS
@@ -258,8 +258,3 @@ def test_the_prompt_is_the_templates_own():
     assert batch["attention_mask"].sum(1).tolist() == [len(prompt.input_ids), 20]
     assert batch["input_ids"][1].tolist()[-20:] == prompt.input_ids[-20:]
     assert torch.equal(batch["pixel_values"][0], expected["pixel_values"][0])
-
-
-def test_a_data_spec_names_its_files():
-    spec = DataSpec(Path("a"), "{question}", synonyms=Path("s"), captions=None)
-    assert EvalSpec("pope", "x").data_spec.files() == [Path("x")] and spec.synonyms == Path("s")

@@ -191,7 +191,7 @@ def _words(text: str) -> str:
 
 
 def tally(rows: Sequence[Mapping[str, Any]]) -> Tally:
-    """A unit is a question with all of its rotations, every one of which must be right; incomplete ones are left out."""
+    """A unit is a question with all of its rotations, all of which must be right; incomplete ones are left out."""
     units: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         units.setdefault(row["question_of"], []).append(row)
