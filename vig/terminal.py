@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vig.data.error_log import ErrorLog
-from vig.scoring.progress_bar import LateBar
+from vig.scoring.progress_bar import LateBar, duration, rate, time_left
 from vig.store.token_stats import TOKEN_STATS, stat_columns
 
 if TYPE_CHECKING:
@@ -188,25 +188,6 @@ def show_training(console: Console, result: TrainResult) -> None:
         console.print(f"{result.left_out:,} samples were left out of training")
     if result.out is not None:
         console.print(f"checkpoint: {result.out}", markup=False)
-
-
-def rate(state: Progress) -> str:
-    here = state.done - state.resumed
-    return f"{here / max(state.seconds, 1e-9):,.1f} samples/s" if here else ""
-
-
-def time_left(state: Progress) -> str:
-    here = state.done - state.resumed
-    if not here or state.total is None:
-        return "unknown time"
-    return duration((state.total - state.done) * state.seconds / here)
-
-
-def duration(seconds: float) -> str:
-    """75 -> "1:15", 8000 -> "2:13:20"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def show_scores(

@@ -24,11 +24,11 @@ ADVANCED = {
     "trust_remote_code", "max_length", "end_of_turn", "device", "columns", "roles", "clip", "seed", "stop_tokens",
     "accumulate", "schedule", "warmup", "weight_decay", "max_grad_norm", "z_loss", "freeze", "gradient_checkpointing",
     "processor", "errors", "retry", "shard", "mean", "by", "stats", "eval_every", "report_to",
-    "keep_easy",
+    "keep_easy", "temperature", "resamples",
 }  # fmt: skip
 
 
-ORDER = ("inspect", "score", "select", "train", "report", "compare", "plot", "demo")
+ORDER = ("inspect", "score", "select", "train", "eval", "report", "compare", "plot", "demo")
 
 
 class Command(TyperCommand):

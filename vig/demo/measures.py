@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vig.demo.scenes import COLOUR_WORDS, FUNCTION_WORDS, OBJECT_WORDS
-from vig.metrics import auroc
+from vig.evaluation.ranking import auroc
 from vig.store.scores import read_scores
 
 CLASSES = {"colour": COLOUR_WORDS, "object": OBJECT_WORDS, "function": FUNCTION_WORDS}

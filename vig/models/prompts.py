@@ -168,7 +168,7 @@ class Encoder:
         """
         lengths = [item.n_fed if until_last_answer else len(item.input_ids) for item in encoded]
         shape = (len(encoded), max(lengths))
-        input_ids = torch.full(shape, self._pad_id(), dtype=torch.int64)
+        input_ids = torch.full(shape, self.pad_id(), dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORE, dtype=torch.int64)
         for row, (item, length) in enumerate(zip(encoded, lengths, strict=True)):
@@ -179,7 +179,7 @@ class Encoder:
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         return batch | collate_pixels([item.pixels for item in encoded], lengths)
 
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(id for id in ids if id is not None)
 

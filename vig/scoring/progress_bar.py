@@ -1,4 +1,4 @@
-"""Bars on a terminal: one that is drawn when there is something to show, and that of scoring from Python."""
+"""Bars on a terminal: one that is drawn when there is something to show, and that of scoring from Python; rates."""
 
 from __future__ import annotations
 
@@ -36,3 +36,22 @@ def bar(wanted: bool) -> Iterator[Callable[[Any], None] | None]:
     with LateBar(*columns, console=console) as shown:
         task = shown.add_task("scoring", total=None)
         yield lambda state: shown.update(task, completed=state.done, total=state.total)
+
+
+def rate(state: Any) -> str:
+    here = state.done - state.resumed
+    return f"{here / max(state.seconds, 1e-9):,.1f} samples/s" if here else ""
+
+
+def time_left(state: Any) -> str:
+    here = state.done - state.resumed
+    if not here or state.total is None:
+        return "unknown time"
+    return duration((state.total - state.done) * state.seconds / here)
+
+
+def duration(seconds: float) -> str:
+    """75 -> "1:15", 8000 -> "2:13:20"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

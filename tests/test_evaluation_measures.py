@@ -4,23 +4,57 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vig.metrics import anls, auroc, chair, exact_accuracy, levenshtein, mcnemar, paired_bootstrap, yes_no
+from vig.evaluation.hallucination import chair
+from vig.evaluation.ranking import auroc
+from vig.evaluation.significance import mcnemar, paired_bootstrap
+from vig.evaluation.similarity import anls, exact_accuracy, levenshtein
+from vig.evaluation.yes_no import RULES, names_one, said, yes_no
+
+ANSWERS = [
+    "Yes, there is a dog.",
+    "No.",
+    "yes",
+    "There isn't. Yes",
+    "Yes. There is no cat",
+    "Nobody is there",
+]
+TRUTHS = ["yes", "yes", "no", "no", "yes", "no"]
 
 
 def test_pope_by_hand():
-    answers = [
-        "Yes, there is a dog.",
-        "No.",
-        "yes",
-        "There isn't. Yes",
-        "Yes. There is no cat",
-        "Nobody is there",
-    ]
-    truths = ["yes", "yes", "no", "no", "yes", "no"]
-    figures = yes_no(answers, truths)  # TP 2, FN 1, FP 2 ("nobody" is neither "no" nor "not"), TN 1
-    assert figures == pytest.approx((3 / 6, 2 / 4, 2 / 3, 4 / 7, 4 / 6))
+    figures = yes_no(
+        ANSWERS, TRUTHS
+    )  # TP 2, FN 1, FP 3: neither "isn't" nor "nobody" is a word that it knows
+    assert figures == pytest.approx((2 / 6, 2 / 5, 2 / 3, 4 / 8, 5 / 6))
+    strict = yes_no(ANSWERS, TRUTHS, "strict")  # two say neither: wrong, and not yes
+    assert strict == pytest.approx((2 / 6, 2 / 3, 2 / 3, 2 / 3, 3 / 6))
+    whole = yes_no(ANSWERS, TRUTHS, "lmms-eval")  # "yes" alone is an answer, and it is wrong
+    assert whole == pytest.approx((0, 0, 0, 0, 1 / 6))
     assert yes_no([False, False], [True, False]) == (0.5, 0, 0, 0, 0)
     assert yes_no([True], ["yes"]) == (1, 1, 1, 1, 1)
+    assert yes_no([None, True], ["yes", "yes"]) == pytest.approx((1 / 2, 1, 1 / 2, 2 / 3, 1 / 2))
+
+
+@pytest.mark.parametrize(
+    ("answer", "pope", "lmms_eval", "strict", "names"),
+    [
+        ("Yes", "yes", "yes", "yes", True),
+        ("no", "no", "no", "no", True),
+        ("NO", "yes", "no", "no", True),  # the benchmark knows No and no
+        ("No,there is none", "yes", None, "no", True),  # and parts words at single spaces
+        ("No, there is none", "no", None, "no", True),
+        ("I do not see one", "no", None, None, True),
+        ("It isn’t there", "yes", None, None, True),
+        ("A dog. There is no cat", "yes", None, None, True),
+        ("yes.", "yes", None, "yes", True),
+        ("", "yes", None, None, False),
+        ("Nobody", "yes", None, None, False),
+        ("a red cup", "yes", None, None, False),
+    ],
+)
+def test_rules_read_an_answer(answer, pope, lmms_eval, strict, names):
+    assert [said(answer, rule) for rule in RULES] == [pope, lmms_eval, strict]
+    assert names_one(answer) == names
 
 
 def test_chair_by_hand():
