@@ -1,0 +1,1 @@
+"""From predictions to measures: generation, tasks, probes."""
