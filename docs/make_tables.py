@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vig.data.formats import FORMATS, FORMS, Form
+from vig.evaluation.probes.table import PROBES
 from vig.models.families import FAMILIES
 from vig.models.null_image import NULLS
 from vig.scoring.attention_kernels import KERNELS
@@ -61,6 +62,14 @@ def attention() -> str:
     return markdown(["kernel", "taken for", "calls a layer"], rows)
 
 
+def probes() -> str:
+    rows = (
+        [f"`{name}`", probe.question, probe.needs, "; ".join(f"*{m.name}*: {m.says}" for m in probe.measures)]
+        for name, probe in PROBES.items()
+    )
+    return markdown(["probe", "asks", "needs", "measures"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "null images": ("null-images.md", null_images),
     "families": ("families.md", families),
@@ -68,6 +77,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "formats": ("formats.md", formats),
     "records": ("formats.md", records),
     "attention kernels": ("throughput.md", attention),
+    "probes": ("probes.md", probes),
 }  # name -> its page and what makes it
 
 

@@ -24,11 +24,13 @@ ADVANCED = {
     "trust_remote_code", "max_length", "end_of_turn", "device", "columns", "roles", "clip", "seed", "stop_tokens",
     "accumulate", "schedule", "warmup", "weight_decay", "max_grad_norm", "z_loss", "freeze", "gradient_checkpointing",
     "processor", "errors", "retry", "shard", "mean", "by", "stats", "eval_every", "report_to",
-    "keep_easy", "temperature", "resamples",
+    "keep_easy", "temperature", "resamples", "statement", "judge", "max_new_tokens", "near_zero",
 }  # fmt: skip
 
 
-ORDER = ("inspect", "score", "select", "train", "eval", "report", "compare", "plot", "demo")
+ORDER = (
+    "inspect", "score", "select", "train", "eval", "probe", "mmhal", "lmms-eval", "report", "compare", "plot", "demo",
+)  # fmt: skip
 
 
 class Command(TyperCommand):

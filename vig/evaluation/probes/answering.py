@@ -1,0 +1,152 @@
+"""Greedy answers of a loaded model to samples whose answers are hidden, and when two answers are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from vig.data.sample import Sample, SampleError, is_answer, text_of
+from vig.models.prompts import TOKEN_LEVEL, Encoded, collate_pixels
+from vig.scoring import batching
+from vig.scoring.loader import LoadedRecord, load_records
+from vig.scoring.scorer import Scorer
+from vig.scoring.self_check import is_out_of_memory
+
+OnShare = Callable[[float], None] | None  # called with the share that is done, 0 to 1
+
+
+def plain(text: str) -> str:
+    """What exact match compares: neither case, runs of white space nor a final full stop count."""
+    return " ".join(text.lower().split()).removesuffix(".").rstrip()
+
+
+def first_exchange(sample: Sample) -> Sample:
+    """The sample up to its first answer, with the images that stand before it. Raises SampleError."""
+    end = next((place for place, message in enumerate(sample.messages) if is_answer(message)), None)
+    if end is None:
+        raise SampleError(sample.key, sample.id, "it has no answer", "Leave it out")
+    messages = sample.messages[: end + 1]
+    shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if not shown:
+        raise SampleError(sample.key, sample.id, "no image stands before its first answer", "Leave it out")
+    return replace(sample, messages=messages, images=sample.images[:shown])
+
+
+def answer_of(sample: Sample) -> str:
+    """The text of its last message, which `first_exchange` made the answer."""
+    return text_of(sample.messages[-1])
+
+
+def with_answer(sample: Sample, answer: str) -> Sample:
+    """The same question with another answer."""
+    last = sample.messages[-1] | {"content": [{"type": "text", "text": answer}]}
+    return replace(sample, messages=(*sample.messages[:-1], last))
+
+
+def greedy_answers(
+    scorer: Scorer,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    on_share: OnShare = None,
+) -> list[str | SampleError]:
+    """What the model writes, greedily, in the place of each sample's first answer; in order.
+
+    The prompt is the one that scoring and training see, up to the answer's first token. A sample that cannot be
+    encoded, or alone does not fit into memory, has its error. Rows are padded on the left.
+    """
+    answers: list[str | SampleError] = []
+    for chunk in batching.chunks(samples, batching.BLOCK):
+        answers += _of_block(scorer, chunk, max_new_tokens)
+        if on_share is not None:
+            on_share(len(answers) / len(samples))
+    return answers
+
+
+def _of_block(scorer: Scorer, samples: list[Sample], max_new_tokens: int) -> list[str | SampleError]:
+    found: dict[int, str | SampleError] = {}
+    items: list[LoadedRecord] = []
+    longest = None if scorer.max_length is None else scorer.max_length - max_new_tokens
+    for item in load_records(samples, scorer.encoder, "pixels", scorer.workers):
+        if item.error is None and longest is not None and item.encoded.answer_index[0] > longest:
+            reason = f"its prompt of {item.encoded.answer_index[0]} tokens leaves no room for {max_new_tokens} more"
+            item.error = SampleError(item.record.key, item.record.id, reason, "Lower --max-new-tokens")
+        if item.error is not None:
+            found[item.place] = item.error
+        else:
+            items.append(item)
+    lengths = [item.encoded.answer_index[0] + max_new_tokens for item in items]
+    for batch in batching.batches(lengths, scorer.settings.batch_tokens, scorer.settings.batch_size):
+        chosen = [items[place] for place in batch]
+        for item, answer in zip(chosen, _generate(scorer, chosen, max_new_tokens), strict=True):
+            found[item.place] = answer
+    return [found[place] for place in range(len(samples))]
+
+
+def _generate(
+    scorer: Scorer, items: Sequence[LoadedRecord], max_new_tokens: int
+) -> Iterator[str | SampleError]:
+    """A batch that does not fit into memory is halved."""
+    try:
+        yield from _written(scorer, [item.encoded for item in items], max_new_tokens)
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+    if len(items) == 1:
+        record = items[0].record
+        cure = "Probe it on a larger device, or lower --max-new-tokens"
+        yield SampleError(record.key, record.id, f"it does not fit into memory ({reason})", cure)
+        return
+    middle = len(items) // 2
+    yield from _generate(scorer, items[:middle], max_new_tokens)
+    yield from _generate(scorer, items[middle:], max_new_tokens)
+
+
+@torch.inference_mode()
+def _written(scorer: Scorer, encoded: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    model, tokenizer = scorer.loaded.model, scorer.encoder.tokenizer
+    own = model.generation_config.eos_token_id
+    stops = sorted({*([own] if isinstance(own, int) else own or ()), *scorer.encoder.stop_ids})
+    pad = next(id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if id is not None)
+    inputs = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in prompts_of(encoded, pad).items()
+    }
+    # every choice is made here: what a checkpoint recommends (sampling, penalties) is not taken over
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+        eos_token_id=stops or None, pad_token_id=pad, use_cache=True,
+    )  # fmt: skip
+    rows = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :].tolist()
+    ends = [next((place for place, id in enumerate(row) if id in stops), None) for row in rows]
+    return [
+        tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+        for row, end in zip(rows, ends, strict=True)
+    ]
+
+
+def prompts_of(encoded: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
+    """What stands before the first answers, padded on the left: (B, T) ids, mask and token types, and the pixels."""
+    lengths = [item.answer_index[0] for item in encoded]
+    shape = (len(encoded), max(lengths))
+    inputs = {
+        "input_ids": torch.full(shape, pad, dtype=torch.int64),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+    }
+    for name in TOKEN_LEVEL:
+        if any(name in item.pixels for item in encoded):
+            inputs[name] = torch.zeros(shape, dtype=torch.int64)
+    for row, (item, length) in enumerate(zip(encoded, lengths, strict=True)):
+        inputs["input_ids"][row, -length:] = torch.tensor(item.input_ids[:length])
+        inputs["attention_mask"][row, -length:] = 1
+        for name in set(TOKEN_LEVEL) & set(item.pixels):
+            inputs[name][row, -length:] = item.pixels[name][0, :length]
+    pixels = [
+        {name: value for name, value in item.pixels.items() if name not in TOKEN_LEVEL} for item in encoded
+    ]
+    return inputs | collate_pixels(pixels, lengths)
