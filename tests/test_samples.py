@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import tiny
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, features
 
 from vig.data.images import open_image, open_images
 from vig.data.records import sample_from_record
@@ -393,6 +393,19 @@ def test_images_that_cannot_be_read(tmp_path, content, reason):
     with pytest.raises(SampleError, match=reason) as error:
         open_images(sample)
     assert "data.json#3" in str(error.value) and "a.jpg" in str(error.value)
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    """Pillow would start Ghostscript on it."""
+    ran, ghostscript = tmp_path / "ran", tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\n: > {ran}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # it is looked for once
+    sample = sample_from_record(record(image={"bytes": encoded(tiny.picture(3), "EPS")}), key="k")
+    with pytest.raises(SampleError, match=r"is EPS, which another program.*Convert it to PNG"):
+        open_images(sample)
+    assert not ran.exists()
 
 
 def test_the_most_pixels_are_those_of_the_whole_image():
