@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from PIL import Image
 ImageSource = Path | bytes | Image.Image
 
 LONGEST_NAME = 500  # characters
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class SampleError(ValueError):
 
     def __init__(self, key: str, id: str, reason: str, cure: str):
         self.key, self.id, self.reason, self.cure = (writable(str(part)) for part in (key, id, reason, cure))
-        super().__init__(f"{self.key} (id {shortened(self.id)!r}): {self.reason}. {self.cure}")
+        self.reason = printable(self.reason)
+        super().__init__(f"{printable(self.key)} (id {shortened(self.id)!r}): {self.reason}. {self.cure}")
 
     def __reduce__(self):
         return SampleError, (self.key, self.id, self.reason, self.cure)
@@ -45,6 +48,12 @@ class SampleError(ValueError):
 def writable(text: str) -> str:
     """With lone surrogates, which no file takes, written out: a name whose bytes are not UTF-8 holds them."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def printable(text: str) -> str:
+    """With control characters written out, all but line ends and tabs: a name or a text that holds them would steer the
+    terminal that shows it."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def check_characters(what: str, text: str, key: str, id: str) -> None:
