@@ -1,4 +1,4 @@
-"""The notebooks of examples/ run from top to bottom, and the outputs that they are stored with are those of their code."""
+"""The notebooks of examples/ run from top to bottom, and are stored with the outputs of their own code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from PIL import Image
 pytest.importorskip("nbclient", reason="notebooks run with nbclient, nbformat and ipykernel (the test extra)")
 
 import nbformat
-
 from notebook import NOTEBOOKS, run
 
 LARGEST = 150_000  # bytes, so that a difference between two versions can be read
@@ -53,7 +52,9 @@ def test_its_outputs_are_those_of_a_run(pair):
 @pytest.mark.slow
 def test_what_it_tells_holds(pair):
     printed = "".join(one.get("text", "") for cell in pair[1].cells for one in cell.get("outputs", ()))
-    right = dict(re.findall(r"^(base|all tokens|VIG, p = 70) +colour right ([\d.]+) %", printed, re.MULTILINE))
+    right = dict(
+        re.findall(r"^(base|all tokens|VIG, p = 70) +colour right ([\d.]+) %", printed, re.MULTILINE)
+    )
     assert len(right) == 3 and float(right["VIG, p = 70"]) > float(right["base"])
     assert ", 0 failed" in printed and "</s>" in printed
     most, least = re.findall(r"^(?:most|least) +(.*)$", printed, re.MULTILINE)
@@ -68,4 +69,6 @@ def test_stored_small_and_without_a_machine_of_its_own(path):
     assert len(text) < LARGEST
     assert str(Path.home()) not in text and "/site-packages/" not in text, "a path of the machine that ran it"
     assert set(notebook.metadata["language_info"]) == {"name"}
-    assert not [one for cell in notebook.cells for one in cell.get("outputs", ()) if one.get("name") == "stderr"]
+    assert not [
+        one for cell in notebook.cells for one in cell.get("outputs", ()) if one.get("name") == "stderr"
+    ]
