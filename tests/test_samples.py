@@ -15,8 +15,9 @@ import tiny
 from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, features
 
 from vig.data.images import open_image, open_images
+from vig.data.printable import printable
 from vig.data.records import sample_from_record
-from vig.data.sample import BrokenRecord, DataError, Sample, SampleError, answers, printable
+from vig.data.sample import BrokenRecord, DataError, Sample, SampleError, answers
 from vig.data.samples import count_records, read_samples
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vig.data.error_log import ErrorLog
-from vig.data.sample import printable
+from vig.data.printable import printable
 from vig.scoring.progress_bar import LateBar
 from vig.store.token_stats import TOKEN_STATS, stat_columns
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from vig.data.printable import printable
+
 ImageSource = Path | bytes | Image.Image
 
 LONGEST_NAME = 500  # characters
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,6 @@ class SampleError(ValueError):
 def writable(text: str) -> str:
     """With lone surrogates, which no file takes, written out: a name whose bytes are not UTF-8 holds them."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def printable(text: str) -> str:
-    """With control characters written out, all but line ends and tabs: a name or a text that holds them would steer the
-    terminal that shows it."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def check_characters(what: str, text: str, key: str, id: str) -> None:
