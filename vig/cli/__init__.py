@@ -1,4 +1,4 @@
-"""The commands: vig inspect | score | select | train | report | compare | plot | demo. No logic lives here.
+"""The commands: vig inspect | score | select | train | report | compare | plot | card | demo. No logic lives here.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not be used or are not scored yet,
 130 stopped by Ctrl-C or SIGTERM.
@@ -7,7 +7,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not b
 from __future__ import annotations
 
 from vig import terminal
-from vig.cli import demo, reporting, scoring, selection, training  # noqa: F401 (each adds its commands to app)
+from vig.cli import card, demo, reporting, scoring, selection, training  # noqa: F401 (each adds its commands to app)
 from vig.cli.options import SOME_FAILED, STOPPED, app, err, out
 
 __all__ = ["SOME_FAILED", "STOPPED", "app", "err", "main", "out"]

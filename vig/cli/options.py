@@ -27,7 +27,7 @@ ADVANCED = {
 }  # fmt: skip
 
 
-ORDER = ("inspect", "score", "select", "train", "report", "compare", "plot", "demo")
+ORDER = ("inspect", "score", "select", "train", "report", "compare", "plot", "card", "demo")
 
 
 class Command(TyperCommand):
