@@ -8,7 +8,8 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csr
 # One thread a test process: two OpenMP pools on two cores nearly stall.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test test-tokenizers zero3 lint format bench native-sanitize native-aarch64 clean
+.PHONY: setup demo test test-tokenizers zero3 lint format bench native-sanitize native-aarch64 notebook wheels \
+	wheels-check clean
 
 setup: $(STAMP)
 
@@ -65,8 +66,20 @@ native-aarch64: $(STAMP)
 	qemu-aarch64-static -cpu max build/aarch64/native_tests
 	qemu-aarch64-static -cpu cortex-a72 build/aarch64/native_tests
 
+# Runs examples/*.ipynb and stores their outputs.
+notebook: $(STAMP)
+	$(TEST_ENV) $(BIN)/python tests/notebook.py
+
+# dist/: an sdist, and from it a manylinux wheel for each of Python 3.11 to 3.13 that is here. Needs a C++20 compiler.
+wheels:
+	$(PYTHON) .ci/wheels.py
+
+# Each wheel in a new environment without a compiler: the compiled part, and the demo to its end.
+wheels-check:
+	$(PYTHON) .ci/check_wheels.py
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf build dist *.egg-info demo-output
+	rm -rf build dist *.egg-info demo-output miniature-output examples/miniature-output

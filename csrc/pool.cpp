@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -18,6 +19,8 @@ namespace {
 // The next task of a call mostly comes within microseconds, far sooner than a sleeping thread is woken.
 constexpr int kSpins = 500;
 constexpr std::chrono::milliseconds kLookEvery{50};  // whether the call was interrupted, while workers end
+// A sleep without an end is GLIBCXX_3.4.30 when GCC 12 builds it, and RHEL 9 has 3.4.29; one with an end is in headers.
+constexpr std::chrono::hours kSleep{1};
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -95,7 +98,8 @@ class Pool {
       spin_until(called);
       {
         std::unique_lock<std::mutex> lock(mutex_);  // the call's other fields are read under it
-        start_.wait(lock, called);
+        while (!start_.wait_for(lock, kSleep, called)) {
+        }
         seen = generation_.load(std::memory_order_relaxed);
         if (id > invited_) continue;
         join_call(call_);

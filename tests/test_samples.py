@@ -12,9 +12,10 @@ import zlib
 import numpy as np
 import pytest
 import tiny
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, features
 
 from vig.data.images import open_image, open_images
+from vig.data.printable import printable
 from vig.data.records import sample_from_record
 from vig.data.sample import BrokenRecord, DataError, Sample, SampleError, answers
 from vig.data.samples import count_records, read_samples
@@ -393,6 +394,30 @@ def test_images_that_cannot_be_read(tmp_path, content, reason):
     with pytest.raises(SampleError, match=reason) as error:
         open_images(sample)
     assert "data.json#3" in str(error.value) and "a.jpg" in str(error.value)
+
+
+def test_errors_hold_nothing_that_steers_a_terminal(tmp_path):
+    written = record(id="\x1b[31mred", image="\x1b]0;title\x07\x9b2J.png")
+    sample = sample_from_record(written, key="\x1b[2J.json#0", image_root=tmp_path)
+    with pytest.raises(SampleError, match=r"\\x1b\]0;title\\x07\\x9b2J\.png") as error:
+        open_images(sample)
+    said = str(error.value) + error.value.reason
+    assert not [sign for sign in said if not sign.isprintable()]
+    assert error.value.key == "\x1b[2J.json#0", "by which the sample is found again"
+    assert printable("two\nlines\tand an é") == "two\nlines\tand an é"
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    """Pillow would start Ghostscript on it."""
+    ran, ghostscript = tmp_path / "ran", tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\n: > {ran}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # it is looked for once
+    sample = sample_from_record(record(image={"bytes": encoded(tiny.picture(3), "EPS")}), key="k")
+    with pytest.raises(SampleError, match=r"is EPS, which another program.*Convert it to PNG"):
+        open_images(sample)
+    assert not ran.exists()
 
 
 def test_the_most_pixels_are_those_of_the_whole_image():

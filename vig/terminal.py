@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vig.data.error_log import ErrorLog
+from vig.data.printable import printable
 from vig.scoring.progress_bar import LateBar, duration, rate, time_left
 from vig.store.token_stats import TOKEN_STATS, stat_columns
 
@@ -63,7 +64,7 @@ def run_program(app: Callable[[], None], err: Console, stopped: int) -> None:
         if wants_traceback():
             raise
         err.print(f"[bold red]vig: {type(error).__name__}:[/] ", end="")
-        err.print(str(error), markup=False)
+        err.print(printable(str(error)), markup=False)
         sys.exit(getattr(error, "exit_code", 1))
 
 
@@ -315,8 +316,8 @@ def show_inspection(console: Console, seen: Inspection, null: NullSettings, pict
     """Prompt with the answer tokens underlined, then each answer token with its numbers."""
     prompt = Text()
     for piece, is_answer in seen.tokens:
-        prompt.append(piece, style="bold green underline" if is_answer else "dim")
-    console.print(Text(f"{seen.sample.key} (id {seen.sample.id})", style="bold"))
+        prompt.append(printable(piece), style="bold green underline" if is_answer else "dim")
+    console.print(Text(printable(f"{seen.sample.key} (id {seen.sample.id})"), style="bold"))
     console.print(prompt)
     console.print(f"\nanswer tokens (underlined) come from {seen.answers_from}; null image: {null.kind}")
     stats = [one for one in stat_columns(TOKEN_STATS) if one.name in seen.row.token_stats]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 import vig_kernels
 from vig_kernels import backend_table
@@ -38,6 +41,24 @@ def environment() -> list[str]:
     return [f'VIG_BACKEND={os.environ["VIG_BACKEND"]} stands for "auto"']
 
 
+def foreign_vig() -> list[str]:
+    """Who else has a package `vig`, the name of the pipeline's: nothing, or what to do about it."""
+    ours = Path(vig_kernels.__file__).resolve().parents[1] / "vig"
+    spec = find_spec("vig")
+    found = None if spec is None or spec.origin is None else Path(spec.origin).resolve()
+    if found is not None and found.parent != ours:
+        return [
+            f"package vig: `import vig` finds {found}, not this project's {ours}. Remove it from the path, or work in "
+            "an environment of its own"
+        ]
+    others = sorted(set(metadata.packages_distributions().get("vig", ())) - {"vig-kernels"})
+    return [
+        f"package vig: {name} installs one too, into the same folder, and one has overwritten the other: `pip "
+        f"uninstall {name}`, then `pip install --force-reinstall --no-deps vig-kernels`"
+        for name in others
+    ]
+
+
 def backend_lines() -> str:
     """The backends and where they run, best first."""
     return "backends, best first:\n" + "\n".join(
@@ -59,7 +80,7 @@ def main() -> None:
     from vig_kernels import dispatch
 
     print(f"torch {torch.__version__}; devices: {', '.join(device.type for device in dispatch.devices())}")
-    print("\n".join(compiled_part() + environment()))
+    print("\n".join(compiled_part() + environment() + foreign_vig()))
     print(backend_lines())
     print(dispatch.backends())
 

@@ -1,5 +1,5 @@
 """The commands: vig inspect | score | select | train | eval | probe | mmhal | lmms-eval | report | compare | plot |
-demo. No logic lives here.
+card | demo. No logic lives here.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples could not be used or are not scored yet,
 130 stopped by Ctrl-C or SIGTERM.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from vig import terminal
 from vig.cli import (  # noqa: F401 (each adds its commands to app)
+    card,
     demo,
     evaluation,
     probing,

@@ -29,7 +29,8 @@ ADVANCED = {
 
 
 ORDER = (
-    "inspect", "score", "select", "train", "eval", "probe", "mmhal", "lmms-eval", "report", "compare", "plot", "demo",
+    "inspect", "score", "select", "train", "eval", "probe", "mmhal", "lmms-eval", "report", "compare", "plot", "card",
+    "demo",
 )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from vig.data.sample import ImageSource, Sample, SampleError, shortened
 
 MAX_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: Pillow opens nothing larger
 
+RUN_BY_OTHERS = ("EPS",)  # Pillow would start Ghostscript, and PostScript is a program
+
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,8 +38,8 @@ def open_images(sample: Sample, *, max_pixels: int = MAX_PIXELS) -> list[Image.I
     first; 16 bits are scaled by 1/257 and rounded.
 
     Raises SampleError for a missing file, a file that is not an image, a truncated one, one of 32-bit or float
-    pixels, whose range is anyone's guess, and one of more than `max_pixels` pixels (checked on the header, before
-    anything is decoded).
+    pixels, whose range is anyone's guess, one of more than `max_pixels` pixels (checked on the header, before anything
+    is decoded), and PostScript, which would be run.
     """
     return [open_image(source, sample.key, sample.id, max_pixels=max_pixels) for source in sample.images]
 
@@ -55,6 +57,9 @@ def open_image(source: ImageSource, key: str, id: str, *, max_pixels: int = MAX_
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+                if image.format in RUN_BY_OTHERS:
+                    reason = f"the image {name} is {image.format}, which another program would have to run"
+                    raise SampleError(key, id, reason, "Convert it to PNG, if you trust it")
                 return _as_rgb(image, name, key, id)
     except SampleError:
         raise

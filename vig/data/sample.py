@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from vig.data.printable import printable
+
 ImageSource = Path | bytes | Image.Image
 
 LONGEST_NAME = 500  # characters
@@ -36,7 +38,8 @@ class SampleError(ValueError):
 
     def __init__(self, key: str, id: str, reason: str, cure: str):
         self.key, self.id, self.reason, self.cure = (writable(str(part)) for part in (key, id, reason, cure))
-        super().__init__(f"{self.key} (id {shortened(self.id)!r}): {self.reason}. {self.cure}")
+        self.reason = printable(self.reason)
+        super().__init__(f"{printable(self.key)} (id {shortened(self.id)!r}): {self.reason}. {self.cure}")
 
     def __reduce__(self):
         return SampleError, (self.key, self.id, self.reason, self.cure)

@@ -1,0 +1,112 @@
+"""The README.md of a published model or selection: a card as the hub reads it, filled from what the run recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from vig.data.files import write_atomically
+from vig.store.selections import read_selection, selection_files, selection_metadata
+
+HERE = Path(__file__).parent
+CARD = "README.md"
+TAGS = ["visual-information-gain", "selective-training", "vig-kernels"]
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
+         (10**8, "10M<n<100M"))  # fmt: skip
+ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+UNSAID = "say it here"
+
+
+def card(folder: str | Path) -> str:
+    """The card of a folder of `vig train` or of `vig select`: YAML for the hub, then Markdown.
+
+    Models and data are named as they are on the hub, else by the last part of their path: where they lay on the
+    machine is nobody's concern. What no run knows (license, evaluation, intended use) is left to be said, and marked.
+    Raises ValueError for another folder.
+    """
+    from vig.training.folder import RECORD
+
+    folder = Path(folder)
+    if (folder / RECORD).is_file():
+        return _model_card(folder, json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    if folder.is_dir() and any(folder.glob("selection-*.parquet")):
+        return _dataset_card(folder)
+    raise ValueError(
+        f"{folder} holds neither {RECORD} nor a selection. Give a folder of vig train or vig select"
+    )
+
+
+def write_card(folder: str | Path, overwrite: bool = False) -> Path:
+    """Writes `card` to README.md of the folder. Raises ValueError where there is one, unless overwrite is set."""
+    text, path = card(folder), Path(folder) / CARD
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} is there already. Move it away, or replace it with --overwrite")
+    write_atomically(path, text.encode())
+    return path
+
+
+def _model_card(folder: Path, record: dict[str, Any]) -> str:
+    base, is_adapter = _named(record.get("model")), (folder / "adapter_config.json").is_file()
+    head: dict[str, Any] = {
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "image-text-to-text",
+    }
+    if ON_THE_HUB.fullmatch(base):
+        head |= {"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"}
+    scored = record.get("selection")
+    settings = {name: value for name, value in record["settings"].items() if value is not None}
+    return _filled(
+        "model_card.md.j2", head, base=base, record=record, data=_named(record.get("data")), is_adapter=is_adapter,
+        scored=scored, choice=(scored or {}).get("selection"), settings=_yaml(settings),
+    )  # fmt: skip
+
+
+def _dataset_card(folder: Path) -> str:
+    scored = selection_metadata(folder)
+    rows = len(read_selection(folder))
+    data = _named(scored.get("data"))
+    head = {
+        "pretty_name": f"A selection of {data} by Visual Information Gain",
+        "task_categories": ["image-text-to-text"],
+        "size_categories": [next((name for most, name in SIZES if rows < most), "100M<n<1B")],
+        "configs": [{"config_name": "default", "data_files": "selection-*.parquet"}],
+    }
+    return _filled(
+        "dataset_card.md.j2", head, data=data, base=_named(scored.get("model")), scored=scored, rows=rows,
+        choice=scored.get("selection", {}), files=len(selection_files(folder)),
+    )  # fmt: skip
+
+
+def _named(value: Any) -> str:
+    """A name of the hub as it is, a path by its last part."""
+    if not value:
+        return "unnamed"
+    text = str(value)
+    return text if ON_THE_HUB.fullmatch(text) and not Path(text).exists() else Path(text).name
+
+
+def _filled(template: str, head: dict[str, Any], **values: Any) -> str:
+    body = _environment().get_template(template).render(unsaid=UNSAID, **values)
+    return f"---\n{_yaml(head | {'tags': TAGS})}---\n\n{body}"
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False, allow_unicode=True)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """Markdown, not HTML: nothing is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters["grouped"] = lambda n: f"{n:,}"
+    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+    return environment
