@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
-from vig_kernels.ops import sharded_heads, vocab_shards
-from vig_kernels.ops.nll_autograd import STATS, register_gradients
+from vig_kernels.ops import registration, sharded_heads, vocab_shards
+from vig_kernels.ops.nll_autograd import STATS, derivative, fake_gradients
 from vig_kernels.ops.vocab_shards import VocabShard
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, Saved, Upstream, empty_output, with_lse_lo
 
@@ -98,13 +98,27 @@ def nll_values(
     return {"nll": nll, "lse": lse, "entropy": entropy, "argmax": argmax}
 
 
-@torch.library.custom_op(
-    "vig_kernels::linear_nll",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, bool with_lse, bool with_entropy, bool with_argmax, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+def _backward(*args):
+    """Gradients of hidden, weight and bias, empty where not needed."""
+    problem, (lse, lse_lo, entropy, needs, backend) = HeadProblem(*args[:8]), args[11:]
+    upstream = Upstream(*(None if grad is None else grad.contiguous() for grad in args[8:11]))
+    upstream, saved = with_lse_lo(upstream, Saved(lse, entropy), lse_lo)
+    run = dispatch.module("linear_nll", backend).backward
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        found = run(upstream, saved, problem, Needs(*needs))
+    return tuple(problem.hidden.new_empty(0) if grad is None else grad for grad in found)
+
+
+nll_backward_op = registration.define(
+    "linear_nll_backward",
+    f"({HEAD_SCHEMA}, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor lse_lo, "
+    "Tensor entropy, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    fake_gradients,
 )
-def nll_forward_op(*args):
+
+
+def _forward(*args):
     """(nll, lse, entropy, argmax, lse_lo); the ones not asked for have no elements: ops cannot return None.
 
     lse + lse_lo is the log-sum-exp beyond float32's precision: at lse = 200 float32 rounds by 8e-6, and every
@@ -125,7 +139,6 @@ def nll_forward_op(*args):
     return tuple(outputs)
 
 
-@nll_forward_op.register_fake
 def _forward_fake(*args):
     problem, (*wanted, _) = HeadProblem(*args[:8]), args[8:]
     rows = problem.target.shape[0]
@@ -133,22 +146,11 @@ def _forward_fake(*args):
     return tuple(empty_output(problem, name, rows if wanted else 0) for name, wanted in asked)
 
 
-@torch.library.custom_op(
-    "vig_kernels::linear_nll_backward",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor lse_lo, "
-    "Tensor entropy, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+nll_forward_op = registration.define(
+    "linear_nll",
+    f"({HEAD_SCHEMA}, bool with_lse, bool with_entropy, bool with_argmax, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    **derivative(nll_backward_op),
 )
-def nll_backward_op(*args):
-    """Gradients of hidden, weight and bias, empty where not needed. It has no gradient of its own: a second
-    differentiation raises instead of being wrong."""
-    problem, (lse, lse_lo, entropy, needs, backend) = HeadProblem(*args[:8]), args[11:]
-    upstream = Upstream(*(None if grad is None else grad.contiguous() for grad in args[8:11]))
-    upstream, saved = with_lse_lo(upstream, Saved(lse, entropy), lse_lo)
-    run = dispatch.module("linear_nll", backend).backward
-    with torch.autocast(problem.hidden.device.type, enabled=False):
-        found = run(upstream, saved, problem, Needs(*needs))
-    return tuple(problem.hidden.new_empty(0) if grad is None else grad for grad in found)
-
-
-register_gradients(nll_forward_op, nll_backward_op)

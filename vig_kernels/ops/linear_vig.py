@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
-from vig_kernels.ops import sharded_heads, vocab_shards
+from vig_kernels.ops import registration, sharded_heads, vocab_shards
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, empty_output
 
 STATS = sharded_heads.VIG_STATS
@@ -86,13 +86,7 @@ def linear_vig(
     return (found, {stat: values[stat].reshape(shape) for stat in stats}) if stats else found
 
 
-@torch.library.custom_op(
-    "vig_kernels::linear_vig",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor hidden_null, bool[] wanted, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _op(*args):
+def _run(*args):
     """(vig, nll_image, nll_null, STATS, empty where not wanted); the problem's rows are those of the image pass."""
     problem, (hidden_null, wanted, backend) = HeadProblem(*args[:8]), args[8:]
     check.target_range(problem)
@@ -110,9 +104,17 @@ def _op(*args):
     )
 
 
-@_op.register_fake
 def _fake(*args):
     problem, wanted = HeadProblem(*args[:8]), args[9]
     rows = problem.target.shape[0]
     asked = zip((*TokenVIG._fields, *STATS), (True, True, True, *wanted), strict=True)
     return tuple(empty_output(problem, name, rows if asks else 0) for name, asks in asked)
+
+
+_op = registration.define(
+    "linear_vig",
+    f"({HEAD_SCHEMA}, Tensor hidden_null, bool[] wanted, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)

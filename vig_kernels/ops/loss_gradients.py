@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vig_kernels import backend_table, check, dispatch
+from vig_kernels.ops import registration
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, empty_output
 
 STATS = ("nll", *check.STATS)
@@ -25,13 +26,7 @@ def _kept_rows(problem: HeadProblem, needs: Needs, budget: int, backend: str) ->
     return module.kept_rows(problem, needs, budget) if hasattr(module, "kept_rows") else 0
 
 
-@torch.library.custom_op(
-    "vig_kernels::linear_cross_entropy",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor? row_weight, float z_loss, bool[] needs, int budget, bool[] wanted, str backend) "
-    f"-> ({', '.join(['Tensor'] * (6 + len(STATS)))})",
-)
-def loss_and_gradients(*args):
+def _forward(*args):
     """(loss_sum, gradients of loss_sum as `gradient_dtypes` says, kept block, factors of its rows, STATS); empty where
     not needed or wanted. With a kept block the weight's gradient is empty: `weight_from_block` forms it."""
     problem, (row_weight, z_loss, needs, budget, wanted, backend) = HeadProblem(*args[:8]), args[8:]
@@ -63,7 +58,6 @@ def _swept_apart(problem: HeadProblem, names: list[str], backend: str) -> dict[s
     return {"nll": nll} | values
 
 
-@loss_and_gradients.register_fake
 def _forward_fake(*args):
     problem, (_, _, needs, budget, wanted, backend) = HeadProblem(*args[:8]), args[8:]
     hidden, (V, _) = problem.hidden, problem.weight.shape
@@ -108,7 +102,6 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 13
         return (None,) * 14
     sums = _taken(ctx)
     # asked for once at most: a checkpoint that does not re-enter gives what was saved a single time
@@ -125,7 +118,15 @@ def _backward(ctx, grad_loss, *_):
     return grad_hidden, grad_weight, None, grad_bias, *(None,) * 10
 
 
-loss_and_gradients.register_autograd(_backward, setup_context=_save)
+loss_and_gradients = registration.define(
+    "linear_cross_entropy",
+    f"({HEAD_SCHEMA}, Tensor? row_weight, float z_loss, bool[] needs, int budget, bool[] wanted, str backend) "
+    f"-> ({', '.join(['Tensor'] * (6 + len(STATS)))})",
+    _forward,
+    _forward_fake,
+    save=_save,
+    backward=_backward,
+)
 
 
 def _taken(ctx) -> list[Tensor] | None:
@@ -171,40 +172,45 @@ def _weight_of(ctx, block: Tensor, row_factor: Tensor, factor: Tensor, saved) ->
     )
 
 
-@torch.library.custom_op("vig_kernels::linear_cross_entropy_weight", mutates_args=())
-def weight_from_block(
-    block: Tensor,
-    row_factor: Tensor,
-    hidden: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    weight: Tensor,
-    factor: Tensor,
-    backend: str,
-) -> Tensor:
-    """factor * block.T @ hidden of the kept rows, (V, D) in the weight's type, cast once. It has no gradient of its
-    own: `weight`, of which only the shape is read, makes the result part of the graph, and a second differentiation
-    raises."""
+def _weight(*args) -> Tensor:
+    """factor * block.T @ hidden of the kept rows, (V, D) in the weight's type, cast once.
+
+    `weight`, of which only the shape is read, makes the result part of the graph.
+    """
+    block, row_factor, hidden, target, ignore_index, weight, factor, backend = args
     run = dispatch.module("linear_cross_entropy", backend).weight_gradient
     with torch.autocast(hidden.device.type, enabled=False):
         return run(block, row_factor, hidden, target, ignore_index, weight.shape[0], factor)
 
 
-@weight_from_block.register_fake
-def _weight_fake(block, row_factor, hidden, target, ignore_index, weight, factor, backend):
+def _weight_fake(*args) -> Tensor:
+    hidden, weight = args[2], args[5]
     return hidden.new_empty(weight.shape)
 
 
-@torch.library.custom_op(
-    "vig_kernels::scale_gradient",
-    mutates_args=(),
-    schema="(Tensor gradient, Tensor factor, ScalarType dtype, Tensor? differentiated) -> Tensor",
+def _weight_vmap(info, in_dims, *args):
+    """Of many upstream factors at once: one product each."""
+    *others, factor, backend = args
+    if in_dims[6] is None or any(dim is not None for dim in in_dims[:6]):
+        raise NotImplementedError("only the upstream factor of linear_cross_entropy can be batched")
+    return torch.stack([weight_from_block(*others, one, backend) for one in factor.unbind(in_dims[6])]), 0
+
+
+weight_from_block = registration.define(
+    "linear_cross_entropy_weight",
+    "(Tensor block, Tensor row_factor, Tensor hidden, Tensor target, int ignore_index, Tensor weight, Tensor factor, "
+    "str backend) -> Tensor",
+    _weight,
+    _weight_fake,
 )
-def scale_gradient(gradient, factor, dtype, differentiated):
+registration.register_vmap(weight_from_block, _weight_vmap)
+
+
+def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype, differentiated: Tensor | None) -> Tensor:
     """(gradient * factor) in float32, cast once; on a CPU, whose cast is an operation of its own, a few MiB at a time.
 
-    It has no gradient of its own. `differentiated` is an input that the gradient depends on: with it the result
-    is part of the graph, and a second differentiation raises instead of leaving this part out.
+    `differentiated` is an input that the gradient depends on: with it the result is part of the graph, and a second
+    differentiation raises instead of leaving this part out.
     """
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     if gradient.device.type != "cpu":
@@ -215,15 +221,13 @@ def scale_gradient(gradient, factor, dtype, differentiated):
     return out
 
 
-@scale_gradient.register_fake
 def _scale_fake(gradient, factor, dtype, differentiated):
     return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
 
 
-@weight_from_block.register_vmap
-def _weight_vmap(info, in_dims, *args):
-    """Of many upstream factors at once: one product each."""
-    *others, factor, backend = args
-    if in_dims[6] is None or any(dim is not None for dim in in_dims[:6]):
-        raise NotImplementedError("only the upstream factor of linear_cross_entropy can be batched")
-    return torch.stack([weight_from_block(*others, one, backend) for one in factor.unbind(in_dims[6])]), 0
+scale_gradient = registration.define(
+    "scale_gradient",
+    "(Tensor gradient, Tensor factor, ScalarType dtype, Tensor? differentiated) -> Tensor",
+    _scale,
+    _scale_fake,
+)

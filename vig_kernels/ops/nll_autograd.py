@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from vig_kernels import check
 from vig_kernels.problem import HeadProblem, Needs, Upstream
 
 STATS = (*check.STATS, "lse_lo")  # what a backend's forward may be asked for, besides nll
 
 
-def register_gradients(forward: Callable, backward: Callable, between: int = 0) -> None:
-    """Attach `backward`, a custom op, to the custom op `forward`, whose outputs are (nll, *STATS).
+def derivative(backward_op: Callable, between: int = 0) -> dict[str, Callable]:
+    """`save` and `backward` of an op whose outputs are (nll, *STATS), for `registration.define`.
 
-    forward: (*HeadProblem, ..., backend); the first `between` arguments behind the problem go to `backward` too.
-    backward: (*HeadProblem, *those, *Upstream, lse, lse_lo, entropy, needs, backend) -> gradients of hidden, weight
+    The op: (*HeadProblem, ..., backend); the first `between` arguments behind the problem go to `backward_op` too.
+    backward_op: (*HeadProblem, *those, *Upstream, lse, lse_lo, entropy, needs, backend) -> gradients of hidden, weight
         and bias.
     """
 
@@ -37,19 +39,20 @@ def register_gradients(forward: Callable, backward: Callable, between: int = 0) 
             found = [x.new_zeros(x.shape) if need else None for x, need in zip(inputs, needs, strict=True)]
         else:
             saved = lse, lse_lo, entropy
-            found = backward(*problem, *ctx.between, *upstream, *saved, list(needs), ctx.backend)
+            found = backward_op(*problem, *ctx.between, *upstream, *saved, list(needs), ctx.backend)
         grad_hidden, grad_weight, grad_bias = (
             grad if need else None for grad, need in zip(found, needs, strict=True)
         )
         return grad_hidden, grad_weight, None, grad_bias, *(None,) * (ctx.inputs - 4)
 
-    def fake(*args):
-        problem, needs = HeadProblem(*args[:8]), args[-2]
-        inputs = problem.hidden, problem.weight, problem.bias
-        return tuple(
-            x.new_empty(x.shape) if need else problem.hidden.new_empty(0)
-            for x, need in zip(inputs, needs, strict=True)
-        )
+    return {"save": save, "backward": differentiate}
 
-    forward.register_autograd(differentiate, setup_context=save)
-    backward.register_fake(fake)
+
+def fake_gradients(*args) -> tuple[Tensor, ...]:
+    """The fake of a `backward_op`."""
+    problem, needs = HeadProblem(*args[:8]), args[-2]
+    inputs = problem.hidden, problem.weight, problem.bias
+    return tuple(
+        x.new_empty(x.shape) if need else problem.hidden.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
+    )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch
-from vig_kernels.ops import vocab_shards
-from vig_kernels.ops.nll_autograd import STATS, register_gradients
+from vig_kernels.ops import registration, vocab_shards
+from vig_kernels.ops.nll_autograd import STATS, derivative, fake_gradients
 from vig_kernels.ops.vocab_shards import NO_TARGET, VocabShard
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, Saved, Upstream, empty_output, with_lse_lo
 
@@ -96,12 +96,7 @@ def _silent(value: Tensor, problem: HeadProblem, name: str) -> Tensor:
 # --- linear_nll ---
 
 
-@torch.library.custom_op(
-    "vig_kernels::sharded_nll",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _nll_op(*args):
+def _nll(*args):
     """(nll, STATS, empty where not wanted) of the whole head, from this rank's rows of it."""
     problem, shard, (wanted, backend) = HeadProblem(*args[:8]), VocabShard(*args[8:10]), args[10:]
     check.num_kept(problem)
@@ -124,7 +119,6 @@ def _nll_op(*args):
     return values["nll"], *(values[name] if asked[name] else empty_output(problem, name, 0) for name in STATS)
 
 
-@_nll_op.register_fake
 def _nll_fake(*args):
     problem, wanted = HeadProblem(*args[:8]), args[10]
     rows = problem.target.shape[0]
@@ -132,17 +126,11 @@ def _nll_fake(*args):
     return tuple(empty_output(problem, name, rows if wants else 0) for name, wants in asked)
 
 
-@torch.library.custom_op(
-    "vig_kernels::sharded_nll_backward",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, "
-    "Tensor lse_lo, Tensor entropy, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def _nll_backward_op(*args):
+def _nll_backward(*args):
     """Gradients of hidden (summed over the ranks) and of this rank's weight and bias, empty where not needed.
 
     d loss / d z_v = p_v (g_nll + g_lse - ...) - [v = target] g_nll: where another rank holds the target, g_nll goes
-    into g_lse and leaves only its softmax part. It has no gradient of its own: differentiating twice raises.
+    into g_lse and leaves only its softmax part.
     """
     problem, shard = HeadProblem(*args[:8]), VocabShard(*args[8:10])
     lse, lse_lo, entropy, needs, backend = args[13:]
@@ -165,7 +153,20 @@ def _nll_backward_op(*args):
     return tuple(found)
 
 
-register_gradients(_nll_op, _nll_backward_op, between=len(VocabShard._fields))
+_nll_backward_op = registration.define(
+    "sharded_nll_backward",
+    f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, "
+    "Tensor lse_lo, Tensor entropy, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    _nll_backward,
+    fake_gradients,
+)
+_nll_op = registration.define(
+    "sharded_nll",
+    f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _nll,
+    _nll_fake,
+    **derivative(_nll_backward_op, between=len(VocabShard._fields)),
+)
 
 
 # --- linear_vig ---
@@ -183,13 +184,7 @@ def vig_values(
     return _vig_op(*problem, *shard, hidden_null, [stat in stats for stat in VIG_STATS], backend)
 
 
-@torch.library.custom_op(
-    "vig_kernels::sharded_vig",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, Tensor hidden_null, bool[] wanted, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _vig_op(*args):
+def _vig(*args):
     problem, shard, (hidden_null, wanted, backend) = (
         HeadProblem(*args[:8]),
         VocabShard(*args[8:10]),
@@ -234,9 +229,17 @@ def _vig_part(
     return {"nll_image": nll_image, "nll_null": nll_null} | values
 
 
-@_vig_op.register_fake
 def _vig_fake(*args):
     problem, wanted = HeadProblem(*args[:8]), args[11]
     rows = problem.target.shape[0]
     asked = zip(("vig", "nll_image", "nll_null", *VIG_STATS), (True, True, True, *wanted), strict=True)
     return tuple(empty_output(problem, name, rows if wants else 0) for name, wants in asked)
+
+
+_vig_op = registration.define(
+    "sharded_vig",
+    f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, Tensor hidden_null, bool[] wanted, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _vig,
+    _vig_fake,
+)
