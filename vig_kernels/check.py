@@ -230,9 +230,14 @@ def rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
+def on_cpu(value: Tensor) -> bool:
+    """Whether its values can be looked at without a wait for a device."""
+    return value.is_cpu
+
+
 def looks_at_values(target: Tensor) -> bool:
     """Whether targets are read back to be checked: on a CPU, elsewhere with VIG_CHECK_TARGETS=1."""
-    return target.device.type == "cpu" or os.environ.get("VIG_CHECK_TARGETS") == "1"
+    return on_cpu(target) or os.environ.get("VIG_CHECK_TARGETS") == "1"
 
 
 def target_range(problem: HeadProblem, vocabulary: int | None = None) -> None:
@@ -257,7 +262,7 @@ def target_range(problem: HeadProblem, vocabulary: int | None = None) -> None:
 
 def num_kept(problem: HeadProblem) -> None:
     """ValueError for a wrong number of kept rows, where looking costs no wait for a GPU."""
-    if problem.num_kept is None or problem.target.device.type != "cpu":
+    if problem.num_kept is None or not on_cpu(problem.target):
         return
     found = int((problem.target != problem.ignore_index).sum())
     if problem.num_kept != found:

@@ -112,7 +112,7 @@ def linear_cross_entropy(
         problem = problem._replace(
             target=problem.target.masked_fill(row_weight == 0, problem.ignore_index),
             num_kept=None
-            if problem.target.device.type == "cpu"
+            if check.on_cpu(problem.target)
             else num_kept,  # elsewhere it may be too high
         )
     valid = problem.target != problem.ignore_index
@@ -160,7 +160,7 @@ def _fast_budget(device: torch.device) -> int:
 
 def _takes_divisor(weight: Tensor) -> bool:
     """Whether the divisor may scale the rows: not where a 16-bit logit gradient could underflow."""
-    return weight.device.type == "cpu" and weight.dtype != torch.float16
+    return check.on_cpu(weight) and weight.dtype != torch.float16
 
 
 def _row_weight(token_weight, target) -> Tensor | None:
@@ -186,7 +186,7 @@ def _num_items(num_items):
         )
         num_items = num_items.detach()
         # elsewhere looking would stall; a compiled graph and torch.vmap cannot branch on values
-        if num_items.device.type == "cpu" and type(num_items) is Tensor and not check.is_batched(num_items):
+        if check.on_cpu(num_items) and type(num_items) is Tensor and not check.is_batched(num_items):
             _positive(float(num_items))
         return num_items
     return None if num_items is None else _positive(num_items)
@@ -228,4 +228,4 @@ def _fast(problem: HeadProblem, row_weight: Tensor | None, backend: str, budget:
     hidden = problem.hidden
     if not check.wants_grad(hidden) or gradient_dtypes(backend, hidden.dtype)[0] == hidden.dtype:
         return True
-    return 4 * hidden.numel() <= (CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else budget // 2)
+    return 4 * hidden.numel() <= (CPU_HIDDEN_BUFFER_BYTES if check.on_cpu(hidden) else budget // 2)

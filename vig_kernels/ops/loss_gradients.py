@@ -149,7 +149,7 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, saved) -> Tensor:
     if type(grad) is not Tensor:  # the compiler reuses memory itself, and refuses a second derivative itself
         return (grad * factor).to(dtype)
     if dtype == grad.dtype and not torch.is_grad_enabled() and not check.is_batched(factor):
-        return grad if grad.device.type == "cpu" and float(factor) == 1.0 else grad.mul_(factor)
+        return grad if check.on_cpu(grad) and float(factor) == 1.0 else grad.mul_(factor)
     differentiated = [x for x in saved if x is not None and x.requires_grad]
     return scale_gradient(grad, factor, dtype, differentiated[0] if torch.is_grad_enabled() else None)
 
@@ -213,7 +213,7 @@ def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype, differentiated:
     differentiation raises instead of leaving this part out.
     """
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-    if gradient.device.type != "cpu":
+    if not check.on_cpu(gradient):
         return torch.mul(gradient, factor, out=out)  # one kernel, which casts as it writes
     step = max(1, CAST_BYTES // max(1, 4 * gradient[:1].numel()))
     for at in range(0, gradient.shape[0], step):

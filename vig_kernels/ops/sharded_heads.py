@@ -59,7 +59,7 @@ def _is_empty(problem: HeadProblem) -> bool:
     _, weight, _, bias, scale, cap = problem[:6]
     if not weight.shape[0]:
         return True
-    if bias is None or bias.device.type != "cpu" or cap is not None or scale <= 0:
+    if bias is None or not check.on_cpu(bias) or cap is not None or scale <= 0:
         return False
     return bool((bias == float("-inf")).all())
 
