@@ -152,5 +152,5 @@ nll_forward_op = registration.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
-    **derivative(nll_backward_op),
+    derivative(nll_backward_op),
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vig_kernels import backend_table, check, dispatch
 from vig_kernels.ops import registration
-from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, empty_output
+from vig_kernels.problem import DIFFERENTIABLE, HEAD_SCHEMA, HeadProblem, Needs, empty_output
 
 STATS = ("nll", *check.STATS)
 CAST_BYTES = 8 << 20  # what is cast at a time when a float32 gradient is scaled into its output
@@ -86,7 +86,6 @@ def _save(ctx, inputs, output):
     problem, (row_weight, *ctx.rest) = HeadProblem(*inputs[:8]), inputs[8:]
     needs = Needs(*ctx.rest[1])
     _, *grads = output[: -len(STATS)]
-    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.options = problem[4:]
     # held here, not saved: a backward pops them, scales those of float32 in place and hands them out
@@ -100,9 +99,9 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*problem[:4], row_weight)  # what a second backward recomputes from
 
 
-def _backward(ctx, grad_loss, *_):
+def _backward(ctx, grad_loss):
     if grad_loss is None:
-        return (None,) * 14
+        return None, None, None
     sums = _taken(ctx)
     # asked for once at most: a checkpoint that does not re-enter gives what was saved a single time
     saved = ctx.saved_tensors if sums is None or ctx.keeps_block or torch.is_grad_enabled() else ()
@@ -115,7 +114,7 @@ def _backward(ctx, grad_loss, *_):
     )
     if ctx.keeps_block:
         grad_weight = _weight_of(ctx, block, row_factor, grad_loss, saved)
-    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 10
+    return grad_hidden, grad_weight, grad_bias
 
 
 loss_and_gradients = registration.define(
@@ -124,8 +123,7 @@ loss_and_gradients = registration.define(
     f"-> ({', '.join(['Tensor'] * (6 + len(STATS)))})",
     _forward,
     _forward_fake,
-    save=_save,
-    backward=_backward,
+    registration.Derivative(DIFFERENTIABLE, 1, _save, _backward),
 )
 
 

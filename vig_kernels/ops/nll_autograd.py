@@ -7,13 +7,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 from vig_kernels import check
-from vig_kernels.problem import HeadProblem, Needs, Upstream
+from vig_kernels.ops.registration import Derivative
+from vig_kernels.problem import DIFFERENTIABLE, HeadProblem, Needs, Upstream
 
 STATS = (*check.STATS, "lse_lo")  # what a backend's forward may be asked for, besides nll
 
 
-def derivative(backward_op: Callable, between: int = 0) -> dict[str, Callable]:
-    """`save` and `backward` of an op whose outputs are (nll, *STATS), for `registration.define`.
+def derivative(backward_op: Callable, between: int = 0) -> Derivative:
+    """Of an op whose outputs are (nll, *STATS): that of nll, lse and entropy by hidden, weight and bias.
 
     The op: (*HeadProblem, ..., backend); the first `between` arguments behind the problem go to `backward_op` too.
     backward_op: (*HeadProblem, *those, *Upstream, lse, lse_lo, entropy, needs, backend) -> gradients of hidden, weight
@@ -22,30 +23,25 @@ def derivative(backward_op: Callable, between: int = 0) -> dict[str, Callable]:
 
     def save(ctx, inputs, output):
         problem = HeadProblem(*inputs[:8])
-        _, lse, entropy, argmax, lse_lo = output
+        _, lse, entropy, _, lse_lo = output
         ctx.options, ctx.between, ctx.backend = problem[4:], inputs[8 : 8 + between], inputs[-1]
-        ctx.inputs = len(inputs)
         ctx.save_for_backward(*problem[:4], lse, lse_lo, entropy)
-        ctx.mark_non_differentiable(argmax, lse_lo)
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx, *grads):
         *tensors, lse, lse_lo, entropy = ctx.saved_tensors
         problem = HeadProblem(*tensors, *ctx.options)
-        needs = Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        upstream = Upstream(*(grad if grad is not None and grad.numel() else None for grad in grads[:3]))
+        needs = Needs(*ctx.needs_input_grad[1:])
+        upstream = Upstream(*(grad if grad is not None and grad.numel() else None for grad in grads))
         inputs = problem.hidden, problem.weight, problem.bias
         if not any(needs) or all(grad is None for grad in upstream) or problem.target.shape[0] == 0:
             found = [x.new_zeros(x.shape) if need else None for x, need in zip(inputs, needs, strict=True)]
         else:
             saved = lse, lse_lo, entropy
             found = backward_op(*problem, *ctx.between, *upstream, *saved, list(needs), ctx.backend)
-        grad_hidden, grad_weight, grad_bias = (
-            grad if need else None for grad, need in zip(found, needs, strict=True)
-        )
-        return grad_hidden, grad_weight, None, grad_bias, *(None,) * (ctx.inputs - 4)
+        return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
-    return {"save": save, "backward": differentiate}
+    return Derivative(DIFFERENTIABLE, 3, save, differentiate)
 
 
 def fake_gradients(*args) -> tuple[Tensor, ...]:

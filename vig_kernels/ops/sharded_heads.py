@@ -165,7 +165,7 @@ _nll_op = registration.define(
     f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _nll,
     _nll_fake,
-    **derivative(_nll_backward_op, between=len(VocabShard._fields)),
+    derivative(_nll_backward_op, between=len(VocabShard._fields)),
 )
 
 
