@@ -141,7 +141,7 @@ def _blur(images: Tensor, gaussian: Gaussian, backend: str, out: Tensor) -> None
             to.copy_(reference.gaussian_blur(image, sigma, **options))
         return
     run = dispatch.module("gaussian_blur", backend).forward
-    with torch.autocast(images.device.type, enabled=False):
+    with check.no_autocast(images.device):
         run(images, gaussian, out)
 
 

@@ -20,7 +20,7 @@ class Derivative(NamedTuple):
     """How autograd differentiates an op."""
 
     inputs: tuple[int, ...]  # positions of the arguments that may have gradients
-    outputs: int  # so many of the leading results have derivatives
+    outputs: Callable  # (arguments) -> how many of the leading results have derivatives
     save: Callable  # (ctx, arguments, results), for the backward
     backward: Callable  # (ctx, *gradients of those results) -> the gradients of `inputs`
 
@@ -45,13 +45,40 @@ def define(
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     recorded = _refused(op) if derivative is None else _differentiated(op, derivative)
     library.impl(name, _recorder(op, recorded, derivative), "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", _one_by_one(op), lib=library)
     return op
 
 
-def register_vmap(op: torch._ops.OpOverload, rule: Callable) -> None:
-    """A batching rule, as of `torch.library.register_vmap`."""
-    name = op._schema.name
-    torch.library.register_vmap(name, rule, lib=_libraries[name.removeprefix(f"{NAMESPACE}::")])
+def unrecorded(op: torch._ops.OpOverload, *args):
+    """A call where no gradient can be asked for."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _one_by_one(op: torch._ops.OpOverload) -> Callable:
+    """The rule of torch.vmap: one call for each member of the batch."""
+
+    def rule(info, in_dims, *args):
+        batched = [at for at, dim in enumerate(in_dims) if isinstance(dim, int)]
+        members = []
+        for index in range(info.batch_size):
+            of_member = list(args)
+            for at in batched:
+                of_member[at] = args[at].select(in_dims[at], index)
+            members.append(op(*of_member))
+        stacked = _stacked(members)
+        return stacked, torch.utils._pytree.tree_map(lambda _: 0, stacked)
+
+    return rule
+
+
+def _stacked(members: list):
+    """Results of one structure, tensors in tuples or lists, as one of that structure with a leading dimension."""
+    if isinstance(members[0], Tensor):
+        return torch.stack(members)
+    return type(members[0])(_stacked(list(part)) for part in zip(*members, strict=True))
 
 
 def _below(op: torch._ops.OpOverload, keys, args):
@@ -88,8 +115,9 @@ def _differentiated(op: torch._ops.OpOverload, derivative: Derivative) -> Callab
         keys, args, rest = call
         found = _below(op, keys, args)
         save(ctx, args, found)
-        rest += found[outputs:]
-        return found[:outputs]
+        leading = outputs(args)
+        rest += found[leading:]
+        return tuple(found[:leading])
 
     node = _node(op, forward, lambda ctx, *grads: (None, *backward(ctx, *grads)))
 
@@ -104,7 +132,7 @@ def _refused(op: torch._ops.OpOverload) -> Callable:
     """The op as a node whose backward raises."""
 
     def refuse(ctx, *grads):
-        raise RuntimeError(f"the results of {op._schema.name} cannot be differentiated")
+        raise RuntimeError(f"{op._schema.name} has no autograd formula: its results cannot be differentiated")
 
     node = _node(op, lambda ctx, keys, args, *inputs: _below(op, keys, args), refuse)
     return lambda keys, args, inputs: node.apply(keys, args, *inputs)

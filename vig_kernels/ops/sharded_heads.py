@@ -8,6 +8,8 @@ stays on its rank; the hidden gradient is the sum over the ranks, one all-reduce
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def nll_values(
     )
     wanted = [grad or "lse" in stats, "entropy" in stats, "argmax" in stats, grad]
     nll, *values = _nll_op(*problem, *shard, wanted, backend)
-    return {"nll": nll} | dict(zip(STATS, values, strict=True))
+    return {"nll": nll} | dict(zip(compress(STATS, wanted), values, strict=True))
 
 
 def _refuse_reference(backend: str) -> None:
@@ -97,7 +99,7 @@ def _silent(value: Tensor, problem: HeadProblem, name: str) -> Tensor:
 
 
 def _nll(*args):
-    """(nll, STATS, empty where not wanted) of the whole head, from this rank's rows of it."""
+    """[nll, those of STATS that are wanted] of the whole head, from this rank's rows of it."""
     problem, shard, (wanted, backend) = HeadProblem(*args[:8]), VocabShard(*args[8:10]), args[10:]
     check.num_kept(problem)
     if problem.target.numel() == 0:
@@ -105,7 +107,7 @@ def _nll(*args):
     local, here = vocab_shards.local_problem(problem, shard)
     stats = tuple(name for name, asked in zip(STATS[1:3], wanted[1:3], strict=True) if asked)
     names = ("lse", *stats, "lse_lo")
-    with torch.autocast(problem.hidden.device.type, enabled=False):
+    with check.no_autocast(problem.hidden.device):
         if not _is_empty(local):
             nll, values = dispatch.module("linear_nll", backend).forward(local, names)
             values = {"nll": nll} | values
@@ -115,15 +117,12 @@ def _nll(*args):
             _part_columns(local, here, values, stats, shard.first_row), problem, shard
         )
         _, values = _joined_pass(columns, stats, problem)
-    asked = dict(zip(STATS, wanted, strict=True))
-    return values["nll"], *(values[name] if asked[name] else empty_output(problem, name, 0) for name in STATS)
+    return [values[name] for name in ("nll", *compress(STATS, wanted))]
 
 
 def _nll_fake(*args):
-    problem, wanted = HeadProblem(*args[:8]), args[10]
-    rows = problem.target.shape[0]
-    asked = zip(("nll", *STATS), (True, *wanted), strict=True)
-    return tuple(empty_output(problem, name, rows if wants else 0) for name, wants in asked)
+    problem, rows = HeadProblem(*args[:8]), args[2].shape[0]
+    return [empty_output(problem, name, rows) for name in ("nll", *compress(STATS, args[10]))]
 
 
 def _nll_backward(*args):
@@ -141,7 +140,7 @@ def _nll_backward(*args):
         nll, by_lse = torch.where(here, nll, 0.0), elsewhere if by_lse is None else by_lse + elsewhere
     upstream, saved = with_lse_lo(Upstream(nll, by_lse, by_entropy), Saved(lse, entropy), lse_lo)
     inputs = problem.hidden, problem.weight, problem.bias
-    with torch.autocast(problem.hidden.device.type, enabled=False):
+    with check.no_autocast(problem.hidden.device):
         if problem.weight.shape[0]:
             found = dispatch.module("linear_nll", backend).backward(upstream, saved, local, Needs(*needs))
         else:
@@ -156,16 +155,16 @@ def _nll_backward(*args):
 _nll_backward_op = registration.define(
     "sharded_nll_backward",
     f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, "
-    "Tensor lse_lo, Tensor entropy, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor lse_lo, Tensor? entropy, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
     _nll_backward,
     fake_gradients,
 )
 _nll_op = registration.define(
     "sharded_nll",
-    f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, bool[] wanted, str backend) -> Tensor[]",
     _nll,
     _nll_fake,
-    derivative(_nll_backward_op, between=len(VocabShard._fields)),
+    derivative(_nll_backward_op, lambda args: args[10], between=len(VocabShard._fields)),
 )
 
 
@@ -177,11 +176,12 @@ SUMS = ("lse_image", "lse_lo_image", "lse_null", "lse_lo_null")
 
 def vig_values(
     problem: HeadProblem, hidden_null: Tensor, stats: tuple[str, ...], backend: str, shard: VocabShard
-) -> tuple[Tensor, ...]:
-    """(vig, nll_image, nll_null, *VIG_STATS), empty where not asked for; the same values on every rank."""
+) -> list[Tensor]:
+    """[vig, nll_image, nll_null, those of VIG_STATS that are asked for]; the same values on every rank."""
     _refuse_reference(backend)
     check.forward_mode(problem.hidden, hidden_null, problem.weight, problem.bias)
-    return _vig_op(*problem, *shard, hidden_null, [stat in stats for stat in VIG_STATS], backend)
+    wanted = [stat in stats for stat in VIG_STATS]
+    return registration.unrecorded(_vig_op, *problem, *shard, hidden_null, wanted, backend)
 
 
 def _vig(*args):
@@ -193,8 +193,8 @@ def _vig(*args):
     if problem.target.numel() == 0:
         return _vig_fake(*args)
     local, here = vocab_shards.local_problem(problem, shard)
-    stats = tuple(stat for stat, asked in zip(VIG_STATS, wanted, strict=True) if asked)
-    with torch.autocast(problem.hidden.device.type, enabled=False):
+    stats = tuple(compress(VIG_STATS, wanted))
+    with check.no_autocast(problem.hidden.device):
         found = _vig_part(local, hidden_null, (*SUMS, *stats), backend)
         of_pass, columns = {}, []
         for name, hidden in (("image", local.hidden), ("null", hidden_null)):
@@ -214,8 +214,7 @@ def _vig(*args):
         if "kl" in stats:
             values["kl"] = _silent(passes[0].divergence(passes[1], columns.pop(0)).float(), problem, "kl")
     image, null = values["nll_image"], values["nll_null"]
-    more = (values[stat] if stat in stats else empty_output(problem, stat, 0) for stat in VIG_STATS)
-    return null - image, image, null, *more
+    return [null - image, image, null, *(values[stat] for stat in stats)]
 
 
 def _vig_part(
@@ -230,16 +229,14 @@ def _vig_part(
 
 
 def _vig_fake(*args):
-    problem, wanted = HeadProblem(*args[:8]), args[11]
-    rows = problem.target.shape[0]
-    asked = zip(("vig", "nll_image", "nll_null", *VIG_STATS), (True, True, True, *wanted), strict=True)
-    return tuple(empty_output(problem, name, rows if wants else 0) for name, wants in asked)
+    problem, rows = HeadProblem(*args[:8]), args[2].shape[0]
+    names = "vig", "nll_image", "nll_null", *compress(VIG_STATS, args[11])
+    return [empty_output(problem, name, rows) for name in names]
 
 
 _vig_op = registration.define(
     "sharded_vig",
-    f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, Tensor hidden_null, bool[] wanted, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, Tensor hidden_null, bool[] wanted, str backend) -> Tensor[]",
     _vig,
     _vig_fake,
 )
