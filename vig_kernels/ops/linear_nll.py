@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import compress
 
 import torch
@@ -95,7 +94,7 @@ def nll_values(
     check.transforms(hidden, weight, bias)
     grad = torch.is_grad_enabled() and any(map(check.wants_grad, (hidden, weight, bias)))
     wanted = [grad or "lse" in stats, "entropy" in stats, "argmax" in stats, grad]
-    call = nll_forward_op if grad else partial(registration.unrecorded, nll_forward_op)
+    call = nll_forward_op if grad else nll_forward_op.without_grad
     nll, *values = call(*problem, wanted, backend)
     return {"nll": nll} | dict(zip(compress(STATS, wanted), values, strict=True))
 

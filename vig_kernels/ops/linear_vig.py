@@ -21,7 +21,6 @@ class TokenVIG(NamedTuple):
     nll_null: Tensor  # (...) float32
 
 
-@torch.no_grad()
 def linear_vig(
     hidden_image: Tensor,  # (..., D)
     hidden_null: Tensor,  # (..., D)
@@ -72,14 +71,15 @@ def linear_vig(
     elif name == "reference":
         check.target_range(problem)
         options = problem.reference_options() | {"stats": STATS}
-        found, values = reference.linear_vig(problem.hidden, null.hidden, *problem[1:3], **options)
+        with torch.no_grad():
+            found, values = reference.linear_vig(problem.hidden, null.hidden, *problem[1:3], **options)
         vig, nll_image, nll_null = (x.float() for x in found)
         values = {
             name: value if value.dtype == torch.int64 else value.float() for name, value in values.items()
         }
     else:
         check.forward_mode(problem.hidden, null.hidden, problem.weight, problem.bias)
-        vig, nll_image, nll_null, *values = registration.unrecorded(_op, *problem, null.hidden, wanted, name)
+        vig, nll_image, nll_null, *values = _op.without_grad(*problem, null.hidden, wanted, name)
         values = dict(zip(compress(STATS, wanted), values, strict=True))
     vig = vig.masked_fill(nll_image == nll_null, 0.0)  # also where both are infinite
     shape = hidden_image.shape[:-1]

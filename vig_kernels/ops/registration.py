@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "vig_kernels"
+PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 _libraries: dict[str, torch.library.Library] = {}  # a registration lives as long as its library
 
 
@@ -25,10 +26,61 @@ class Derivative(NamedTuple):
     backward: Callable  # (ctx, *gradients of those results) -> the gradients of `inputs`
 
 
+class Op:
+    """An op of this package: `torch.ops.vig_kernels.<name>`, which a call leaves out where nobody looks at ops."""
+
+    def __init__(self, op: torch._ops.OpOverload, kernel: Callable, derivative: Derivative | None):
+        self.op, self.kernel = op, kernel
+        tensors = [at for at, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
+        self.tensors = tuple(tensors)
+        self.inputs = self.tensors if derivative is None else derivative.inputs
+        self.is_gradient = derivative is None
+        self.recorded = _refused(op) if derivative is None else _differentiated(op, derivative)
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or not self._is_unseen(args):
+            return self.op(*args)
+        if torch.is_grad_enabled() and self._may_need_grad(args):
+            return self.recorded(self.kernel, args, [args[at] for at in self.inputs])
+        return _beneath(self.kernel, args)
+
+    def without_grad(self, *args):
+        """A call whose result is not part of the graph."""
+        if torch.compiler.is_compiling():
+            return self.op(*(x.detach() if isinstance(x, Tensor) else x for x in args))
+        return _beneath(self.kernel if self._is_unseen(args) else self.op, args)
+
+    def _is_unseen(self, args) -> bool:
+        """Whether no mode, transform, profiler or subclass of Tensor would see the op between autograd and kernel."""
+        if (
+            torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+            or torch.autograd._profiler_enabled()
+            or torch._C._get_tracing_state() is not None
+        ):
+            return False
+        if self.is_gradient and any(map(_is_batched, args)):
+            return False
+        return all(args[at].__class__ in PLAIN for at in self.tensors)
+
+    def _may_need_grad(self, args) -> bool:
+        return any(args[at] is not None and args[at].requires_grad for at in self.inputs)
+
+    def autograd_kernel(self, keys, *args):
+        """What the dispatcher calls in autograd's place."""
+
+        def below(*args):
+            return self.op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+        if torch.is_grad_enabled() and self._may_need_grad(args):
+            return self.recorded(below, args, [args[at] for at in self.inputs])
+        return _beneath(below, args)
+
+
 def define(
     name: str, schema: str, kernel: Callable, fake: Callable, derivative: Derivative | None = None
-) -> torch._ops.OpOverload:
-    """The op `torch.ops.vig_kernels.<name>`, on every device.
+) -> Op:
+    """Make the op `torch.ops.vig_kernels.<name>`, on every device.
 
     Args:
         schema: "(Tensor a, int b) -> Tensor", without defaults.
@@ -42,22 +94,13 @@ def define(
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    recorded = _refused(op) if derivative is None else _differentiated(op, derivative)
-    library.impl(name, _recorder(op, recorded, derivative), "Autograd", with_keyset=True)
+    op = Op(getattr(getattr(torch.ops, NAMESPACE), name).default, kernel, derivative)
+    library.impl(name, op.autograd_kernel, "Autograd", with_keyset=True)
     torch.library.register_vmap(f"{NAMESPACE}::{name}", _one_by_one(op), lib=library)
     return op
 
 
-def unrecorded(op: torch._ops.OpOverload, *args):
-    """A call where no gradient can be asked for."""
-    if torch.compiler.is_compiling():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
-def _one_by_one(op: torch._ops.OpOverload) -> Callable:
+def _one_by_one(op: Op) -> Callable:
     """The rule of torch.vmap: one call for each member of the batch."""
 
     def rule(info, in_dims, *args):
@@ -81,25 +124,15 @@ def _stacked(members: list):
     return type(members[0])(_stacked(list(part)) for part in zip(*members, strict=True))
 
 
-def _below(op: torch._ops.OpOverload, keys, args):
-    """The op as it is beneath autograd."""
+def _is_batched(value) -> bool:
+    """Whether it stands for many gradients at once, under is_grads_batched=True."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_legacy_batchedtensor(value)
+
+
+def _beneath(function: Callable, args):
+    """A call that autograd does not see."""
     with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
-
-
-def _recorder(op: torch._ops.OpOverload, recorded: Callable, derivative: Derivative | None) -> Callable:
-    """What runs in autograd's place: `recorded` where a gradient may be asked for, else the op alone."""
-    tensors = [at for at, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
-    inputs = tensors if derivative is None else derivative.inputs
-
-    def run(keys, *args):
-        if torch.is_grad_enabled():
-            for at in inputs:
-                if args[at] is not None and args[at].requires_grad:
-                    return recorded(keys, args, [args[at] for at in inputs])
-        return _below(op, keys, args)
-
-    return run
+        return function(*args)
 
 
 def _node(op: torch._ops.OpOverload, forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
@@ -112,8 +145,8 @@ def _differentiated(op: torch._ops.OpOverload, derivative: Derivative) -> Callab
     _, outputs, save, backward = derivative
 
     def forward(ctx, call, *inputs):
-        keys, args, rest = call
-        found = _below(op, keys, args)
+        function, args, rest = call
+        found = _beneath(function, args)
         save(ctx, args, found)
         leading = outputs(args)
         rest += found[leading:]
@@ -121,9 +154,9 @@ def _differentiated(op: torch._ops.OpOverload, derivative: Derivative) -> Callab
 
     node = _node(op, forward, lambda ctx, *grads: (None, *backward(ctx, *grads)))
 
-    def recorded(keys, args, inputs):
+    def recorded(function, args, inputs):
         rest = []
-        return *node.apply((keys, args, rest), *inputs), *rest
+        return *node.apply((function, args, rest), *inputs), *rest
 
     return recorded
 
@@ -134,5 +167,5 @@ def _refused(op: torch._ops.OpOverload) -> Callable:
     def refuse(ctx, *grads):
         raise RuntimeError(f"{op._schema.name} has no autograd formula: its results cannot be differentiated")
 
-    node = _node(op, lambda ctx, keys, args, *inputs: _below(op, keys, args), refuse)
-    return lambda keys, args, inputs: node.apply(keys, args, *inputs)
+    node = _node(op, lambda ctx, function, args, *inputs: _beneath(function, args), refuse)
+    return lambda function, args, inputs: node.apply(function, args, *inputs)

@@ -181,7 +181,7 @@ def vig_values(
     _refuse_reference(backend)
     check.forward_mode(problem.hidden, hidden_null, problem.weight, problem.bias)
     wanted = [stat in stats for stat in VIG_STATS]
-    return registration.unrecorded(_vig_op, *problem, *shard, hidden_null, wanted, backend)
+    return _vig_op.without_grad(*problem, *shard, hidden_null, wanted, backend)
 
 
 def _vig(*args):
