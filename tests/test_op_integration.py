@@ -23,8 +23,8 @@ def leaves(dtype=torch.float32, seed=0):
 def test_opcheck_of_linear_ops(dtype, backend):
     hidden, weight, bias = leaves(dtype)
     head = (hidden, weight, TARGET, bias, 0.7, 5.0, -100)
-    torch.library.opcheck(OPS.linear_nll.default, (*head, None, True, True, True, backend))
-    torch.library.opcheck(OPS.linear_nll.default, (*head, 5, True, False, False, backend))
+    torch.library.opcheck(OPS.linear_nll.default, (*head, None, [True] * 4, backend))
+    torch.library.opcheck(OPS.linear_nll.default, (*head, 5, [True, False, False, True], backend))
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in head]
     torch.library.opcheck(
         OPS.linear_vig.default, (*detached, None, detached[0] + 1, [True, False, True, True, False], backend)

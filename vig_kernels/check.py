@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import operator
@@ -118,7 +119,9 @@ def transforms(*tensors: Tensor | None) -> None:
     Custom ops have no rule for the transforms; PyTorch's own message does not say what to do instead.
     """
     forward_mode(*tensors)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    if not torch.is_grad_enabled():
         return
     if any(t is not None and torch._C._functorch.is_gradtrackingtensor(_beneath_vmap(t)) for t in tensors):
         raise RuntimeError(
@@ -143,7 +146,9 @@ def wants_grad(value: Tensor | None) -> bool:
     """Whether autograd may ask for its gradient. Inside torch.vmap the tensor beneath says so, not its wrapper."""
     if value is None:
         return False
-    return (value if torch.compiler.is_compiling() else _beneath_vmap(value)).requires_grad
+    if value.requires_grad or torch.compiler.is_compiling():
+        return value.requires_grad
+    return torch._C._are_functorch_transforms_active() and _beneath_vmap(value).requires_grad
 
 
 @torch.compiler.assume_constant_result  # torch 2.8 does not trace into it
@@ -158,6 +163,14 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t is None else t.to(dtype) for t in tensors)
+
+
+def no_autocast(device: torch.device):
+    """A context in which autocast leaves products alone."""
+    kind = device.type
+    return (
+        torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    )
 
 
 def linear(
@@ -230,9 +243,14 @@ def rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
+def on_cpu(value: Tensor) -> bool:
+    """Whether its values can be looked at without a wait for a device."""
+    return value.is_cpu
+
+
 def looks_at_values(target: Tensor) -> bool:
     """Whether targets are read back to be checked: on a CPU, elsewhere with VIG_CHECK_TARGETS=1."""
-    return target.device.type == "cpu" or os.environ.get("VIG_CHECK_TARGETS") == "1"
+    return on_cpu(target) or os.environ.get("VIG_CHECK_TARGETS") == "1"
 
 
 def target_range(problem: HeadProblem, vocabulary: int | None = None) -> None:
@@ -257,7 +275,7 @@ def target_range(problem: HeadProblem, vocabulary: int | None = None) -> None:
 
 def num_kept(problem: HeadProblem) -> None:
     """ValueError for a wrong number of kept rows, where looking costs no wait for a GPU."""
-    if problem.num_kept is None or problem.target.device.type != "cpu":
+    if problem.num_kept is None or not on_cpu(problem.target):
         return
     found = int((problem.target != problem.ignore_index).sum())
     if problem.num_kept != found:

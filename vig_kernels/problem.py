@@ -12,6 +12,7 @@ HEAD_SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float logit_scale, float? logit_softcap, "
     "int ignore_index, SymInt? num_kept"
 )
+DIFFERENTIABLE = (0, 1, 3)  # of these: hidden, weight and bias
 
 
 class HeadProblem(NamedTuple):

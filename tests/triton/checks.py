@@ -318,9 +318,8 @@ def formed_gradients(k, head, row_weight, z_loss, needs=None, factor=1.0, budget
     if formed.block is not None:
         assert formed.grad_weight is None
         found[2] = module.weight_gradient(
-            formed.block, formed.row_factor, head.hidden, head.target, head.ignore_index, len(head.weight),
-            torch.tensor(factor),
-        )  # fmt: skip
+            formed.block, formed.row_factor, formed.visit, head.hidden, len(head.weight), torch.tensor(factor)
+        )
     return found
 
 

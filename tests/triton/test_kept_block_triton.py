@@ -51,11 +51,11 @@ def forward_arguments(budget=1 << 28):
 def test_ops_hold_what_they_promise_to_torch():
     arguments = forward_arguments()
     torch.library.opcheck(torch.ops.vig_kernels.linear_cross_entropy.default, arguments)
-    hidden, weight, target, *_ = arguments
+    hidden, weight, *_ = arguments
     with torch.no_grad():
-        block, row_factor = loss_and_gradients(*arguments)[4:6]
-    assert block.shape == (9, 48) and row_factor.shape == (9,)
-    inputs = block, row_factor, hidden.detach(), target, -100, weight.detach(), torch.tensor(2.0), "triton"
+        *_, block, row_factor, visit = loss_and_gradients(*arguments)
+    assert block.shape == (9, 48) and row_factor.shape == (9,) and visit.tolist() == [*range(9), 9]
+    inputs = block, row_factor, visit, hidden.detach(), weight.detach(), torch.tensor(2.0), "triton"
     torch.library.opcheck(torch.ops.vig_kernels.linear_cross_entropy_weight.default, inputs)
 
 

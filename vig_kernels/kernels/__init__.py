@@ -24,6 +24,6 @@ They are given only if some are asked for, and never to a backend whose row of v
 states and weights are bfloat16.
 
 Where a backend's linear_cross_entropy has `kept_rows(problem, needs, budget)`, its forward_backward takes a budget in
-bytes before the values and may return a block of `kept_rows` rows, `padded(V)` wide, and their factors behind the
-gradients instead of the weight's gradient, which `weight_gradient` forms.
+bytes before the values and may return a block of `kept_rows` rows, `padded(V)` wide, their factors and the order of the
+rows behind the gradients instead of the weight's gradient, which `weight_gradient` forms of the three.
 """

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
+from vig_kernels.ops import registration
 from vig_kernels.problem import Gaussian
 
 BORDERS = ("reflect", "replicate")
@@ -140,7 +141,7 @@ def _blur(images: Tensor, gaussian: Gaussian, backend: str, out: Tensor) -> None
             to.copy_(reference.gaussian_blur(image, sigma, **options))
         return
     run = dispatch.module("gaussian_blur", backend).forward
-    with torch.autocast(images.device.type, enabled=False):
+    with check.no_autocast(images.device):
         run(images, gaussian, out)
 
 
@@ -149,18 +150,20 @@ SCHEMA = (
 )
 
 
-@torch.library.custom_op("vig_kernels::gaussian_blur", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
-def _op(images, *args):
+def _run(images, *args):
     out = images.new_empty(images.shape)
     _blur(images, Gaussian(*args[:5]), args[5], out)
     return out
 
 
-@_op.register_fake
 def _fake(images, *args):
     return images.new_empty(images.shape)
 
 
+_op = registration.define("gaussian_blur", f"({SCHEMA}) -> Tensor", _run, _fake)
+
+
+# it mutates an argument: custom_op keeps autograd's count of its versions
 @torch.library.custom_op(
     "vig_kernels::gaussian_blur_out", mutates_args=("out",), schema=f"({SCHEMA}, Tensor(a!) out) -> ()"
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 
@@ -100,24 +102,24 @@ def linear_cross_entropy(
     rows = problem.target.shape[0]
     if num_kept is not None and not 0 <= num_kept <= rows:
         raise ValueError(f"num_kept={num_kept} is not in [0, {rows}], the number of rows")
-    problem = problem._replace(num_kept=num_kept)
+    if num_kept is not None:
+        problem = problem._replace(num_kept=num_kept)
 
     name = dispatch.resolve("linear_cross_entropy", backend, problem.weight.device)
     budget = _budget(memory, problem.weight.device)
+    needs = _needs(problem)
     fast = given.shard is None and memory != "low" and reduction != "none"
-    fast = fast and _fast(problem, row_weight, name, budget)
+    fast = fast and _fast(problem, needs, row_weight, name, budget)
     if not fast:
         name = dispatch.resolve("linear_nll", backend, problem.weight.device)
     if row_weight is not None and not check.wants_grad(row_weight):
         problem = problem._replace(
             target=problem.target.masked_fill(row_weight == 0, problem.ignore_index),
-            num_kept=None
-            if problem.target.device.type == "cpu"
-            else num_kept,  # elsewhere it may be too high
+            num_kept=None if check.on_cpu(problem.target) else num_kept,  # elsewhere it may be too high
         )
-    valid = problem.target != problem.ignore_index
     if num_items is None and reduction == "mean":
-        num_items = valid.sum() if row_weight is None else torch.where(valid, row_weight, 0.0).sum()
+        valid = problem.target != problem.ignore_index if row_weight is None else _valid(problem, row_weight)
+        num_items = valid.sum()
     if fast and name != "reference":
         if num_items is not None and _takes_divisor(problem.weight):  # gradients then come out ready
             if row_weight is None:
@@ -125,15 +127,14 @@ def linear_cross_entropy(
             row_weight, num_items = row_weight * _reciprocal(num_items, row_weight.device), None
         check.transforms(problem.hidden, problem.weight, problem.bias)
         wanted = [stat in stats for stat in STATS]
-        loss, *found = loss_and_gradients(
-            *problem, row_weight, z_loss, list(_needs(problem)), budget, wanted, name
-        )
-        values = dict(zip(STATS, found[-len(STATS) :], strict=True))
+        found = loss_and_gradients(*problem, row_weight, z_loss, list(needs), budget, wanted, name)
+        loss, first = found[0], len(found) - sum(wanted)
+        values = dict(zip(compress(STATS, wanted), found[first:], strict=True))
     else:
         values = nll_values(problem, ("lse", *stats) if z_loss else stats, name, given.shard)
         losses = values["nll"] + z_loss * values["lse"].square() if z_loss else values["nll"]
         if row_weight is not None:
-            losses = losses * torch.where(valid, row_weight, 0.0)
+            losses = losses * _valid(problem, row_weight)
         loss = losses.reshape(hidden.shape[:-1]) if reduction == "none" else losses.sum()
     if num_items is not None and reduction != "none":
         loss = _divided(loss, num_items)
@@ -160,7 +161,7 @@ def _fast_budget(device: torch.device) -> int:
 
 def _takes_divisor(weight: Tensor) -> bool:
     """Whether the divisor may scale the rows: not where a 16-bit logit gradient could underflow."""
-    return weight.device.type == "cpu" and weight.dtype != torch.float16
+    return check.on_cpu(weight) and weight.dtype != torch.float16
 
 
 def _row_weight(token_weight, target) -> Tensor | None:
@@ -186,7 +187,7 @@ def _num_items(num_items):
         )
         num_items = num_items.detach()
         # elsewhere looking would stall; a compiled graph and torch.vmap cannot branch on values
-        if num_items.device.type == "cpu" and type(num_items) is Tensor and not check.is_batched(num_items):
+        if check.on_cpu(num_items) and type(num_items) is Tensor and not check.is_batched(num_items):
             _positive(float(num_items))
         return num_items
     return None if num_items is None else _positive(num_items)
@@ -215,17 +216,22 @@ def _reciprocal(divisor: float | Tensor, device: torch.device) -> float | Tensor
     return torch.where(none, 0.0, 1.0 / torch.where(none, 1.0, divisor))
 
 
+def _valid(problem: HeadProblem, row_weight: Tensor) -> Tensor:
+    """The weights of the rows, 0 where they are ignored."""
+    return torch.where(problem.target != problem.ignore_index, row_weight, 0.0)
+
+
 def _needs(problem: HeadProblem) -> Needs:
     return Needs(*map(check.wants_grad, (problem.hidden, problem.weight, problem.bias)))
 
 
-def _fast(problem: HeadProblem, row_weight: Tensor | None, backend: str, budget: int) -> bool:
+def _fast(problem: HeadProblem, needs: Needs, row_weight: Tensor | None, backend: str, budget: int) -> bool:
     """Whether to form the gradients in the forward: some are wanted, and their float32 sums are affordable."""
-    if not torch.is_grad_enabled() or not any(_needs(problem)):
+    if not torch.is_grad_enabled() or not any(needs):
         return False
     if check.wants_grad(row_weight):
         return False
     hidden = problem.hidden
-    if not check.wants_grad(hidden) or gradient_dtypes(backend, hidden.dtype)[0] == hidden.dtype:
+    if not needs.hidden or gradient_dtypes(backend, hidden.dtype)[0] == hidden.dtype:
         return True
-    return 4 * hidden.numel() <= (CPU_HIDDEN_BUFFER_BYTES if hidden.device.type == "cpu" else budget // 2)
+    return 4 * hidden.numel() <= (CPU_HIDDEN_BUFFER_BYTES if check.on_cpu(hidden) else budget // 2)

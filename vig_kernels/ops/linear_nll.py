@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
-from vig_kernels.ops import sharded_heads, vocab_shards
-from vig_kernels.ops.nll_autograd import STATS, register_gradients
+from vig_kernels.ops import registration, sharded_heads, vocab_shards
+from vig_kernels.ops.nll_autograd import STATS, derivative, fake_gradients
 from vig_kernels.ops.vocab_shards import VocabShard
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, Saved, Upstream, empty_output, with_lse_lo
 
@@ -93,62 +93,59 @@ def nll_values(
         return {"nll": nll.float()} | {k: v if k == "argmax" else v.float() for k, v in values.items()}
     check.transforms(hidden, weight, bias)
     grad = torch.is_grad_enabled() and any(map(check.wants_grad, (hidden, weight, bias)))
-    wanted = grad or "lse" in stats, "entropy" in stats, "argmax" in stats
-    nll, lse, entropy, argmax, _ = nll_forward_op(*problem, *wanted, backend)
-    return {"nll": nll, "lse": lse, "entropy": entropy, "argmax": argmax}
+    wanted = [grad or "lse" in stats, "entropy" in stats, "argmax" in stats, grad]
+    call = nll_forward_op if grad else nll_forward_op.without_grad
+    nll, *values = call(*problem, wanted, backend)
+    return {"nll": nll} | dict(zip(compress(STATS, wanted), values, strict=True))
 
 
-@torch.library.custom_op(
-    "vig_kernels::linear_nll",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, bool with_lse, bool with_entropy, bool with_argmax, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def nll_forward_op(*args):
-    """(nll, lse, entropy, argmax, lse_lo); the ones not asked for have no elements: ops cannot return None.
-
-    lse + lse_lo is the log-sum-exp beyond float32's precision: at lse = 200 float32 rounds by 8e-6, and every
-    p = exp(z - lse) of the row by as much.
-    """
-    problem, (*wanted, backend) = HeadProblem(*args[:8]), args[8:]
-    check.target_range(problem)
-    check.num_kept(problem)
-    if problem.target.numel() == 0:
-        return _forward_fake(*args)
-    stats = tuple(compress(STATS, (*wanted, wanted[0])))
-    run = dispatch.module("linear_nll", backend).forward
-    with torch.autocast(problem.hidden.device.type, enabled=False):
-        nll, values = run(problem, stats)
-    outputs = [nll]
-    for stat in STATS:
-        outputs.append(values[stat] if stat in values else empty_output(problem, stat, 0))
-    return tuple(outputs)
-
-
-@nll_forward_op.register_fake
-def _forward_fake(*args):
-    problem, (*wanted, _) = HeadProblem(*args[:8]), args[8:]
-    rows = problem.target.shape[0]
-    asked = zip(("nll", *STATS), (True, *wanted, wanted[0]), strict=True)
-    return tuple(empty_output(problem, name, rows if wanted else 0) for name, wanted in asked)
-
-
-@torch.library.custom_op(
-    "vig_kernels::linear_nll_backward",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor lse_lo, "
-    "Tensor entropy, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def nll_backward_op(*args):
-    """Gradients of hidden, weight and bias, empty where not needed. It has no gradient of its own: a second
-    differentiation raises instead of being wrong."""
+def _backward(*args):
+    """Gradients of hidden, weight and bias, empty where not needed."""
     problem, (lse, lse_lo, entropy, needs, backend) = HeadProblem(*args[:8]), args[11:]
     upstream = Upstream(*(None if grad is None else grad.contiguous() for grad in args[8:11]))
     upstream, saved = with_lse_lo(upstream, Saved(lse, entropy), lse_lo)
     run = dispatch.module("linear_nll", backend).backward
-    with torch.autocast(problem.hidden.device.type, enabled=False):
+    with check.no_autocast(problem.hidden.device):
         found = run(upstream, saved, problem, Needs(*needs))
     return tuple(problem.hidden.new_empty(0) if grad is None else grad for grad in found)
 
 
-register_gradients(nll_forward_op, nll_backward_op)
+nll_backward_op = registration.define(
+    "linear_nll_backward",
+    f"({HEAD_SCHEMA}, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, Tensor lse_lo, "
+    "Tensor? entropy, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    fake_gradients,
+)
+
+
+def _forward(*args):
+    """[nll, those of STATS that are wanted].
+
+    lse + lse_lo is the log-sum-exp beyond float32's precision: at lse = 200 float32 rounds by 8e-6, and every
+    p = exp(z - lse) of the row by as much.
+    """
+    problem, (wanted, backend) = HeadProblem(*args[:8]), args[8:]
+    check.target_range(problem)
+    check.num_kept(problem)
+    if problem.target.numel() == 0:
+        return _forward_fake(*args)
+    stats = tuple(compress(STATS, wanted))
+    run = dispatch.module("linear_nll", backend).forward
+    with check.no_autocast(problem.hidden.device):
+        nll, values = run(problem, stats)
+    return [nll, *(values[stat] for stat in stats)]
+
+
+def _forward_fake(*args):
+    problem, rows = HeadProblem(*args[:8]), args[2].shape[0]
+    return [empty_output(problem, name, rows) for name in ("nll", *compress(STATS, args[8]))]
+
+
+nll_forward_op = registration.define(
+    "linear_nll",
+    f"({HEAD_SCHEMA}, bool[] wanted, str backend) -> Tensor[]",
+    _forward,
+    _forward_fake,
+    derivative(nll_backward_op, lambda args: args[8]),
+)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
-from vig_kernels.ops import sharded_heads, vocab_shards
+from vig_kernels.ops import registration, sharded_heads, vocab_shards
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, empty_output
 
 STATS = sharded_heads.VIG_STATS
@@ -20,7 +21,6 @@ class TokenVIG(NamedTuple):
     nll_null: Tensor  # (...) float32
 
 
-@torch.no_grad()
 def linear_vig(
     hidden_image: Tensor,  # (..., D)
     hidden_null: Tensor,  # (..., D)
@@ -62,57 +62,52 @@ def linear_vig(
         least_rows=given.least_rows,
     )
     name = dispatch.resolve("linear_vig", backend, problem.weight.device)
+    wanted = [stat in stats for stat in STATS]
     if given.shard is not None:
         vig, nll_image, nll_null, *values = sharded_heads.vig_values(
             problem, null.hidden, stats, name, given.shard
         )
-        values = dict(zip(STATS, values, strict=True))
+        values = dict(zip(compress(STATS, wanted), values, strict=True))
     elif name == "reference":
         check.target_range(problem)
         options = problem.reference_options() | {"stats": STATS}
-        found, values = reference.linear_vig(problem.hidden, null.hidden, *problem[1:3], **options)
+        with torch.no_grad():
+            found, values = reference.linear_vig(problem.hidden, null.hidden, *problem[1:3], **options)
         vig, nll_image, nll_null = (x.float() for x in found)
         values = {
             name: value if value.dtype == torch.int64 else value.float() for name, value in values.items()
         }
     else:
         check.forward_mode(problem.hidden, null.hidden, problem.weight, problem.bias)
-        wanted = [stat in stats for stat in STATS]
-        vig, nll_image, nll_null, *values = _op(*problem, null.hidden, wanted, name)
-        values = dict(zip(STATS, values, strict=True))
+        vig, nll_image, nll_null, *values = _op.without_grad(*problem, null.hidden, wanted, name)
+        values = dict(zip(compress(STATS, wanted), values, strict=True))
     vig = vig.masked_fill(nll_image == nll_null, 0.0)  # also where both are infinite
     shape = hidden_image.shape[:-1]
     found = TokenVIG(vig.reshape(shape), nll_image.reshape(shape), nll_null.reshape(shape))
     return (found, {stat: values[stat].reshape(shape) for stat in stats}) if stats else found
 
 
-@torch.library.custom_op(
-    "vig_kernels::linear_vig",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor hidden_null, bool[] wanted, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _op(*args):
-    """(vig, nll_image, nll_null, STATS, empty where not wanted); the problem's rows are those of the image pass."""
+def _run(*args):
+    """[vig, nll_image, nll_null, those of STATS that are wanted]; the problem's rows are those of the image pass."""
     problem, (hidden_null, wanted, backend) = HeadProblem(*args[:8]), args[8:]
     check.target_range(problem)
     if problem.target.numel() == 0:
         return _fake(*args)
-    stats = tuple(stat for stat, asked in zip(STATS, wanted, strict=True) if asked)
+    stats = tuple(compress(STATS, wanted))
     run = dispatch.module("linear_vig", backend).with_stats
-    with torch.autocast(problem.hidden.device.type, enabled=False):
+    with check.no_autocast(problem.hidden.device):
         vig, nll_image, nll_null, values = run(problem, hidden_null, stats)
-    return (
-        vig,
-        nll_image,
-        nll_null,
-        *(values[stat] if stat in values else empty_output(problem, stat, 0) for stat in STATS),
-    )
+    return [vig, nll_image, nll_null, *(values[stat] for stat in stats)]
 
 
-@_op.register_fake
 def _fake(*args):
-    problem, wanted = HeadProblem(*args[:8]), args[9]
-    rows = problem.target.shape[0]
-    asked = zip((*TokenVIG._fields, *STATS), (True, True, True, *wanted), strict=True)
-    return tuple(empty_output(problem, name, rows if asks else 0) for name, asks in asked)
+    problem, rows = HeadProblem(*args[:8]), args[2].shape[0]
+    return [empty_output(problem, name, rows) for name in (*TokenVIG._fields, *compress(STATS, args[9]))]
+
+
+_op = registration.define(
+    "linear_vig",
+    f"({HEAD_SCHEMA}, Tensor hidden_null, bool[] wanted, str backend) -> Tensor[]",
+    _run,
+    _fake,
+)

@@ -8,12 +8,14 @@ stays on its rank; the hidden gradient is the sum over the ranks, one all-reduce
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 
 from vig_kernels import check, dispatch
-from vig_kernels.ops import vocab_shards
-from vig_kernels.ops.nll_autograd import STATS, register_gradients
+from vig_kernels.ops import registration, vocab_shards
+from vig_kernels.ops.nll_autograd import STATS, derivative, fake_gradients
 from vig_kernels.ops.vocab_shards import NO_TARGET, VocabShard
 from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, Saved, Upstream, empty_output, with_lse_lo
 
@@ -31,7 +33,7 @@ def nll_values(
     )
     wanted = [grad or "lse" in stats, "entropy" in stats, "argmax" in stats, grad]
     nll, *values = _nll_op(*problem, *shard, wanted, backend)
-    return {"nll": nll} | dict(zip(STATS, values, strict=True))
+    return {"nll": nll} | dict(zip(compress(STATS, wanted), values, strict=True))
 
 
 def _refuse_reference(backend: str) -> None:
@@ -59,7 +61,7 @@ def _is_empty(problem: HeadProblem) -> bool:
     _, weight, _, bias, scale, cap = problem[:6]
     if not weight.shape[0]:
         return True
-    if bias is None or bias.device.type != "cpu" or cap is not None or scale <= 0:
+    if bias is None or not check.on_cpu(bias) or cap is not None or scale <= 0:
         return False
     return bool((bias == float("-inf")).all())
 
@@ -96,13 +98,8 @@ def _silent(value: Tensor, problem: HeadProblem, name: str) -> Tensor:
 # --- linear_nll ---
 
 
-@torch.library.custom_op(
-    "vig_kernels::sharded_nll",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _nll_op(*args):
-    """(nll, STATS, empty where not wanted) of the whole head, from this rank's rows of it."""
+def _nll(*args):
+    """[nll, those of STATS that are wanted] of the whole head, from this rank's rows of it."""
     problem, shard, (wanted, backend) = HeadProblem(*args[:8]), VocabShard(*args[8:10]), args[10:]
     check.num_kept(problem)
     if problem.target.numel() == 0:
@@ -110,7 +107,7 @@ def _nll_op(*args):
     local, here = vocab_shards.local_problem(problem, shard)
     stats = tuple(name for name, asked in zip(STATS[1:3], wanted[1:3], strict=True) if asked)
     names = ("lse", *stats, "lse_lo")
-    with torch.autocast(problem.hidden.device.type, enabled=False):
+    with check.no_autocast(problem.hidden.device):
         if not _is_empty(local):
             nll, values = dispatch.module("linear_nll", backend).forward(local, names)
             values = {"nll": nll} | values
@@ -120,29 +117,19 @@ def _nll_op(*args):
             _part_columns(local, here, values, stats, shard.first_row), problem, shard
         )
         _, values = _joined_pass(columns, stats, problem)
-    asked = dict(zip(STATS, wanted, strict=True))
-    return values["nll"], *(values[name] if asked[name] else empty_output(problem, name, 0) for name in STATS)
+    return [values[name] for name in ("nll", *compress(STATS, wanted))]
 
 
-@_nll_op.register_fake
 def _nll_fake(*args):
-    problem, wanted = HeadProblem(*args[:8]), args[10]
-    rows = problem.target.shape[0]
-    asked = zip(("nll", *STATS), (True, *wanted), strict=True)
-    return tuple(empty_output(problem, name, rows if wants else 0) for name, wants in asked)
+    problem, rows = HeadProblem(*args[:8]), args[2].shape[0]
+    return [empty_output(problem, name, rows) for name in ("nll", *compress(STATS, args[10]))]
 
 
-@torch.library.custom_op(
-    "vig_kernels::sharded_nll_backward",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, "
-    "Tensor lse_lo, Tensor entropy, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def _nll_backward_op(*args):
+def _nll_backward(*args):
     """Gradients of hidden (summed over the ranks) and of this rank's weight and bias, empty where not needed.
 
     d loss / d z_v = p_v (g_nll + g_lse - ...) - [v = target] g_nll: where another rank holds the target, g_nll goes
-    into g_lse and leaves only its softmax part. It has no gradient of its own: differentiating twice raises.
+    into g_lse and leaves only its softmax part.
     """
     problem, shard = HeadProblem(*args[:8]), VocabShard(*args[8:10])
     lse, lse_lo, entropy, needs, backend = args[13:]
@@ -153,7 +140,7 @@ def _nll_backward_op(*args):
         nll, by_lse = torch.where(here, nll, 0.0), elsewhere if by_lse is None else by_lse + elsewhere
     upstream, saved = with_lse_lo(Upstream(nll, by_lse, by_entropy), Saved(lse, entropy), lse_lo)
     inputs = problem.hidden, problem.weight, problem.bias
-    with torch.autocast(problem.hidden.device.type, enabled=False):
+    with check.no_autocast(problem.hidden.device):
         if problem.weight.shape[0]:
             found = dispatch.module("linear_nll", backend).backward(upstream, saved, local, Needs(*needs))
         else:
@@ -165,7 +152,20 @@ def _nll_backward_op(*args):
     return tuple(found)
 
 
-register_gradients(_nll_op, _nll_backward_op, between=len(VocabShard._fields))
+_nll_backward_op = registration.define(
+    "sharded_nll_backward",
+    f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy, Tensor lse, "
+    "Tensor lse_lo, Tensor? entropy, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    _nll_backward,
+    fake_gradients,
+)
+_nll_op = registration.define(
+    "sharded_nll",
+    f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, bool[] wanted, str backend) -> Tensor[]",
+    _nll,
+    _nll_fake,
+    derivative(_nll_backward_op, lambda args: args[10], between=len(VocabShard._fields)),
+)
 
 
 # --- linear_vig ---
@@ -176,20 +176,15 @@ SUMS = ("lse_image", "lse_lo_image", "lse_null", "lse_lo_null")
 
 def vig_values(
     problem: HeadProblem, hidden_null: Tensor, stats: tuple[str, ...], backend: str, shard: VocabShard
-) -> tuple[Tensor, ...]:
-    """(vig, nll_image, nll_null, *VIG_STATS), empty where not asked for; the same values on every rank."""
+) -> list[Tensor]:
+    """[vig, nll_image, nll_null, those of VIG_STATS that are asked for]; the same values on every rank."""
     _refuse_reference(backend)
     check.forward_mode(problem.hidden, hidden_null, problem.weight, problem.bias)
-    return _vig_op(*problem, *shard, hidden_null, [stat in stats for stat in VIG_STATS], backend)
+    wanted = [stat in stats for stat in VIG_STATS]
+    return _vig_op.without_grad(*problem, *shard, hidden_null, wanted, backend)
 
 
-@torch.library.custom_op(
-    "vig_kernels::sharded_vig",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, Tensor hidden_null, bool[] wanted, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _vig_op(*args):
+def _vig(*args):
     problem, shard, (hidden_null, wanted, backend) = (
         HeadProblem(*args[:8]),
         VocabShard(*args[8:10]),
@@ -198,8 +193,8 @@ def _vig_op(*args):
     if problem.target.numel() == 0:
         return _vig_fake(*args)
     local, here = vocab_shards.local_problem(problem, shard)
-    stats = tuple(stat for stat, asked in zip(VIG_STATS, wanted, strict=True) if asked)
-    with torch.autocast(problem.hidden.device.type, enabled=False):
+    stats = tuple(compress(VIG_STATS, wanted))
+    with check.no_autocast(problem.hidden.device):
         found = _vig_part(local, hidden_null, (*SUMS, *stats), backend)
         of_pass, columns = {}, []
         for name, hidden in (("image", local.hidden), ("null", hidden_null)):
@@ -219,8 +214,7 @@ def _vig_op(*args):
         if "kl" in stats:
             values["kl"] = _silent(passes[0].divergence(passes[1], columns.pop(0)).float(), problem, "kl")
     image, null = values["nll_image"], values["nll_null"]
-    more = (values[stat] if stat in stats else empty_output(problem, stat, 0) for stat in VIG_STATS)
-    return null - image, image, null, *more
+    return [null - image, image, null, *(values[stat] for stat in stats)]
 
 
 def _vig_part(
@@ -234,9 +228,15 @@ def _vig_part(
     return {"nll_image": nll_image, "nll_null": nll_null} | values
 
 
-@_vig_op.register_fake
 def _vig_fake(*args):
-    problem, wanted = HeadProblem(*args[:8]), args[11]
-    rows = problem.target.shape[0]
-    asked = zip(("vig", "nll_image", "nll_null", *VIG_STATS), (True, True, True, *wanted), strict=True)
-    return tuple(empty_output(problem, name, rows if wants else 0) for name, wants in asked)
+    problem, rows = HeadProblem(*args[:8]), args[2].shape[0]
+    names = "vig", "nll_image", "nll_null", *compress(VIG_STATS, args[11])
+    return [empty_output(problem, name, rows) for name in names]
+
+
+_vig_op = registration.define(
+    "sharded_vig",
+    f"({HEAD_SCHEMA}, {SHARD_SCHEMA}, Tensor hidden_null, bool[] wanted, str backend) -> Tensor[]",
+    _vig,
+    _vig_fake,
+)

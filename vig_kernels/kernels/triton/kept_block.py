@@ -21,7 +21,7 @@ from torch import Tensor
 from .launch import cdiv, device_guard, interpreted
 from .logit_gradients import product
 from .logit_tiles import narrow
-from .row_order import compaction_order
+from .row_order import parts_of_order
 
 GATHER_COLUMNS = 1024
 
@@ -53,16 +53,15 @@ def gather_kernel(
 def weight_gradient(
     block: Tensor,  # (rows, padded V) bfloat16: logit_scale * d loss / d y of the kept rows, over row_factor
     row_factor: Tensor,  # (rows,) float32
+    visit: Tensor,  # (N + 1,) int64: the order of the rows, and how many are kept
     hidden: Tensor,  # (N, D) bfloat16
-    target: Tensor,  # (N,) int64
-    ignore_index: int,
     V: int,
     factor: Tensor,  # () float32: upstream of the loss
 ) -> Tensor:
     """d loss / d weight, (V, D) bfloat16, times the upstream factor. Nothing is read back to the host."""
     rows, D = block.shape[0], hidden.shape[1]
     with device_guard(hidden.device):
-        order, count = compaction_order(target, ignore_index)
+        order, count = parts_of_order(visit)
         gathered = hidden.new_empty(rows, D)
         columns = triton.next_power_of_2(D) if interpreted() else GATHER_COLUMNS
         gather_kernel[(rows, cdiv(D, columns))](

@@ -36,11 +36,19 @@ def target_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
+NOTHING = contextlib.nullcontext()
+
+
+@functools.cache
+def _is_alone(kind: str) -> bool:
+    """Whether there is one device of a kind at most, which then is the current one."""
+    return kind == "cpu" or getattr(torch, kind).device_count() < 2
+
+
 def device_guard(device: torch.device):
     """Kernels go to the current device: make it the tensors' own."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    return getattr(torch, device.type).device(device)
+    kind = device.type
+    return NOTHING if _is_alone(kind) else getattr(torch, kind).device(device)
 
 
 def compute_precision(weight: Tensor) -> str:

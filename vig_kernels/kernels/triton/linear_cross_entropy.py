@@ -24,7 +24,7 @@ from .linear_nll import sweep
 from .logit_fold import Partials, combine, fold
 from .logit_gradients import accumulate, loss_scale_of
 from .logit_tiles import narrow
-from .row_order import RowChunk, compaction_order
+from .row_order import RowChunk, order_in_one
 from .target_residual import TargetResidual
 from .tile_configs import TileConfig, head_config
 
@@ -138,6 +138,7 @@ class Formed(NamedTuple):
     block: Tensor | None = None  # (rows, padded(V)) bfloat16: logit_scale * d loss / d y of the kept rows
     # (rows,) float32: what the rows of `block` are still to be multiplied by
     row_factor: Tensor | None = None
+    visit: Tensor | None = None  # (N + 1,) int64: the order of the rows, and how many are kept
 
 
 def kept_rows(problem: HeadProblem, needs: Needs, budget: int) -> int:
@@ -171,12 +172,13 @@ def forward_backward(
     target, bias, row_weight = dense(problem.target, problem.bias, row_weight)
     problem = problem._replace(hidden=aligned(problem.hidden), target=target, bias=bias)
     (N, D), V, num_kept = problem.hidden.shape, problem.weight.shape[0], problem.num_kept
-    order, count = compaction_order(target, problem.ignore_index)
+    order, count, visit = order_in_one(target, problem.ignore_index)
     kept = kept_rows(problem, needs, budget)
     every = RowChunk(order, count, 0, N if num_kept is None else min(N, num_kept))
     wide = {"dtype": torch.float32, "device": target.device}
+    fresh = torch.empty if every.rows == N else torch.zeros  # rows that no chunk has are not written
     grads: list[Tensor | None] = [
-        torch.zeros(N, D, **wide) if needs.hidden else None,
+        fresh(N, D, **wide) if needs.hidden else None,
         # the first chunk writes it
         (torch.empty if every.rows else torch.zeros)(V, D, **wide) if needs.weight and not kept else None,
         torch.zeros(V, **wide) if needs.bias else None,
@@ -186,7 +188,7 @@ def forward_backward(
         (values,) = sweep(problem, ("lse",))
     else:
         names = ("nll", "lse", "lse_lo")
-        values = dict(zip(names, torch.zeros(len(names), N, **wide), strict=True))
+        values = dict(zip(names, fresh(len(names), N, **wide).unbind(), strict=True))
 
         def bound():
             largest = torch.ones_like(values["nll"][:1]) if row_weight is None else row_weight.abs()
@@ -209,9 +211,9 @@ def forward_backward(
     if row_weight is not None:
         losses = torch.where((target == problem.ignore_index) | (row_weight == 0), 0.0, losses * row_weight)
     loss = losses.sum()
-    if num_kept is not None:
+    if every.rows < N:
         loss = torch.where(count > num_kept, torch.nan, loss)
-    return Formed(loss, *grads, block, row_factor)
+    return Formed(loss, *grads, *((block, row_factor, visit) if kept else ()))
 
 
 def chunk_rows(kept: int, N: int, D: int, V: int, dtype: torch.dtype, needs, part: int, budget: int) -> int:
@@ -247,7 +249,8 @@ def train_whole(
     """(block, row_factor) of all rows at once, for the weight gradient that the backward forms."""
     hidden, V = problem.hidden, problem.weight.shape[0]
     storage = hidden.new_empty(every.rows, padded(V))
-    storage[:, V:].zero_()
+    if padded(V) > V:
+        storage[:, V:].zero_()
 
     def trial(config):
         fold_weights(problem, every, config, storage[:, :V])

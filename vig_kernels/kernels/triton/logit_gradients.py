@@ -201,20 +201,30 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None
     if a.dtype == torch.float32:
         with float32_products(a.dtype):  # never plain TF32, whatever the global setting
             torch.addmm(total, a, b, beta=beta, out=total)
-    elif total.device.type == "cuda":
+    else:
         with FLOAT32_SUMS:
-            torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
+            addmm_16_bit(total, a, b, beta)
+
+
+def addmm_16_bit(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
+    """total = beta total + a @ b, total float32, a and b 16-bit."""
+    if total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
     else:  # addmm(out_dtype=) is CUDA's and ROCm's alone
         torch.addmm(total, a.float(), b.float(), beta=beta, out=total)
 
 
 def product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a @ b, summed in float32 and cast once, by the vendor's GEMM: bfloat16 out (M, K), a (M, L), b (L, K)."""
-    if out.device.type == "cpu":
+    with WIDE_SUMS:
+        mm_bfloat16(out, a, b)
+
+
+def mm_bfloat16(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if out.is_cpu:
         out.copy_(a.float() @ b.float())
     else:
-        with WIDE_SUMS:
-            torch.mm(a, b, out=out)
+        torch.mm(a, b, out=out)
 
 
 def loss_scale_of(bound: Callable[[], Tensor], problem: HeadProblem) -> tuple[Tensor, Tensor | None]:

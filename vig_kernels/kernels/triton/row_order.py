@@ -57,17 +57,29 @@ def compaction_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]
 
     A kernel learns from `count` which of its tiles have nothing to do.
     """
+    order, count, _ = order_in_one(target, ignore_index)
+    return order, count
+
+
+def parts_of_order(visit: Tensor) -> tuple[Tensor, Tensor]:
+    """order and count, which stand one behind the other in visit (N + 1,)."""
+    N = visit.shape[0] - 1
+    return visit.narrow(0, 0, N), visit.select(0, N)
+
+
+def order_in_one(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`compaction_order`, and the one tensor (N + 1,) in which both stand."""
     N, target = target.shape[0], target.contiguous()
+    visit = target.new_empty(N + 1)
+    order, count = parts_of_order(visit)
     if N <= SMALL_ROWS:
-        order, count = torch.empty_like(target), target.new_empty(())
         with device_guard(target.device):
             order_kernel[(1,)](
                 target, order, count, N, ignore_index, BLOCK=ORDER_BLOCK, num_warps=ORDER_WARPS
             )
-        return order, count
+        return order, count, visit
     kept = target != ignore_index
     rank = torch.cumsum(kept, 0)
-    count = rank[-1]
     index = torch.arange(N, device=target.device)
-    place = torch.where(kept, rank - 1, count + index - rank)
-    return torch.empty_like(index).scatter_(0, place, index), count
+    place = torch.where(kept, rank - 1, count.copy_(rank[-1]) + index - rank)
+    return order.scatter_(0, place, index), count, visit
