@@ -4,7 +4,6 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_STAMP := .venv/installed-demo
 STAMP := .venv/installed
-DOCS_STAMP := .venv/installed-docs
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 # One thread a test process: two OpenMP pools on two cores nearly stall.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -23,12 +22,8 @@ $(DEMO_STAMP): $(SOURCES) | .venv/bin/python
 	touch $@
 
 $(STAMP): $(SOURCES) | .venv/bin/python
-	$(PIP) -c constraints.txt -e ".[trl,bench,test,lint]"
+	$(PIP) -c constraints.txt -e ".[trl,bench,test,lint,docs]"
 	touch $@ $(DEMO_STAMP)
-
-$(DOCS_STAMP): pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -c constraints.txt "mkdocs-material>=9.5"
-	touch $@
 
 demo: $(DEMO_STAMP)
 	$(BIN)/vig demo -o demo-output
@@ -48,8 +43,8 @@ test-tokenizers: $(STAMP)
 	$(TEST_ENV) VIG_TOKENIZERS=build/tokenizers $(BIN)/python -m pytest tests/test_tokenizers.py
 
 # The site: build/site/index.html, which opens from disk. Stops at every warning, dead links and anchors among them.
-docs: $(DOCS_STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
