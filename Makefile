@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csr
 # One thread a test process: two OpenMP pools on two cores nearly stall.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test test-tokenizers zero3 lint format bench native-sanitize native-aarch64 notebook wheels \
+.PHONY: setup demo test test-tokenizers zero3 docs lint format bench native-sanitize native-aarch64 notebook wheels \
 	wheels-check clean
 
 setup: $(STAMP)
@@ -23,7 +23,7 @@ $(DEMO_STAMP): $(SOURCES) | .venv/bin/python
 	touch $@
 
 $(STAMP): $(SOURCES) | .venv/bin/python
-	$(PIP) -c constraints.txt -e ".[trl,bench,test,lint]"
+	$(PIP) -c constraints.txt -e ".[trl,bench,test,lint,docs]"
 	touch $@ $(DEMO_STAMP)
 
 demo: $(DEMO_STAMP)
@@ -42,6 +42,10 @@ zero3: $(STAMP)
 test-tokenizers: $(STAMP)
 	$(BIN)/python tests/fetch_tokenizers.py build/tokenizers
 	$(TEST_ENV) VIG_TOKENIZERS=build/tokenizers $(BIN)/python -m pytest tests/test_tokenizers.py
+
+# The site: build/site/index.html, which opens from disk. Stops at every warning, dead links and anchors among them.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

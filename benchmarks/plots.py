@@ -13,9 +13,9 @@ COLUMNS = 3
 DIGEST = "Digest of the result"  # a text of the PNG file
 
 
-def draw(result: dict, folder: Path) -> Path | None:
-    """Draws a result; None for suites that have no picture."""
-    cases = cases_of(result)
+def draw(result: dict, folder: Path, summary: bool = False) -> Path | None:
+    """Draws a result, or what the README shows of it; None for suites that have no such picture."""
+    cases = cases_of(result, summary)
     if not cases:
         return None
     import matplotlib
@@ -45,14 +45,18 @@ def draw(result: dict, folder: Path) -> Path | None:
     single = any(row.get("samples") == 1 for case in cases for row in results.timed(case))
     figure.suptitle(heading(result) + ("\n* one call, without a warm-up" if single else ""), fontsize=11)
     folder.mkdir(parents=True, exist_ok=True)
-    path = path_of(result, folder)
+    path = path_of(result, folder, summary)
     figure.savefig(path, dpi=110, metadata={"Software": None, DIGEST: results.digest(result)})
     pyplot.close(figure)
     return path
 
 
-def cases_of(result: dict) -> list[dict]:
-    """The cases that a picture shows; [] of suites that have none."""
+def cases_of(result: dict, summary: bool = False) -> list[dict]:
+    """The cases that a picture shows; [] of suites that have none.
+
+    summary: the README's picture, which scoring has alone: its last line of panels."""
+    if summary:
+        return _lines(result["cases"])[-1] if result["suite"] == "score" else []
     if result["suite"] == "peak":
         return []
     if result["suite"] != "gpu":
@@ -62,9 +66,9 @@ def cases_of(result: dict) -> list[dict]:
     return tables.drawn(result)
 
 
-def path_of(result: dict, folder: Path) -> Path:
+def path_of(result: dict, folder: Path, summary: bool = False) -> Path:
     """Where the plot of a result lies."""
-    return folder / f"{results.path_of(result, Path()).stem}.png"
+    return folder / f"{'readme-' if summary else ''}{results.path_of(result, Path()).stem}.png"
 
 
 def digest_of(path: Path) -> str | None:

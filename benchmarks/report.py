@@ -25,7 +25,7 @@ ON_OWN_PAGE = ("throughput", "scale")  # in docs/throughput.md
 OF_TRAINERS = ("trainers",)  # in docs/trainers.md
 GPU, PREDICTIONS = "gpu", "predictions"
 ON_KERNELS_PAGE = (PREDICTIONS, GPU)  # in docs/kernels.md, with results or without
-SCORING, KERNELS = "scoring", "kernels"  # sentences of the README, from the results of other suites
+SCORING, KERNELS = "scoring", "kernels"  # of the README: a sentence and a table, from other suites' results
 FROM_OTHERS = {SCORING: ON_OWN_PAGE, KERNELS: ("score", "train"), PREDICTIONS: (GPU,)}
 WITHOUT_PLOT = ("peak", *ON_OWN_PAGE, *OF_TRAINERS)
 DTYPES = ("float32", "bfloat16", "float16", "uint8")
@@ -67,7 +67,12 @@ def write(paths: Paths) -> list[Path]:
             if _has_marker(text, name) and (name in ON_KERNELS_PAGE or paths.stored(name)):
                 text = _with_block(text, name, block(name, page, paths))
         page.write_text(text)
-    drawn = [plots.draw(result, paths.plots) for suite in (*SUITES, GPU) for result in paths.stored(suite)]
+    drawn = [
+        plots.draw(result, paths.plots, summary)
+        for suite in (*SUITES, GPU)
+        for result in paths.stored(suite)
+        for summary in (False, True)
+    ]
     return [*pages, *(path for path in drawn if path is not None)]
 
 
@@ -122,13 +127,14 @@ def _of_results(suite: str, paths: Paths) -> Iterator[str]:
     for result in paths.stored(suite):
         for line in (*audit.broken(result), *audit.not_following(result)):
             yield f"{suite}: {line}"
-        if suite in WITHOUT_PLOT or not plots.cases_of(result):
-            continue
-        picture = plots.path_of(result, paths.plots)
-        if not picture.exists():
-            yield f"{suite}: {picture} is missing: run `python -m benchmarks report`"
-        elif plots.digest_of(picture) != results.digest(result):
-            yield f"{suite}: {picture} was drawn from another result: run `python -m benchmarks report`"
+        for summary in (False, True):
+            if suite in WITHOUT_PLOT or not plots.cases_of(result, summary):
+                continue
+            picture = plots.path_of(result, paths.plots, summary)
+            if not picture.exists():
+                yield f"{suite}: {picture} is missing: run `python -m benchmarks report`"
+            elif plots.digest_of(picture) != results.digest(result):
+                yield f"{suite}: {picture} was drawn from another result: run `python -m benchmarks report`"
 
 
 def _pattern(suite: str) -> re.Pattern:
@@ -172,25 +178,36 @@ def _scoring(paths: Paths) -> str:
 
 
 def _kernels(paths: Paths) -> str:
-    """The suites of the CPU kernels in one sentence each: share of the peak, and ratio to the bare products."""
-    lines = []
+    """The CPU kernels in a small table a machine: share of the peak, and ratio to the bare products; and one plot."""
+    tables, pictures = {}, []
     for result in paths.stored(KERNELS):
+        rows = tables.setdefault(machine.sentence(result), [])
         op = {"score": "linear_nll", "train": "linear_cross_entropy"}[result["suite"]]
-        parts = []
         for dtype in dict.fromkeys(case["dtype"] for case in result["cases"]):
-            cases = [case for case in result["cases"] if case["dtype"] == dtype]
-            rows = [
-                row for case in cases for row in results.timed(case) if row["name"] == op and row["of_peak"]
+            timed = [
+                row
+                for case in result["cases"]
+                if case["dtype"] == dtype
+                for row in results.timed(case)
+                if row["name"] == op and row["of_peak"]
             ]
-            if rows:
-                shares, ratios = [100 * row["of_peak"] for row in rows], [row["ratio"] for row in rows]
-                parts.append(
-                    f"{dtype} at {min(shares):.0f}-{max(shares):.0f} % of the instruction peak, "
-                    f"{min(ratios):.2f}-{max(ratios):.2f} of torch's bare matrix products"
+            if timed:
+                share = _range([100 * row["of_peak"] for row in timed], "{:.0f}")
+                rows.append(
+                    [f"`{op}`, {dtype}", f"{share} %", _range([row["ratio"] for row in timed], "{:.2f}")]
                 )
-        if parts:
-            lines.append(f"- `{op}` on {machine.sentence(result)}: {'; '.join(parts)}.")
-    return "\n".join(lines) + "\n" if lines else ""
+        pictures += _picture(result, paths.readme, paths, summary=True)
+    lines = []
+    for place, rows in tables.items():
+        if rows:
+            head = [place, "of the instruction peak", "time / torch's bare matrix products"]
+            lines += [*_lines([head, *rows]), ""]
+    return "\n".join([*lines, *pictures])
+
+
+def _range(values: list[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low}-{high}"
 
 
 def _predictions(paths: Paths) -> str:
@@ -214,18 +231,18 @@ def _machine_block(suite: str, result: dict, page: Path, paths: Paths) -> str:
     if suite in (*ON_OWN_PAGE, *OF_TRAINERS, GPU):
         for table in results.tables(result):
             lines += [*_lines(table), ""]
-        return "\n".join([*lines, *_picture(suite, result, page, paths)])
+        return "\n".join([*lines, *_picture(result, page, paths)])
     for group, cases in _groups(result["cases"]):
         lines += [*_table(suite, group, cases), ""]
     lines += [*_notes(result["cases"]), *_comparisons(result["cases"]), *_absent(result["cases"])]
-    return "\n".join([*lines, *_picture(suite, result, page, paths)])
+    return "\n".join([*lines, *_picture(result, page, paths)])
 
 
-def _picture(suite: str, result: dict, page: Path, paths: Paths) -> list[str]:
+def _picture(result: dict, page: Path, paths: Paths, summary: bool = False) -> list[str]:
     """The plot of a result on the page that shows it, where it has one."""
-    if suite in WITHOUT_PLOT or not plots.cases_of(result):
+    if result["suite"] in WITHOUT_PLOT or not plots.cases_of(result, summary):
         return []
-    picture = plots.path_of(result, paths.plots)
+    picture = plots.path_of(result, paths.plots, summary)
     alternative = plots.heading(result).replace("\n", "; ")
     return [f"![{alternative}]({_relative(picture, page.parent)})", ""]
 

@@ -250,8 +250,8 @@ def test_the_page_on_null_images_says_what_its_command_measures(tmp_path):
                 [float(n) for n in re.findall(r"\d\.\d+", text.split("|", 2)[2])] for text in (line, made[2])
             ]
             assert numbers[0] == pytest.approx(numbers[1], abs=0.011)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    said = re.search(r"object words (\S+), colour words (\S+), function words (\S+) ", readme)
+    demo = (ROOT / "docs" / "the-demo.md").read_text(encoding="utf-8")
+    said = re.search(r"object words (\S+), colour words (\S+), function words (\S+) ", demo)
     assert [float(number) for number in said.groups()] == pytest.approx(
         [found.vig[name] for name in ("object", "colour", "function")], abs=0.0051
     )

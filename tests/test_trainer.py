@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from transformers import (
     AutoProcessor,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -513,27 +511,6 @@ def test_batches_are_balanced_by_what_is_left(processor, tmp_path):
     )  # fmt: skip
     assert list(trainer._get_train_sampler().lengths) == data["length"][:]
     trainer.train()
-
-
-def test_the_readme_as_written(tmp_path, monkeypatch):
-    """The Python blocks from scoring to both trainers, in one namespace, with another checkpoint."""
-    page = (Path(__file__).parent.parent / "README.md").read_text()
-    part = page.partition("## In Python")[2].partition("\n## ")[0]
-    scoring, own, trl_s = re.findall(r"```python\n(.*?)```", part, re.DOTALL)
-    assert scoring.count('"llava-hf/llava-1.5-7b-hf"') == 1
-    scoring = scoring.replace('"llava-hf/llava-1.5-7b-hf"', repr(str(CHECKPOINT)))
-    monkeypatch.chdir(tmp_path)
-    write_records(tmp_path, "data", tuning_records(12, 0))
-    before = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype="float32").state_dict()
-    names, losses = {}, []
-    exec(scoring, names)
-    for block in (own, trl_s):
-        exec(block, names)
-        trainer = names["trainer"]
-        assert not torch.equal(trainer.model.lm_head.weight.cpu(), before["lm_head.weight"])
-        trainer.model.load_state_dict(before)
-        losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if trainer.args.device.type == "cpu" else 1e-2)
 
 
 def test_what_one_step_returns_is_what_the_next_takes(tmp_path, monkeypatch):
