@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vig.data.formats import FORMATS, FORMS, Form
 from vig.evaluation.probes.table import PROBES
+from vig.evaluation.tasks import TASKS, Task
 from vig.models.families import FAMILIES
 from vig.models.null_image import NULLS
 from vig.scoring.attention_kernels import KERNELS
@@ -70,6 +71,25 @@ def probes() -> str:
     return markdown(["probe", "asks", "needs", "measures"], rows)
 
 
+def tasks() -> str:
+    rows = ([f"`{task.name}`", task.measures, task.reads, asks(task)] for task in TASKS.values())
+    return markdown(["task", "measures", "reads", "asks, unless `--prompt` is given; longest answer"], rows)
+
+
+def asks(task: Task) -> str:
+    prompt = task.prompt.replace("\n", "⏎")
+    return f"`{prompt}`; {task.max_new_tokens} tokens"
+
+
+def rules() -> str:
+    rows = (
+        [f"`{task.name}`", f"`{rule}`", meaning]
+        for task in TASKS.values()
+        for rule, meaning in task.rules.items()
+    )
+    return markdown(["task", "`--rule`", "how an answer is read"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "null images": ("null-images.md", null_images),
     "families": ("families.md", families),
@@ -78,6 +98,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "records": ("formats.md", records),
     "attention kernels": ("throughput.md", attention),
     "probes": ("probes.md", probes),
+    "tasks": ("evaluate.md", tasks),
+    "rules": ("evaluate.md", rules),
 }  # name -> its page and what makes it
 
 

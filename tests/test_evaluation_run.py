@@ -52,8 +52,12 @@ def pope(tmp_path_factory):
 # --- every task ---
 
 
-def test_every_task_has_its_tiny_twin():
+def test_every_task_has_its_tiny_twin_and_is_in_the_help():
     assert set(tiny_benchmarks.WRITERS) == set(TASKS)
+    help = CliRunner().invoke(app, ["eval", "--help"], env={"COLUMNS": "4000"}).output
+    help = " ".join(help.split())
+    for task in TASKS.values():
+        assert f"{task.name}: {task.measures}" in help and f"{task.name}: {', '.join(task.rules)}" in help
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -195,6 +199,37 @@ def test_python_and_the_longest_answer(pope, tmp_path):
         ValueError, match="max_new_tokens = 300 leaves no room for a prompt in the context of 256"
     ):
         evaluate(str(CHECKPOINT), spec, tmp_path / "long", AnswerSettings(max_new_tokens=300))
+
+
+def test_drawn_answers_are_drawn_again(pope, tmp_path):
+    data, images = pope
+    spec = EvalSpec("pope", data, image_root=images, resamples=20, limit=6)
+    written = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        evaluate(str(CHECKPOINT), spec, tmp_path / name, AnswerSettings(temperature=2.0, seed=seed))
+        written.append([row["prediction"] for row in rows_of(tmp_path / name)])
+    assert written[0] == written[1] != written[2]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_a_question_alone_is_an_error_row(
+    pope, tmp_path, monkeypatch
+):
+    data, images = pope
+    write = Answerer._write
+
+    def small(self, batch):
+        if len(batch) > 2 or batch[0].question.id == "3":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return write(self, batch)
+
+    monkeypatch.setattr(Answerer, "_write", small)
+    spec = EvalSpec("pope", data / "coco_pope_random.json", image_root=images, resamples=20)
+    done = evaluate(str(CHECKPOINT), spec, tmp_path / "out")
+    assert done.progress.splits > 0 and done.progress.failed == 1
+    rows = rows_of(tmp_path / "out")
+    assert [row["id"] for row in rows if "error" in row] == ["3"] and len(rows) == 8
+    assert rows[2]["error"].startswith("it does not fit into memory (CUDA out of memory.")
+    assert "larger device" in rows[2]["error"]
 
 
 # --- killed ---

@@ -17,6 +17,7 @@ from vig.evaluation import chair, choice, docvqa, pope
 from vig.evaluation.answering import Answerer
 from vig.evaluation.coco_objects import Synonyms, singular
 from vig.evaluation.figures import Tally, accuracy, compare, estimate
+from vig.evaluation.measuring import measure
 from vig.evaluation.run import blocks, evaluate, survey
 from vig.evaluation.settings import AnswerSettings, EvalSpec
 from vig.evaluation.similarity import anls, similarity
@@ -266,6 +267,8 @@ def test_chair_names_what_is_missing(tmp_path):
         ("The answer is (B).", "B", None),
         ("Option B", "B", None),
         ("A dog is there", None, None),  # an article
+        ("The answer is a blue one", "C", None),  # and here
+        ("I. The red one", "A", None),  # no option is called I
         ("it is red", "A", None),
         ("it is dark red", "B", None),  # which holds "red", too
         ("blue or red", None, None),
@@ -300,6 +303,9 @@ def test_mmbench_is_circular(tmp_path):
         choice.tally(rows[:-1])
     )  # an incomplete question is left out
     assert len(choice.tally(rows[:-1]).keys) == 3
+    spec = EvalSpec("choice", data)
+    nothing = measure(rows[:3], spec, {})  # three rotations of four, and no whole question
+    assert nothing["figures"] == [] and nothing["counts"]["answered"] == 3 and nothing["counts"]["units"] == 0
     assert len(asked(EvalSpec("choice", data, rotate=False))) == 4
 
 

@@ -72,6 +72,12 @@ COMMANDS = {
         "--out --overwrite --revision --save-every --schedule --seed --selection --trust-remote-code "
         "--warmup --weight-decay --workers --z-loss -o data model"
     ),
+    "eval": (
+        "--attn --backend --baseline --batch-size --batch-tokens --by --captions --circular --columns --device "
+        "--dry-run --dtype --errors --image-root --json --limit --max-length --max-new-tokens --no-circular --out "
+        "--prompt --resamples --retry --revision --roles --rule --seed --split --synonyms --task --temperature "
+        "--trust-remote-code --workers -o data model"
+    ),
     "report": "--data --image-root --out --processor --samples --selection -o scores",
     "demo": "--out -o",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ COLUMNS = LETTERS[:8]  # fields of options in MMBench's form
 COPY = 1_000_000  # MMBench's files number the k-th rotation of question i as i + k * COPY
 LONGEST_REFERENCE = 64  # characters: an image field as short is another row's index
 LETTER_FIRST = re.compile(r"\W*\(?([A-Z])(?:[).:,]|\s*$)")
-LETTER_NAMED = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])\b(?!['’])", re.IGNORECASE)
+LETTER_NAMED = re.compile(r"\b(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\(?([A-Z])\b(?!['’])")
 WORD = re.compile(r"[^\W_]+")
 LETTER_ALONE = re.compile(r"[\s(\[]*([A-Z])[\s).\]:,]*", re.IGNORECASE)
 
@@ -147,29 +147,31 @@ def _source(record: Record) -> str | None:
 # --- answers ---
 
 
-def judge(row: Mapping[str, Any], rule: str, spec: DataSpec) -> dict[str, Any]:
+def judge(row: Mapping[str, Any], rule: str | None, spec: DataSpec) -> dict[str, Any]:
     """parsed: the option's letter, or None. By likelihood: least nats a token, and beside it least nats in all."""
     if "nll" in row:
         each = [nll / count for nll, count in zip(row["nll"], row["token_counts"], strict=True)]
         parsed, by_sum = LETTERS[int(np.argmin(each))], LETTERS[int(np.argmin(row["nll"]))]
         found = {"parsed": parsed, "right": parsed == row["answer"], "right_by_sum": by_sum == row["answer"]}
         return {"prediction": row["options"][LETTERS.index(parsed)], **found}
-    parsed = _strict(row["prediction"]) if rule == "strict" else _lenient(row["prediction"], row["options"])
-    if parsed is not None and parsed not in LETTERS[: len(row["options"])]:
-        parsed = None
+    letters = LETTERS[: len(row["options"])]
+    if rule == "strict":
+        parsed = _letter(row["prediction"], letters, LETTER_ALONE.fullmatch)
+    else:
+        parsed = _lenient(row["prediction"], letters, row["options"])
     return {"parsed": parsed, "right": parsed == row["answer"], "abstained": parsed is None}
 
 
-def _strict(answer: str) -> str | None:
-    whole = LETTER_ALONE.fullmatch(answer)
-    return whole[1].upper() if whole else None
+def _letter(answer: str, letters: str, find: Callable[[str], re.Match[str] | None]) -> str | None:
+    found = find(answer)
+    return found[1].upper() if found and found[1].upper() in letters else None
 
 
-def _lenient(answer: str, options: Sequence[str]) -> str | None:
-    """A letter that the answer begins with or names; else the only option whose text it holds."""
-    found = LETTER_ALONE.fullmatch(answer) or LETTER_FIRST.match(answer) or LETTER_NAMED.search(answer)
-    if found:
-        return found[1].upper()
+def _lenient(answer: str, letters: str, options: Sequence[str]) -> str | None:
+    """A letter that the answer is, begins with or names; else the only option whose text it holds."""
+    for find in (LETTER_ALONE.fullmatch, LETTER_FIRST.match, LETTER_NAMED.search):
+        if letter := _letter(answer, letters, find):
+            return letter
     text = _words(answer)
     held = [place for place, option in enumerate(options) if _words(option) in text]
     if len(held) > 1:  # "red" stands in "dark red" too
@@ -179,7 +181,7 @@ def _lenient(answer: str, options: Sequence[str]) -> str | None:
             for place in held
             if not any(texts[place] in texts[other] for other in held if other != place)
         ]
-    return LETTERS[held[0]] if len(held) == 1 else None
+    return letters[held[0]] if len(held) == 1 else None
 
 
 def _words(text: str) -> str:

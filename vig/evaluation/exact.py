@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vig.data.locate import locate
 from vig.data.sample import BrokenRecord, Sample, SampleError, is_answer, text_of
 from vig.data.samples import read_samples
 from vig.evaluation.figures import Tally, accuracy
@@ -17,11 +20,12 @@ from vig.evaluation.similarity import plain
 
 def questions(spec: DataSpec) -> Iterator[Question | BrokenRecord]:
     """Asks for a conversation's last answer; the turns before it are as the data have them."""
+    root = spec.image_root or locate(spec.source.path, spec.source.reading.split).root
     for record in read_samples(spec.source, image_root=spec.image_root, limit=spec.limit):
-        yield record if isinstance(record, BrokenRecord) else _question(record, spec.prompt)
+        yield record if isinstance(record, BrokenRecord) else _question(record, spec.prompt, root.resolve())
 
 
-def _question(sample: Sample, prompt: str) -> Question | BrokenRecord:
+def _question(sample: Sample, prompt: str, root: Path) -> Question | BrokenRecord:
     last = max(place for place, message in enumerate(sample.messages) if is_answer(message))
     asked = max((place for place in range(last) if sample.messages[place]["role"] == "user"), default=None)
     if asked is None:
@@ -35,7 +39,9 @@ def _question(sample: Sample, prompt: str) -> Question | BrokenRecord:
         text = with_prompt(prompt, text_of(messages[asked]))
         messages[asked] = messages[asked] | {"content": [*content, {"type": "text", "text": text}]}
     images = sum(part["type"] == "image" for message in messages for part in message["content"])
-    image = image_name([str(one) if not isinstance(one, bytes) else one for one in sample.images])
+    image = image_name(
+        [os.path.relpath(one, root) if isinstance(one, Path) else one for one in sample.images]
+    )
     asked_for = replace(sample, messages=tuple(messages), images=sample.images[:images])
     return Question(asked_for, image or sample.key, {"truth": truth})
 

@@ -25,7 +25,7 @@ def measure(rows: Sequence[Row], spec: EvalSpec, provenance: Mapping[str, Any]) 
     """What measures.json holds, for judged rows."""
     good = [row for row in rows if "error" not in row]
     tally = spec.row.resolve("tally")(good) if good else None
-    figures = estimate(tally, resamples=spec.resamples, seed=spec.seed) if good else []
+    figures = estimate(tally, resamples=spec.resamples, seed=spec.seed) if tally and tally.keys else []
     return {
         "task": spec.task,
         "by": spec.asked_by,

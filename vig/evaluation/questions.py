@@ -41,7 +41,7 @@ class DataSpec:
     )
 
     def files(self) -> list[Path]:
-        """What the predictions depend on."""
+        """What it reads, images apart."""
         return [self.source.path, *filter(None, (self.synonyms, self.captions))]
 
 

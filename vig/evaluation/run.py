@@ -7,6 +7,7 @@ started again computes the same batches.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -82,10 +83,9 @@ class EvalRun:
         self._ending = ExitStack()
 
     def __enter__(self) -> EvalRun:
-        truths = survey(self.spec)
+        self.truths = survey(self.spec)
         if self.baseline is not None:
-            self.baseline.check(truths)
-        self.keys = list(truths)
+            self.baseline.check(self.truths)
         read_manifest(self.folder)  # before anything is written there
         check_writable(self.folder)
         with ExitStack() as ending:
@@ -94,9 +94,9 @@ class EvalRun:
             self._ending = ending.pop_all()
         failed = {key for key, row in self.store.rows.items() if "error" in row}
         again = failed if self.retry_failed else set()
-        self.pending = {key for key in self.keys if key not in self.store.rows or key in again}
-        self.progress.total = len(self.keys)
-        self.progress.done = self.progress.resumed = len(self.keys) - len(self.pending)
+        self.pending = {key for key in self.truths if key not in self.store.rows or key in again}
+        self.progress.total = len(self.truths)
+        self.progress.done = self.progress.resumed = len(self.truths) - len(self.pending)
         self._failed_before = len(failed - again)
         return self
 
@@ -112,6 +112,7 @@ class EvalRun:
 
     def answer(self, on_progress: OnProgress | None = None) -> None:
         """Answers what is pending, batch by batch."""
+        self.progress.started = time.monotonic()
         if on_progress is not None:
             on_progress(self.progress)
         for block in blocks(self.spec, self.answerer, self.pending):
@@ -142,7 +143,7 @@ class EvalRun:
 
     def finish(self) -> Evaluation:
         """Reads the answers by the rule, measures, compares, and writes all of it."""
-        rows = judged([self.store.rows[key] for key in self.keys], self.spec)
+        rows = judged([self.store.rows[key] | truth for key, truth in self.truths.items()], self.spec)
         provenance = {**self.store.settings, "loaded": self.store.found}
         measures = measure(rows, self.spec, provenance)
         if self.baseline is not None:

@@ -14,7 +14,7 @@ from vig.evaluation.figures import RESAMPLES
 from vig.evaluation.questions import DataSpec
 from vig.evaluation.tasks import Task, task_named
 from vig.models.loading import DTYPES, device_for, device_named
-from vig.store.fingerprints import data_fingerprint, text_hash, weights_fingerprint
+from vig.store.fingerprints import data_fingerprint, weights_fingerprint
 from vig_kernels.dispatch import named
 
 BATCH_TOKENS = 16384
@@ -97,6 +97,10 @@ class EvalSpec:
             if getattr(self, option) is not None and option not in row.options:
                 name = {"rotate": "circular"}.get(option, option)
                 raise ValueError(f"--{name} is not for task {row.name}")
+        if self.way == "likelihood" and self.rule is not None:
+            raise ValueError(
+                f"rule = {self.rule!r}, but by likelihood no answer is written that it could read"
+            )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit = {self.limit}, expected at least 1 record")
         if self.resamples < 1:
@@ -116,8 +120,9 @@ class EvalSpec:
         return self.way or next(iter(self.row.ways), None)
 
     @property
-    def read_by(self) -> str:
-        return self.rule or self.row.rule
+    def read_by(self) -> str | None:
+        """The rule; None where no answer is written that it could read."""
+        return None if self.asked_by == "likelihood" else self.rule or self.row.rule
 
     @property
     def asks(self) -> str:
@@ -141,7 +146,6 @@ class EvalSpec:
         """What decides the predictions; a folder that holds others refuses to be resumed."""
         folder = Path(model)
         spec = self.data_spec
-        fingerprints = [data_fingerprint(one) for one in (spec.source, *spec.files()[1:])]
         greedy = answers.temperature == 0
         return {
             "model": str(folder.resolve()) if folder.is_dir() else model,
@@ -149,7 +153,7 @@ class EvalSpec:
             "task": self.task,
             "by": self.asked_by,
             "prompt": self.asks,
-            "data_fingerprint": text_hash(" ".join(fingerprints)),
+            "data_fingerprint": data_fingerprint(spec.source),
             **spec.source.reading.metadata(),
             "limit": self.limit,
             "rotate": self.rotate,

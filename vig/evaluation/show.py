@@ -131,8 +131,8 @@ def _of_baseline(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def _title(measures: Mapping[str, Any]) -> str:
-    by = f", by {measures['by']}" if measures["by"] else ""
-    return f"{measures['task']}{by}, rule {measures['rule']}"
+    named = ((word, measures[name]) for word, name in (("by", "by"), ("rule", "rule")))
+    return ", ".join([measures["task"], *(f"{word} {value}" for word, value in named if value)])
 
 
 def _value(name: str, value: float, bounds: Mapping[str, Any]) -> list[str]:

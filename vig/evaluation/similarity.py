@@ -35,13 +35,19 @@ def similarity(answer: str, accepted: Sequence[str], threshold: float = 0.5, rul
 
 def _by_the_paper(answer: str, truth: str, threshold: float) -> float:
     answer, truth = answer.strip().lower(), truth.strip().lower()
-    distance = ratio(levenshtein(answer, truth), max(len(answer), len(truth)))
+    longest = max(len(answer), len(truth))
+    if ratio(abs(len(answer) - len(truth)), longest) >= threshold:
+        return 0.0  # the distance is no less; a long answer costs nothing
+    distance = ratio(levenshtein(answer, truth), longest)
     return 1 - distance if distance < threshold else 0.0
 
 
 def _by_lmms_eval(answer: str, truth: str, threshold: float) -> float:
-    distance = levenshtein(" ".join(answer.lower().split()), " ".join(truth.lower().split()))
-    found = 1 - ratio(distance, max(len(answer), len(truth)))
+    longest = max(len(answer), len(truth))
+    answer, truth = " ".join(answer.lower().split()), " ".join(truth.lower().split())
+    if 1 - ratio(abs(len(answer) - len(truth)), longest) < threshold:
+        return 0.0
+    found = 1 - ratio(levenshtein(answer, truth), longest)
     return found if found >= threshold else 0.0
 
 

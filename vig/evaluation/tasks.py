@@ -63,7 +63,7 @@ TASKS = {
     for task in (
         Task(
             "pope",
-            "objects by yes/no questions: accuracy, precision, recall, F1, share of yes; three splits and their mean",
+            "objects by yes/no questions: accuracy, precision, recall, F1, share of yes, by split and their mean",
             "POPE's JSON lines of `question_id`, `image`, `text`, `label`, a file or a folder with one file a split; "
             "its Parquet on the hub (`question`, `answer`, `category`)",
             "vig.evaluation.pope:questions",
@@ -108,7 +108,7 @@ TASKS = {
         ),
         Task(
             "choice",
-            "multiple choice: accuracy, by category; circular for MMBench, by source for CV-Bench",
+            "multiple choice: accuracy by category, circular for MMBench, by source for CV-Bench",
             "MMBench's TSV of `index`, `question`, `hint`, `A`, `B`, ..., `answer`, `category`, `image`; CV-Bench's "
             "Parquet; any records with `question`, `choices` or `options`, `answer` (letter, place from 0, or text)",
             "vig.evaluation.choice:questions",
@@ -138,7 +138,6 @@ TASKS = {
             },
             "{question}",
             64,
-            options=("split", "columns", "roles"),
         ),
     )
 }  # fmt: skip
