@@ -145,7 +145,7 @@ def test_a_window_that_fells_its_actors_is_named(given, tmp_path):
     actor = ScoreWindows(job)
     for _ in range(TRIES):  # as many processes began with it and died
         actor._try(3)
-    with pytest.raises(StoreError, match=r"window 3 \(records 12 and on\) has felled 5 processes"):
+    with pytest.raises(StoreError, match=r"window 3 \(records 12 and on\) has killed 5 processes"):
         actor({"window": [3], "again": [[]]})
     assert actor({"window": [2], "again": [[]]})["window"] == [2]
     assert [path.name for path in tmp_path.glob(".window*")] == [".window-00003.tries"]

@@ -214,7 +214,7 @@ def test_no_rows_at_all_is_still_a_selection(tmp_path):
 
 
 def test_a_sample_given_twice_is_refused(scores):
-    with pytest.raises(StoreError, match=r"'d.json#1-0' stands twice"):
+    with pytest.raises(StoreError, match=r"'d.json#1-0' is twice"):
         select([scores, scores / "scores-00001.parquet"])
 
 

@@ -22,8 +22,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "wrong-inputs.md"
 HEAD = """# Wrong inputs, and what each gives
 
 Every row was tried: `tests/test_wrong_inputs.py` runs it and compares. Exit codes: 0 done, 1 failed, 2 wrong usage,
-3 done but some samples could not be scored or are not scored yet. A sample that cannot be scored is a row of the
-scores whose status says why; the others are scored. (`DIR` stands for the folder of the data.)
+3 done but some samples could not be scored or are not scored yet. A sample that cannot be scored becomes an error row,
+whose status says why; the others are scored. (`DIR` is the folder of the data.)
 
 | | input | command | exit | what it says |
 |--:|---|---|--:|---|

@@ -97,7 +97,7 @@ Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or
 Device = Annotated[
     str | None, typer.Option(help="cuda, cuda:1, cpu, ... Default: the GPU where there is one.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first N records.")]
 EndOfTurn = Annotated[
     str | None,
     typer.Option(

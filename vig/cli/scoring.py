@@ -113,16 +113,19 @@ def score(
     sigma: Sigma = BLUR_SIGMA,
     dtype: Dtype = "auto",
     device: Device = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Rows x longest row of a batch.")] = 8192,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="At most so many rows a batch.")] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Largest batch, in tokens: rows x longest row.")
+    ] = 8192,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Largest batch, in rows.")] = None,
     limit: Limit = None,
-    shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n jobs, counted from 0.")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: job i of n, counted from 0.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check every record, estimate the time.")
     ] = False,
     retry: Annotated[str | None, typer.Option(help='"failed": score the error rows again.')] = None,
     errors: Annotated[
-        Path | None, typer.Option(help="Write all errors here, one JSON object a line; also with --dry-run.")
+        Path | None,
+        typer.Option(help="Write all errors to this file, one JSON object per line; also with --dry-run."),
     ] = None,
     end_of_turn: EndOfTurn = None,
     max_length: MaxLength = None,
@@ -130,14 +133,14 @@ def score(
         int | None,
         typer.Option(
             min=0,
-            help="Processes that prefetch samples, and may die of an image. Default: up to 8 beside a GPU, "
-            "none beside a CPU.",
+            help="Processes that prefetch samples; an image that crashes its decoder kills one of them, not the run. "
+            "Default: up to 8 with a GPU, none on a CPU.",
         ),
     ] = None,
     backend: Backend = "auto",
     revision: Annotated[str | None, typer.Option(help="Revision of a model on the hub.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation, such as sdpa.")] = None,
-    window: Annotated[int, typer.Option(min=1, help="Records a shard of the output.")] = 8192,
+    window: Annotated[int, typer.Option(min=1, help="Records per file of the output.")] = 8192,
     no_share: Annotated[
         bool,
         typer.Option("--no-share", help="Compute every sample alone, even with the same images and prompt."),
@@ -145,12 +148,12 @@ def score(
     stats: Annotated[
         str,
         typer.Option(
-            help=f"Also store for each answer token, of the same sweep: {any_of(TOKEN_STATS)}; several as kl,entropy."
+            help=f"Also store {any_of(TOKEN_STATS)} of each answer token, from the same sweep; both: kl,entropy."
         ),
     ] = "",
     engine: Annotated[str, typer.Option(help="plain, or ray: actors on a Ray cluster.")] = "plain",
     actors: Annotated[
-        int | None, typer.Option(min=1, help="With --engine ray: how many. Default: one a GPU.")
+        int | None, typer.Option(min=1, help="With --engine ray: how many. Default: one per GPU.")
     ] = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,

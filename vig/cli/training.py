@@ -57,9 +57,9 @@ def train(
     columns: Columns = None,
     roles: Roles = None,
     epochs: Annotated[float, typer.Option(help="Passes over the kept samples, more than 0.")] = 1.0,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a micro-batch.")] = 8,
-    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after N steps.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")] = 8,
+    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
     schedule: Annotated[
         str, typer.Option(help="cosine, linear, constant, constant_with_warmup, ...")
@@ -84,7 +84,11 @@ def train(
     device: Device = None,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that prefetch samples, and may die of an image.")
+        int,
+        typer.Option(
+            min=0,
+            help="Processes that prefetch samples; an image that crashes its decoder kills one of them, not the run.",
+        ),
     ] = 0,
     end_of_turn: Annotated[
         str | None, typer.Option(help=f"{any_of(END_OF_TURN)}. Default: as the selection was scored.")
@@ -94,7 +98,7 @@ def train(
     limit: Limit = None,
     save_every: Annotated[
         int,
-        typer.Option(min=0, help="Steps between two checkpoints; run again to resume. 0: only the end."),
+        typer.Option(min=0, help="Steps between two checkpoints; run again to resume. 0: one at the end."),
     ] = 0,
     eval_data: Annotated[
         Path | None, typer.Option("--eval", help="Held-out data: the loss on all its answer tokens.")

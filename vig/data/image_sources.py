@@ -47,9 +47,7 @@ def image_source(value: Any, root: str | None, key: str, id: str) -> ImageSource
             return content
         if text.startswith("data:"):
             reason = f"the image {shortened(text)} is not base64"
-            raise SampleError(
-                key, id, reason, "Write data:image/png;base64, and the bytes in base64 behind it"
-            )
+            raise SampleError(key, id, reason, "Write data:image/png;base64, followed by the bytes in base64")
     if not text.isascii():
         check_characters("image path", text, key, id)
     if "\0" in text:

@@ -67,7 +67,7 @@ NULLS: dict[str, Null] = {
     "shuffle": Null(
         "image",
         "another image",
-        "the next different image of the window (8,192 records in reading order; behind its last comes its first), "
+        "the next different image of the window (8,192 records in reading order; after the last comes the first), "
         "resized to fit; all questions about an image share it",
         "a null that is a natural picture",
         fixed={"donor": "next different image of the window"},

@@ -8,7 +8,7 @@ writes its shard through `vig.store.scores.write_shard`, whole or not at all. So
 every machine sees them, under the same paths.
 
 An actor that dies is started anew and its window given to another; one that makes no headway for `stuck_after`
-seconds ends itself, to the same effect. A window that has felled `TRIES` actors stops the run, and is named; the same
+seconds ends itself, to the same effect. A window that has killed `TRIES` actors stops the run, and is named; the same
 command goes on from there. Needs the extra "ray".
 """
 
@@ -254,7 +254,7 @@ class ScoreWindows:
             file.write(b".")
         if tries.stat().st_size > TRIES:
             raise StoreError(
-                f"{self.job.folder}: window {number} (records {number * self.job.run.window} and on) has felled "
+                f"{self.job.folder}: window {number} (records {number * self.job.run.window} and on) has killed "
                 f"{TRIES} processes. Look into the logs of Ray, or lower batch_tokens"
             )
         return tries

@@ -324,7 +324,7 @@ def _refuse_duplicates(scores, hashes: np.ndarray) -> None:
         for key in batch.filter(pa.array(np.isin(hash_keys(batch["key"]), suspects)))["key"].to_pylist():
             if key in seen:
                 raise StoreError(
-                    f"sample {key!r} stands twice in the scores: were two folders of the same data given?"
+                    f"sample {key!r} is twice in the scores: were two folders of the same data given?"
                 )
             seen.add(key)
 
