@@ -24,7 +24,8 @@ ADVANCED = {
     "trust_remote_code", "max_length", "end_of_turn", "device", "columns", "roles", "clip", "seed", "stop_tokens",
     "accumulate", "schedule", "warmup", "weight_decay", "max_grad_norm", "z_loss", "freeze", "gradient_checkpointing",
     "processor", "errors", "retry", "shard", "mean", "by", "stats", "eval_every", "report_to",
-    "keep_easy", "temperature", "resamples", "statement", "judge", "max_new_tokens", "near_zero",
+    "keep_easy", "temperature", "resamples", "statement", "judge", "max_new_tokens", "near_zero", "lmms_model",
+    "model_args",
 }  # fmt: skip
 
 

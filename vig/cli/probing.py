@@ -153,3 +153,107 @@ def probe(
     summarise(as_json, show, lambda: {"probes": [result.summary() for result in results]} | about)
     if log.count:
         raise typer.Exit(SOME_FAILED)
+
+
+@app.command(cls=Command)
+def mmhal(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="MMHal-Bench's response_template.json.")],
+    file: Annotated[
+        Path, typer.Option("-o", "--out", help="The answers, as the benchmark's judge reads them.")
+    ],
+    image_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the pictures. Default: the template's own, or images/ in it."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Rows x longest row of a batch.")] = 8192,
+    revision: Annotated[str | None, typer.Option(help="Revision of a model on the hub.")] = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Answer MMHal-Bench's questions in its published form. Its judge, a language model, is not part of this."""
+    from vig.evaluation.mmhal import read_questions, write_mmhal
+    from vig.scoring.scorer import Scorer
+    from vig.scoring.settings import ScoreSettings
+
+    scoring = usage(
+        ScoreSettings, dtype=dtype, device=device, batch_tokens=batch_tokens, workers=None, revision=revision,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    read_questions(data, image_root)  # before a model is loaded
+    terminal.quiet_libraries()
+    with terminal.waiting(err, f"loading {model}"):
+        scorer = Scorer(model, **vars(scoring))
+    with terminal.share(err, "answering") as on_share:
+        found = write_mmhal(
+            scorer, data, file, image_root=image_root, max_new_tokens=max_new_tokens, on_share=on_share
+        )
+    about = f"{len(found):,} answers: {file}\nthe judge is not part of this package: give them to the benchmark's own"
+    summarise(as_json, lambda: out.print(about, markup=False), lambda: {"answers": len(found), "out": file})
+
+
+@app.command("lmms-eval", cls=Command)
+def lmms_eval(
+    model: Model,
+    folder: Annotated[Path, typer.Option("-o", "--out", help="Folder of its results and log.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval, such as pope,mmvet.")],
+    env: Annotated[
+        Path | None,
+        typer.Option(
+            help="Virtual environment with lmms-eval, or where to make one. Default: below ~/.cache/vig."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with task files of your own, for local data.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many questions of a task.")
+    ] = None,
+    lmms_model: Annotated[
+        str | None,
+        typer.Option(help="lmms-eval's name of the model class. Default: by the checkpoint's family."),
+    ] = None,
+    model_args: Annotated[
+        str, typer.Option(help="More of its arguments: dtype=float32,attn_implementation=sdpa.")
+    ] = "",
+    device: Device = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Its own; several of its models take 1 alone.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Run lmms-eval on a checkpoint, in an environment of its own (made at first: several GB). See docs/probes.md."""
+    import sys
+
+    from vig.evaluation.lmms_eval import LmmsRun, figures, run_lmms_eval
+    from vig.models.loading import check_device, device_for
+
+    check_device(device)
+    run = usage(
+        LmmsRun,
+        model,
+        _names(tasks),
+        include_path,
+        limit,
+        lmms_model,
+        model_args,
+        str(device_for(device)),
+        batch_size,
+    )
+
+    def show(piece: bytes) -> None:
+        sys.stderr.write(piece.decode("utf-8", "replace"))
+        sys.stderr.flush()
+
+    found = run_lmms_eval(run, folder, env, say=lambda text: err.print(text, markup=False), show=show)
+
+    def table() -> None:
+        for task, measure, value, error in figures(found["results"]):
+            spread = "" if error is None else f" +- {error:.4f} (standard error)"
+            out.print(f"{task} {measure}: {value:.4f}{spread}", markup=False)
+        for one in found["provenance"]["untried"]:
+            out.print(f"note: tried with another version than {one}: see docs/probes.md", markup=False)
+        out.print(f"results: {folder}", markup=False)
+
+    summarise(as_json, table, lambda: found)

@@ -111,15 +111,9 @@ def check_device(device: str | torch.device | None) -> None:
 
 def _reason(error: Exception, name: str) -> str:
     """What went wrong, in a sentence, and what helps."""
-    adapter = Path(name) / "adapter_config.json"
-    if adapter.is_file() and not (Path(name) / "config.json").exists():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-        return (
-            f"it is a PEFT adapter of {base}, not a model. Merge it once: "
-            f"merged = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained({base!r}), {name!r})"
-            f".merge_and_unload(); merged.save_pretrained('merged'); "
-            f"AutoProcessor.from_pretrained({name!r}).save_pretrained('merged')"
-        )
+    adapter = adapter_cure(name)
+    if adapter is not None:
+        return adapter
     lines = str(error).strip().splitlines() or [type(error).__name__]
     first = lines[0].rstrip(". ")
     pickled = sorted(path.name for path in Path(name).glob("*.bin")) if Path(name).is_dir() else []
@@ -134,6 +128,20 @@ def _reason(error: Exception, name: str) -> str:
     if isinstance(error, ImportError):
         return " ".join(lines)
     return f"{first}. Give a folder with config.json and *.safetensors, or a name on the hub"
+
+
+def adapter_cure(name: str) -> str | None:
+    """What a folder is, and what helps, where it holds a PEFT adapter and no model; else None."""
+    adapter = Path(name) / "adapter_config.json"
+    if not adapter.is_file() or (Path(name) / "config.json").exists():
+        return None
+    base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+    return (
+        f"it is a PEFT adapter of {base}, not a model. Merge it once: "
+        f"merged = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained({base!r}), {name!r})"
+        f".merge_and_unload(); merged.save_pretrained('merged'); "
+        f"AutoProcessor.from_pretrained({name!r}).save_pretrained('merged')"
+    )
 
 
 def as_loaded(
