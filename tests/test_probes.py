@@ -450,8 +450,28 @@ def test_data_that_a_probe_cannot_use_are_refused_before_anything_is_scored(fold
 
 def test_another_dataset_is_no_baseline(folder, scorer, tmp_path):
     run_probes(scorer, RunSpec(folder / "tune.json", limit=4), ["attention"], tmp_path / "a")
-    with pytest.raises(DataError, match=re.escape("has no sample of")):
+    with pytest.raises(DataError, match=r"a was probed on other data than .*test.json"):
         run_probes(scorer, RunSpec(folder / "test.json", limit=4), ["attention"], baseline=tmp_path / "a")
+
+
+def test_claims_are_the_baselines(folder, scorer, tmp_path):
+    """A limit changes the pool that claims are drawn from."""
+    settings = ProbeSettings(judges=("likelihood",))
+    run_probes(scorer, RunSpec(folder / "test.json", limit=6), ["misleading-text"], tmp_path / "a", settings)
+    with pytest.raises(DataError, match=r"was probed with limit = 6, this run has 8\. Give the same --limit"):
+        run_probes(
+            scorer, RunSpec(folder / "test.json", limit=8), ["misleading-text"], None, settings,
+            baseline=tmp_path / "a",
+        )  # fmt: skip
+    result = run_probes(
+        scorer,
+        RunSpec(folder / "test.json", limit=6),
+        ["misleading-text"],
+        None,
+        settings,
+        baseline=tmp_path / "a",
+    )[0]
+    assert result.changes and all(change.difference == 0 for change in result.changes)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from vig.evaluation.probes.settings import ProbeSettings
 from vig.evaluation.probes.table import PROBES, check_probes
 from vig.scoring.scorer import Scorer
 from vig.scoring.settings import RunSpec
+from vig.store.fingerprints import data_fingerprint
 
 
 @dataclass
@@ -67,8 +68,16 @@ def run_probes(
     names = check_probes(names)
     settings = settings or ProbeSettings()
     null = {"null": scorer.null.metadata()}
-    about = {name: settings.stored(name) | (null if uses_null(name) else {}) for name in names}
-    before = {} if baseline is None else {name: read_units(baseline, name, about[name]) for name in names}
+    drawn = {"limit": run.limit}  # claims are drawn among the samples that are read
+    about = {
+        name: settings.stored(name)
+        | (null if uses_null(name) else {})
+        | (drawn if "seed" in PROBES[name].settings else {})
+        for name in names
+    }
+    before = (
+        {} if baseline is None else {name: read_units(baseline, name, about[name], run) for name in names}
+    )
     if out is not None:
         check_writable(Path(out))
     data = read_probe_data(
@@ -142,8 +151,11 @@ def _write(out: Path, result: ProbeResult, about: Mapping[str, Any], data: Probe
     write_atomically(out / f"{result.probe}.json", f"{text}\n".encode())
 
 
-def read_units(folder: str | Path, probe: str, settings: Mapping[str, Any]) -> list[Unit]:
-    """What a probe found in a folder of `run_probes`. Raises DataError where it was run with other settings."""
+def read_units(folder: str | Path, probe: str, settings: Mapping[str, Any], run: RunSpec) -> list[Unit]:
+    """What a probe found in a folder of `run_probes`.
+
+    Raises DataError where it was run with other settings, or on other data: keys are numbers of records.
+    """
     folder = Path(folder)
     try:
         stored = json.loads((folder / f"{probe}.json").read_text(encoding="utf-8"))
@@ -156,6 +168,10 @@ def read_units(folder: str | Path, probe: str, settings: Mapping[str, Any]) -> l
         raise DataError(
             f"{folder}: {probe}.json or its samples cannot be read ({error}). Probe it again"
         ) from None
+    if stored["provenance"]["data_fingerprint"] != data_fingerprint(run.data):
+        raise DataError(
+            f"{folder} was probed on other data than {run.data}. Probe both models on the same data"
+        )
     given = json.loads(json.dumps(settings, default=str))
     for name, value in given.items():
         if (theirs := stored["settings"].get(name)) != value:
