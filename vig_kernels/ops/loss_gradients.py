@@ -21,8 +21,9 @@ def gradient_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torc
 
 def _kept_rows(problem: HeadProblem, needs: Needs, budget: int, backend: str) -> int:
     """Rows of the logits' gradients that are kept for the backward instead of a float32 weight gradient."""
-    module = dispatch.module("linear_cross_entropy", backend)
-    return module.kept_rows(problem, needs, budget) if hasattr(module, "kept_rows") else 0
+    if not backend_table.BACKENDS[backend].keeps_block:
+        return 0
+    return dispatch.module("linear_cross_entropy", backend).kept_rows(problem, needs, budget)
 
 
 @torch.library.custom_op(
@@ -41,12 +42,12 @@ def loss_and_gradients(*args):
         return tuple(torch.zeros_like(x) for x in _forward_fake(*args))
     module = dispatch.module("linear_cross_entropy", backend)
     names = [stat for stat, asked in zip(STATS, wanted, strict=True) if asked]
-    values = {}
-    if backend_table.BACKENDS[backend].fills_values:
+    row, values = backend_table.BACKENDS[backend], {}
+    if row.fills_values:
         values = {name: empty_output(problem, name, problem.target.shape[0]) for name in names}
         for name, value in values.items():
             value.fill_(-1 if name == "argmax" else 0)
-    more = ((budget,) if hasattr(module, "kept_rows") else ()) + ((values,) if values else ())
+    more = ((budget,) if row.keeps_block else ()) + ((values,) if values else ())
     with torch.autocast(problem.hidden.device.type, enabled=False):
         loss, *formed = module.forward_backward(problem, row_weight, z_loss, Needs(*needs), *more)
         values = values or _swept_apart(problem, names, backend)
@@ -108,7 +109,6 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 13
         return (None,) * 14
     sums = _taken(ctx)
     # asked for once at most: a checkpoint that does not re-enter gives what was saved a single time
