@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import ParallelismConfig
 from tiny import llava_processor, picture
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TrainingArguments
 
-from vig import Scorer
+from vig import Scorer, SelectiveCollator, SelectiveTrainer
 from vig.data.records import sample_from_record
 from vig.data.sample import Sample
 from vig.training.loss import row_losses, selective_loss
@@ -80,6 +81,32 @@ def results(model: torch.nn.Module) -> dict:
     return found
 
 
+class Trainer(SelectiveTrainer):
+    log_token_stats = True
+
+
+def trained(model: torch.nn.Module, folder: Path) -> dict:
+    """Four steps of Trainer on four samples, evaluated before and after on five, the last of which is alone in its
+    batch; what it logs."""
+    records = samples()
+    arguments = TrainingArguments(
+        str(folder / "trainer"), per_device_train_batch_size=2, per_device_eval_batch_size=2, max_steps=4,
+        gradient_accumulation_steps=2, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant", logging_steps=1,
+        save_strategy="no", use_cpu=True, report_to="none", disable_tqdm=True, seed=0, max_grad_norm=1.0,
+    )  # fmt: skip
+    collator = SelectiveCollator(llava_processor())
+    trainer = Trainer(
+        model, arguments, train_dataset=records, eval_dataset=[*records, records[1]], data_collator=collator
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    logs = [
+        {name: value for name, value in line.items() if not name.endswith(("_second", "_time", "runtime"))}
+        for line in [before, *trainer.state.log_history[1:-1], trainer.evaluate()]
+    ]
+    return {"logs": logs, "weights": {n: whole(p) for n, p in model.named_parameters()}}
+
+
 def run(rank: int, ranks: int, folder: Path, port: str) -> None:
     torch.set_num_threads(1)
     place = {
@@ -92,7 +119,10 @@ def run(rank: int, ranks: int, folder: Path, port: str) -> None:
     os.environ.update({name: str(value) for name, value in place.items()})
     model = AutoModelForImageTextToText.from_pretrained(folder, tp_plan="auto")
     assert model.get_output_embeddings().weight.to_local().shape[0] < V
-    torch.save(results(model.eval()), folder / f"{rank}.pt")
+    found = results(model.eval())
+    ParallelismConfig._validate_accelerator = lambda *_: None  # which refuses tensor parallelism on CPUs
+    model = AutoModelForImageTextToText.from_pretrained(folder, tp_plan="auto")
+    torch.save(found | {"trainer": trained(model, folder)}, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ from vig.scoring.run import score_dataset
 from vig.scoring.scorer import Scorer
 from vig.scoring.settings import RunSpec, ScoreSettings
 from vig.store.folder import score_files
-from vig.store.scores import read_scores, unfinished
+from vig.store.scores import read_scores, score_metadata, unfinished
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 
@@ -126,6 +126,28 @@ def test_it_resumes_the_plain_engine_and_retries_what_failed(given, cluster, pla
     assert [row["key"] for row in rows] == [f"data.json#{number}" for number in range(16)]
     assert {row["status"] for row in rows} == {"ok"} and not unfinished(tmp_path / "scores")
     assert rows[:9] == plain[:9]
+
+
+def test_statistics_stand_beside_the_likelihoods(given, cluster, tmp_path):
+    stats = {"stats": ("kl", "entropy")}
+    columns = ["token_kl", "token_entropy_image", "token_entropy_null"]
+    score_dataset(
+        Scorer(given / "model", **stats), given / "data.json", tmp_path / "plain", window=4, limit=12
+    )
+    score_dataset_on_ray(
+        given / "model", given / "data.json", tmp_path / "ray", options=stats, actors=1, cpus_per_actor=0.5,
+        window=4, limit=12,
+    )  # fmt: skip
+    rows = rows_of(tmp_path / "ray")
+    assert rows == rows_of(tmp_path / "plain") and list(rows[0])[-3:] == columns
+    assert (
+        score_metadata(tmp_path / "ray")["stats"]
+        == score_metadata(tmp_path / "plain")["stats"]
+        == ["kl", "entropy"]
+    )
+    scored = [row for row in rows if row["status"] == "ok"]
+    assert len(scored) == 11 and all(len(row[name]) == row["n_tokens"] for row in scored for name in columns)
+    assert all(max(row["token_kl"]) > 0 for row in scored)
 
 
 def test_errors_of_the_model_come_through(given, cluster, tmp_path):

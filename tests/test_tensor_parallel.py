@@ -16,8 +16,10 @@ RANKS = 2
 
 
 @pytest.fixture(scope="module")
-def one() -> dict:
-    return tensor_parallel.results(copy.deepcopy(llava_model()))
+def one(tmp_path_factory) -> dict:
+    found = tensor_parallel.results(copy.deepcopy(llava_model()).eval())
+    trained = tensor_parallel.trained(copy.deepcopy(llava_model()), tmp_path_factory.mktemp("one"))
+    return found | {"trainer": trained}
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +63,15 @@ def test_steps_of_training(one, found):
     for rank in found:
         assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert_near(rank["weights"], one["weights"])
+
+
+def test_trainer(one, found):
+    """Losses, evaluation (each sample once), counts and weights of one process."""
+    wanted = one["trainer"]
+    assert wanted["logs"][-1]["eval_loss"] < wanted["logs"][0]["eval_loss"]
+    for rank in found:
+        logs = rank["trainer"]["logs"]
+        assert [line.keys() for line in logs] == [line.keys() for line in wanted["logs"]]
+        for line, expected in zip(logs, wanted["logs"], strict=True):
+            assert line == pytest.approx(expected, rel=1e-5)
+        assert_near(rank["trainer"]["weights"], wanted["weights"])

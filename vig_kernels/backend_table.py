@@ -20,6 +20,8 @@ class Backend(NamedTuple):
     bfloat16_gradients: bool = (
         False  # linear_cross_entropy's of bfloat16 hidden and weight; all others are float32
     )
+    # its linear_cross_entropy has `kept_rows` and may keep gradients of logits for the backward (kernels/__init__.py)
+    keeps_block: bool = False
 
 
 BACKENDS = {
@@ -30,6 +32,7 @@ BACKENDS = {
             "GPUs by CUDA, ROCm or XPU: Triton kernels",
             "vig_kernels.kernels.triton",
             fills_values=False,
+            keeps_block=True,
         ),
         Backend("cpu", "CPUs: compiled C++ kernels", "vig_kernels.kernels.cpu", bfloat16_gradients=True),
         Backend("torch", "any device: chunked PyTorch, no compiler needed", "vig_kernels.kernels.torch"),

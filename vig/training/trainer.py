@@ -155,12 +155,22 @@ class FusedLossMixin:
         """The mean of this batch; its samples are added to the evaluation's sums, each once over all processes."""
         result = row_losses(model, inputs, stats=self.log_token_stats, **options)
         rows, outputs = result if options["return_outputs"] else (result, None)
-        padded = self.accelerator.pad_across_processes(rows, dim=0)  # with rows that weigh nothing
-        everywhere = self.accelerator.gather_for_metrics(padded).sum(0).tolist()
+        everywhere = self._rows_everywhere(rows).sum(0).tolist()
         self._evaluated = [one + other for one, other in zip(self._evaluated, everywhere, strict=True)]
         total, weight = rows.sum(0)[:2]
         loss = torch.where(weight > 0, total / weight, total)
         return (loss, outputs) if options["return_outputs"] else loss
+
+    def _rows_everywhere(self, rows: Tensor) -> Tensor:
+        """The rows (B, n) of all processes, each sample's once: a tensor-parallel group holds the same ones."""
+        padded = self.accelerator.pad_across_processes(rows, dim=0)  # with rows that weigh nothing
+        copies = self.get_tp_size()
+        if copies == 1:
+            return self.accelerator.gather_for_metrics(padded)
+        every = self.accelerator.gather(padded).unflatten(0, (-1, copies, len(padded)))[:, 0].flatten(0, 1)
+        state = self.accelerator.gradient_state  # the last batch is filled up with samples of the first
+        left = state.remainder if state.end_of_dataloader else 0
+        return every[:left] if left > 0 else every
 
     def prediction_step(
         self,
@@ -250,7 +260,7 @@ class FusedLossMixin:
         if self.unreadable_samples:
             logs["unreadable_samples"] = self.unreadable_samples
         if "loss" in logs and "learning_rate" in logs:  # Trainer's own, which every process writes
-            logs |= self._throughput.figures(self.accelerator)
+            logs |= self._throughput.figures(self.accelerator, self.get_tp_size())
             if self.log_token_stats:
                 logs |= self._token_stats.figures(self.accelerator)
         super().log(logs, *args, **kwargs)
@@ -309,11 +319,12 @@ class _Throughput:
         self.seen = self.seen + (labels.numel() if mask is None or mask.shape != labels.shape else mask.sum())
         self.kept = self.kept + ((labels[:, 1:] != -100).sum() if num_kept is None else num_kept)
 
-    def figures(self, accelerator: Any) -> dict[str, float]:
+    def figures(self, accelerator: Any, copies: int) -> dict[str, float]:
+        """copies: processes that hold the same batch (tensor parallelism)."""
         counts = torch.stack(
             [torch.as_tensor(n, device=accelerator.device).long() for n in (self.seen, self.kept)]
         )
-        seen, kept = accelerator.reduce(counts, "sum").tolist()
+        seen, kept = (count // copies for count in accelerator.reduce(counts, "sum").tolist())
         now = time.monotonic()
         speed = (seen - self.logged) / max(now - self.since, 1e-9)
         self.logged, self.since = seen, now

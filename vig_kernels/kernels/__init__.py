@@ -23,7 +23,8 @@ They are given only if some are asked for, and never to a backend whose row of v
 `fills_values=False`. Gradients are float32; a row with `bfloat16_gradients=True` says that those of bfloat16 hidden
 states and weights are bfloat16.
 
-Where a backend's linear_cross_entropy has `kept_rows(problem, needs, budget)`, its forward_backward takes a budget in
-bytes before the values and may return a block of `kept_rows` rows, `padded(V)` wide, their factors and the order of the
-rows behind the gradients instead of the weight's gradient, which `weight_gradient` forms of the three.
+A row with `keeps_block=True` says that linear_cross_entropy has `kept_rows(problem, needs, budget)`: forward_backward
+then takes a budget in bytes before the values and may return a block of `kept_rows` rows, `padded(V)` wide, their
+factors and the order of the rows behind the gradients instead of the weight's gradient, which `weight_gradient` forms
+of the three.
 """

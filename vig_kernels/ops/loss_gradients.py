@@ -24,8 +24,9 @@ def gradient_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torc
 
 def _kept_rows(problem: HeadProblem, needs: Needs, budget: int, backend: str) -> int:
     """Rows of the logits' gradients that are kept for the backward instead of a float32 weight gradient."""
-    module = dispatch.module("linear_cross_entropy", backend)
-    return module.kept_rows(problem, needs, budget) if hasattr(module, "kept_rows") else 0
+    if not backend_table.BACKENDS[backend].keeps_block:
+        return 0
+    return dispatch.module("linear_cross_entropy", backend).kept_rows(problem, needs, budget)
 
 
 def _forward(*args):
@@ -41,13 +42,13 @@ def _forward(*args):
     if problem.target.numel() == 0:
         return [x.zero_() for x in _forward_fake(*args)]
     module = dispatch.module("linear_cross_entropy", backend)
-    names = list(compress(STATS, wanted))
-    values = {}
-    if names and backend_table.BACKENDS[backend].fills_values:
+    names, values = list(compress(STATS, wanted)), {}
+    row = backend_table.BACKENDS[backend]
+    if names and row.fills_values:
         values = {name: empty_output(problem, name, problem.target.shape[0]) for name in names}
         for name, value in values.items():
             value.fill_(-1 if name == "argmax" else 0)
-    more = ((budget,) if hasattr(module, "kept_rows") else ()) + ((values,) if values else ())
+    more = ((budget,) if row.keeps_block else ()) + ((values,) if values else ())
     with check.no_autocast(problem.hidden.device):
         loss, *formed = module.forward_backward(problem, row_weight, z_loss, Needs(*needs), *more)
         values = values or _swept_apart(problem, names, backend)
