@@ -164,8 +164,12 @@ def _differentiated(op: torch._ops.OpOverload, derivative: Derivative) -> Callab
 def _refused(op: torch._ops.OpOverload) -> Callable:
     """The op as a node whose backward raises."""
 
+    def forward(ctx, function, args, *inputs):
+        found = _beneath(function, args)
+        return tuple(found) if isinstance(found, list) else found  # a node takes no list
+
     def refuse(ctx, *grads):
         raise RuntimeError(f"{op._schema.name} has no autograd formula: its results cannot be differentiated")
 
-    node = _node(op, lambda ctx, function, args, *inputs: _beneath(function, args), refuse)
+    node = _node(op, forward, refuse)
     return lambda function, args, inputs: node.apply(function, args, *inputs)

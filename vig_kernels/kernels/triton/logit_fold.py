@@ -305,7 +305,8 @@ def fold(
     weight, passes, rows = problem.weight, partials.passes, chunk.rows
     first, second = problem.hidden, problem.hidden if hidden_null is None else hidden_null
     V, D = weight.shape
-    descriptor = config.descriptor and regular(weight, config)
+    even_k = regular(weight, config)
+    descriptor = config.descriptor and even_k
     row_tiles, vocab_tiles = cdiv(rows, config.block_n), cdiv(V, config.block_v)
     folded = problem.bias is None and problem.logit_softcap is None and problem.logit_scale > 0
     fold_kernel[(row_tiles * passes * vocab_tiles,)](
@@ -314,7 +315,7 @@ def fold(
         first.stride(0), second.stride(0), weight.stride(0), block.stride(0) if block is not None else 0,
         chunk.first, rows, row_tiles, passes, vocab_tiles, V, D, problem.logit_scale, problem.logit_softcap or 0.0,
         BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
-        GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
+        GROUP=config.group, EVEN_K=even_k, DESCRIPTOR=descriptor,
         SOFTCAP=problem.logit_softcap is not None, FOLDED=folded, FAST_EXP2=fast_exp2(weight.device),
         PRECISION=compute_precision(weight), **config.launch_options,
     )  # fmt: skip

@@ -1,0 +1,110 @@
+"""How ops are registered: whoever looks at ops sees them, and a call that nobody looks at gives the same."""
+
+import warnings
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vig_kernels import linear_cross_entropy, linear_nll, linear_vig
+from vig_kernels.ops.linear_nll import nll_forward_op
+
+TARGET = torch.tensor([3, 0, -100, 8])
+
+
+def leaves():
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(rows, 6, generator=draw).requires_grad_() for rows in (4, 9)]
+
+
+def step(hidden, weight):
+    """Loss, likelihoods, VIG and gradients of one call of each op."""
+    loss, logged = linear_cross_entropy(hidden, weight, TARGET, stats=("argmax",), backend="torch")
+    nll, values = linear_nll(hidden, weight, TARGET, stats=("entropy",), backend="torch")
+    vig = linear_vig(hidden, -hidden, weight, TARGET, backend="torch")
+    gradients = torch.autograd.grad(loss + (nll * values["entropy"]).sum(), (hidden, weight))
+    return loss, logged["argmax"], nll, values["entropy"], *vig, *gradients
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **kwargs or {})
+
+
+class Marked(torch.Tensor):
+    """A subclass around a tensor, which notes the ops that meet it."""
+
+    names: ClassVar[set] = set()
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        cls.names.add(function.name())
+        return function(*(x.inner if isinstance(x, cls) else x for x in args), **kwargs or {})
+
+
+OPS = {
+    f"vig_kernels::{name}"
+    for name in ("linear_nll", "linear_nll_backward", "linear_cross_entropy", "linear_vig")
+}
+
+
+def test_a_dispatch_mode_sees_every_op_and_changes_nothing():
+    with Seen() as seen:
+        found = step(*leaves())
+    assert seen.names >= OPS
+    assert all(map(torch.equal, found, step(*leaves())))
+
+
+def test_a_profiler_sees_every_op_and_changes_nothing():
+    with torch.profiler.profile() as profile:
+        found = step(*leaves())
+    assert {event.key for event in profile.key_averages()} >= OPS
+    assert all(map(torch.equal, found, step(*leaves())))
+
+
+def test_a_subclass_of_tensor_meets_the_op():
+    hidden, weight = (x.detach() for x in leaves())
+    found = linear_nll(Marked(hidden), weight, TARGET, backend="torch")
+    assert "vig_kernels::linear_nll" in Marked.names
+    assert torch.equal(found, linear_nll(hidden, weight, TARGET, backend="torch"))
+
+
+def test_a_call_that_nobody_looks_at_is_the_op_itself():
+    arguments = (*leaves(), TARGET, None, 1.0, None, -100, None, [True, True, True, True], "torch")
+    direct, dispatched = nll_forward_op(*arguments), nll_forward_op.op(*arguments)
+    assert len(direct) == len(dispatched) == 5 and all(map(torch.equal, direct, dispatched))
+    differentiable = [True, True, True, False, False]  # nll, lse, entropy; argmax, lse_lo
+    assert [x.requires_grad for x in direct] == [x.requires_grad for x in dispatched] == differentiable
+
+
+def test_vmap_has_a_rule_and_no_warning():
+    hidden, weight = (x.detach() for x in leaves())
+    many = torch.stack([hidden, -hidden])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = torch.vmap(lambda h: linear_nll(h, weight, TARGET, stats=("argmax",), backend="torch"))(many)
+    for at, rows in enumerate(many):
+        nll, values = linear_nll(rows, weight, TARGET, stats=("argmax",), backend="torch")
+        assert torch.equal(found[0][at], nll) and torch.equal(found[1]["argmax"][at], values["argmax"])
+
+
+def test_what_has_no_derivative_says_so():
+    hidden, weight = leaves()
+    vig, *_ = torch.ops.vig_kernels.linear_vig(
+        hidden, weight, TARGET, None, 1.0, None, -100, None, -hidden, [False] * 5, "torch"
+    )
+    with pytest.raises(RuntimeError, match="vig_kernels::linear_vig has no autograd formula"):
+        vig.sum().backward()
