@@ -27,7 +27,7 @@ def install(wheel: Path, python: Path, folder: Path) -> tuple[Path, dict[str, st
     """The programs of a new environment with the wheel in it, and the variables to run them with."""
     subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
     inside = folder / "venv" / "bin"
-    quiet = ("--quiet", "--disable-pip-version-check", "--only-binary", ":all:")
+    quiet = ("--quiet", "--disable-pip-version-check", "--no-compile", "--only-binary", ":all:")
     subprocess.run(
         [inside / "python", "-m", "pip", "install", *quiet, "-c", ROOT / "constraints.txt", wheel], check=True
     )
