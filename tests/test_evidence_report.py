@@ -192,9 +192,9 @@ def test_the_probes_stand_in_the_page_once_they_were_made(tmp_path, monkeypatch)
     page = places.page.read_text()
     assert "| layer 0: on image tokens, % | 20.0 [10.0, 30.0] | 24.0 (21.0 to 27.0) | " in page
     assert "| conflict: VIG, nats | 0.00 [-1.00, +0.25] | -2.00 (-3.50 to -0.50) | " in page
-    assert (
-        "match - conflict" not in page and "put 64 % on image tokens" in page and "on 3 of the seeds" in page
-    )
+    text = " ".join(page.split())
+    assert "match - conflict" not in text
+    assert "put 64 % on image tokens" in text and "on 3 of the seeds" in text
 
 
 def test_the_page_stands_beside_lines_of_elsewhere(tmp_path):
