@@ -128,6 +128,10 @@ def evidence(
     report: Annotated[
         bool, typer.Option("--report", help="Only write page and figures from the stored lines.")
     ] = False,
+    probes: Annotated[
+        bool,
+        typer.Option("--probes", help="Only the probes before and after tuning: a few minutes, one process."),
+    ] = False,
 ) -> None:
     """The experiment of docs/evidence.md: 376 trainings, about an hour on 2 cores; the same command goes on.
 
@@ -140,6 +144,8 @@ def evidence(
             same = command.check(check, out, _tell)
         elif only is not None:
             command.run_one(only, out, _tell)
+        elif probes:
+            command.run_probes(out, seeds, _tell)
         else:
             if not report:
                 command.run_experiment(out, seeds, processes, _tell)

@@ -10,5 +10,6 @@
     exams.py     what a tuned model is asked
     runs.py      one run -> one JSON line;  store.py: the lines on disk;  workers.py: the processes
     analysis.py  which comparisons are made, fixed before the runs
-    report.py    docs/evidence.md, figures.py its figures
+    probes.py    the probes of `vig probe` before and after tuning, described beside the experiment
+    report.py    docs/evidence.md: tables.py, figures.py, prose.py; verdict.py and advice.py say what the numbers do
 """

@@ -47,6 +47,23 @@ def check(name: str, out: Path | None, say: Say) -> bool:
     return not differ
 
 
+def run_probes(out: Path | None, seeds: int, say: Say) -> None:
+    """The probes before and after tuning, of the runs that have no line yet, in this process."""
+    from transformers.utils import logging
+
+    from benchmarks.evidence import probes
+
+    path = (out or results.FOLDER) / probes.NAME
+    store.begin(path, _head() | {"command": "python -m benchmarks evidence --probes"})
+    wanted = probes.plan(min(seeds, len(probes.SEEDS)))
+    missing = [run for run in wanted if run not in store.read(path)[1]]
+    logging.disable_progress_bar()
+    for line in probes.lines(missing) if missing else ():
+        store.append(path, line)
+        say(f"{design.Run.of(line)} was probed")
+    say(f"{len(wanted)} models stand in {path}; --report writes them into the page")
+
+
 def write_report(out: Path | None) -> list[Path]:
     """Page, figures and the README's block; beside the lines where these are not the checkout's own."""
     from benchmarks.evidence import report

@@ -11,23 +11,29 @@ from benchmarks.evidence import analysis
 from benchmarks.evidence.analysis import CHAIR, COLOUR, EXACT, Cell, Lines
 from benchmarks.evidence.design import ARMS, NAMES, SHARES
 
-DIFFERENCES = (("vig", "all", "#c2410c"), ("vig", "loss filter", "#2563eb"), ("easy", "all", "#15803d"))
-COLOURS = {
-    "all": "#374151",
-    "vig": "#c2410c",
-    "easy": "#15803d",
-    "random": "#9ca3af",
-    "loss filter": "#2563eb",
-    "permuted": "#a855f7",
-    "oracle": "#ca8a04",
+COLOURS = {  # told apart with impaired colour vision too: the palette of Okabe and Ito, 2008, and a grey
+    "all": "#000000",
+    "vig": "#d55e00",
+    "easy": "#009e73",
+    "random": "#999999",
+    "loss filter": "#0072b2",
+    "permuted": "#cc79a7",
+    "oracle": "#e69f00",
 }
 MARKS = dict(zip(COLOURS, "oD^sPvX", strict=True))
+DIFFERENCES = (
+    ("vig", "all", "vig"),
+    ("vig", "loss filter", "loss filter"),
+    ("easy", "all", "easy"),
+)  # last: its look
 PANELS = {
     COLOUR: "right colour, %",
     EXACT: "whole answer right, %",
     CHAIR: "CHAIR_i, % (less is better)",
 }
-SHIFT = 1.2  # points of the share, between arms, so that intervals do not hide each other
+WIDTH = (
+    13.0  # points of the share over which arms stand side by side, so that intervals do not hide each other
+)
 
 
 def draw(lines: Lines, folder: Path) -> list[Path]:
@@ -48,14 +54,13 @@ def _differences(lines: Lines, path: Path) -> Path:
     )
     for axis, measure in zip(axes, PANELS, strict=True):
         axis.axhline(0, color="#9ca3af", linewidth=0.8)
-        for place, (arm, other, colour) in enumerate(DIFFERENCES):
+        for place, (arm, other, look) in enumerate(DIFFERENCES):
             found = [
                 analysis.estimate(lines, analysis.difference(arm, other, share, measure)) for share in SHARES
             ]
             label = f"{NAMES[arm]} − {NAMES[other]}"
-            _series(
-                axis, place - 1, [(one.mean, one.low, one.high) for one in found], label, colour, MARKS[arm]
-            )
+            shift = _shift(place, len(DIFFERENCES))
+            _series(axis, shift, [(one.mean, one.low, one.high) for one in found], label, look)
         axis.set_ylabel("points")
     return _save(figure, axes, path)
 
@@ -73,7 +78,7 @@ def _arms(lines: Lines, path: Path) -> Path:
                 cell = Cell("shipped", share, "all" if arm == "oracle" and not share else arm)
                 found = analysis.paired(lines.values(cell, measure, lines.seeds([cell])))
                 points.append((found.mean, found.low, found.high))
-            _series(axis, place - len(ARMS) // 2, points, NAMES[arm], COLOURS[arm], MARKS[arm])
+            _series(axis, _shift(place, len(ARMS)), points, NAMES[arm], arm)
         axis.set_ylabel("per cent")
     return _save(figure, axes, path)
 
@@ -81,7 +86,7 @@ def _arms(lines: Lines, path: Path) -> Path:
 def _panels(title: str):
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(13, 4.6), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(14, 5), layout="constrained")
     figure.suptitle(title, fontsize=11)
     for axis, name in zip(axes, PANELS.values(), strict=True):
         axis.set_title(name, fontsize=10)
@@ -92,23 +97,31 @@ def _panels(title: str):
     return figure, axes
 
 
-def _series(axis, place: int, points: Sequence[tuple], label: str, colour: str, mark: str) -> None:
+def _shift(place: int, count: int) -> float:
+    """Of the series at this place of so many, in points of the share."""
+    return WIDTH * (place - (count - 1) / 2) / count
+
+
+def _series(axis, shift: float, points: Sequence[tuple], label: str, look: str) -> None:
+    """look: the arm whose colour and mark it takes. The line is fainter than marks and intervals."""
     mean, low, high = np.array(points, float).T
     there = ~np.isnan(mean)
     if not there.any():
         return
-    x = 100 * np.array(SHARES) + SHIFT * place
+    x = 100 * np.array(SHARES) + shift
     whiskers = np.nan_to_num(np.stack([mean - low, high - mean]))[:, there]
+    axis.plot(x[there], mean[there], color=COLOURS[look], linewidth=1, alpha=0.35)
     axis.errorbar(
         x[there],
         mean[there],
         whiskers,
         label=label,
-        color=colour,
-        marker=mark,
+        color=COLOURS[look],
+        marker=MARKS[look],
         markersize=5,
-        capsize=3,
-        linewidth=1.2,
+        capsize=2.5,
+        linestyle="none",
+        elinewidth=1.3,
     )
 
 

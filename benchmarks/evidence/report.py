@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import machine, results
-from benchmarks.evidence import analysis, design, figures, prose, store, tables, verdict
+from benchmarks.evidence import advice, analysis, design, figures, probes, prose, store, tables, verdict
 from benchmarks.evidence.analysis import COLOUR, Lines
 from benchmarks.evidence.design import SHARES
 
@@ -34,7 +34,8 @@ def write(places: Places) -> list[Path]:
         raise ValueError(f"{places.lines} holds no run: `python -m benchmarks evidence` makes them")
     lines = Lines(found)
     drawn = figures.draw(lines, places.plots)
-    places.page.write_text(page(head, lines, len(found)), encoding="utf-8")
+    probed = store.read(places.lines.with_name(probes.NAME))[1]
+    places.page.write_text(page(head, lines, len(found), probed), encoding="utf-8")
     return [places.page, *drawn, *_readme(places.readme, lines)]
 
 
@@ -48,8 +49,8 @@ def _readme(path: Path, lines: Lines) -> list[Path]:
     return [path]
 
 
-def page(head: dict, lines: Lines, count: int) -> str:
-    """The whole page, in Markdown."""
+def page(head: dict, lines: Lines, count: int, probed: Mapping[design.Run, dict] | None = None) -> str:
+    """The whole page, in Markdown. probed: the lines of the probes."""
     parts = [
         "# Evidence: when does selection by VIG help?\n",
         _text(prose.INTRODUCTION),
@@ -57,6 +58,8 @@ def page(head: dict, lines: Lines, count: int) -> str:
         "## Verdict\n",
         _items(_verdict(lines)),
         "![Differences by share of blind answers](plots/evidence-differences.png)\n",
+        "## What to conclude\n",
+        _items(advice.conclusions(lines)),
         "## The tests\n",
         _text(prose.TESTS),
         tables.of_family(lines, "secondary"),
@@ -64,8 +67,14 @@ def page(head: dict, lines: Lines, count: int) -> str:
         tables.of_family(lines, "controls"),
         "VIG and easy tokens (null likelihood above exp(-0.5)) against all tokens:\n",
         tables.of_family(lines, "easy"),
+        _text(prose.EASY),
+        tables.easy(lines),
         "## Where VIG loses\n",
         _items(verdict.losses(lines) or ["In no test is an arm of VIG worse than what it is compared with."]),
+        _text(prose.UNADJUSTED),
+        _items(advice.near_losses(lines) or ["No such test."]),
+        _text(prose.UNTESTED),
+        _items(advice.described_losses(lines) or ["No such measure."]),
         _text(prose.LOSES),
         tables.described(lines),
         "## Every arm\n",
@@ -75,11 +84,14 @@ def page(head: dict, lines: Lines, count: int) -> str:
             f"{verdict.percent_of(share)} blind answers\n\n{tables.of_share(lines, share)}"
             for share in SHARES
         ),
-        "What the arms keep of the samples with a picture:\n",
+        _text(prose.KEPT),
         tables.kept(lines),
+        *([_text(wrong)] if (wrong := advice.wrong_kept(lines)) else []),
         "## Other ways to choose\n",
         _text(prose.VARIANTS),
         tables.variants(lines),
+        "## What the models take from the picture\n",
+        *_probes(probed or {}),
         "## A base that answers by habit\n",
         *_habit(lines),
         "## The learning rate\n",
@@ -111,8 +123,31 @@ def _habit(lines: Lines) -> list[str]:
         return [_text("Not run: `benchmarks/evidence/habit_base` holds no checkpoint.")]
     own, shipped = base["test_habit"], (lines.untuned("shipped") or {}).get("test_habit")
     other = "" if shipped is None else f" (the shipped base: {shipped:.1f} %)"
-    said = prose.HABIT.format(own=f"{own:.1f}", other=other)
-    return [_text(said), tables.of_family(lines, "habit", design.HABIT_SHARES), tables.habit(lines)]
+    said = prose.HABIT.format(own=f"{own:.1f}", other=other, **prose.HABIT_FACTS)
+    right = advice.habit_is_right(lines)
+    caveats = [
+        " ".join(text.format(right=f": {right}" if right else "", **prose.HABIT_FACTS).split())
+        for text in prose.HABIT_CAVEATS
+    ]
+    return [
+        _text(said),
+        _items(caveats),
+        tables.of_family(lines, "habit", design.HABIT_SHARES),
+        tables.habit(lines),
+    ]
+
+
+def _probes(found: Mapping[design.Run, dict]) -> list[str]:
+    if probes.plan()[0] not in found:
+        return [_text(prose.NO_PROBES)]
+    even = next(figure for figure in found[probes.plan()[0]]["figures"] if figure[2] == "image tokens")
+    said = prose.PROBES.format(
+        arms=advice.listed([design.NAMES[arm] for arm in probes.ARMS]),
+        share=verdict.percent_of(probes.SHARE),
+        seeds=len({run.seed for run in found if run.arm != design.UNTUNED}),
+        even=f"{100 * even[4]:.0f}",
+    )
+    return [_text(said), *(table for _, table in tables.probes(found))]
 
 
 def _made_of(head: dict, count: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import torch
 
@@ -37,8 +38,11 @@ class Laboratory:
         torch.set_num_threads(1)
         self.model = load(path)
         self.drawn = Drawn(path, self.model, AutoProcessor.from_pretrained(path))
-        self.exams = Exams(self.drawn)
         self._data: tuple[tuple, Tuning] | None = None
+
+    @cached_property
+    def exams(self) -> Exams:
+        return Exams(self.drawn)
 
     def lines(self, group: Iterable[Run]) -> Iterator[dict]:
         for run in group:
@@ -46,26 +50,31 @@ class Laboratory:
 
     def line(self, run: Run) -> dict:
         """The run's line, of JSON's own types."""
-        clock = _Clock()
-        line = run._asdict()
-        model = copy.deepcopy(self.model)
-        if run.arm != design.UNTUNED:
-            tuning = self._tuning(run)
-            clock.lap("data")
-            masks = masks_of(run.arm, tuning, run.seed)
-            line |= counts(tuning, masks)
-            clock.lap("masks")
-            settings = TrainSettings(
-                seed=run.seed, **design.TRAINING | {"lr": run.rate * design.TRAINING["lr"]}
-            )
-            line |= {
-                f"trained_{name}": value
-                for name, value in fit(model, tuning.items, masks, settings)._asdict().items()
-            }
-            clock.lap("training")
+        clock = Clock()
+        model, trained = self._tuned(run, clock)
+        line = run._asdict() | trained
         line |= self.exams.sit(model, ("validation",) if run.is_rate_check else ASKED)
         clock.lap("exams")
         return line | {SECONDS: clock.laps}
+
+    def tuned(self, run: Run):
+        """A copy of the base as the run leaves it, in evaluation mode."""
+        return self._tuned(run, Clock())[0]
+
+    def _tuned(self, run: Run, clock: Clock) -> tuple:
+        """The tuned model, and what of it goes into the run's line: nothing of the base before tuning."""
+        model = copy.deepcopy(self.model)
+        if run.arm == design.UNTUNED:
+            return model, {}
+        tuning = self._tuning(run)
+        clock.lap("data")
+        masks = masks_of(run.arm, tuning, run.seed)
+        kept = counts(tuning, masks)
+        clock.lap("masks")
+        settings = TrainSettings(seed=run.seed, **design.TRAINING | {"lr": run.rate * design.TRAINING["lr"]})
+        fitted = fit(model, tuning.items, masks, settings)._asdict()
+        clock.lap("training")
+        return model, kept | {f"trained_{name}": value for name, value in fitted.items()}
 
     def _tuning(self, run: Run) -> Tuning:
         nulls = NULLS if run.arm in design.VARIANTS else NULLS[:1]
@@ -75,7 +84,7 @@ class Laboratory:
         return self._data[1]
 
 
-class _Clock:
+class Clock:
     """Processor seconds of this process between laps."""
 
     def __init__(self):

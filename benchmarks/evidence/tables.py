@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from benchmarks.evidence import analysis
 from benchmarks.evidence.analysis import CHAIR, COLOUR, EXACT, MEASURES, Cell, Lines, Tested
-from benchmarks.evidence.design import ARMS, HABIT_SHARES, NAMES, RATES, SHARES, VARIANT_SHARES, VARIANTS
+from benchmarks.evidence.design import (
+    ARMS,
+    HABIT_SHARES,
+    NAMES,
+    RATES,
+    SHARES,
+    UNTUNED,
+    VARIANT_SHARES,
+    VARIANTS,
+    Run,
+)
 from benchmarks.evidence.verdict import SHORT, interval, number, pairs, percent_of
+from vig.evaluation.probes.table import PROBES
 
 SHOWN = (
     COLOUR,
@@ -96,6 +107,27 @@ def described(lines: Lines) -> str:
     return markdown(["not tested", *(f"{percent_of(share)} blind" for share in SHARES)], rows)
 
 
+def easy(lines: Lines) -> str:
+    """VIG with easy tokens minus VIG, and the lowest and highest seed of whole answers."""
+    rows = [
+        [f"{NAMES['easy']} − {NAMES['vig']}, {SHORT[measure]}",
+         *(interval(analysis.estimate(lines, analysis.difference("easy", "vig", share, measure)))
+           for share in SHARES)]
+        for measure in (COLOUR, EXACT, CHAIR)
+    ]  # fmt: skip
+    rows += [
+        [f"whole answer, lowest to highest seed: {NAMES[arm]}",
+         *(_range(list(lines.cells.get(Cell("shipped", share, arm), {}).values()), EXACT) for share in SHARES)]
+        for arm in ("vig", "easy", "all")
+    ]  # fmt: skip
+    return markdown(["not tested", *(f"{percent_of(share)} blind" for share in SHARES)], rows)
+
+
+def _range(found: Sequence[dict], field: str) -> str:
+    values = [line[field] for line in found]
+    return f"{min(values):.1f} to {max(values):.1f}" if values else DASH
+
+
 def variants(lines: Lines) -> str:
     """The other ways to choose minus VIG, on the seeds that have both."""
     rows = [
@@ -146,3 +178,44 @@ def rates(lines: Lines) -> str:
         for check in analysis.rate_checks(lines)
     ]
     return markdown(["right colour on validation, %", *(f"rate × {rate:g}" for rate in RATES)], rows)
+
+
+UNSHOWN = {"lost", "image tokens", "near zero", "gain"}  # measures of the probes that their tables leave out
+Key = tuple[str, str]  # group and measure of a probe
+
+
+def probes(found: Mapping[Run, dict]) -> Iterator[tuple[str, str]]:
+    """Each probe's name and table: the base and its interval over pictures, arms as mean, lowest and highest seed."""
+    by_arm: dict[str, list[dict[str, dict[Key, list]]]] = {}
+    for run, line in found.items():
+        figures: dict[str, dict[Key, list]] = {}
+        for probe, group, measure, *rest in line["figures"]:
+            figures.setdefault(probe, {})[group, measure] = rest
+        by_arm.setdefault(run.arm, []).append(figures)
+    base, *_ = by_arm.pop(UNTUNED)
+    for probe, figures in base.items():
+        units = {measure.name: measure.unit for measure in PROBES[probe].measures}
+        rows = [
+            [f"{group}: {measure}" + (", nats" if units[measure] == "nats" else ", %"),
+             _over_pictures(figures[group, measure], units[measure]),
+             *(_over_seeds([one[probe][group, measure][1] for one in arm], units[measure]) for arm in by_arm.values())]
+            for group, measure in figures
+            if measure not in UNSHOWN and group != "all" and " - " not in group
+        ]  # fmt: skip
+        heads = [f"{NAMES[arm]}, n = {len(lines_)}" for arm, lines_ in by_arm.items()]
+        yield probe, markdown([probe, NAMES[UNTUNED], *heads], rows)
+
+
+def _over_pictures(figure: list, unit: str) -> str:
+    _, value, low, high = figure
+    text = _probed(value, unit)
+    return text if low is None else f"{text} [{_probed(low, unit)}, {_probed(high, unit)}]"
+
+
+def _over_seeds(values: Sequence[float], unit: str) -> str:
+    least, most = (_probed(end(values), unit) for end in (min, max))
+    return f"{_probed(float(np.mean(values)), unit)} ({least} to {most})"
+
+
+def _probed(value: float, unit: str) -> str:
+    return number(value, 2) if unit == "nats" else f"{100 * value:.1f}"

@@ -89,7 +89,8 @@ def pairs(tests: Sequence[Tested]) -> dict[tuple[str, str, str], list[Tested]]:
 
 def is_it_vig(lines: Lines) -> str:
     """At which shares VIG beats the random choice and the permuted scores, both."""
-    found = {one.comparison: one.direction for one in analysis.tested(lines, "controls")}
+    tests = analysis.tested(lines, "controls")
+    found = {one.comparison: one.direction for one in tests}
     beats = [
         share
         for share in SHARES
@@ -97,9 +98,12 @@ def is_it_vig(lines: Lines) -> str:
     ]
     word = "holds" if len(beats) == len(SHARES) else "holds in part" if beats else "is not shown"
     where = "at " + ", ".join(map(percent_of, beats)) if beats else "at no share"
+    minus = pairs(tests)
     return (
-        f'"It is VIG that does it, not the number of tokens" **{word}**: {where} of blind answers VIG is better than '
-        "both a random choice of as many samples and tokens and its own values permuted within each sample."
+        f'"It is VIG that does it, not the number of tokens" **{word}**: VIG is better than both a random choice of as '
+        f"many samples and tokens and its own values permuted within each sample {where} of blind answers. VIG "
+        f"minus random, right colour: {by_share(minus[('vig', 'random', COLOUR)])}; minus permuted: "
+        f"{by_share(minus[('vig', 'permuted', COLOUR)])}."
     )
 
 
