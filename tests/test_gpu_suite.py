@@ -362,7 +362,7 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch):
     order = [text.index(name) for name in (
         "environment", "correctness", "score 8192 x 4096 x 151936", "train 256 x 4096 x 32064", "tiles of the fold",
         "candidates", "blur", "end to end, one", "end to end, six", "training step", "counters",
-        "score 8192 x 4096 x 32000", "torch.compile",
+        "score 8192 x 4096 x 32000", "README's trainers", "torch.compile",
     )]  # fmt: skip
     assert order == sorted(order)
 
@@ -528,6 +528,7 @@ def test_the_whole_suite_rehearsed(tmp_path):
             assert row["value"] > 0 and 0 <= row["outside_s"] < row["seconds"] and row["mfu"] > 0
     assert next(row for row in cases["training step"]["rows"] if row["ours"])["tokens_s"] > 0
     assert cases["correctness"]["rows"][0]["value"] >= 1
+    assert all(0 < row["value"] < 20 for row in cases["README's trainers"]["rows"] if row["status"] == "ok")
     assert any(
         row.get("reason") == "needs an NVIDIA GPU of compute capability 9.0"
         for row in cases["candidates"]["rows"]

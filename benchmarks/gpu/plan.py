@@ -51,6 +51,7 @@ def steps() -> list[Step]:
             for shape in shapes
             for name in ("score", "train")
         ),
+        _step("README's trainers", "readme:readme_step", limit_s=120, least_s=30),
         *(
             _step(f"torch.compile {shape}", "heads:compiled_step", astuple(shape), limit_s=120, least_s=40)
             for shape in (MAIN, SMALL)
