@@ -17,9 +17,9 @@ from vig.selection.sources import Sources
 STRATA: dict[str, tuple[str, str, float]] = {
     "highest": ("highest VIG", "with the highest VIG of all", 0.2),
     "lowest": ("lowest VIG", "with the lowest", 0.2),
-    "above": ("just kept", "nearest above τ", 0.1),
-    "below": ("just dropped", "nearest below it", 0.1),
-    "dropped": ("dropped", "at random below it", 0.1),
+    "above": ("just above τ", "nearest above τ", 0.1),
+    "below": ("just below τ", "nearest below it", 0.1),
+    "dropped": ("random, below τ", "at random below it", 0.1),
     "errors": ("not scored", "at random from those that could not be scored", 0.05),
     "source": ("of its source", "at random within each source", 0.15),
     "random": ("at random", "at random from the rest", 1.0),  # what is left
