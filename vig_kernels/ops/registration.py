@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "vig_kernels"
-PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+PLAIN = {Tensor, torch.nn.Parameter}
 _libraries: dict[str, torch.library.Library] = {}  # a registration lives as long as its library
 
 
@@ -61,7 +61,9 @@ class Op:
             return False
         if self.is_gradient and any(map(_is_batched, args)):
             return False
-        return all(args[at].__class__ in PLAIN for at in self.tensors)
+        return all(
+            x is None or (x.__class__ in PLAIN and not x.is_meta) for x in (args[at] for at in self.tensors)
+        )
 
     def _may_need_grad(self, args) -> bool:
         return any(args[at] is not None and args[at].requires_grad for at in self.inputs)
