@@ -1,5 +1,6 @@
 """How ops are registered: whoever looks at ops sees them, and a call that nobody looks at gives the same."""
 
+import functools
 import warnings
 from typing import ClassVar
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vig_kernels import linear_cross_entropy, linear_nll, linear_vig
+import vig_kernels
+from vig_kernels import gaussian_blur, linear_cross_entropy, linear_nll, linear_vig
 from vig_kernels.ops.linear_nll import nll_forward_op
 
 TARGET = torch.tensor([3, 0, -100, 8])
@@ -108,3 +110,82 @@ def test_what_has_no_derivative_says_so():
     )
     with pytest.raises(RuntimeError, match="vig_kernels::linear_vig has no autograd formula"):
         vig.sum().backward()
+
+
+# --- what the dispatcher would have resolved ---
+
+
+def small(requires_grad=False):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 16, requires_grad=requires_grad), torch.randn(50, 16)
+    return hidden, weight.requires_grad_(requires_grad), torch.arange(6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_negative_bit_is_resolved(backend):
+    if why_not := vig_kernels.backends()["linear_nll", backend, "cpu"]:
+        pytest.skip(why_not)
+    hidden, weight, target = small()
+    turned = torch._neg_view(hidden)
+    assert torch.equal(
+        linear_nll(turned, weight, target, backend=backend),
+        linear_nll(-hidden, weight, target, backend=backend),
+    )
+    image = torch.rand(1, 8, 8)
+    assert torch.equal(
+        gaussian_blur(torch._neg_view(image), 1.0, backend=backend),
+        gaussian_blur(-image, 1.0, backend=backend),
+    )
+
+
+def test_a_trace_before_dispatch_holds_the_op():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    first, second = torch.rand(2, 1, 8, 8)
+    traced = make_fx(lambda image: gaussian_blur(image, 1.0), pre_dispatch=True)(first)
+    assert torch.equal(traced(second), gaussian_blur(second, 1.0))
+
+
+def test_all_ops_have_shapes_on_meta():
+    hidden, weight, target = (x.to("meta") for x in small())
+    assert linear_nll(hidden, weight, target).shape == (6,)
+    assert linear_vig(hidden, hidden, weight, target).vig.shape == (6,)
+    assert linear_cross_entropy(hidden.requires_grad_(), weight, target, num_kept=6).shape == ()
+    assert gaussian_blur(torch.empty(3, 8, 8, device="meta"), 1.0).shape == (3, 8, 8)
+
+
+def test_vig_is_a_constant_under_func_grad():
+    hidden, weight, target = small()
+    value = linear_vig(hidden, hidden * 0.5, weight, target).vig.sum()
+    found = torch.func.grad(lambda x: (x * linear_vig(x, hidden * 0.5, weight, target).vig.sum()).sum())(
+        hidden
+    )
+    torch.testing.assert_close(found, torch.full_like(hidden, float(value)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selective_checkpointing_keeps_what_the_loss_made(dtype):
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    hidden, weight, target = small(requires_grad=True)
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
+    saved = [torch.ops.vig_kernels.linear_cross_entropy.default]
+    keep = functools.partial(create_selective_checkpoint_contexts, saved)
+
+    def run(x):
+        return linear_cross_entropy(torch.sin(x), weight, target)
+
+    exact = torch.autograd.grad(run(hidden) / 4, (hidden, weight))
+    loss = checkpoint(run, hidden, use_reentrant=False, context_fn=keep)
+    for mine, truth in zip(torch.autograd.grad(loss / 4, (hidden, weight)), exact, strict=True):
+        torch.testing.assert_close(mine, truth)
+
+
+def test_a_forward_derivative_by_token_weight_is_refused():
+    hidden, weight, target = small(requires_grad=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.func.jvp(
+            lambda x: linear_cross_entropy(hidden, weight, target, token_weight=x, reduction="sum"),
+            (torch.rand(6) + 0.1,),
+            (torch.ones(6),),
+        )

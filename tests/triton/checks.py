@@ -407,7 +407,7 @@ def check_training(k, dtype=torch.float32, num_kept=True, cap=4.0, chunk_rows=16
         assert mine.dtype == (torch.bfloat16 if name == "weight" and one_block else torch.float32)
         assert_gradient(name, mine, truth, theirs, dtype, cap)
     alone, *nothing = module.forward_backward(head, *terms, Needs(False, False, False), BUDGET)
-    assert nothing == [None] * 5 and abs(alone - loss) <= 1e-6 * abs(loss) + 1e-4
+    assert nothing == [None] * 6 and abs(alone - loss) <= 1e-6 * abs(loss) + 1e-4
 
 
 def check_target_residual(k):

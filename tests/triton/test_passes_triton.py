@@ -110,13 +110,13 @@ def test_three_gemms_to_train_and_four_to_recompute(monkeypatch):
     ("shape", "kept"),
     [((8192, 4096, 151936), True), ((16384, 4096, 151936), False), ((16384, 4096, 32064), True)],
 )
-def test_shapes_whose_gradients_are_formed_early(shape, kept, monkeypatch):
+def test_shapes_whose_gradients_are_formed_early(shape, kept):
     """16384 x 4096, whose float32 hidden gradient has 256 MiB, too; one block where it fits."""
     budget = linear_cross_entropy._fast_budget(torch.device("cuda"))
-    monkeypatch.setattr(linear_cross_entropy.check, "wants_grad", lambda x: x is not None)
+    needs = Needs(True, True, False)
     with FakeTensorMode():
         hidden, weight = (torch.empty(n, shape[1], dtype=torch.bfloat16, device="cuda") for n in shape[::2])
         head = HeadProblem(hidden, weight, torch.empty(shape[0], dtype=torch.long, device="cuda"))
-        assert linear_cross_entropy._fast(head, None, "triton", budget)
-        rows = KERNELS.linear_cross_entropy.kept_rows(head, Needs(True, True, False), budget)
+        assert linear_cross_entropy._fast(head, needs, None, "triton", budget)
+        rows = KERNELS.linear_cross_entropy.kept_rows(head, needs, budget)
     assert rows == (shape[0] if kept else 0)

@@ -98,6 +98,8 @@ def _sample(
         raise Unusable(
             "<bbox> and <ref-object> stand for the field objects, which is not read", "Write it out"
         )
+    named = record.get("source")
+    source = named if isinstance(named, str) and named.strip() else source
     return Sample(key, id, images, tuple(messages), source, _tools(record))
 
 

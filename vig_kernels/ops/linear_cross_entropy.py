@@ -126,6 +126,7 @@ def linear_cross_entropy(
                 row_weight = problem.weight.new_ones(problem.target.shape, dtype=torch.float32)
             row_weight, num_items = row_weight * _reciprocal(num_items, row_weight.device), None
         check.transforms(problem.hidden, problem.weight, problem.bias)
+        check.forward_mode(row_weight)
         wanted = [stat in stats for stat in STATS]
         found = loss_and_gradients(*problem, row_weight, z_loss, list(needs), budget, wanted, name)
         loss, first = found[0], len(found) - sum(wanted)

@@ -88,6 +88,8 @@ def _save(ctx, inputs, output):
     hidden, weight, target, bias, *options = inputs[:8]
     row_weight, *ctx.rest = inputs[8:]
     ctx.set_materialize_grads(False)
+    # selective checkpointing keeps the results of ops, by a mode, and watches that nobody changes them
+    ctx.is_watched = torch._C._len_torch_dispatch_stack() > 0
     ctx.options = options
     _, needs, _, wanted, _ = ctx.rest
     formed = _formed(output, wanted)
@@ -110,7 +112,10 @@ def _backward(ctx, grad_loss):
     formed, found = iter(sums), []
     for at, (need, dtype) in enumerate(zip(ctx.rest[1], ctx.dtypes, strict=True)):
         there = need and not (at == 1 and ctx.keeps_block)
-        found.append(_scaled(next(formed), grad_loss, dtype, saved) if there else None)
+        if there and ctx.is_watched:
+            found.append((next(formed) * grad_loss).to(dtype))
+        else:
+            found.append(_scaled(next(formed), grad_loss, dtype, saved) if there else None)
     if ctx.keeps_block:
         found[1] = _weight_of(ctx, *formed, grad_loss, saved)
     return tuple(found)

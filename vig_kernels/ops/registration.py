@@ -48,12 +48,16 @@ class Op:
         """A call whose result is not part of the graph."""
         if torch.compiler.is_compiling():
             return self.op(*(x.detach() if isinstance(x, Tensor) else x for x in args))
-        return _beneath(self.kernel if self._is_unseen(args) else self.op, args)
+        if self._is_unseen(args):
+            return _beneath(self.kernel, args)
+        with torch.no_grad():
+            return self.op(*args)
 
     def _is_unseen(self, args) -> bool:
         """Whether no mode, transform, profiler or subclass of Tensor would see the op between autograd and kernel."""
         if (
             torch._C._len_torch_dispatch_stack()
+            or torch._ops._len_torch_dispatch_stack_pre_dispatch()
             or torch._C._are_functorch_transforms_active()
             or torch.autograd._profiler_enabled()
             or torch._C._get_tracing_state() is not None
@@ -61,9 +65,7 @@ class Op:
             return False
         if self.is_gradient and any(map(_is_batched, args)):
             return False
-        return all(
-            x is None or (x.__class__ in PLAIN and not x.is_meta) for x in (args[at] for at in self.tensors)
-        )
+        return all(x is None or _is_plain(x) for x in (args[at] for at in self.tensors))
 
     def _may_need_grad(self, args) -> bool:
         return any(args[at] is not None and args[at].requires_grad for at in self.inputs)
@@ -124,6 +126,16 @@ def _stacked(members: list):
     if isinstance(members[0], Tensor):
         return torch.stack(members)
     return type(members[0])(_stacked(list(part)) for part in zip(*members, strict=True))
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a kernel may read it as it is: the dispatcher would have nothing to unwrap or to resolve."""
+    return (
+        value.__class__ in PLAIN
+        and not value.is_meta
+        and not value.is_neg()
+        and not torch._is_zerotensor(value)
+    )
 
 
 def _is_batched(value) -> bool:
