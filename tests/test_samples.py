@@ -501,3 +501,17 @@ def test_pixels_whose_range_is_not_known_are_refused(made, mode, values, said):
 def test_a_picture_opened_by_the_caller_that_cannot_be_decoded_is_a_sample_error():
     with pytest.raises(SampleError, match="the image of 200 x 200 pixels cannot be decoded"):
         opened(Image.open(io.BytesIO(truncated_jpeg())))
+
+
+def test_the_source_is_what_the_record_says(tmp_path):
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "this."}]
+    texts = [{"user": "what?", "assistant": "this.", "source": "vqa"}]
+    records = [
+        {"id": "1", "source": "gqa", "conversations": turns},
+        {"id": "2", "conversations": turns},
+        {"id": "3", "texts": texts},
+        {"id": "4", "texts": [*texts, texts[0] | {"source": "ocr"}]},
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+    assert [sample.source for sample in read_samples(path)] == ["gqa", "data.json", "vqa", "data.json"]

@@ -98,9 +98,17 @@ def _sample(
         raise Unusable(
             "<bbox> and <ref-object> stand for the field objects, which is not read", "Write it out"
         )
-    named = record.get("source")
-    source = named if isinstance(named, str) and named.strip() else source
-    return Sample(key, id, images, tuple(messages), source, _tools(record))
+    return Sample(key, id, images, tuple(messages), _source_of(record) or source, _tools(record))
+
+
+def _source_of(record: dict[str, Any]) -> str | None:
+    """What the record says of its source, or all of its `texts` alike (Cauldron)."""
+    texts = record.get("texts")
+    said = [record, *texts] if isinstance(texts, list) else [record]
+    found = {
+        one["source"] for one in said if isinstance(one, dict) and isinstance(one.get("source"), str)
+    } - {""}
+    return found.pop() if len(found) == 1 else None
 
 
 def check_sample(sample: Sample) -> None:

@@ -18,7 +18,7 @@ function drawKeep() {
   $("samples-share").textContent = `${percent(samplesKept, totals[0])} of ${grouped(totals[0])} with an image`;
   $("tokens-value").textContent = grouped(tokensKept);
   $("tokens-share").textContent = `${percent(tokensKept, totals[1])} of ${grouped(totals[1])} in their answers`;
-  $("command").textContent = state.command.replace("{p}", String(p)) + (rule === "source" ? " --by source" : "");
+  $("command").textContent = state.command.replace("{p}", String(p)) + (rule === "source" ? " --by source" : "") + ` -o selection-${p}/`;
   for (const row of document.querySelectorAll("#by-source tr[data-source]")) {
     const code = Number(row.dataset.source);
     const counts = [keep.samples[rule][code][place], keep.tokens[rule][code][place]];
