@@ -17,7 +17,7 @@ from vig.data.formats import FIELDS, FORMS, IMAGE_FIELDS, IMAGES, MEDIA_FIELDS, 
 from vig.data.image_sources import image_source
 from vig.data.reading import SPEAKERS, Reading
 from vig.data.sample import Sample, SampleError, check_characters, is_answer, shortened, text_of
-from vig.data.turns import Unusable, check_text, decoded, turn_list
+from vig.data.turns import Unusable, check_text, decoded, source_of, turn_list
 
 ROLES = {
     "human": "user",
@@ -98,17 +98,7 @@ def _sample(
         raise Unusable(
             "<bbox> and <ref-object> stand for the field objects, which is not read", "Write it out"
         )
-    return Sample(key, id, images, tuple(messages), _source_of(record) or source, _tools(record))
-
-
-def _source_of(record: dict[str, Any]) -> str | None:
-    """What the record says of its source, or all of its `texts` alike (Cauldron)."""
-    texts = record.get("texts")
-    said = [record, *texts] if isinstance(texts, list) else [record]
-    found = {
-        one["source"] for one in said if isinstance(one, dict) and isinstance(one.get("source"), str)
-    } - {""}
-    return found.pop() if len(found) == 1 else None
+    return Sample(key, id, images, tuple(messages), source_of(record) or source, _tools(record))
 
 
 def check_sample(sample: Sample) -> None:

@@ -131,3 +131,13 @@ def captions(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         one for text in found for one in (turn("user", CAPTION_QUESTION), turn("assistant", text.strip()))
     ]
+
+
+def source_of(record: dict[str, Any]) -> str | None:
+    """What the record says of its source, or all of its `texts` alike (Cauldron)."""
+    texts = record.get("texts")
+    said = [record, *texts] if isinstance(texts, list) else [record]
+    found = {
+        one["source"] for one in said if isinstance(one, dict) and isinstance(one.get("source"), str)
+    } - {""}
+    return found.pop() if len(found) == 1 else None
