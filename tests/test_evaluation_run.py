@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from vig.cli import app
 from vig.data.files import StoreError
-from vig.evaluation.answering import Answerer, Asked, left_padded, prompt_of
+from vig.evaluation.answering import Answerer, Asked
+from vig.evaluation.generation import left_padded, prompt_of
 from vig.evaluation.questions import Record
 from vig.evaluation.run import evaluate
 from vig.evaluation.settings import AnswerSettings, EvalSpec

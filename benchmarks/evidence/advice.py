@@ -12,13 +12,12 @@ from benchmarks.evidence import analysis
 from benchmarks.evidence.analysis import CHAIR, COLOUR, MEASURES, Cell, Estimate, Lines, Tested
 from benchmarks.evidence.design import HABIT_SHARES, NAMES, SHARES
 from benchmarks.evidence.verdict import (
-    SHORT,
     at_best_rates,
-    base_of,
+    every_test,
     interval,
     pairs,
     percent_of,
-    probability,
+    told,
 )
 
 DESCRIBED = ("prior_colour", "text_loss", "chair_s", "recall")  # shown with intervals and not tested
@@ -157,12 +156,9 @@ def described_losses(lines: Lines) -> list[str]:
 def near_losses(lines: Lines) -> list[str]:
     """Tests that show no difference, though the interval before adjustment lies wholly on the worse side."""
     return [
-        f"{NAMES[plus[0].arm]} against {NAMES[minus[0].arm]}, {base_of(one)}{SHORT[measure]} at "
-        f"{percent_of(plus[0].share)}: {interval(one.estimate)} ({probability(one.adjusted_p)})"
-        for family in analysis.FAMILIES
-        for one in analysis.tested(lines, family)
-        for plus, minus, measure in (one.comparison,)
-        if one.direction == 0 and _is_worse(one.estimate, MEASURES[measure].better)
+        told(one)
+        for one in every_test(lines)
+        if one.direction == 0 and _is_worse(one.estimate, MEASURES[one.comparison.measure].better)
     ]
 
 

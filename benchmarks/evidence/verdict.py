@@ -126,14 +126,20 @@ def beyond_the_loss(lines: Lines, family: str = "secondary") -> str:
 
 def losses(lines: Lines) -> list[str]:
     """Every test in which VIG, or VIG with easy tokens, is worse."""
-    return [
-        f"{NAMES[plus[0].arm]} against {NAMES[minus[0].arm]}, {base_of(one)}{SHORT[measure]} at "
-        f"{percent_of(plus[0].share)}: {interval(one.estimate)} ({probability(one.adjusted_p)})"
-        for family in analysis.FAMILIES
-        for one in analysis.tested(lines, family)
-        for plus, minus, measure in (one.comparison,)
-        if one.direction == -1
-    ]
+    return [told(one) for one in every_test(lines) if one.direction == -1]
+
+
+def every_test(lines: Lines) -> list[Tested]:
+    return [one for family in analysis.FAMILIES for one in analysis.tested(lines, family)]
+
+
+def told(one: Tested) -> str:
+    """A test of two arms at one share, with its interval and p."""
+    (plus,), (minus,), measure = one.comparison
+    return (
+        f"{NAMES[plus.arm]} against {NAMES[minus.arm]}, {base_of(one)}{SHORT[measure]} at "
+        f"{percent_of(plus.share)}: {interval(one.estimate)} ({probability(one.adjusted_p)})"
+    )
 
 
 def base_of(one: Tested) -> str:

@@ -9,18 +9,24 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig
 
+from vig.evaluation.generation import (
+    generation_config,
+    left_padded,
+    on_device,
+    prompt_of,
+    stop_ids_of,
+    until_stop,
+)
 from vig.evaluation.questions import Question
 from vig.evaluation.settings import AnswerSettings
 from vig.models.families import ModelError
 from vig.models.lm_head import find_head, head_input, head_weights, hidden_at_head, shifted_rows, verify_head
 from vig.models.loading import LoadedModel, context_length, load
-from vig.models.prompts import TOKEN_LEVEL, Encoded, Encoder, collate_pixels
+from vig.models.prompts import Encoder
 from vig.scoring.loader import LoadedRecord, workers_beside
 from vig.scoring.self_check import is_out_of_memory
 from vig.store.fingerprints import processor_json, text_hash
@@ -38,43 +44,6 @@ class Asked:
     def length(self, new_tokens: int) -> int:
         """Tokens of its rows, padded to the longest."""
         return len(self.items) * (max(len(item.encoded.input_ids) for item in self.items) + new_tokens)
-
-
-class Prompt(NamedTuple):
-    """What stands before the last answer: T tokens, and the pixel inputs."""
-
-    input_ids: list[int]  # (T,)
-    pixels: dict[str, Tensor]
-
-
-def prompt_of(encoded: Encoded) -> Prompt:
-    """Cuts an encoded sample before the first token of its last answer."""
-    turns = zip(encoded.answer_index, encoded.turn_position, strict=True)
-    start = max(index for index, position in turns if position == 0)
-    pixels = {
-        name: value[:, :start] if name in TOKEN_LEVEL else value for name, value in encoded.pixels.items()
-    }
-    return Prompt(encoded.input_ids[:start], pixels)
-
-
-def left_padded(prompts: Sequence[Prompt], pad_id: int) -> dict[str, Tensor]:
-    """input_ids and attention_mask (B, T) int64, what else has a value a token, and the pixel inputs."""
-    longest = max(len(prompt.input_ids) for prompt in prompts)
-    input_ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        start = longest - len(prompt.input_ids)
-        input_ids[row, start:] = torch.tensor(prompt.input_ids)
-        attention_mask[row, start:] = 1
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-    for name in TOKEN_LEVEL:
-        if any(name in prompt.pixels for prompt in prompts):
-            batch[name] = torch.zeros_like(input_ids)
-            for row, prompt in enumerate(prompts):
-                if name in prompt.pixels:
-                    batch[name][row, longest - len(prompt.input_ids) :] = prompt.pixels[name][0]
-    pixels = [{k: v for k, v in prompt.pixels.items() if k not in TOKEN_LEVEL} for prompt in prompts]
-    return batch | collate_pixels(pixels, [longest] * len(prompts))
 
 
 class Answerer:
@@ -99,13 +68,8 @@ class Answerer:
         self.tokenizer = self.encoder.tokenizer
         workers = settings.workers
         self.workers = workers_beside(self.model.device) if workers is None else workers
-        self.stop_ids = self._stop_ids()
+        self.stop_ids = stop_ids_of(self.model, self.encoder)
         self.splits = 0  # batches that did not fit into memory and were halved
-
-    def _stop_ids(self) -> list[int]:
-        own = self.model.generation_config.eos_token_id
-        own = [own] if isinstance(own, int) else list(own or ())
-        return sorted({*own, *self.encoder.stop_ids})
 
     def provenance(self) -> dict[str, Any]:
         """What is known once the model is loaded."""
@@ -144,28 +108,21 @@ class Answerer:
 
     def _write(self, batch: Sequence[Asked]) -> list[dict[str, Any]]:
         prompts = [prompt_of(asked.items[0].encoded) for asked in batch]
-        inputs = self._on_device(left_padded(prompts, self.encoder.pad_id()))
-        with torch.random.fork_rng(self._devices(), enabled=self.settings.temperature > 0):
-            if self.settings.temperature > 0:
+        pad_id, temperature = self.encoder.pad_id(), self.settings.temperature
+        inputs = on_device(self.model, left_padded(prompts, pad_id))
+        config = generation_config(self.new_tokens, pad_id, self.stop_ids, temperature)
+        with torch.random.fork_rng(self._devices(), enabled=temperature > 0):
+            if temperature > 0:
                 torch.manual_seed(zlib.crc32(f"{self.settings.seed} {batch[0].question.key}".encode()))
-            written = self.model.generate(**inputs, generation_config=self._config())
+            written = self.model.generate(**inputs, generation_config=config)
         return [self._read(row) for row in written[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _devices(self) -> list[torch.device]:
         return [] if self.model.device.type == "cpu" else [self.model.device]
 
-    def _config(self) -> GenerationConfig:
-        """Every choice is made here: what a checkpoint recommends (sampling, penalties) is not taken over."""
-        warm = self.settings.temperature > 0
-        return GenerationConfig(
-            max_new_tokens=self.new_tokens, do_sample=warm, temperature=self.settings.temperature if warm else 1.0,
-            top_p=1.0, top_k=0 if warm else 50, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
-            pad_token_id=self.encoder.pad_id(), eos_token_id=self.stop_ids or None, use_cache=True,
-        )  # fmt: skip
-
     def _read(self, ids: list[int]) -> dict[str, Any]:
         """cut: the answer was still going on at max_new_tokens."""
-        end = next((place for place, id in enumerate(ids) if id in self.stop_ids), None)
+        end = until_stop(ids, self.stop_ids)
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
         count = len(ids) if end is None else end
         return {"prediction": text, "tokens": count, **({"cut": True} if end is None else {})}
@@ -175,7 +132,7 @@ class Answerer:
     def _weigh(self, batch: Sequence[Asked]) -> list[dict[str, Any]]:
         """nll: nats of each candidate, summed over its tokens; token_counts: how many it has."""
         encoded = [item.encoded for asked in batch for item in asked.items]
-        inputs = self._on_device(self.encoder.collate(encoded))
+        inputs = on_device(self.model, self.encoder.collate(encoded))
         labels = inputs.pop("labels")
         rows = shifted_rows(labels)
         transform = verify_head(self.model, inputs)
@@ -192,13 +149,6 @@ class Answerer:
             sums = [round(float(value.double().sum()), 6) for value in values]
             found.append({"nll": sums, "token_counts": [len(value) for value in values]})
         return found
-
-    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        device, dtype = self.model.device, self.model.dtype
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else None)
-            for name, value in batch.items()
-        }
 
 
 def _load(name: str, settings: AnswerSettings) -> LoadedModel:

@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-RESAMPLES = 2000
-DRAWN_AT_ONCE = 4_000_000  # weights
-LEVELS = (2.5, 97.5)
+from vig.evaluation import bootstrap
+from vig.evaluation.bootstrap import RESAMPLES, interval
 
 Figures = dict[str, np.ndarray]  # name -> (R,) values, one a resample
 
@@ -108,7 +107,7 @@ def estimate(tally: Tally, *, resamples: int = RESAMPLES, seed: int = 0) -> list
     point = tally.evaluate(names, units.sum(axis=0, keepdims=True))
     draws = [tally.evaluate(names, sums) for (sums,) in _resampled([units], images, resamples, seed)]
     return [
-        Figure(*key, float(value[0]), *_interval([draw[key] for draw in draws]))
+        Figure(*key, float(value[0]), *interval([draw[key] for draw in draws]))
         for key, value in point.items()
     ]
 
@@ -131,7 +130,7 @@ def compare(left: Tally, right: Tally, *, resamples: int = RESAMPLES, seed: int 
     for key, value in ours.items():
         drawn = [draw[key] for draw in draws]
         a, b = float(value[0]), float(theirs[key][0])
-        found.append(Change(*key, a, b, a - b, *_interval(drawn), _p_value(drawn)))
+        found.append(Change(*key, a, b, a - b, *interval(drawn), _p_value(drawn)))
     return found
 
 
@@ -151,27 +150,12 @@ def _resampled(
     units: Sequence[np.ndarray], images: int, resamples: int, seed: int
 ) -> Iterator[list[np.ndarray]]:
     """Sums (R, columns) of each side, of the same draws."""
-    if images < 2:
-        return
-    rng = np.random.default_rng(seed)
-    step = max(1, DRAWN_AT_ONCE // images)
-    for start in range(0, resamples, step):
-        weights = rng.multinomial(images, np.full(images, 1 / images), size=min(step, resamples - start))
-        yield [weights.astype(float) @ one for one in units]
-
-
-def _interval(drawn: Sequence[np.ndarray]) -> tuple[float | None, float | None]:
-    values = np.concatenate(drawn) if drawn else np.empty(0)
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return None, None
-    low, high = np.percentile(values, LEVELS)
-    return float(low), float(high)
+    for weights in bootstrap.draws(images, resamples, seed):
+        yield [weights @ one for one in units]
 
 
 def _p_value(drawn: Sequence[np.ndarray]) -> float | None:
-    values = np.concatenate(drawn) if drawn else np.empty(0)
-    values = values[~np.isnan(values)]
+    values = bootstrap.defined(drawn)
     if not len(values):
         return None
     tail = min((values <= 0).sum(), (values >= 0).sum())

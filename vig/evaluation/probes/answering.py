@@ -1,4 +1,4 @@
-"""Greedy answers of a loaded model to samples whose answers are hidden, and when two answers are the same."""
+"""Greedy answers of a loaded model to samples whose answers are hidden."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig
 
 from vig.data.sample import Sample, SampleError, is_answer, text_of
-from vig.models.prompts import TOKEN_LEVEL, Encoded, collate_pixels
+from vig.evaluation.generation import (
+    generation_config,
+    left_padded,
+    on_device,
+    prompt_before,
+    stop_ids_of,
+    until_stop,
+)
+from vig.models.prompts import Encoded
 from vig.scoring import batching
 from vig.scoring.loader import LoadedRecord, load_records
 from vig.scoring.scorer import Scorer
 from vig.scoring.self_check import is_out_of_memory
 
 OnShare = Callable[[float], None] | None  # called with the share that is done, 0 to 1
-
-
-def plain(text: str) -> str:
-    """What exact match compares: neither case, runs of white space nor a final full stop count."""
-    return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
 def first_exchange(sample: Sample) -> Sample:
@@ -109,44 +110,14 @@ def _generate(
 
 @torch.inference_mode()
 def _written(scorer: Scorer, encoded: Sequence[Encoded], max_new_tokens: int) -> list[str]:
-    model, tokenizer = scorer.loaded.model, scorer.encoder.tokenizer
-    own = model.generation_config.eos_token_id
-    stops = sorted({*([own] if isinstance(own, int) else own or ()), *scorer.encoder.stop_ids})
-    pad = next(id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if id is not None)
-    inputs = {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in prompts_of(encoded, pad).items()
-    }
-    # every choice is made here: what a checkpoint recommends (sampling, penalties) is not taken over
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-        eos_token_id=stops or None, pad_token_id=pad, use_cache=True,
-    )  # fmt: skip
+    model, encoder = scorer.loaded.model, scorer.encoder
+    stops, pad_id = stop_ids_of(model, encoder), encoder.pad_id()
+    inputs = on_device(
+        model, left_padded([prompt_before(item, item.answer_index[0]) for item in encoded], pad_id)
+    )
+    config = generation_config(max_new_tokens, pad_id, stops)
     rows = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :].tolist()
-    ends = [next((place for place, id in enumerate(row) if id in stops), None) for row in rows]
     return [
-        tokenizer.decode(row[:end], skip_special_tokens=True).strip()
-        for row, end in zip(rows, ends, strict=True)
+        encoder.tokenizer.decode(row[: until_stop(row, stops)], skip_special_tokens=True).strip()
+        for row in rows
     ]
-
-
-def prompts_of(encoded: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
-    """What stands before the first answers, padded on the left: (B, T) ids, mask and token types, and the pixels."""
-    lengths = [item.answer_index[0] for item in encoded]
-    shape = (len(encoded), max(lengths))
-    inputs = {
-        "input_ids": torch.full(shape, pad, dtype=torch.int64),
-        "attention_mask": torch.zeros(shape, dtype=torch.int64),
-    }
-    for name in TOKEN_LEVEL:
-        if any(name in item.pixels for item in encoded):
-            inputs[name] = torch.zeros(shape, dtype=torch.int64)
-    for row, (item, length) in enumerate(zip(encoded, lengths, strict=True)):
-        inputs["input_ids"][row, -length:] = torch.tensor(item.input_ids[:length])
-        inputs["attention_mask"][row, -length:] = 1
-        for name in set(TOKEN_LEVEL) & set(item.pixels):
-            inputs[name][row, -length:] = item.pixels[name][0, :length]
-    pixels = [
-        {name: value for name, value in item.pixels.items() if name not in TOKEN_LEVEL} for item in encoded
-    ]
-    return inputs | collate_pixels(pixels, lengths)

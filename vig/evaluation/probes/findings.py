@@ -10,14 +10,13 @@ Introduction to the Bootstrap", 1993, chapters 8 and 13.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-LEVELS = (2.5, 97.5)
-DRAWN_AT_ONCE = 4_000_000  # weights
+from vig.evaluation.bootstrap import draws, interval
 
 Values = dict[str, dict[str, float]]  # group -> measure -> value; what is not defined is left out
 
@@ -71,11 +70,11 @@ def estimate(units: Sequence[Unit], resamples: int, seed: int = 0) -> list[Figur
     """Every figure with its interval, in the order of their first appearance."""
     columns = _columns(units)
     sums, counts = _by_image(units, [unit.image for unit in units], columns)
-    drawn = [_ratio(w @ sums, w @ counts) for w in _draws(len(sums), resamples, seed)]
+    drawn = [_ratio(w @ sums, w @ counts) for w in draws(len(sums), resamples, seed)]
     values = _ratio(sums.sum(axis=0), counts.sum(axis=0))
     n = counts.sum(axis=0)
     return [
-        Figure(*column, int(n[place]), float(values[place]), *_interval([one[:, place] for one in drawn]))
+        Figure(*column, int(n[place]), float(values[place]), *interval([one[:, place] for one in drawn]))
         for place, column in enumerate(columns)
     ]
 
@@ -90,7 +89,7 @@ def compare(units: Sequence[Unit], baseline: Sequence[Unit], resamples: int, see
     images = [unit.image for unit in here]
     sides = [_by_image(side, images, columns) for side in (here, there)]
     drawn = []
-    for w in _draws(len(sides[0][0]), resamples, seed):
+    for w in draws(len(sides[0][0]), resamples, seed):
         after, before = (_ratio(w @ sums, w @ counts) for sums, counts in sides)
         drawn.append(after - before)
     (after, n), (before, _) = (
@@ -99,7 +98,7 @@ def compare(units: Sequence[Unit], baseline: Sequence[Unit], resamples: int, see
     return [
         Change(
             *column, int(n[place]), float(before[place]), float(after[place]), float(after[place] - before[place]),
-            *_interval([one[:, place] for one in drawn]),
+            *interval([one[:, place] for one in drawn]),
         )
         for place, column in enumerate(columns)
     ]  # fmt: skip
@@ -136,23 +135,3 @@ def _by_image(
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """NaN where nothing was counted."""
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-
-
-def _draws(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each image is drawn, (R, images), some resamples at a time."""
-    if images < 2:
-        return
-    rng = np.random.default_rng(seed)
-    step = max(1, DRAWN_AT_ONCE // images)
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        yield rng.multinomial(images, np.full(images, 1 / images), size=size).astype(np.float64)
-
-
-def _interval(drawn: Sequence[np.ndarray]) -> tuple[float | None, float | None]:
-    values = np.concatenate(drawn) if drawn else np.empty(0)
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return None, None
-    low, high = np.percentile(values, LEVELS)
-    return float(low), float(high)

@@ -21,13 +21,13 @@ from vig.evaluation.probes.answering import (
     answer_of,
     first_exchange,
     greedy_answers,
-    plain,
     with_answer,
 )
 from vig.evaluation.probes.data import ProbeData, image_name
 from vig.evaluation.probes.findings import Findings, Unit, Values
 from vig.evaluation.probes.settings import ProbeSettings
 from vig.evaluation.probes.table import JUDGES
+from vig.evaluation.similarity import plain
 from vig.scoring.scorer import Scorer
 from vig.store.rows import ScoreRow
 
