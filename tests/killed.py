@@ -62,7 +62,8 @@ def die_at_call(number: int) -> None:
     os.fsync, os.replace, os.rename = deadly(os.fsync), deadly(os.replace), deadly(os.rename)
 
 
-def fork(*arguments) -> int:
+def fork(child, *arguments) -> int:
+    """The pid of a process that runs child(*arguments)."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -85,7 +86,7 @@ def main(data: Path, folder: Path, kills: int, seed: int) -> None:
     tiny.llava_processor()
     draw = random.Random(seed)
     begun = time.monotonic()
-    _, status = os.waitpid(fork(model, data, folder / "whole"), 0)
+    _, status = os.waitpid(fork(child, model, data, folder / "whole"), 0)
     assert status == 0
     seconds = time.monotonic() - begun
     landed, runs, moments = 0, 0, []
@@ -93,7 +94,7 @@ def main(data: Path, folder: Path, kills: int, seed: int) -> None:
         if runs == 0 or complete(folder / f"killed-{runs - 1}"):
             runs += 1
         aim = draw.randrange(1, 30) if landed < kills and draw.random() < 0.4 else None
-        pid = fork(model, data, folder / f"killed-{runs - 1}", aim)
+        pid = fork(child, model, data, folder / f"killed-{runs - 1}", aim)
         if landed < kills and aim is None:
             time.sleep(draw.uniform(0, 0.95 * seconds))
             os.kill(pid, signal.SIGKILL)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from killed import die_at_call
+from killed import die_at_call, fork
 from tiny_benchmarks import CHECKPOINT
 
 from vig.evaluation.answering import Answerer
@@ -44,30 +44,18 @@ def child(data: Path, images: Path, out: Path, aim: int | None) -> None:
     evaluate(str(CHECKPOINT), spec, out, AnswerSettings(batch_size=3))
 
 
-def fork(*arguments) -> int:
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            child(*arguments)
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
-
-
 def main(data: Path, images: Path, folder: Path, seed: int) -> None:
     torch.set_num_threads(1)
     draw = random.Random(seed)
     begun = time.monotonic()
-    _, status = os.waitpid(fork(data, images, folder / "whole", None), 0)
+    _, status = os.waitpid(fork(child, data, images, folder / "whole", None), 0)
     assert status == 0
     seconds = time.monotonic() - begun
     kills, lines = 0, []
     for run, aims in enumerate(AIMS):
         out = folder / f"killed-{run}"
         for aim in (*aims, "any moment", None):
-            pid = fork(data, images, out, aim if isinstance(aim, int) else None)
+            pid = fork(child, data, images, out, aim if isinstance(aim, int) else None)
             if aim == "any moment":
                 time.sleep(draw.uniform(0.3, 0.9) * seconds)
                 os.kill(pid, signal.SIGKILL)

@@ -25,15 +25,9 @@ from vig.scoring.run import score_dataset
 from vig.scoring.scorer import Scorer
 from vig.store.rows import ScoreRow
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,9 @@ from benchmarks.evidence.make_habit_base import BASE, Recipe, examine, lesson, l
 from vig.demo.arms import CHECKPOINT
 from vig.demo.scenes import CANONICAL
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = Recipe(steps=2, pictures=4, blurred=2, spoken=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,8 @@ from vig.scoring.settings import RunSpec
 from vig.store.rows import ScoreRow
 from vig.training.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # --- hand-worked ---
 
 
@@ -255,14 +257,6 @@ def test_the_table_names_what_it_has():
 # --- the miniature ---
 
 STATEMENT = "the picture: {claim}"  # in words that the tiny tokenizer knows
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
