@@ -10,6 +10,7 @@ resumed until they were complete. Each child appends its batch plans to FOLDER/<
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -90,10 +91,15 @@ def main(data: Path, folder: Path, kills: int, seed: int) -> None:
     assert status == 0
     seconds = time.monotonic() - begun
     landed, runs, moments = 0, 0, []
+    aims = itertools.cycle(
+        (25, 1, 13, 19, 7)
+    )  # early and late by turns, so that kills spread however fast a run is
     while landed < kills or not complete(folder / f"killed-{runs - 1}"):
         if runs == 0 or complete(folder / f"killed-{runs - 1}"):
             runs += 1
-        aim = draw.randrange(1, 30) if landed < kills and draw.random() < 0.4 else None
+        aim = None
+        if landed < kills and draw.random() < 0.4:
+            aim = next(aims) + draw.randrange(6)
         pid = fork(child, model, data, folder / f"killed-{runs - 1}", aim)
         if landed < kills and aim is None:
             time.sleep(draw.uniform(0, 0.95 * seconds))
