@@ -151,9 +151,15 @@ def wants_grad(value: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active() and _beneath_vmap(value).requires_grad
 
 
+_autocast_kinds: dict[str, bool] = {}  # kinds of devices that have it
+NOTHING = contextlib.nullcontext()
+
+
 @torch.compiler.assume_constant_result  # torch 2.8 does not trace into it
 def _has_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
+    if kind not in _autocast_kinds:
+        _autocast_kinds[kind] = torch.amp.is_autocast_available(kind)
+    return _autocast_kinds[kind]
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -168,9 +174,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def no_autocast(device: torch.device):
     """A context in which autocast leaves products alone."""
     kind = device.type
-    return (
-        torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
-    )
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NOTHING
 
 
 def linear(
@@ -230,12 +234,18 @@ def linear(
         if value is not None and value.device != weight.device:
             raise ValueError(f"expected {name} on {weight.device} with weight, got {value.device}")
     bias = None if bias is None else bias.contiguous()
-    shared = rows(weight), target.reshape(-1).long(), bias, *options
+    flat_target = target if target.ndim == 1 else target.reshape(-1)
+    shared = rows(weight), flat_target.long(), bias, *options
     problems = []
     for hidden in cast:
         flat = hidden if hidden.ndim == 2 else hidden.reshape(-1, width)
         problems.append(HeadProblem(rows(flat), *shared))
     return tuple(problems)
+
+
+def in_shape(values: Tensor, shape: torch.Size) -> Tensor:
+    """(N,) values of rows in the shape of the caller's rows."""
+    return values if len(shape) == 1 else values.reshape(shape)
 
 
 def rows(matrix: Tensor) -> Tensor:

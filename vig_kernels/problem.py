@@ -80,6 +80,11 @@ def empty_output(problem: HeadProblem, name: str, rows: int) -> Tensor:
     return problem.target.new_empty(rows, dtype=torch.int64 if name.startswith("argmax") else torch.float32)
 
 
+def vig_of(nll_image: Tensor, nll_null: Tensor) -> Tensor:
+    """nll_null - nll_image, and 0 where both are infinite."""
+    return (nll_null - nll_image).masked_fill(nll_image == nll_null, 0.0)
+
+
 def with_lse_lo(upstream: Upstream, saved: Saved, lse_lo: Tensor) -> tuple[Upstream, Saved]:
     """What a backward that knows lse alone must be given: p = exp(z - lse) exp(-lse_lo).
 

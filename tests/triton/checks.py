@@ -82,6 +82,11 @@ def check_fold_and_combine(k, dtype=torch.float32):
     for bias, scale, cap in ((False, 0.7, None), (True, 1.5, 4.0)):
         hidden, weight, target, b = problem(dtype=dtype, bias=bias)
         assert_forward(k, hidden, weight, target, {"bias": b, "logit_scale": scale, "logit_softcap": cap})
+    hidden, weight, target, b = problem(dtype=dtype, bias=True)
+    row = int((target != -100).nonzero()[0])
+    b[target[row]] = -torch.inf
+    vig, *passes, _ = k.linear_vig.with_stats(HeadProblem(hidden, weight, target, b), hidden.flip(0), ())
+    assert passes[0][row] == passes[1][row] == torch.inf and vig[row] == 0, "infinite in both passes"
 
 
 def pair_problem(dtype=torch.float32, bias=False, N=21, D=50, V=75):

@@ -85,6 +85,7 @@ MUTATIONS = [
         ("shift of the entropy dropped", "(part_dot + part_sum * shift)", "part_dot"),
         ("part of the argmax dropped", "part[:, None] * PART + part_arg", "part_arg + 0 * part[:, None]"),
         ("ignored rows not zeroed", "tl.where(live, loss, 0.0)", "tl.where(live, loss, 1.0)"),
+        ("infinite less infinite", "tl.where(differs, loss - image, 0.0)", "tl.where(live, loss - image, 0.0)"),
         ("low part of lse dropped", 'float("inf")), low, 0.0)', 'float("inf")), 0.0, 0.0)'),
     ),
     *_faults(

@@ -15,8 +15,8 @@ What a backend's modules offer is the same for all (the values are those of vig_
 "lse_lo" is what rounding lse to float32 loses. nll is formed as (max - z[target]) + log sum_v exp(z_v - max), and p is
 rounded to float32 before 1 is subtracted: a row that is certain has a gradient of exactly 0.
 
-linear_vig gives the bits of linear_nll for each pass, and vig = nll_null - nll_image. It may leave "kl" out: the torch
-backend then forms it.
+linear_vig gives the bits of linear_nll for each pass, and vig = nll_null - nll_image, 0 where both are infinite. It
+may leave "kl" out: the torch backend then forms it.
 
 `values` are (N,) tensors to fill, of "nll", "lse", "entropy", "argmax"; rows that are ignored keep what stands in them.
 They are given only if some are asked for, and never to a backend whose row of vig_kernels/backend_table.py says

@@ -74,8 +74,8 @@ def linear_nll(
     name = dispatch.resolve("linear_nll", backend, problem.weight.device)
     values = nll_values(problem, stats, name, given.shard)
     shape = hidden.shape[:-1]
-    nll = values["nll"].reshape(shape)
-    return (nll, {stat: values[stat].reshape(shape) for stat in stats}) if stats else nll
+    nll = check.in_shape(values["nll"], shape)
+    return (nll, {stat: check.in_shape(values[stat], shape) for stat in stats}) if stats else nll
 
 
 def nll_values(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vig_kernels import check, dispatch, reference
 from vig_kernels.ops import registration, sharded_heads, vocab_shards
-from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, empty_output
+from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, empty_output, vig_of
 
 STATS = sharded_heads.VIG_STATS
 
@@ -73,7 +73,8 @@ def linear_vig(
         options = problem.reference_options() | {"stats": STATS}
         with torch.no_grad():
             found, values = reference.linear_vig(problem.hidden, null.hidden, *problem[1:3], **options)
-        vig, nll_image, nll_null = (x.float() for x in found)
+        nll_image, nll_null = (x.float() for x in found[1:])
+        vig = vig_of(nll_image, nll_null)  # as every backend: of the values that are returned
         values = {
             name: value if value.dtype == torch.int64 else value.float() for name, value in values.items()
         }
@@ -81,10 +82,9 @@ def linear_vig(
         check.forward_mode(problem.hidden, null.hidden, problem.weight, problem.bias)
         vig, nll_image, nll_null, *values = _op.without_grad(*problem, null.hidden, wanted, name)
         values = dict(zip(compress(STATS, wanted), values, strict=True))
-    vig = vig.masked_fill(nll_image == nll_null, 0.0)  # also where both are infinite
     shape = hidden_image.shape[:-1]
-    found = TokenVIG(vig.reshape(shape), nll_image.reshape(shape), nll_null.reshape(shape))
-    return (found, {stat: values[stat].reshape(shape) for stat in stats}) if stats else found
+    found = TokenVIG(*(check.in_shape(value, shape) for value in (vig, nll_image, nll_null)))
+    return (found, {stat: check.in_shape(values[stat], shape) for stat in stats}) if stats else found
 
 
 def _run(*args):

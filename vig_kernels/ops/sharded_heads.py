@@ -17,7 +17,16 @@ from vig_kernels import check, dispatch
 from vig_kernels.ops import registration, vocab_shards
 from vig_kernels.ops.nll_autograd import STATS, derivative, fake_gradients
 from vig_kernels.ops.vocab_shards import NO_TARGET, VocabShard
-from vig_kernels.problem import HEAD_SCHEMA, HeadProblem, Needs, Saved, Upstream, empty_output, with_lse_lo
+from vig_kernels.problem import (
+    HEAD_SCHEMA,
+    HeadProblem,
+    Needs,
+    Saved,
+    Upstream,
+    empty_output,
+    vig_of,
+    with_lse_lo,
+)
 
 SHARD_SCHEMA = "int first_row, str group"
 
@@ -214,7 +223,7 @@ def _vig(*args):
         if "kl" in stats:
             values["kl"] = _silent(passes[0].divergence(passes[1], columns.pop(0)).float(), problem, "kl")
     image, null = values["nll_image"], values["nll_null"]
-    return [null - image, image, null, *(values[stat] for stat in stats)]
+    return [vig_of(image, null), image, null, *(values[stat] for stat in stats)]
 
 
 def _vig_part(

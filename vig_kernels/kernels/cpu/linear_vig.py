@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vig_kernels.kernels.cpu import native
-from vig_kernels.problem import HeadProblem
+from vig_kernels.problem import HeadProblem, vig_of
 
 
 def with_stats(
@@ -34,4 +34,4 @@ def with_stats(
     del kept_bias  # read until here
     image, null = values["nll"]
     found = {stat: values[stat.rsplit("_", 1)[0]][int(stat.endswith("_null"))].clone() for stat in stats}
-    return null - image, image.clone(), null.clone(), found
+    return vig_of(image, null), image.clone(), null.clone(), found

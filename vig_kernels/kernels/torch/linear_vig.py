@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vig_kernels.kernels.torch.linear_nll import sweep
-from vig_kernels.problem import HeadProblem
+from vig_kernels.problem import HeadProblem, vig_of
 
 
 def with_stats(
@@ -15,4 +15,4 @@ def with_stats(
     kinds = tuple(dict.fromkeys(stat.rsplit("_", 1)[0] for stat in stats))
     image, null = sweep(problem, (problem.hidden, hidden_null), kinds)
     found = {stat: (null if stat.endswith("_null") else image)[stat.rsplit("_", 1)[0]] for stat in stats}
-    return null["nll"] - image["nll"], image["nll"], null["nll"], found
+    return vig_of(image["nll"], null["nll"]), image["nll"], null["nll"], found

@@ -10,6 +10,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vig_kernels.problem import HeadProblem
+
 
 def cdiv(a: int, b: int) -> int:
     """How many b are needed for a. triton.cdiv takes microseconds: it unwraps constants of kernels first."""
@@ -53,13 +55,16 @@ def device_guard(device: torch.device):
 
 def compute_precision(weight: Tensor) -> str:
     """input_precision of tl.dot: 16-bit operands are exact products either way; float32 never meets plain TF32."""
-    nvidia = target_of(weight.device).startswith("sm_")
-    return "tf32x3" if weight.dtype == torch.float32 and nvidia else "ieee"
+    return precision_on(target_of(weight.device), weight.dtype)
 
 
-def fast_exp2(device: torch.device) -> bool:
-    """Whether the device has ex2.approx.ftz, one instruction; elsewhere, and in the interpreter, tl.exp2."""
-    return target_of(device).startswith("sm_")
+def precision_on(target: str, dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 and target.startswith("sm_") else "ieee"
+
+
+def fast_exp2(target: str) -> bool:
+    """Whether the target has ex2.approx.ftz, one instruction; elsewhere, and in the interpreter, tl.exp2."""
+    return target.startswith("sm_")
 
 
 def aligned(hidden: Tensor) -> Tensor:
@@ -85,7 +90,15 @@ def operand(weight: Tensor, config) -> TensorDescriptor:
 
 def dense(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
     """One-dimensional operands, which kernels read with stride 1 (an upstream gradient is often expanded)."""
-    return tuple(vector if vector is None else vector.contiguous() for vector in vectors)
+    return tuple([v if v is None or v.is_contiguous() else v.contiguous() for v in vectors])
+
+
+def as_read(problem: HeadProblem) -> HeadProblem:
+    """The problem as kernels read it: hidden's rows aligned where they can be, target and bias dense."""
+    hidden, (target, bias) = aligned(problem.hidden), dense(problem.target, problem.bias)
+    if hidden is problem.hidden and target is problem.target and bias is problem.bias:
+        return problem
+    return problem._replace(hidden=hidden, target=target, bias=bias)
 
 
 def silence(rows: Tensor, target: Tensor, ignore_index: int) -> Tensor:

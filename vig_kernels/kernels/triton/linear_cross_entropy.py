@@ -19,7 +19,7 @@ from torch import Tensor
 from vig_kernels.problem import HeadProblem, Needs
 
 from .kept_block import weight_gradient  # noqa: F401  (the op's backward asks this module for it)
-from .launch import aligned, cdiv, dense, device_guard, silence
+from .launch import as_read, cdiv, dense, device_guard, silence
 from .linear_nll import sweep
 from .logit_fold import Partials, combine, fold
 from .logit_gradients import accumulate, loss_scale_of
@@ -169,8 +169,8 @@ def forward_backward(
     Extra memory: the budget, the float32 hidden gradient of 16-bit inputs and a kept block included; and the float32
     weight gradient where none is kept.
     """
-    target, bias, row_weight = dense(problem.target, problem.bias, row_weight)
-    problem = problem._replace(hidden=aligned(problem.hidden), target=target, bias=bias)
+    problem, (row_weight,) = as_read(problem), dense(row_weight)
+    target = problem.target
     (N, D), V, num_kept = problem.hidden.shape, problem.weight.shape[0], problem.num_kept
     order, count, visit = order_in_one(target, problem.ignore_index)
     kept = kept_rows(problem, needs, budget)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vig_kernels.problem import HeadProblem, Needs, Saved, Upstream
 
-from .launch import aligned, dense, device_guard, silence
+from .launch import aligned, as_read, dense, device_guard, silence
 from .logit_fold import Partials, combine, fold
 from .logit_gradients import Block, accumulate, fill_block, loss_scale_of
 from .row_order import RowChunk, compaction_order
@@ -37,16 +37,18 @@ def sweep(
     With hidden_null (N, D) there is a second pass, which has "vig" too, its nll less the first's. Every row of every
     pass goes through the same kernel with the same tiles, so its bits are the same alone, paired, and in any company.
     """
-    target, bias = dense(problem.target, problem.bias)
-    problem = problem._replace(hidden=aligned(problem.hidden), target=target, bias=bias)
+    problem = as_read(problem)
+    target, passes = problem.target, 1 if hidden_null is None else 2
     hidden_null = None if hidden_null is None else aligned(hidden_null)
-    V, N, passes = problem.weight.shape[0], target.shape[0], 1 if hidden_null is None else 2
+    V, N = problem.weight.shape[0], target.shape[0]
 
     def outputs(*names):
         kinds = {"argmax": torch.int64}
         return {name: target.new_empty(N, dtype=kinds.get(name, torch.float32)) for name in names}
 
-    results = [outputs("nll", *stats), outputs("nll", *stats, "vig")][:passes]
+    results = [outputs("nll", *stats)]
+    if passes == 2:
+        results.append(outputs("nll", *stats, "vig"))
     order, count = compaction_order(target, problem.ignore_index)
 
     def partials_of(rows, config):
@@ -107,8 +109,8 @@ def backward(
     tells how many rows are not ignored and these are few enough to be gathered.
     """
     upstream, saved = Upstream(*dense(*upstream)), Saved(*dense(*saved))
-    target, bias = dense(problem.target, problem.bias)
-    problem = problem._replace(hidden=aligned(problem.hidden), target=target, bias=bias)
+    problem = as_read(problem)
+    target = problem.target
     hidden, num_kept = problem.hidden, problem.num_kept
     gathered = 2 * hidden.element_size() * (num_kept or 0) * hidden.shape[1]  # hidden and its gradient
     if num_kept is not None and num_kept < target.shape[0] and gathered <= GATHERED_BYTES:

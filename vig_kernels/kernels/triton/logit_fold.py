@@ -14,10 +14,10 @@ from torch import Tensor
 
 from vig_kernels.problem import HeadProblem
 
-from .launch import cdiv, compute_precision, fast_exp2, operand
+from .launch import cdiv, operand
 from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, slopes, tile_position
 from .row_order import RowChunk
-from .tile_configs import TileConfig, regular
+from .tile_configs import TileConfig, head_options
 
 PARTIALS_BYTES = 48 * 2**20
 # a program of `combine_kernel`: few rows, so that few rows fill a GPU, and many parts a step. Fixed: the order in which
@@ -254,7 +254,8 @@ def combine_kernel(
     tl.store(nll + row, tl.where(live, loss, 0.0), mask=inside)
     if vig is not None:
         image = tl.load(nll_image + row, mask=live, other=0.0)
-        tl.store(vig + row, tl.where(live, loss - image, 0.0), mask=inside)
+        differs = live & (loss != image)  # where both are infinite the difference is 0 too
+        tl.store(vig + row, tl.where(differs, loss - image, 0.0), mask=inside)
     whole = m + log_s
     if lse is not None:
         tl.store(lse + row, tl.where(live, whole, 0.0), mask=inside)
@@ -304,20 +305,15 @@ def fold(
     """Launch `fold_kernel` on the rows of a chunk, for one or two passes."""
     weight, passes, rows = problem.weight, partials.passes, chunk.rows
     first, second = problem.hidden, problem.hidden if hidden_null is None else hidden_null
-    V, D = weight.shape
-    even_k = regular(weight, config)
-    descriptor = config.descriptor and even_k
+    (V, D), options = weight.shape, head_options(weight, config)
     row_tiles, vocab_tiles = cdiv(rows, config.block_n), cdiv(V, config.block_v)
     folded = problem.bias is None and problem.logit_softcap is None and problem.logit_scale > 0
     fold_kernel[(row_tiles * passes * vocab_tiles,)](
-        first, second, operand(weight, config) if descriptor else weight, problem.bias, problem.target,
+        first, second, operand(weight, config) if options["DESCRIPTOR"] else weight, problem.bias, problem.target,
         chunk.order, chunk.count, partials.max, partials.sum, partials.dot, partials.arg, partials.target, block,
         first.stride(0), second.stride(0), weight.stride(0), block.stride(0) if block is not None else 0,
         chunk.first, rows, row_tiles, passes, vocab_tiles, V, D, problem.logit_scale, problem.logit_softcap or 0.0,
-        BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
-        GROUP=config.group, EVEN_K=even_k, DESCRIPTOR=descriptor,
-        SOFTCAP=problem.logit_softcap is not None, FOLDED=folded, FAST_EXP2=fast_exp2(weight.device),
-        PRECISION=compute_precision(weight), **config.launch_options,
+        SOFTCAP=problem.logit_softcap is not None, FOLDED=folded, **options,
     )  # fmt: skip
 
 

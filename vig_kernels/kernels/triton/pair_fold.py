@@ -24,11 +24,11 @@ from torch import Tensor
 
 from vig_kernels.problem import HeadProblem
 
-from .launch import aligned, cdiv, compute_precision, dense, device_guard, fast_exp2, operand
+from .launch import aligned, as_read, cdiv, device_guard, operand
 from .logit_fold import COMBINE_PARTS, COMBINE_ROWS, PARTIALS_BYTES
 from .logit_tiles import INTERPRETED, LOG2_E, exp2, halves, logits, tile_position
 from .row_order import RowChunk, compaction_order
-from .tile_configs import TileConfig, head_config, regular
+from .tile_configs import TileConfig, head_config, head_options
 
 # of a row and part: max and sum of the image pass, max and sum of the null pass, sum of the differences
 FIELDS = tl.constexpr(5)
@@ -288,18 +288,14 @@ def fold(
 ) -> None:
     """Launch `pair_kernel` on the rows of a chunk."""
     hidden, weight, rows = problem.hidden, problem.weight, chunk.rows
-    V, D = weight.shape
-    descriptor = config.descriptor and regular(weight, config)
+    (V, D), options = weight.shape, head_options(weight, config)
     row_tiles, vocab_tiles = cdiv(rows, config.block_n), cdiv(V, config.block_v)
     folded = problem.bias is None and problem.logit_softcap is None and problem.logit_scale > 0
     pair_kernel[(row_tiles * vocab_tiles,)](
-        hidden, hidden_null, operand(weight, config) if descriptor else weight, problem.bias,
+        hidden, hidden_null, operand(weight, config) if options["DESCRIPTOR"] else weight, problem.bias,
         chunk.order, chunk.count, partials, hidden.stride(0), hidden_null.stride(0), weight.stride(0),
         chunk.first, rows, row_tiles, vocab_tiles, V, D, problem.logit_scale, problem.logit_softcap or 0.0,
-        BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
-        GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
-        SOFTCAP=problem.logit_softcap is not None, FOLDED=folded, FAST_EXP2=fast_exp2(weight.device),
-        PRECISION=compute_precision(weight), **config.launch_options,
+        SOFTCAP=problem.logit_softcap is not None, FOLDED=folded, **options,
     )  # fmt: skip
 
 
@@ -308,8 +304,8 @@ def divergence(problem: HeadProblem, hidden_null: Tensor) -> Tensor:
 
     One product of each pass. Extra memory: 48 MiB of partials and 8 bytes a row.
     """
-    target, bias = dense(problem.target, problem.bias)
-    problem = problem._replace(hidden=aligned(problem.hidden), target=target, bias=bias)
+    problem = as_read(problem)
+    target = problem.target
     hidden_null, V, N = aligned(hidden_null), problem.weight.shape[0], target.shape[0]
     kl = target.new_empty(N, dtype=torch.float32)
     order, count = compaction_order(target, problem.ignore_index)

@@ -57,7 +57,9 @@ def compaction_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]
 
     A kernel learns from `count` which of its tiles have nothing to do.
     """
-    order, count, _ = order_in_one(target, ignore_index)
+    N = target.shape[0]
+    order, count = target.new_empty(N), target.new_empty(())
+    _fill(order, count, target.contiguous(), ignore_index)
     return order, count
 
 
@@ -69,17 +71,22 @@ def parts_of_order(visit: Tensor) -> tuple[Tensor, Tensor]:
 
 def order_in_one(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """`compaction_order`, and the one tensor (N + 1,) in which both stand."""
-    N, target = target.shape[0], target.contiguous()
-    visit = target.new_empty(N + 1)
+    visit = target.new_empty(target.shape[0] + 1)
     order, count = parts_of_order(visit)
+    _fill(order, count, target.contiguous(), ignore_index)
+    return order, count, visit
+
+
+def _fill(order: Tensor, count: Tensor, target: Tensor, ignore_index: int) -> None:
+    N = target.shape[0]
     if N <= SMALL_ROWS:
         with device_guard(target.device):
             order_kernel[(1,)](
                 target, order, count, N, ignore_index, BLOCK=ORDER_BLOCK, num_warps=ORDER_WARPS
             )
-        return order, count, visit
+        return
     kept = target != ignore_index
     rank = torch.cumsum(kept, 0)
     index = torch.arange(N, device=target.device)
     place = torch.where(kept, rank - 1, count.copy_(rank[-1]) + index - rank)
-    return order.scatter_(0, place, index), count, visit
+    order.scatter_(0, place, index)

@@ -8,6 +8,7 @@ for the life of the process. The rows were chosen from static counts: no GPU has
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import fits_descriptor, target_of
+from .launch import fast_exp2, fits_descriptor, precision_on, target_of
 
 NARROW = 1024  # at D up to this the epilogue weighs as much as the main loop: smaller tiles, two to a multiprocessor
 
@@ -139,7 +140,11 @@ def irregular_tile(kernel: str, target: str, kind: str) -> TileConfig:
 
 def regular(weight: Tensor, config: TileConfig) -> bool:
     """Whether loads need no mask along D, and a tensor descriptor can be made where the tile wants one."""
-    return weight.shape[1] % config.block_k == 0 and (fits_descriptor(weight) or not config.descriptor)
+    return _is_regular(weight.shape[1], fits_descriptor(weight), config)
+
+
+def _is_regular(D: int, fits: bool, config: TileConfig) -> bool:
+    return D % config.block_k == 0 and (fits or not config.descriptor)
 
 
 def head_config(
@@ -148,15 +153,46 @@ def head_config(
     """The tile of "fold", "store", "gradient" or "pair" for a weight (V, D). `trial` runs a candidate."""
     V, D = weight.shape
     target, kind = target_of(weight.device), kind_of(weight.dtype)
-    rows = (INTERPRETER,) * 2 if target == "interpreter" else HEAD[kernel, table_target(target), kind]
-    # the slopes of the cap take registers that the wide tiles do not have
-    chosen = rows[D <= NARROW or (kernel == "store" and softcap)]
-    if target != "interpreter" and not regular(weight, chosen):
-        chosen = irregular_tile(kernel, table_target(target), kind)
+    chosen = _from_table(kernel, target, kind, D, fits_descriptor(weight), softcap)
     if not autotuning():
         return chosen
+    rows = _rows(kernel, target, kind)
     more = [replace(chosen, parts=1)] if target == "interpreter" else neighbours(chosen)
     return tuned((kernel, target, str(weight.dtype), V, D), [*dict.fromkeys(rows), *more], trial)
+
+
+def _rows(kernel: str, target: str, kind: str) -> tuple[TileConfig, TileConfig]:
+    return (INTERPRETER,) * 2 if target == "interpreter" else HEAD[kernel, table_target(target), kind]
+
+
+@functools.lru_cache(maxsize=256)
+def _from_table(kernel: str, target: str, kind: str, D: int, fits: bool, softcap: bool) -> TileConfig:
+    # the slopes of the cap take registers that the wide tiles do not have
+    chosen = _rows(kernel, target, kind)[D <= NARROW or (kernel == "store" and softcap)]
+    if target != "interpreter" and not _is_regular(D, fits, chosen):
+        return irregular_tile(kernel, table_target(target), kind)
+    return chosen
+
+
+def head_options(weight: Tensor, config: TileConfig) -> dict:
+    """What every launch of a head kernel says of its tile and of the weight: constants, warps and stages."""
+    return _options(config, target_of(weight.device), weight.dtype, weight.shape[1], fits_descriptor(weight))
+
+
+@functools.lru_cache(maxsize=256)
+def _options(config: TileConfig, target: str, dtype: torch.dtype, D: int, fits: bool) -> dict:
+    even_k = _is_regular(D, fits, config)
+    return {
+        "BLOCK_N": config.block_n,
+        "BLOCK_V": config.block_v,
+        "BLOCK_K": config.block_k,
+        "PARTS": config.parts,
+        "GROUP": config.group,
+        "EVEN_K": even_k,
+        "DESCRIPTOR": config.descriptor and even_k,
+        "FAST_EXP2": fast_exp2(target),
+        "PRECISION": precision_on(target, dtype),
+    } | config.launch_options
 
 
 def blur_config(matrices: Tensor, size: int, lines: int, trial: Callable[[TileConfig], object]) -> TileConfig:
