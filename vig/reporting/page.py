@@ -61,6 +61,7 @@ def _environment() -> jinja2.Environment:
     environment.globals.update(
         box_range=charts.box_range,
         box_row=charts.box_row,
+        few=charts.FEW,
         box_axis=charts.box_axis,
         curves=charts.curves,
         scatter=charts.scatter,
