@@ -279,6 +279,14 @@ def test_missing_things_are_said(scored, tmp_path):
         "no image at" in shown.sample("data.json#0")["o"]
         and shown.sample("data.json#9")["o"] == "sample not found"
     )
+    moved.rename(tmp_path / "other.json")
+    page = report(
+        scored / "scores", tmp_path / "other.html", data=tmp_path / "other.json", image_root=tmp_path
+    )
+    said = "".join(Checked(page.read_text()).text)
+    assert "the scores are of data.json" in said and "and other.json is given" in said
+    page = report(scored / "scores", tmp_path / "gone.html", data=tmp_path / "gone.json", image_root=tmp_path)
+    assert "Give it with --data (data=), under its old name" in "".join(Checked(page.read_text()).text)
     settings = {**score_metadata(scored / "scores"), "model": str(tmp_path / "moved")}
     with ScoreWriter(tmp_path / "elsewhere", settings) as writer:
         writer.write(

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from vig.data.files import StoreError, lock_folder
+from vig.data.kinds import taken
 from vig.selection.advice import barely_used, mistaken_share, noise_floor, share_of, tau_warnings
 from vig.selection.by_source import SourceCounts, source_lines, taus_of
 from vig.selection.choice import Choice
@@ -35,7 +36,6 @@ from vig.selection.random_level import count_both, random_rule
 from vig.selection.rule import Rule, row_kinds
 from vig.selection.sources import Sources
 from vig.selection.stop_tokens import Stops
-from vig.store.folder import shards_in
 from vig.store.rows import METADATA_KEY
 from vig.store.scores import count_rows, open_scores, read_scores, score_metadata, unfinished
 from vig.store.selections import (
@@ -202,8 +202,9 @@ def select(
     scores, folder = open_scores(scores), Path(out) if out is not None else None
     about = score_metadata(scores)
     stops = Stops.of(about, stop_tokens, mean)
-    if folder is not None and shards_in(folder):
-        raise StoreError(f"{folder} holds scores. Give the selection a folder of its own")
+    other = None if folder is None else taken(folder, "selection")
+    if other is not None:
+        raise StoreError(other)
     with nullcontext() if folder is None else lock_folder(folder):
         if folder is not None and not overwrite:
             refuse_other_selection(folder, {**about, "selection": choice.recorded(stops)})
