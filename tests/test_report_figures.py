@@ -283,13 +283,13 @@ def test_a_page_of_all_samples_says_of_none_that_it_is_the_highest(scores, rows,
     assert list(everything.picked) == list(everything.rows) == list(range(len(table))), "the lost ones too"
     assert not any(everything.picked.values()) and everything.strata == {}
     fewer = gather(table, len(table) - 1)
-    assert len(fewer.picked) == len(table) - 1 and (few == 1 or all(fewer.picked.values()))
+    assert len(fewer.picked) < len(table) and all(fewer.picked.values())
 
 
 def test_a_few_values_have_no_box():
     two, five = (Box(-1.0, -0.5, 0.0, 0.5, 1.0, mean=0.2, count=count) for count in (2, 5))
     assert "rect" not in box_row(two, -1, 1) and "whisker" not in box_row(two, -1, 1)
-    assert "mean +0.20 of 2 alone" in box_row(two, -1, 1) and 'class="mean"' in box_row(two, -1, 1)
+    assert "mean +0.200 of 2 alone" in box_row(two, -1, 1) and 'class="mean"' in box_row(two, -1, 1)
     assert "rect" in box_row(five, -1, 1) and "25 %" in box_row(five, -1, 1)
 
 

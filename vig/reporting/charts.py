@@ -22,7 +22,6 @@ from vig.reporting.views import Box, Histogram, KeepCurve
 
 TALL, TOP, AXIS = 128, 24, 22  # pixels: the bars of a histogram, above them, below them
 ROW = 22  # pixels a row of a box plot
-FEW = 5  # values; fewer have no quartiles
 LINES = 6  # kinds of lines in a figure of curves; further sources repeat them
 
 
@@ -86,7 +85,7 @@ def box_range(rows: list[tuple[str, Box]]) -> tuple[float, float]:
 def box_row(box: Box, low: float, high: float) -> Markup:
     """Whiskers from 5 to 95 %, a box from 25 to 75 % in the median's colour, a line there, a dot at the mean.
 
-    Of fewer than FEW values the dot alone: they have no quartiles to speak of.
+    Of a few values the dot alone.
     """
     span, middle = high - low, ROW / 2
 
@@ -101,9 +100,7 @@ def box_row(box: Box, low: float, high: float) -> Markup:
             ("95 %", box.high), ("mean", box.mean),
         )
     )  # fmt: skip
-    label = (
-        ", ".join(quantiles) if box.count >= FEW else f"mean {signed(box.mean, digits)} of {box.count} alone"
-    )
+    label = f"mean {signed(box.mean, digits)} of {box.count} alone" if box.is_few else ", ".join(quantiles)
     width = max((box.third - box.first) / span * 100, 0.4)
     parts = [
         f'<line class="whisker" x1="{at(box.low)}" x2="{at(box.high)}" y1="{middle}" y2="{middle}"/>',
@@ -112,7 +109,7 @@ def box_row(box: Box, low: float, high: float) -> Markup:
     ]
     zero = f'<line class="zero" x1="{at(0)}" x2="{at(0)}" y1="0" y2="{ROW}"/>'
     dot = f'<circle class="mean" cx="{at(box.mean)}" cy="{middle}" r="2.2"/>'
-    parts = [zero, *(parts if box.count >= FEW else ()), dot]
+    parts = [zero, *(() if box.is_few else parts), dot]
     return Markup(
         f'<svg class="plot" height="{ROW}" role="img" aria-label="{label}"><title>{label}</title>{"".join(parts)}</svg>'
     )
