@@ -143,7 +143,7 @@ def test_the_whole_page(scored, tmp_path):
     two, text_only, lost = (shown.sample(f"data.json#{row}") for row in (2, 5, 6))
     assert two["q"] == "what is number 2?" and [question for _, question in two["u"]] == ["how many?"]
     assert text_only["st"] == "text_only" and text_only["v"] == [None] and text_only["b"] == [[]]
-    assert lost["st"].startswith("error: ") and not lost["t"] and lost["w"] == ["errors"]
+    assert lost["st"].startswith("error: ") and not lost["t"] and lost["w"] == []
     entries, rows = selection.table(), [row for b in read_scores(scored / "scores") for row in b.to_pylist()]
     for row in rows[:6] + rows[7:]:
         sample, ids = shown.sample(row["key"]), row["token_ids"]
