@@ -89,6 +89,10 @@ def gpu(
         return
     path, result = plan.measure(minutes, out, rehearse, wheels, _tell)
     terminal.show_tables(result, console)
+    if rehearse:
+        console.print(
+            "A rehearsal: times, rates and ratios above are of tiny shapes in an interpreter, not of a GPU."
+        )
     console.print(f"wrote {path}", highlight=False)
     broken = audit.broken(result)
     for line in broken:

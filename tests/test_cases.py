@@ -500,11 +500,17 @@ def test_csv_with_a_header(tmp_path, suffix, separator):
         writer.writerow(["2", BASE64, "What?", "green", ""])
         writer.writerow(["3", "0.png"])
         writer.writerow(["4", "0.png", "What?", "red", "look"])
-    first, second, short, hint = read_samples(tmp_path / f"a.{suffix}")
+        writer.writerow(["5", "0.png", "What?", "", ""])
+    first, second, short, hint, empty = read_samples(tmp_path / f"a.{suffix}")
     assert shape(first) == [["user", "[image]", "What,\nthen?"], ["assistant", "red"]] and first.id == "1"
     assert open_images(second)[0].tobytes() == tiny.picture(0).tobytes()
     assert "has 2 cells, the header has 5" in str(short.error) and "the fields hint" in str(hint.error)
-    assert count_records(tmp_path / f"a.{suffix}") == 4
+    assert "(id '5'): line 7: the field answer is empty. Fill it" in str(empty.error)
+    assert count_records(tmp_path / f"a.{suffix}") == 5
+    renamed = list(
+        read_samples(tmp_path / f"a.{suffix}", columns={"response": "answer", "query": "question"})
+    )
+    assert "line 7: the field answer is empty" in str(renamed[4].error), "the name that the file has"
 
 
 def as_dataset(n: int) -> datasets.Dataset:

@@ -105,6 +105,7 @@ def test_reference_runs_like_any_backend():
     torch.testing.assert_close(loss, exact.sum().float() / 3)
     found = linear_vig(hidden, hidden + 1, weight, TARGET, backend="reference")
     torch.testing.assert_close(found.nll_image, nll.detach())
+    assert torch.equal(found.vig, found.nll_null - found.nll_image)
 
 
 def test_backends_shows_itself_as_a_table():
@@ -126,17 +127,21 @@ class DTensor(torch.Tensor):
         ({"weight": torch.randn(8)}, r"got \(8,\)"),
         (
             {"weight": torch.randn(11, 8).half()},
-            "hidden and weight of one dtype, got torch.float32 and torch.float16",
+            r"hidden and weight of one dtype, got torch.float32 and torch.float16: call hidden\w*.to\(weight.dtype\), "
+            "or run under torch.autocast",
         ),
         (
             {"weight": torch.randn(11, 8).double()},
-            "expected weight of dtype float32, bfloat16, float16, got float64",
+            r"expected weight of dtype float32, bfloat16, float16, got float64: call weight.to\(torch.float32\)",
         ),
         ({"weight": torch.randn(11, 8).as_subclass(DTensor)}, r"weight is a DTensor.*full_tensor\(\)"),
         ({"hidden": [[1.0]]}, "expected hidden to be a torch.Tensor, got list"),
         ({"hidden": torch.tensor(1.0)}, "expected hidden .* got a 0-d tensor"),
         ({"target": torch.tensor([0, 1])}, r"expected target \(4,\) to fit hidden \(4, 8\), got \(2,\)"),
-        ({"target": torch.tensor([0.0, 1, 2, 3])}, "expected target of dtype int64, int32, got float32"),
+        (
+            {"target": torch.tensor([0.0, 1, 2, 3])},
+            r"expected target .*, got float32: call target.to\(torch.int64\)",
+        ),
         ({"target": torch.tensor([0, 1, 11, 3])}, r"target\[2\] = 11 is not in \[0, 11\)"),
         ({"target": torch.tensor([0, -1, 1, 3])}, r"target\[1\] = -1 is not in \[0, 11\)"),
         ({"bias": torch.randn(10)}, r"expected bias \(11,\), got \(10,\)"),

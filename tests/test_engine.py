@@ -336,6 +336,36 @@ def test_photographs_and_captions_may_be_repaired_but_not_exchanged(tmp_path):
         score_dataset(scorer(), folder, out)
 
 
+@pytest.mark.parametrize("part", [None, (0, 2)])
+def test_data_under_another_name_is_said_and_nothing_is_mixed(tmp_path, data, part):
+    """Keys begin with the name: the windows that are missing would have got other ones."""
+    given, out = tmp_path / "data.json", tmp_path / "scores"
+    given.write_bytes(data.read_bytes())
+    options = {"limit": 16, "window": 8, "image_root": data.parent, "progress_bar": False}
+    done = score_dataset(scorer(), given, out, shard=part, **options)
+    before = {file: file.read_bytes() for file in out.rglob("scores-*.parquet")}
+    given.rename(tmp_path / "other.json")
+    for shard in {part, part and (1, 2)}:  # another job of the array knows it too
+        with pytest.raises(
+            StoreError, match=r"scores are of data\.json, .*, and other\.json is given"
+        ) as said:
+            score_dataset(scorer(), tmp_path / "other.json", out, shard=shard, **options)
+        assert "rename it back to data.json, or give another output folder" in str(said.value)
+    assert before == {file: file.read_bytes() for file in out.rglob("scores-*.parquet")}
+    (tmp_path / "other.json").rename(given)
+    for file in before:
+        file.write_bytes(b"damaged")
+    assert score_dataset(scorer(), given, out, shard=part, **options).done == done.done
+    assert keys_of(given)[:8] == [row["key"] for row in rows_of(min(before))]
+
+
+def test_photographs_are_called_after_their_folder_from_within_it_too(tmp_path, monkeypatch):
+    tiny.save_picture(tmp_path / "0.png", 0)
+    (tmp_path / "0.txt").write_text("a red ball")
+    monkeypatch.chdir(tmp_path)
+    assert keys_of(".") == keys_of(tmp_path) == [f"{tmp_path.name}#0.png"]
+
+
 def test_a_folder_of_data_files_is_known_by_their_sizes(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"1")
     (tmp_path / "0.png").write_bytes(b"broken")

@@ -20,6 +20,7 @@ from vig.evaluation.figures import Tally, accuracy, compare, estimate
 from vig.evaluation.measuring import measure
 from vig.evaluation.run import blocks, evaluate, survey
 from vig.evaluation.settings import AnswerSettings, EvalSpec
+from vig.evaluation.show import remarks
 from vig.evaluation.similarity import anls, similarity
 
 
@@ -307,6 +308,19 @@ def test_mmbench_is_circular(tmp_path):
     nothing = measure(rows[:3], spec, {})  # three rotations of four, and no whole question
     assert nothing["figures"] == [] and nothing["counts"]["answered"] == 3 and nothing["counts"]["units"] == 0
     assert len(asked(EvalSpec("choice", data, rotate=False))) == 4
+
+
+def test_questions_without_an_image_are_not_counted_as_images(tmp_path):
+    tiny_benchmarks.pictures(tmp_path, 1)
+    of_text = {"question": "what ?", "options": ["red", "blue"], "answer": "A"}
+    (tmp_path / "a.json").write_text(json.dumps([of_text, of_text | {"image": "0.png"}, of_text]))
+    for turns in (False, True):
+        spec = EvalSpec("choice", tmp_path / "a.json", rotate=turns)
+        rows = [{"key": one.key, "image": one.image, **one.truth, "right": True} for one in asked(spec)]
+        measures = measure(rows, spec, {})
+        assert len(rows) == (6 if turns else 3)
+        assert measures["counts"]["images"] == 1 and measures["counts"]["text_only"] == 2
+        assert "about 1 images" in remarks(measures)[0] and "2 without an image" in remarks(measures)[0]
 
 
 def test_mmbench_with_its_own_rotations_and_shared_images(tmp_path):

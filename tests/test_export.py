@@ -92,6 +92,10 @@ def test_data_that_is_gone_or_changed_is_refused_and_the_old_export_stays(tmp_pa
     (tmp_path / "data.json").rename(tmp_path / "moved.json")
     with pytest.raises(StoreError, match=r"not at .*data.json. Give it with --data"):
         export_records(chosen, out)
+    with pytest.raises(
+        StoreError, match=r"scores are of data\.json, .* and moved\.json is given.*rename it back to data"
+    ):
+        export_records(chosen, out, data=tmp_path / "moved.json")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "moved.json").rename(tmp_path / "elsewhere" / "data.json")
     export_records(chosen, out, data=tmp_path / "elsewhere" / "data.json")

@@ -461,6 +461,22 @@ def test_pages_show_what_was_measured_and_say_what_was_not(tmp_path):
     assert any("kernels.md differs" in line for line in report.disagreements(paths))
 
 
+def test_every_table_of_a_rehearsal_says_that_it_is_one(tmp_path):
+    result = stored(tmp_path)
+    for rehearsed in (True, False):
+        heads = [table[0] for table in tables.tables(result | {"rehearsal": rehearsed})]
+        assert len(heads) == 3
+        assert all(head[0].startswith("REHEARSAL ON A CPU, no figures: ") == rehearsed for head in heads)
+        names = [name for head in heads for name in head]
+        assert ("device ms" in names, "/ cuBLAS" in names) == (not rehearsed, not rehearsed)
+        assert ("interpreter ms" in names) == rehearsed
+    for rehearse in (True, False):
+        session = Session(tmp_path / f"{rehearse}.jsonl", rehearse=rehearse)
+        session.case({"label": "a", "rows": []})
+        (line,) = (tmp_path / f"{rehearse}.jsonl").read_text().splitlines()
+        assert json.loads(line)["case"].get("rehearsal", False) == rehearse
+
+
 def test_a_second_call_goes_on_only_with_the_same_code_and_machine(tmp_path):
     stored(tmp_path)
     (path,) = tmp_path.iterdir()
@@ -513,6 +529,8 @@ def test_the_whole_suite_rehearsed(tmp_path):
     result = results.read(path)
     assert [(r["name"], r["status"], r["reason"]) for r in result["steps"] if r["status"] != "ok"] == []
     assert [r["name"] for r in result["steps"]] == [step.name for step in plan.rehearsed()]
+    assert "in an interpreter, not of a GPU" in " ".join(done.stdout.split())
+    assert all(case["rehearsal"] for case in result["cases"])
     cases = {case["step"]: case for case in result["cases"]}
     rows = [row for case in result["cases"] for row in case["rows"]]
     assert not [row for row in rows if row["status"] in ("wrong", "failed")]

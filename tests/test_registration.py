@@ -103,6 +103,22 @@ def test_vmap_has_a_rule_and_no_warning():
         assert torch.equal(found[0][at], nll) and torch.equal(found[1]["argmax"][at], values["argmax"])
 
 
+@pytest.mark.parametrize(
+    ("dims", "members"), [((0, None), (0, 4, 6)), ((2, None), (4, 6, 0)), ((0, 0), (0, 4, 6))]
+)
+def test_vmap_of_no_members_gives_no_results(dims, members):
+    weight = torch.randn(0, 9, 6) if dims[1] == 0 else torch.randn(9, 6)
+
+    def one(hidden, weight):
+        nll, values = linear_nll(hidden, weight, TARGET, stats=("argmax",), backend="torch")
+        losses = linear_cross_entropy(hidden, weight, TARGET, reduction="none", backend="torch")
+        return nll, values["argmax"], losses, linear_vig(hidden, -hidden, weight, TARGET, backend="torch").vig
+
+    found = torch.vmap(one, in_dims=dims)(torch.randn(members), weight)
+    assert [tuple(x.shape) for x in found] == [(0, 4)] * 4
+    assert [x.dtype for x in found] == [torch.float32, torch.int64, torch.float32, torch.float32]
+
+
 def test_what_has_no_derivative_says_so():
     hidden, weight = leaves()
     vig, *_ = torch.ops.vig_kernels.linear_vig(

@@ -143,7 +143,7 @@ def test_the_whole_page(scored, tmp_path):
     two, text_only, lost = (shown.sample(f"data.json#{row}") for row in (2, 5, 6))
     assert two["q"] == "what is number 2?" and [question for _, question in two["u"]] == ["how many?"]
     assert text_only["st"] == "text_only" and text_only["v"] == [None] and text_only["b"] == [[]]
-    assert lost["st"].startswith("error: ") and not lost["t"] and lost["w"] == ["errors"]
+    assert lost["st"].startswith("error: ") and not lost["t"] and lost["w"] == []
     entries, rows = selection.table(), [row for b in read_scores(scored / "scores") for row in b.to_pylist()]
     for row in rows[:6] + rows[7:]:
         sample, ids = shown.sample(row["key"]), row["token_ids"]
@@ -279,6 +279,14 @@ def test_missing_things_are_said(scored, tmp_path):
         "no image at" in shown.sample("data.json#0")["o"]
         and shown.sample("data.json#9")["o"] == "sample not found"
     )
+    moved.rename(tmp_path / "other.json")
+    page = report(
+        scored / "scores", tmp_path / "other.html", data=tmp_path / "other.json", image_root=tmp_path
+    )
+    said = "".join(Checked(page.read_text()).text)
+    assert "the scores are of data.json" in said and "and other.json is given" in said
+    page = report(scored / "scores", tmp_path / "gone.html", data=tmp_path / "gone.json", image_root=tmp_path)
+    assert "Give it with --data (data=), under its old name" in "".join(Checked(page.read_text()).text)
     settings = {**score_metadata(scored / "scores"), "model": str(tmp_path / "moved")}
     with ScoreWriter(tmp_path / "elsewhere", settings) as writer:
         writer.write(

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from vig.reporting.charts import histogram
+from vig.reporting.charts import box_row, histogram
 from vig.reporting.counters import REACH, Counter
 from vig.reporting.facts import LENGTHS, POSITIONS, WordRow, gather, reason_of
 from vig.reporting.keep import Rules
@@ -19,6 +19,7 @@ from vig.reporting.report import fitting, rules_of
 from vig.reporting.scale import height_ticks, legend, places, readable, rounded, shade, signed, ticks
 from vig.reporting.strata import STRATA, Pool
 from vig.reporting.thumbnails import EXACT_PIXELS, Thumbnails
+from vig.reporting.views import Box
 from vig.reporting.words import Words, class_of, find_tagger, word_classes, word_figures
 from vig.selection.select import select
 from vig.selection.stop_tokens import Stops
@@ -273,9 +274,23 @@ def test_strata_are_the_extremes_the_edges_and_random_ones(scores, rows):
     assert all(facts.rows[number] == rows[number] for number in facts.picked)
     again, other = gather(scores, 100), gather(scores, 100, seed=1)
     assert again.picked == facts.picked != other.picked
-    everything = gather(scores, 9999)
-    scored = {number for number, row in enumerate(rows) if "error" not in row["status"]}
-    assert scored <= everything.picked.keys()
+
+
+@pytest.mark.parametrize("few", [1, 5, 10, None])
+def test_a_page_of_all_samples_says_of_none_that_it_is_the_highest(scores, rows, few):
+    table = pa.Table.from_batches(read_scores(scores)).slice(0, few)
+    everything = gather(table, len(table))
+    assert list(everything.picked) == list(everything.rows) == list(range(len(table))), "the lost ones too"
+    assert not any(everything.picked.values()) and everything.strata == {}
+    fewer = gather(table, len(table) - 1)
+    assert len(fewer.picked) < len(table) and all(fewer.picked.values())
+
+
+def test_a_few_values_have_no_box():
+    two, five = (Box(-1.0, -0.5, 0.0, 0.5, 1.0, mean=0.2, count=count) for count in (2, 5))
+    assert "rect" not in box_row(two, -1, 1) and "whisker" not in box_row(two, -1, 1)
+    assert "mean +0.200 of 2 alone" in box_row(two, -1, 1) and 'class="mean"' in box_row(two, -1, 1)
+    assert "rect" in box_row(five, -1, 1) and "25 %" in box_row(five, -1, 1)
 
 
 def test_a_pool_keeps_the_best_whatever_the_batches():
@@ -464,5 +479,7 @@ def test_no_rows_at_all_make_facts_too():
     assert facts.keep is None and facts.tau is None and not facts.picked
     lost = ScoreBlock.from_rows([ScoreRow("k", "k", "s", "error: gone")]).table()
     facts = gather(lost, 5)
-    assert facts.n_errors == 1 and list(facts.picked.values()) == [["errors"]] and isinstance(lost, pa.Table)
+    assert (
+        facts.n_errors == 1 and facts.picked == {0: []} and facts.strata == {} and isinstance(lost, pa.Table)
+    )
     assert math.isclose(facts.samples.mean, 0.0)

@@ -314,7 +314,10 @@ def test_a_shard_that_went_missing_is_said(tmp_path):
 
 def test_a_folder_of_scores_takes_no_selection(tmp_path):
     write_shard(tmp_path, 0, [ScoreRow("a#0", "0", "a", "ok", [1], [0], [1.0], [2.0])], {})
-    with pytest.raises(StoreError, match=r"holds scores. Give the selection a folder of its own"):
+    with pytest.raises(
+        StoreError,
+        match=r"is a folder of scores, which .* wrote\. Give another output folder",
+    ):
         select(tmp_path, 50, out=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["scores-00000.parquet"]
 

@@ -210,6 +210,39 @@ def test_random_with_kl_keeps_as_many(ranked):
     assert select(ranked, 40, level="random", by="kl").counts == select(ranked, 40, by="kl").counts
 
 
+def test_by_loss_is_the_loss_filter_of_the_evidence(ranked, tmp_path):
+    """As many samples as VIG keeps, those of the lowest mean loss with the image, whole; text-only samples too."""
+    ok = [row for row in ranked.to_pylist() if row["status"] == "ok"]
+    count = select(ranked, 40, level="sample").counts["samples_kept"]
+    losses = np.array([np.float64(row["token_nll_image"]).mean() for row in ok])
+    wanted = {ok[place]["key"] for place in np.argsort(losses, kind="stable")[:count]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # neither of a low tau nor of a model that barely looks
+        chosen = select(ranked, 40, level="sample", by="loss", out=tmp_path)
+    table = chosen.table()
+    assert {row["key"] for row in ok if table[row["key"]].keep} == wanted
+    for row in ranked.to_pylist():
+        keep = row["status"] == "text_only" or row["key"] in wanted
+        assert table[row["key"]].keep == keep and set(table[row["key"]].token_keep.tolist()) == {keep}
+    assert chosen.tau == pytest.approx(np.percentile(-losses, 60), abs=1e-12) and chosen.tau < 0
+    assert "nats of log-likelihood" in chosen.figures()[0]
+    page = report(ranked, tmp_path / "r.html", selection=tmp_path).read_text()
+    assert "The selection ranks by loss" in page and "nats of log-likelihood" in page
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({}, "filters whole samples. Give --level sample"),
+        ({"level": "sample", "clip": -1.0}, "clip bounds the log-probabilities of VIG"),
+        ({"level": "sample", "tau_floor": 0.1}, "tau_floor is a lowest VIG"),
+    ],
+)
+def test_by_loss_takes_no_option_of_vig(ranked, options, said):
+    with pytest.raises(ValueError, match=said):
+        select(ranked, 40, by="loss", **options)
+
+
 def test_by_kl_without_kl_says_what_helps(plain, ranked, tmp_path):
     said = CliRunner().invoke(app, ["select", str(plain), "--by", "kl", "-o", str(tmp_path / "selection")])
     cure = r"has no column 'token_kl'\. Score the data again with `vig score --stats kl` into another folder"

@@ -125,6 +125,15 @@ def file_in_the_way(folder: Path) -> None:
     (folder / "scores").write_text("a file")
 
 
+def renamed(folder: Path) -> None:
+    scored(folder)
+    (folder / "data.json").rename(folder / "other.json")
+
+
+def empty_cell(folder: Path) -> None:
+    (folder / "data.csv").write_text("image,question,answer\n0.png,What?,red\n1.png,What?,\n")
+
+
 SCORE = "score {dir}/model {dir}/data.json -o {dir}/scores"
 CASES = (
     Case("a data file that is not there", SCORE.replace("data.json", "nowhere.json")),
@@ -188,6 +197,26 @@ CASES = (
         selected,
     ),
     Case("a learning rate below 0", "train {dir}/model {dir}/data.json -o {dir}/out --lr -1"),
+    Case("an empty cell of a CSV file", SCORE.replace(".json", ".csv"), empty_cell),
+    Case("a data file renamed between two runs", SCORE.replace("data.json", "other.json"), renamed),
+    Case(
+        "a data file renamed before its records are asked for",
+        "select {dir}/scores -o {dir}/selection --data {dir}/other.json --export {dir}/kept.json",
+        renamed,
+    ),
+    Case("a selection in the place of scores", "report {dir}/selection -o {dir}/report.html", selected),
+    Case("data in the place of scores", "select {dir}/data.json -o {dir}/selection"),
+    Case(
+        "scores in the place of a selection",
+        "report {dir}/scores --selection {dir}/scores -o {dir}/report.html",
+        scored,
+    ),
+    Case("scores in the place of data", SCORE.replace("data.json", "scores"), scored),
+    Case("data and model in the wrong order", "score {dir}/data.json {dir}/model -o {dir}/scores"),
+    Case(
+        "a selection in the place of a model", "score {dir}/selection {dir}/data.json -o {dir}/more", selected
+    ),
+    Case("a selection in the output folder of scores", SCORE.replace("/scores", "/selection"), selected),
     Case("scores that are not there", "select {dir}/nowhere -o {dir}/selection"),
 )
 

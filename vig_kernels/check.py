@@ -40,7 +40,11 @@ def tensor(name: str, value, dtypes: tuple[torch.dtype, ...]) -> None:
         )
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"expected {name} of dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+        fitting = torch.float32 if torch.float32 in dtypes else dtypes[0]
+        raise TypeError(
+            f"expected {name} of dtype {names}, got {str(value.dtype).removeprefix('torch.')}: call "
+            f"{name}.to({fitting})"
+        )
 
 
 def flag(name: str, value, allowed: tuple) -> None:
@@ -229,10 +233,15 @@ def linear(
     *cast, weight, bias = autocast(*hiddens.values(), weight, bias)
     for name, hidden in zip(hiddens, cast, strict=True):
         if hidden.dtype != weight.dtype:
-            raise TypeError(f"expected {name} and weight of one dtype, got {hidden.dtype} and {weight.dtype}")
+            raise TypeError(
+                f"expected {name} and weight of one dtype, got {hidden.dtype} and {weight.dtype}: call "
+                f"{name}.to(weight.dtype), or run under torch.autocast, which casts both"
+            )
     for name, value in (*zip(hiddens, cast, strict=True), ("target", target), ("bias", bias)):
         if value is not None and value.device != weight.device:
-            raise ValueError(f"expected {name} on {weight.device} with weight, got {value.device}")
+            raise ValueError(
+                f"expected {name} on {weight.device} with weight, got {value.device}: call {name}.to(weight.device)"
+            )
     bias = None if bias is None else bias.contiguous()
     flat_target = target if target.ndim == 1 else target.reshape(-1)
     shared = rows(weight), flat_target.long(), bias, *options

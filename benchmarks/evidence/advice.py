@@ -22,8 +22,8 @@ from benchmarks.evidence.verdict import (
 
 DESCRIBED = ("prior_colour", "text_loss", "chair_s", "recall")  # shown with intervals and not tested
 YOURS = (
-    "The share of blind answers decides, and nothing here estimates that of your data: read a hundred of its answers "
-    "beside their pictures."
+    "The share of blind answers decides, and nothing here estimates that of your data: read some of its answers, drawn "
+    "at random, beside their pictures ([how](concepts.md#how-many-answers-are-blind))."
 )
 
 
@@ -71,7 +71,10 @@ def _where(tests: Sequence[Tested]) -> str:
 
 
 def _against_filter(tests: Sequence[Tested]) -> str:
-    said = "Compare with a filter of samples by their loss, which needs one pass and no null image. In right colour "
+    said = (
+        "Compare with a filter of samples by their loss, which needs one pass and no null image (`vig select --by loss "
+        "--level sample`). In right colour "
+    )
     parts = [
         f"{what} {where}"
         for what, where in (

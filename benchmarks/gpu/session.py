@@ -48,8 +48,8 @@ class Session:
         self._write({"reason": reason})
 
     def case(self, case: dict) -> None:
-        """Stores a case."""
-        self._write({"case": case})
+        """Stores a case; one of a rehearsal says that it is."""
+        self._write({"case": case | {"rehearsal": True} if self.rehearse else case})
 
     def _write(self, entry: dict) -> None:
         with self.out.open("a") as lines:

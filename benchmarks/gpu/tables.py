@@ -8,6 +8,12 @@ from benchmarks import results
 from benchmarks.gpu import plan
 
 NOT_MEASURED = "not measured"
+REHEARSAL = "REHEARSAL ON A CPU, no figures"
+REHEARSED = {
+    "device ms": "interpreter ms",
+    "/ cuBLAS": "/ CPU product",
+    "/ products": "/ CPU products",
+}  # heads
 PREDICTED = {  # rows that predictions speak of, and the op's name there
     "linear_nll": "linear_nll",
     "linear_vig, N + N rows": "linear_vig",
@@ -18,8 +24,15 @@ COUNTERS = ("Speed Of Light", "Occupancy", "Warp State")  # sections of ncu that
 
 
 def tables(result: dict) -> list[list[list[str]]]:
-    """Lists of rows, the first of them the head: a table a case, then what became of the steps."""
-    return [*(_table(case) for case in result["cases"] if case["rows"]), steps_table(result)]
+    """Lists of rows, the first of them the head: a table a case, then what became of the steps.
+
+    Every table of a rehearsal says so: tiny shapes in the interpreter on a CPU have times, which are no figures.
+    """
+    found = [*(_table(case) for case in result["cases"] if case["rows"]), steps_table(result)]
+    if result["rehearsal"]:
+        for table in found:
+            table[0] = [f"{REHEARSAL}: {table[0][0]}", *(REHEARSED.get(name, name) for name in table[0][1:])]
+    return found
 
 
 def _table(case: dict) -> list[list[str]]:

@@ -27,7 +27,8 @@ def select(
         str | None,
         typer.Option(
             help="source: p within each source, so that none is emptied. kl: rank by KL(image || null), not VIG; "
-            "needs `vig score --stats kl`."
+            "needs `vig score --stats kl`. loss: a loss filter, which keeps the samples of the lowest loss with the "
+            "image, whole; for comparison, with --level sample."
         ),
     ] = None,
     stop_tokens: Annotated[

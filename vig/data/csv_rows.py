@@ -1,4 +1,4 @@
-"""CSV and TSV with a header: its names are the fields of a record; an empty cell is an absent field."""
+"""CSV and TSV with a header: its names are the fields of a record; an empty cell is what null is in JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vig.data.rows import SKIPPED, Lost, Wanted
+from vig.data.rows import SKIPPED, Lost, OfLine, Wanted
 
 LONGEST_CELL = 1 << 28  # characters: pictures may be written in them
 
@@ -23,7 +23,7 @@ def csv_rows(path: Path, wanted: Wanted) -> Iterator[Any]:
                 problem = f"line {table.line_num} has {len(cells)} cells, the header has {len(header)}"
                 yield Lost(problem, "Quote cells that hold separators or line ends")
             else:
-                yield {name: cell for name, cell in zip(header, cells, strict=True) if cell != ""}
+                yield OfLine(table.line_num, {n: cell or None for n, cell in zip(header, cells, strict=True)})
 
 
 def count_csv(path: Path) -> int:

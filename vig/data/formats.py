@@ -24,7 +24,7 @@ class Format(NamedTuple):
 
     suffixes: in lower case; one that does not begin with a dot is a file's whole name.
     rows: import path of f(path, wanted) -> records in order, each a dict of fields, or `Lost`, or `SKIPPED` (see
-        `vig.data.rows`); in a `Named` where the row's number is not its name.
+        `vig.data.rows`); in a `Named` where the row's number is not its name, in an `OfLine` where it has a line.
     count: import path of f(path) -> number of records, or None where only reading them all would tell.
     whole_folder: `path` is the folder in which files of these suffixes lie, not one of them.
     gives_way: ignored (and listed as not read) in a folder that also holds data of another format.

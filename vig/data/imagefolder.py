@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from vig.data.formats import FORMATS, Format
-from vig.data.rows import Wanted
+from vig.data.rows import OfLine, Wanted
 
 
 def imagefolder_rows(path: Path, wanted: Wanted) -> Iterator[Any]:
     """The records of the metadata, with the images that they name from its own folder on."""
-    for record in _table_format(path).read(path, wanted):
+    for found in _table_format(path).read(path, wanted):
+        record = found.record if isinstance(found, OfLine) else found
         if isinstance(record, dict):
             names = record.pop("file_name", None) or record.pop("file_names", None)
             if names is not None:
                 names = [names] if isinstance(names, str) else list(names)
                 record |= {"images": [str(path.parent.absolute() / name) for name in names]}
-        yield record
+        yield found
 
 
 def count_imagefolder(path: Path) -> int | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vig.data.formats import FORMATS, IMAGES, Format, expected, format_of
+from vig.data.kinds import kind_of
 from vig.data.photographs import visible_files
 from vig.data.sample import DataError
 
@@ -50,6 +52,10 @@ def locate(path: str | Path, split: str | None = None) -> Located:
     path = Path(path)
     if not path.exists():
         raise DataError(f"no such data: {path}. Give {expected()}")
+    other = kind_of(path)
+    if other is not None and (path.is_dir() or path.suffix == ".parquet"):
+        order = " MODEL comes first, then DATA" if other.name == "checkpoint" else ""
+        raise DataError(f"{path} is {other.text}, not data. Give {expected()}.{order}".rstrip("."))
     if path.is_dir():
         return _in_folder(path, split)
     row = format_of(path)
@@ -205,7 +211,8 @@ def _photographs(
         *chosen,
         *(file for file in files if file.suffix.lower() == ".txt" and file.with_suffix("") in captions),
     }
-    return Located(row, (home,), home, (home.name,), tuple(file for file in files if file not in read))
+    name = Path(os.path.abspath(home)).name  # also of "."
+    return Located(row, (home,), home, (name,), tuple(file for file in files if file not in read))
 
 
 # --- what is left ---

@@ -84,7 +84,7 @@ def _sample(
     own = _image_values(record)
     if not record.keys() <= PLAIN:
         _refuse_what_is_not_read(record, bool(own))
-    form = _form_of(record)
+    form = _form_of(record, reading)
     placed: list[Any] = []  # the images in the order in which they stand
     turns = form.turns_of(record)
     roles = ROLES | reading.role_of if reading.role_of else ROLES
@@ -123,7 +123,7 @@ def check_sample(sample: Sample) -> None:
 # --- fields ---
 
 
-def _form_of(record: dict[str, Any]) -> Form:
+def _form_of(record: dict[str, Any], reading: Reading) -> Form:
     if record.get("conversations") and record.get("messages"):
         cure = "Leave one out with --columns ignore=messages or ignore=conversations"
         raise Unusable("it has both conversations and messages", cure)
@@ -133,7 +133,8 @@ def _form_of(record: dict[str, Any]) -> Form:
             return form
     empty = [field for form in FORMS for field in form.fields if field in record and record[field] is None]
     if empty:
-        raise Unusable(f"the field {empty[0]} is empty", "Fill it, or remove the record")
+        theirs = next((name for name, ours in reading.column_of.items() if ours == empty[0]), empty[0])
+        raise Unusable(f"the field {theirs} is empty", "Fill it, or remove the record")
     known = "; ".join(dict.fromkeys(" and ".join(form.fields) for form in FORMS))
     cure = f"Name them {known}, or say which they are with --columns messages=NAME"
     raise Unusable(f"no turns among the fields {sorted(map(str, record))}", cure)

@@ -42,14 +42,25 @@ class Named(NamedTuple):
     record: Any
 
 
+class OfLine(NamedTuple):
+    """A record of a file that people read by its lines, counted from 1."""
+
+    line: int
+    record: Any
+
+
 class Row(NamedTuple):
-    """One row of a file: its number from 0, its record, or what is wrong with it and what helps, and its name."""
+    """One row of a file: its number from 0, its record, or what is wrong with it and what helps, and its name.
+
+    line: of the file, where it ends, from 1; None where a file has none that people look for.
+    """
 
     number: int
     record: Any
     problem: str | None = None
     cure: str = REPAIR
     name: str | None = None
+    line: int | None = None
 
 
 def read_rows(path: Path, form: Format, wanted: Wanted = every) -> Iterator[Row]:
@@ -59,13 +70,15 @@ def read_rows(path: Path, form: Format, wanted: Wanted = every) -> Iterator[Row]
     number = 0
     try:
         for record in form.read(path, wanted):
-            name = None
+            name = line = None
             if isinstance(record, Named):
                 name, record = record
+            elif isinstance(record, OfLine):
+                line, record = record
             if isinstance(record, Lost):
                 yield Row(number, None, *record, name)
             else:
-                yield Row(number, record, name=name)
+                yield Row(number, record, name=name, line=line)
             number += 1
     except DataError:
         raise

@@ -70,7 +70,7 @@ def _read(
     for file, own_name in zip(data.paths, data.names, strict=True):
         before, number, source = total, -1, writable(own_name)
         rows = read_rows(file, data.format, lambda row, n=before: wanted(n + row))
-        for number, record, problem, cure, name in rows:
+        for number, record, problem, cure, name, line in rows:
             if record is SKIPPED or not wanted(before + number):
                 yield None
                 continue
@@ -80,5 +80,7 @@ def _read(
                     raise SampleError(key, name or "", problem, cure)
                 yield sample_from_record(record, key=key, image_root=root, source=source, reading=reading)
             except SampleError as error:
+                if line is not None:
+                    error = SampleError(key, error.id, f"line {line}: {error.reason}", error.cure)
                 yield BrokenRecord(key, error.id, source, error)
         total = before + number + 1

@@ -19,6 +19,7 @@ from typing import Any
 import vig
 from vig.data.error_log import ErrorLog
 from vig.data.files import StoreError, explain_write_errors, whole_file, write_atomically
+from vig.data.kinds import other_kind, taken
 from vig.store.folder import MANIFEST, SettingsDiffer
 
 PREDICTIONS, MEASURES, BATCHES, ERRORS = (
@@ -35,10 +36,13 @@ class PredictionFolder:
     """The rows that a folder holds, by key, and how more are added. The folder must be locked.
 
     settings: `EvalSpec.binding`. Raises SettingsDiffer where the folder's predictions were made with others, StoreError
-    for a damaged manifest.
+    for a damaged manifest, and where another command wrote there.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
+        other = taken(folder, "predictions")
+        if other is not None:
+            raise StoreError(other)
         self.folder, self.settings = folder, dict(settings)
         manifest = read_manifest(folder)
         self.found: Row | None = None
@@ -129,6 +133,9 @@ def read_predictions(path: str | Path) -> list[Row]:
     """The rows of a predictions.jsonl, or of the folder that holds it. Raises StoreError."""
     path = Path(path)
     file = path / PREDICTIONS if path.is_dir() else path
+    other = other_kind(path, "predictions")
+    if other is not None:
+        raise StoreError(other)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line]

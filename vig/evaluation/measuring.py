@@ -10,6 +10,7 @@ import vig
 from vig.data.files import StoreError
 from vig.evaluation.figures import Tally, compare, estimate
 from vig.evaluation.folder import Row, read_predictions
+from vig.evaluation.questions import has_image
 from vig.evaluation.settings import EvalSpec
 from vig.evaluation.significance import mcnemar
 
@@ -41,13 +42,14 @@ def measure(rows: Sequence[Row], spec: EvalSpec, provenance: Mapping[str, Any]) 
 
 
 def _counts(rows: Sequence[Row], good: Sequence[Row], tally: Tally | None) -> dict[str, int]:
-    """How many questions, images and errors; answers that were cut, or say nothing that can be read."""
+    """How many questions, images, questions without one, errors; answers that were cut, or cannot be read."""
     counts = {
         "questions": len(rows),
         "answered": len(good),
         "errors": len(rows) - len(good),
         "units": 0 if tally is None else len(tally.keys),
-        "images": len({row["image"] for row in good}),
+        "images": len({row["image"] for row in good if has_image(row)}),
+        "text_only": len({row["image"] for row in good if not has_image(row)}),
         "cut": sum(bool(row.get("cut")) for row in good),
     }
     if any("abstained" in row for row in good):

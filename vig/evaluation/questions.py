@@ -6,7 +6,7 @@ Nothing is dropped in silence: a record that cannot be asked is a `BrokenRecord`
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -95,6 +95,9 @@ class Record:
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str) or not value.strip():
+            empty = next((name for name in names if name in self.fields), None)
+            if empty is not None and value in (None, ""):
+                raise Unusable(f"the field {empty} is empty", "Fill it, or remove the record")
             found = ", ".join(sorted(map(str, self.fields))) or "none"
             raise Unusable(
                 f"no text in the field {' or '.join(names)} (fields: {found})", "Fill it, or check --task"
@@ -164,6 +167,11 @@ def image_name(value: Any) -> str:
         return hashlib.blake2b(value, digest_size=8).hexdigest()
     text = str(value)
     return text if len(text) <= 200 else hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def has_image(row: Mapping[str, Any]) -> bool:
+    """Whether a stored row is about an image: one of text alone has its record's key in the image's place."""
+    return row["key"] != row["image"] and not row["key"].startswith(f"{row['image']}@")  # @1: a rotation
 
 
 def with_prompt(prompt: str, question: str) -> str:

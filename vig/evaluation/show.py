@@ -96,8 +96,10 @@ def remarks(measures: Mapping[str, Any]) -> list[str]:
     lines = [f"{counts['answered']:,} questions about {counts['images']:,} images"]
     if counts["units"] != counts["answered"]:
         lines[0] += f", counted as {counts['units']:,}"
+    if counts["text_only"]:
+        lines[0] += f", {counts['text_only']:,} without an image"
     lines[0] += "; intervals by drawing images"
-    if counts["images"] < 2:
+    if counts["images"] + counts["text_only"] < 2:
         lines[0] += ", of which there are too few for any"
     if counts.get("abstained"):
         lines.append(_abstained(measures))

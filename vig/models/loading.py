@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from vig.data.kinds import kind_of
 from vig.models.families import Family, ModelError, family_of
 from vig.models.family_pixels import FamilyPixels
 from vig.models.processors import load_processor
@@ -53,6 +54,7 @@ def load(
     name = str(name)
     check_dtype(dtype)
     check_device(device)
+    refuse_other_kind(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)
@@ -66,6 +68,19 @@ def load(
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"cannot load {name}: {_reason(error, name)}") from error
     return as_loaded(model, processor, name=name, revision=revision, device=device)
+
+
+def refuse_other_kind(name: str) -> None:
+    """Raises ModelError for a file, and for a folder that another command than training wrote."""
+    kind = kind_of(name)
+    if kind is not None and kind.name in ("checkpoint", "adapter"):
+        return
+    if kind is not None or Path(name).is_file():
+        what = "a file" if kind is None else kind.text
+        raise ModelError(
+            f"cannot load {name}: it is {what}, not a checkpoint. Give a folder with config.json and *.safetensors, or "
+            "a name on the hub"
+        )
 
 
 def check_dtype(dtype: str) -> None:

@@ -83,7 +83,10 @@ def box_range(rows: list[tuple[str, Box]]) -> tuple[float, float]:
 
 
 def box_row(box: Box, low: float, high: float) -> Markup:
-    """Whiskers from 5 to 95 %, a box from 25 to 75 % in the median's colour, a line there, a dot at the mean."""
+    """Whiskers from 5 to 95 %, a box from 25 to 75 % in the median's colour, a line there, a dot at the mean.
+
+    Of a few values the dot alone.
+    """
     span, middle = high - low, ROW / 2
 
     def at(value: float) -> str:
@@ -97,15 +100,16 @@ def box_row(box: Box, low: float, high: float) -> Markup:
             ("95 %", box.high), ("mean", box.mean),
         )
     )  # fmt: skip
-    label = ", ".join(quantiles)
+    label = f"mean {signed(box.mean, digits)} of {box.count} alone" if box.is_few else ", ".join(quantiles)
     width = max((box.third - box.first) / span * 100, 0.4)
     parts = [
-        f'<line class="zero" x1="{at(0)}" x2="{at(0)}" y1="0" y2="{ROW}"/>',
         f'<line class="whisker" x1="{at(box.low)}" x2="{at(box.high)}" y1="{middle}" y2="{middle}"/>',
         f'<rect class="{shade(box.median)}" x="{at(box.first)}" y="4" width="{width:.3f}%" height="{ROW - 8}"/>',
         f'<line class="median" x1="{at(box.median)}" x2="{at(box.median)}" y1="3" y2="{ROW - 3}"/>',
-        f'<circle class="mean" cx="{at(box.mean)}" cy="{middle}" r="2.2"/>',
     ]
+    zero = f'<line class="zero" x1="{at(0)}" x2="{at(0)}" y1="0" y2="{ROW}"/>'
+    dot = f'<circle class="mean" cx="{at(box.mean)}" cy="{middle}" r="2.2"/>'
+    parts = [zero, *(() if box.is_few else parts), dot]
     return Markup(
         f'<svg class="plot" height="{ROW}" role="img" aria-label="{label}"><title>{label}</title>{"".join(parts)}</svg>'
     )

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from vig.reporting import charts
 from vig.reporting.encode import keep_json, script_json
 from vig.reporting.scale import STEPS, legend, readable, rounded, shade, signed
-from vig.reporting.views import Page
+from vig.reporting.views import FEW, Page
 
 HERE = Path(__file__).parent
 SCRIPTS = ("core.js", "sample.js", "zoom.js", "keep.js", "list.js")
@@ -61,6 +61,7 @@ def _environment() -> jinja2.Environment:
     environment.globals.update(
         box_range=charts.box_range,
         box_row=charts.box_row,
+        few=FEW,
         box_axis=charts.box_axis,
         curves=charts.curves,
         scatter=charts.scatter,

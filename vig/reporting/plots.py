@@ -144,11 +144,15 @@ def _histogram(data: Histogram, tau: float | None, what: str, logarithmic: bool)
 
 def _boxes(boxes: Boxes) -> Any:
     with _axes(0.55 + 0.19 * len(boxes.rows)) as (figure, (axes,)):
+        names = ("whislo", "q1", "med", "q3", "whishi")
         shown = [
-            {"whislo": box.low, "q1": box.first, "med": box.median, "q3": box.third, "whishi": box.high,
-             "mean": box.mean, "label": f"{name} ({box.count:,})", "fliers": []}
-            for name, box in boxes.rows
-        ]  # fmt: skip
+            dict.fromkeys(names, box.mean)
+            if box.is_few
+            else dict(zip(names, vars(box).values(), strict=False))
+            for _, box in boxes.rows
+        ]
+        for row, (name, box) in zip(shown, boxes.rows, strict=True):
+            row |= {"mean": box.mean, "label": f"{name} ({box.count:,})", "fliers": []}
         drawn = axes.bxp(
             shown, orientation="horizontal", showmeans=True, patch_artist=True, widths=0.6, showfliers=False,
             medianprops={"color": INK}, whiskerprops={"color": SOFT}, capprops={"color": SOFT},

@@ -27,6 +27,7 @@ from vig.reporting.viewer import Viewer
 from vig.reporting.views import Page, SampleView
 from vig.reporting.words import find_tagger, word_figures
 from vig.selection.advice import noise_floor, tau_warnings
+from vig.selection.measures import MEASURES, measure_of, unit_of
 from vig.selection.select import Selection
 from vig.selection.stop_tokens import Stops
 from vig.store.folder import ABOUT_THE_DATA, SettingsDiffer, settings_differences
@@ -125,7 +126,7 @@ def rules_of(chosen: dict, scored: dict) -> Rules:
         given["level"] = "both"  # it keeps as many
     if given.get("by") == "source":
         given.pop("tau", None)  # there is one a source
-    if given.get("by") == "kl":  # the page's axes are of VIG
+    if measure_of(given.get("by")) != "vig":  # the page's axes are of VIG
         given = {name: given[name] for name in ("p", "level", "keep_easy") if name in given}
     stop_tokens = chosen.get("stop_tokens", "select") if chosen else "keep"
     return Rules(**given, stops=Stops.of(scored, stop_tokens, chosen.get("mean", "all")))
@@ -250,8 +251,7 @@ def _figures(facts: Facts, metadata: dict, chosen: dict) -> list[tuple[str, str,
     ]
     if chosen:
         counts, tau = chosen["counts"], chosen["tau"]
-        unit = "nats of KL" if chosen.get("by") == "kl" else "nats"
-        remark = f"{unit}; level {chosen['level']}, p\u202f=\u202f{chosen['p']:g}"
+        remark = f"{unit_of(chosen.get('by'))}; level {chosen['level']}, p\u202f=\u202f{chosen['p']:g}"
         if chosen.get("by") == "source":
             remark += f"; the lowest of {len(chosen['sources'])} sources"
         figures.append(("threshold τ", "none" if tau is None else rounded(tau), remark))
@@ -295,11 +295,12 @@ def _tau_notes(chosen: dict, metadata: dict) -> list[str]:
     """What `select` warned of."""
     if not chosen:
         return []
-    notes = tau_warnings(chosen["tau"], metadata, chosen["counts"], chosen.get("sources"))
-    if chosen.get("by") == "kl":
+    measure = measure_of(chosen.get("by"))
+    notes = tau_warnings(chosen["tau"], metadata, chosen["counts"], chosen.get("sources"), measure)
+    if measure != "vig":
         notes.append(
-            "The selection ranks by KL. The slider, the figures and the threshold in them are of VIG; marks on tokens, "
-            "and the counts of what is trained on, are the selection's."
+            f"The selection ranks by {MEASURES[measure].label}. The slider, the figures and the threshold in them are "
+            "of VIG; marks on tokens, and the counts of what is trained on, are the selection's."
         )
     return notes
 

@@ -1,7 +1,7 @@
 """Which samples a page shows: the extremes, both sides of tau, what is dropped, each source, and some at random.
 
 Rows stream by once; each stratum keeps its best few, so memory does not grow with the scores. The same scores and seed
-give the same samples.
+give the same samples. A page with room for all rows shows them all and draws nothing: it has no strata.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ class Picker:
     """Offers every row to the strata it belongs to; `picks` deals them out."""
 
     def __init__(self, samples: int, tau: float | None, sources: Sources):
-        self.samples, self.tau = samples, tau
+        self.samples, self.tau, self.rows = samples, tau, 0
         self.pools = {name: Pool(samples) for name in STRATA if name != "source"}
         self.by_source = [Pool(samples) for _ in sources.names] if len(sources.names) > 1 else []
 
     def offer(self, batch: Light) -> None:
+        self.rows += len(batch.rows)
         ok = ~np.isnan(batch.vig)
         tau = np.inf if self.tau is None else self.tau
         low, draws = ok & (batch.vig < tau), batch.draws.astype(np.float64)
@@ -89,7 +90,11 @@ class Picker:
         """Row -> why it is shown; and the number of rows of each stratum.
 
         Each stratum has its share of the page; what it cannot fill, the random one does. A sample may be of several.
+        Where all rows are shown, the highest of five would say little: none has a reason.
         """
+        if self.rows <= self.samples:
+            every = np.concatenate([self.pools["random"].rows, self.pools["errors"].rows])
+            return {row: [] for row in np.sort(every).tolist()}, {}
         chosen: dict[int, list[str]] = {}
         members: dict[str, int] = {}
         for name, (_, _, share) in STRATA.items():

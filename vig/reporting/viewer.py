@@ -16,6 +16,7 @@ from vig.data.samples import read_samples
 from vig.models.token_texts import token_texts
 from vig.reporting.views import Pass, SampleView
 from vig.scoring import batching
+from vig.store.fingerprints import renamed
 from vig.store.token_stats import TOKEN_STATS, stat_columns
 
 MOST_IMAGES = 8  # of a sample that are shown
@@ -61,10 +62,15 @@ class Viewer:
                 self._read(missing, wanted=numbers.__contains__)
             if missing:
                 self._read(missing)
+            problem = renamed(min(rows), self.data) if missing and missing == set(rows) else None
         except (OSError, ValueError) as error:
-            self.notes.append(f"Questions and pictures are missing: {error}")
+            gone = f"there is no {self.data} any more. Give it with --data (data=), under its old name."
+            reason = error if Path(self.data).exists() else gone
+            self.notes.append(f"Questions and pictures are missing: {reason}")
             return
-        if missing:
+        if problem is not None:
+            self.notes.append(f"Questions and pictures are missing: {problem}.")
+        elif missing:
             self.notes.append(f"{len(missing)} of the samples shown are not in {self.data} any more.")
 
     def _read(self, missing: set[str], wanted: Any = None) -> None:

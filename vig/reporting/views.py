@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+FEW = 5  # values; fewer have no quartiles to speak of: only their mean is drawn
+
 
 @dataclass
 class Box:
@@ -20,6 +22,10 @@ class Box:
     high: float
     mean: float
     count: int
+
+    @property
+    def is_few(self) -> bool:
+        return self.count < FEW
 
 
 @dataclass

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vig.data.error_log import ErrorLog
-from vig.data.files import check_writable, lock_folder
+from vig.data.files import StoreError, check_writable, lock_folder
 from vig.data.sample import BrokenRecord, Sample
 from vig.models.end_of_turn import DEFAULT
 from vig.scoring import batching
@@ -21,8 +21,9 @@ from vig.scoring.record_count import FIRST_WAIT, RecordCount
 from vig.scoring.scorer import NOISE_SAMPLES, Progress, Scorer, error_row, longest_pass, tally
 from vig.scoring.settings import RunSpec, ScoreSettings
 from vig.store.errors import log_errors, stored_errors
-from vig.store.folder import output_folder, read_manifest, recorded_setting, siblings
-from vig.store.scores import ScoreWriter
+from vig.store.fingerprints import renamed
+from vig.store.folder import output_folder, read_manifest, recorded_setting, shards_in, siblings
+from vig.store.scores import ScoreWriter, first_key
 
 MEASURED = {"noise_floor", "sharing"}  # settings that a run finds out, and a resumed one takes over
 LOOK_AHEAD = 1 << 17  # records that are searched for the first ones with images
@@ -46,7 +47,7 @@ def score_dataset(
     shard: (i, n), only windows whose number is i modulo n, into the folder ``shard-i-of-n`` within `out`: n jobs
     may run at the same time, and `out` is complete when all have ended. retry_failed: score the error rows of
     finished windows again. Raises ValueError for a window, shard or limit that makes no sense, DataError, ModelError
-    and StoreError (other settings, no permission, disk full).
+    and StoreError (other settings, data under another name, no permission, disk full).
     progress_bar: on a terminal, unless on_progress is given. Samples that could not be scored are warned of; all of
     them stand in `_errors.jsonl` of the folder.
     """
@@ -72,6 +73,7 @@ def run_scoring(
     """`score_dataset`, with what it scores as one value. count: of its records, begun before; it ends with the run."""
     run.check_data()
     folder, progress = output_folder(out, run.shard), Progress()
+    refuse_renamed(folder, run)
     check_writable(folder)
     with count or RecordCount(run.data, run.limit) as count:
 
@@ -124,6 +126,18 @@ def _writing(folder: Path, scorer: Scorer, run: RunSpec) -> Iterator[ScoreWriter
             yield ScoreWriter(folder, run_provenance(scorer, run, folder), lock)
         finally:
             scorer.workers = workers
+
+
+def refuse_renamed(folder: Path, run: RunSpec) -> None:
+    """Raises StoreError where the folder, or another job of its array, holds scores of data of another name."""
+    for place in (folder, *siblings(folder)):
+        key = None
+        for shard in shards_in(place):
+            with suppress(StoreError):  # a damaged one is scored again
+                key = key or first_key(shard)
+        problem = None if key is None else renamed(key, run.data)
+        if problem is not None:
+            raise StoreError(f"{place}: {problem}, or give another output folder")
 
 
 def end_of_turn_in(folder: Path, settings: ScoreSettings) -> str:

@@ -27,7 +27,7 @@ from vig.data.reading import Source
 from vig.data.sample import BrokenRecord, Sample
 from vig.scoring import batching
 from vig.scoring.record_count import RecordCount
-from vig.scoring.run import end_of_turn_in, record_splits, run_provenance
+from vig.scoring.run import end_of_turn_in, record_splits, refuse_renamed, run_provenance
 from vig.scoring.scorer import KEPT_ERRORS, Progress, Scorer
 from vig.scoring.settings import RunSpec, ScoreSettings
 from vig.store.errors import log_errors
@@ -118,8 +118,9 @@ def run_scoring_on_ray(
     ray = _ray()
     job = _placed(job)
     run, folder = job.run, Path(job.folder)
-    check_writable(folder)
     run.check_data()
+    refuse_renamed(folder, run)
+    check_writable(folder)
     job = replace(job, settings=replace(job.settings, end_of_turn=end_of_turn_in(folder, job.settings)))
     resources = actors.resources(ray.cluster_resources())
     job = replace(job, provenance=_ask(ray, ray.remote(**resources)(_provenance).remote(job)))

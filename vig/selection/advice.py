@@ -26,10 +26,12 @@ def tau_warnings(
     metadata: dict,
     counts: Mapping[str, Any] | None = None,
     sources: Sequence[Mapping[str, Any]] | None = None,
+    measure: str = "vig",
 ) -> list[str]:
     """What a reader of the selection should know of its tau, or of each source's.
 
     metadata: of the scores; counts: of the selection; sources: their rows, each with tau and counts of its own.
+    measure: of `MEASURES`; a likelihood is below 0, and tells nothing of the image.
     """
     if sources:
         return [
@@ -39,6 +41,8 @@ def tau_warnings(
         ]
     if tau is None:
         return ["no scored sample has an image: there is no tau, and only text-only samples are kept"]
+    if measure == "loss":
+        return []
     floor = noise_floor(metadata)
     if tau <= LOW_TAU:
         passing = ""

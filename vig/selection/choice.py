@@ -38,14 +38,20 @@ class Choice:
             raise ValueError(f"tau_floor is a finite number of nats; got {self.tau_floor!r}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed is an integer of 64 bits; got {self.seed!r}")
-        if self.by not in (None, "source", "kl"):
+        if self.by not in (None, "source", "kl", "loss"):
             raise ValueError(
-                f'by = {self.by!r}, expected "source" or "kl", or nothing for one tau over all samples'
+                f'by = {self.by!r}, expected "source", "kl" or "loss", or nothing for one tau over all samples'
             )
-        if self.by == "kl" and self.clip is not None:
+        if self.by in ("kl", "loss") and self.clip is not None:
             raise ValueError(
-                "clip bounds the log-probabilities of VIG, which by = 'kl' does not use; leave it out"
+                f"clip bounds the log-probabilities of VIG, which by = {self.by!r} does not use; leave it out"
             )
+        if self.by == "loss" and self.level != "sample":
+            raise ValueError(
+                f'level = {self.level!r}: by = "loss" filters whole samples. Give --level sample (level="sample")'
+            )
+        if self.by == "loss" and self.tau_floor is not None:
+            raise ValueError("tau_floor is a lowest VIG, which by = 'loss' does not use; leave it out")
         if self.by == "source" and self.level == "random":
             raise ValueError("level random draws from all samples alike; leave out by (--by source)")
         check_easy(self.keep_easy)

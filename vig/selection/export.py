@@ -24,10 +24,10 @@ from vig.data.reading import Reading, Source
 from vig.data.rows import read_rows
 from vig.data.sample import writable
 from vig.selection.select import Selection
-from vig.store.fingerprints import data_fingerprint
+from vig.store.fingerprints import data_fingerprint, renamed
 from vig.store.folder import score_files
 from vig.store.rows import segment_means
-from vig.store.scores import score_metadata
+from vig.store.scores import first_key, score_metadata
 
 WRITTEN = (".json", ".jsonl")  # an array, one record a line
 
@@ -41,8 +41,8 @@ def check_export(path: str | Path) -> None:
 def export_records(selection: Selection, path: str | Path, *, data: str | Path | None = None) -> int:
     """Writes the kept records to `path`, an array (.json) or one a line (.jsonl), and returns how many they are.
 
-    data: the scored data, if it has moved. The file holds all records or what it held before. Raises StoreError for
-    data that is gone or is not what was scored.
+    data: the scored data, if it has moved, under its old name. The file holds all records or what it held before.
+    Raises StoreError for data that is gone, renamed, or not what was scored.
     """
     path = Path(path)
     check_export(path)
@@ -68,24 +68,32 @@ def _json_files(selection: Selection, moved: str | Path | None) -> dict[str, Pat
         if isinstance(scores, pa.Table)
         else {file.parent: file for file in score_files(scores)}.values()
     )
-    settings = {about.get("data"): about for about in map(score_metadata, tables)}
+    settings = {
+        about.get("data"): (about, table) for about, table in ((score_metadata(one), one) for one in tables)
+    }
     if moved is not None and len(settings) > 1:
         raise StoreError(
             f"the scores are of {len(settings)} data sets, and {moved} is one. Put them back in place"
         )
     found = {}
-    for name, about in settings.items():
+    for name, (about, table) in settings.items():
         if moved is None and name is None:
             raise StoreError("the scores do not name their data. Give it with --data (data=)")
         data = Source(Path(name if moved is None else moved), Reading.stored(about))
         if not _is_json(data.path, about):
             continue
         if not data.path.exists():
-            raise StoreError(f"the scored data is not at {data}. Give it with --data (data=)")
+            raise StoreError(
+                f"the scored data is not at {data}. Give it with --data (data=), under its old name"
+            )
         if about.get("data_fingerprint") not in (None, data_fingerprint(data)):
             raise StoreError(
                 f"{data} changed since it was scored. Score it again, or give the old with --data"
             )
+        key = first_key(table)
+        problem = None if key is None else renamed(key, data)
+        if problem is not None:
+            raise StoreError(f"{data}: {problem}")
         where = locate(data.path, data.reading.split)
         found |= {writable(name): path for name, path in zip(where.names, where.paths, strict=True)}
     return found

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vig.data.files import StoreError
+from vig.selection.measures import token_and_sample_likelihood
 from vig.selection.stop_tokens import NO_STOPS, Stops
 from vig.store.rows import list_array, segment_means
 from vig.store.selections import SELECTION_SCHEMA, hash_keys, mix64
@@ -45,7 +46,7 @@ class Rule:
     token_limit: int | None = None  # of a token in these, beside the end-of-turn tokens
     taus: Mapping[str, float] | None = None  # by source, in place of tau
     stops: Stops = NO_STOPS
-    by_kl: bool = False  # KL(p_image || p_null) takes the place of VIG
+    measure: str = "vig"  # of `MEASURES`: what takes the place of VIG
     keep_easy: float | None = (
         None  # nats: tokens with nll_null under it are kept too, in every multimodal sample
     )
@@ -56,7 +57,7 @@ class Rule:
         read = (
             "key", "id", "source", "status", "n_tokens", "vig", "token_ids", "token_nll_image", "token_nll_null"
         )  # fmt: skip
-        read = (*read, KL) if self.by_kl else read
+        read = (*read, KL) if self.measure == "kl" else read
         return (*read, "positions") if self.stops.ids else read
 
     def apply(self, batch: pa.RecordBatch) -> Applied:
@@ -114,16 +115,19 @@ class Rule:
     @property
     def value_columns(self) -> tuple[str, ...]:
         """Of the scores, that `values` reads beside those of `row_kinds`."""
-        if self.by_kl:
-            return (KL, *(self.stops.columns if self.stops.ids and not self.stops.in_mean else ()))
+        ends = self.stops.columns if self.stops.ids and not self.stops.in_mean else ()
+        if self.measure != "vig":
+            return (KL if self.measure == "kl" else "token_nll_image", *ends)
         return ("token_nll_image", "token_nll_null", *(self.stops.columns if self.stops.ids else ()))
 
     def values(
         self, batch: pa.RecordBatch, ok: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """What is compared with tau, float64: of the multimodal samples' tokens, and of the samples."""
-        if self.by_kl:
+        if self.measure == "kl":
             return token_and_sample_kl(batch, ok, lengths, self.stops)
+        if self.measure == "loss":
+            return token_and_sample_likelihood(batch, ok, lengths, self.stops)
         return token_and_sample_vig(batch, ok, lengths, self.clip, self.stops)
 
     def _taus_of_rows(self, batch: pa.RecordBatch, ok: np.ndarray) -> np.ndarray:

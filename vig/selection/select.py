@@ -27,14 +27,15 @@ import numpy as np
 import pyarrow as pa
 
 from vig.data.files import StoreError, lock_folder
+from vig.data.kinds import taken
 from vig.selection.advice import barely_used, mistaken_share, noise_floor, share_of, tau_warnings
 from vig.selection.by_source import SourceCounts, source_lines, taus_of
 from vig.selection.choice import Choice
+from vig.selection.measures import MEASURES, measure_of, unit_of
 from vig.selection.random_level import count_both, random_rule
 from vig.selection.rule import Rule, row_kinds
 from vig.selection.sources import Sources
 from vig.selection.stop_tokens import Stops
-from vig.store.folder import shards_in
 from vig.store.rows import METADATA_KEY
 from vig.store.scores import count_rows, open_scores, read_scores, score_metadata, unfinished
 from vig.store.selections import (
@@ -89,7 +90,7 @@ class Selection:
     def figures(self) -> list[str]:
         """Lines for a terminal: tau, and how much is kept."""
         n, text, floor = self.counts, self.counts["text_only_tokens"], noise_floor(self.metadata)
-        tau = "none" if self.tau is None else f"{self.tau:.6g} nats" + (" of KL" if self.by == "kl" else "")
+        tau = "none" if self.tau is None else f"{self.tau:.6g} {unit_of(self.by)}"
         if self.tau is not None and self.tau != self.tau_p:
             tau += f" (the floor; the percentile is {self.tau_p:.6g})"
         if self.by == "source":
@@ -115,7 +116,7 @@ class Selection:
             return []
         n = self.counts
         by_vig, easy = n["tokens_kept"] - n["tokens_easy"], n["tokens_easy"]
-        measure = "KL" if self.by == "kl" else "VIG"
+        measure = MEASURES[measure_of(self.by)].label
         return [
             f"  by {measure:11} {n['samples_kept'] - n['samples_easy']:,} samples, {by_vig:,} tokens",
             f"  as easy       {easy:,} more tokens, whose nll_null is under {self.keep_easy:g} nats",
@@ -178,7 +179,9 @@ def select(
     tau_floor: lowest tau in nats.
     by: "source" takes p within each source, with a tau of its own; ``sources`` of the result counts them. "kl" ranks
         samples and tokens by KL(p_image || p_null) in place of VIG: how far the image moves the whole distribution,
-        for better or worse, not the answer's likelihood alone. It needs scores with `stats=("kl",)`.
+        for better or worse, not the answer's likelihood alone. It needs scores with `stats=("kl",)`. "loss" is a loss
+        filter, for comparison: it keeps the samples of the lowest mean nll_image, whole (level "sample" alone); tau is
+        then the lowest mean log-likelihood, -nll_image.
     stop_tokens: "keep" keeps the end-of-turn tokens of every kept sample, whatever their VIG; "select" only those with
         VIG >= tau, as the paper's rule does. Scores that do not say which tokens these are have the paper's rule.
     mean: "all" answer tokens enter a sample's VIG, as the paper's do; "content" leaves end-of-turn tokens out.
@@ -199,8 +202,9 @@ def select(
     scores, folder = open_scores(scores), Path(out) if out is not None else None
     about = score_metadata(scores)
     stops = Stops.of(about, stop_tokens, mean)
-    if folder is not None and shards_in(folder):
-        raise StoreError(f"{folder} holds scores. Give the selection a folder of its own")
+    other = None if folder is None else taken(folder, "selection")
+    if other is not None:
+        raise StoreError(other)
     with nullcontext() if folder is None else lock_folder(folder):
         if folder is not None and not overwrite:
             refuse_other_selection(folder, {**about, "selection": choice.recorded(stops)})
@@ -234,7 +238,7 @@ def _choose(
         choice.seed,
         taus=taus,
         stops=stops,
-        by_kl=choice.by == "kl",
+        measure=measure_of(choice.by),
         keep_easy=choice.keep_easy,
     )
     if is_random and tau is not None:
@@ -257,10 +261,10 @@ def _choose(
             pass
         final_metadata()
     notes += [
-        *tau_warnings(tau, about, counts, sources),
+        *tau_warnings(tau, about, counts, sources, measure_of(choice.by)),
         *(
-            barely_used(facts.vig, about) if choice.clip is None and choice.by != "kl" else ()
-        ),  # clipped values, and KL, are no measure of it
+            barely_used(facts.vig, about) if choice.clip is None and rule.measure == "vig" else ()
+        ),  # clipped values, KL and losses are no measure of it
         *mistaken_share(choice.p),
     ]
     return Selection(
@@ -286,8 +290,8 @@ class _Progress:
 
 
 def _first_pass(scores, choice: Choice, stops: Stops, report: _Progress) -> _Facts:
-    rule = Rule("both", math.inf, choice.clip, stops=stops, by_kl=choice.by == "kl")
-    from_tokens = rule.by_kl or choice.clip is not None or not stops.in_mean
+    rule = Rule("both", math.inf, choice.clip, stops=stops, measure=measure_of(choice.by))
+    from_tokens = rule.measure != "vig" or choice.clip is not None or not stops.in_mean
     columns, sources, codes = ["key", "source", "status", "n_tokens", "vig"], Sources(), []
     if from_tokens:
         columns += rule.value_columns

@@ -10,6 +10,7 @@ from typing import Any
 from vig.data.locate import locate
 from vig.data.photographs import photographs
 from vig.data.reading import Source
+from vig.data.sample import writable
 
 
 def text_hash(text: str) -> str:
@@ -65,6 +66,24 @@ def data_fingerprint(data: str | Path | Source) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def renamed(key: str, data: str | Path | Source) -> str | None:
+    """A sentence where data have another name than those that scores were made of; else None.
+
+    key: of one of the scores. Keys begin with the name of the data's file (or of the folder, of photographs), and what
+    is scored or looked up under another name would be another sample.
+    """
+    source = Source.of(data)
+    names = [writable(name) for name in locate(source.path, source.reading.split).names]
+    if any(key.startswith(f"{name}#") for name in names):
+        return None
+    then, now = key.partition("#")[0], names[0]
+    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    return (
+        f"the scores are of {then}, whose name their keys begin with ({key}), and {now}{more} is given. If it is the "
+        f"same under a new name, rename it back to {then}"
+    )
 
 
 def _read_parts(digest, file: Path, parts: int = 64) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vig.data.files import StoreError
+from vig.data.kinds import lacking, other_kind, taken
 
 MANIFEST = "_manifest.json"
 OLD_MANIFEST = "manifest.json"  # as early folders have it: read, and replaced by the next run
@@ -84,6 +85,8 @@ def score_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
         return [file for part in path for file in score_files(part)]
     path = Path(path)
     if path.is_file():
+        if path.suffix != ".parquet" or other_kind(path, "scores"):
+            raise StoreError(lacking(path, "scores"))
         return [path]
     found = shards_in(path)
     if not found and path.is_dir():
@@ -93,8 +96,7 @@ def score_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
         if jobs:  # as one run would have written them
             found.sort(key=window_of)
     if not found:
-        state = "holds no scores" if path.exists() else "does not exist"
-        raise StoreError(f"{path} {state}. `vig score MODEL DATA -o {path}` writes them.")
+        raise StoreError(lacking(path, "scores"))
     return found
 
 
@@ -114,9 +116,12 @@ def job_folders(folder: Path) -> dict[tuple[int, int], Path]:
 def output_folder(folder: str | Path, shard: tuple[int, int] | None) -> Path:
     """Where a run writes: the folder itself, or the folder of its job within.
 
-    Raises StoreError where the data is being scored there in another number of parts.
+    Raises StoreError where the data is being scored there in another number of parts, or another command wrote there.
     """
     folder = Path(folder)
+    other = taken(folder, "scores")
+    if other is not None:
+        raise StoreError(other)
     jobs = job_folders(folder)
     other = next((n for _, n in jobs if shard is None or n != shard[1]), None)
     if other is not None:

@@ -300,6 +300,11 @@ def count_rows(scores: str | Path | Sequence[str | Path] | pa.Table) -> int:
     return rows
 
 
+def first_key(scores: str | Path | Sequence[str | Path] | pa.Table) -> str | None:
+    """The key of the first row; None where there is none."""
+    return next((batch["key"][0].as_py() for batch in read_scores(scores, ["key"]) if batch.num_rows), None)
+
+
 def read_scores(
     scores: str | Path | Sequence[str | Path] | pa.Table,
     columns: Sequence[str] | None = None,

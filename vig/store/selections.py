@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vig.data.files import StoreError, explain_write_errors, sync_folder
+from vig.data.kinds import lacking, other_kind
 from vig.store.folder import SettingsDiffer, settings_differences
 from vig.store.rows import METADATA_KEY
 
@@ -136,8 +137,8 @@ def selection_files(path: str | Path) -> list[Path]:
     found = (
         [path] if path.is_file() else [f for f in path.glob("selection-*.parquet") if f.stem[10:].isdigit()]
     )
-    if not found:
-        raise StoreError(f"{path} holds no selection. `vig select SCORES -o {path}` writes one.")
+    if not found or (path.is_file() and (path.suffix != ".parquet" or other_kind(path, "selection"))):
+        raise StoreError(lacking(path, "selection"))
     return sorted(found, key=lambda file: int(file.stem[10:]) if file.stem[10:].isdigit() else 0)
 
 

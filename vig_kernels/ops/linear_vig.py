@@ -39,7 +39,8 @@ def linear_vig(
 
     Token-level Visual Information Gain of arXiv 2602.17186, section 3; a sample's VIG is the mean over its answer
     tokens. Arguments, accuracy and errors are those of `linear_nll`, for two hidden states of one shape. Ignored
-    rows give 0.0 three times; equal hidden states give exactly 0.0. `nll_image` has the bits of `linear_nll`.
+    rows give 0.0 three times; equal hidden states give exactly 0.0. `nll_image` has the bits of `linear_nll`,
+    and vig those of nll_null - nll_image in float32, on every backend (in float64: `vig_kernels.reference.linear_vig`).
     No gradient. vocab_shard (and a DTensor weight): a head whose rows are spread over processes, as in `linear_nll`.
 
     stats: any of "kl", "entropy_image", "entropy_null" (nats), "argmax_image" and "argmax_null" (int64), (...) each: a

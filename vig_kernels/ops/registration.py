@@ -100,22 +100,26 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     op = Op(getattr(getattr(torch.ops, NAMESPACE), name).default, kernel, derivative)
     library.impl(name, op.autograd_kernel, "Autograd", with_keyset=True)
-    torch.library.register_vmap(f"{NAMESPACE}::{name}", _one_by_one(op), lib=library)
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", _one_by_one(op, fake), lib=library)
     return op
 
 
-def _one_by_one(op: Op) -> Callable:
-    """The rule of torch.vmap: one call for each member of the batch."""
+def _one_by_one(op: Op, fake: Callable) -> Callable:
+    """The rule of torch.vmap: one call for each member of the batch; for none, results of no members."""
 
     def rule(info, in_dims, *args):
         batched = [at for at, dim in enumerate(in_dims) if isinstance(dim, int)]
-        members = []
-        for index in range(info.batch_size):
-            of_member = list(args)
-            for at in batched:
-                of_member[at] = args[at].select(in_dims[at], index)
-            members.append(op(*of_member))
-        stacked = _stacked(members)
+
+        def member(take: Callable) -> list:
+            return [take(x, in_dims[at]) if at in batched else x for at, x in enumerate(args)]
+
+        if info.batch_size:
+            stacked = _stacked(
+                [op(*member(lambda x, dim, n=n: x.select(dim, n))) for n in range(info.batch_size)]
+            )
+        else:
+            alike = fake(*member(lambda x, dim: x.new_empty(x.shape[:dim] + x.shape[dim + 1 :])))
+            stacked = torch.utils._pytree.tree_map(lambda x: x.new_empty((0, *x.shape)), alike)
         return stacked, torch.utils._pytree.tree_map(lambda _: 0, stacked)
 
     return rule

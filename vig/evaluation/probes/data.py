@@ -81,7 +81,7 @@ def _of_records(run: RunSpec, names: Iterable[str]) -> dict[str, dict[str, Any]]
     total = 0
     for file, own_name in zip(data.paths, data.names, strict=True):
         number = -1
-        for number, record, _problem, _cure, name in read_rows(file, data.format):
+        for number, record, _problem, _cure, name, _line in read_rows(file, data.format):
             if run.limit is not None and total + number >= run.limit:
                 return found
             if isinstance(record, dict) and record is not SKIPPED:
