@@ -31,7 +31,18 @@ def test_opcheck_of_linear_ops(dtype, backend):
     )
     torch.library.opcheck(
         OPS.linear_cross_entropy.default,
-        (*head, 5, torch.rand(7), 0.1, [True] * 3, 1 << 28, [True, False, True, True], backend),
+        (
+            *head,
+            5,
+            torch.rand(7),
+            0.1,
+            [True] * 3,
+            1 << 28,
+            [True, False, True, True],
+            0.5,
+            torch.tensor(0.25),
+            backend,
+        ),
     )
 
 
