@@ -57,7 +57,7 @@ def _forward(*args):
 
 
 def _divided(loss: Tensor, scale: float, reciprocal: Tensor | None) -> Tensor:
-    """loss * scale * reciprocal, in place, and 0 for a factor of 0 (a divisor of 0), even where the loss is infinite."""
+    """loss * scale * reciprocal, in place; 0 for a factor of 0 (a divisor of 0), even where the loss is infinite."""
     if reciprocal is not None:
         loss = loss.mul_(reciprocal).masked_fill_(reciprocal == 0, 0.0)
     if scale == 1.0:
