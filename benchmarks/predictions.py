@@ -42,7 +42,7 @@ FILL_S = 1.0e-6  # until the first products of a block: its launch, addresses, f
 LATENCY_S = 0.6e-6  # of a load that another one waits for
 GAP_S = 1.5e-6  # between two launches of a stream
 SMALL_S = 2.0e-6  # a kernel that has next to nothing to do
-CASTS = 4  # small kernels of a scalar loss: its sum, its divisor, its scale
+CASTS = 2  # small kernels of a scalar loss: its sum and its divisor
 ISSUE = {
     "sm_80": 4.0,
     "sm_90": 4.0,
@@ -198,19 +198,18 @@ def train(N: int, D: int, V: int, gpu: GPU, dtype: str) -> list[Launch]:
         combine(math.ceil(rows), parts),
         Launch("finish", math.ceil(rows / FINISH_ROWS) * parts, moved=2 * block),
         Launch("hidden gradient", flop=product, moved=block + weight + 4 * rows * D),
-        Launch("rows out", moved=8 * rows * D, times=2),
     ]
-    once = [order(N), Launch("small", times=CASTS), Launch("zeros of the hidden gradient", moved=4.0 * N * D)]
-    if size == 2:
-        once.append(Launch("hidden gradient in the operands' type", moved=(4 + size) * N * D))
+    once = [order(N), Launch("small", times=CASTS)]
     if static_floors.kept_whole(N, D, V, gpu.target, size):
         backward = [
-            order(N),
-            Launch("gather", moved=2.0 * size * N * D),
+            Launch("rows", moved=(4 + 3.0 * size) * N * D),
             Launch("weight gradient", flop=product, moved=block + weight + size * N * D),
         ]
         return [*once, *chunk, *backward]
-    chunk.append(Launch("rows in", moved=2 * size * rows * D))
+    once.append(Launch("zeros of the hidden gradient", moved=4.0 * N * D))
+    if size == 2:
+        once.append(Launch("hidden gradient in the operands' type", moved=(4 + size) * N * D))
+    chunk += [Launch("rows out", moved=8 * rows * D, times=2), Launch("rows in", moved=2 * size * rows * D)]
     first = Launch("weight gradient, written", flop=product, moved=block + 4.0 * V * D + size * rows * D)
     more = Launch("weight gradient, added", flop=product, moved=first.moved + 4.0 * V * D, times=chunks - 1)
     if size == 2:

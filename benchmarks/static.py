@@ -108,7 +108,7 @@ def small_rows(target: str) -> list[dict]:
         found += [small(kernel, variant, dtype) for variant in (PLAIN, ANY) for dtype in DTYPES["16-bit"]]
     found += [small("finish", KEPT, "bfloat16", part) for part in parts("store", target, "16-bit")]
     found += [small("pair combine", PLAIN, "float32"), small("order", PLAIN, "int64")]
-    found += [small("gather", variant, "bfloat16") for variant in (PLAIN, ANY)]
+    found += [small("rows", variant, "bfloat16") for variant in (PLAIN, ANY)]
     return found
 
 
@@ -152,8 +152,8 @@ def ast_source(entry: dict):
         return static_kernels.correct_source(kernel, variant, dtype)
     if kernel == "order":
         return static_kernels.order_source()
-    if kernel == "gather":
-        return static_kernels.gather_source(variant, dtype)
+    if kernel == "rows":
+        return static_kernels.rows_source(variant, dtype)
     return static_kernels.finish_source(variant, dtype, tile.block_v)
 
 
@@ -178,7 +178,7 @@ MODULES = {
     "correct hidden": (target_residual,),
     "correct weight": (target_residual,),
     "order": (row_order,),
-    "gather": (kept_block,),
+    "rows": (kept_block,),
     "blur read": (gaussian_blur_triton,),
     "blur write": (gaussian_blur_triton,),
 }

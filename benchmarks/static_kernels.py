@@ -139,6 +139,7 @@ def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:
     types = {
         "weights": weights,
         "block": "*" + POINTER[dtype],
+        "loss_scale": "*fp32" if dtype == "float16" else None,
         "partial_bias": "*fp32" if variant.bias else None,
         "residual": None if dtype == "float32" or kept else "*fp32",
         "row_factor": "*fp32" if kept else None,
@@ -161,12 +162,11 @@ def order_source() -> ASTSource:
     return source(row_order.order_kernel, {"order": "*i64"}, {"BLOCK": row_order.ORDER_BLOCK})
 
 
-def gather_source(variant: Variant, dtype: str) -> ASTSource:
+def rows_source(variant: Variant, dtype: str) -> ASTSource:
     data = "*" + POINTER[dtype]
-    types = {"hidden": data, "out": data, "factor": "*fp32"}
-    return source(
-        kept_block.gather_kernel, types, {"BLOCK_D": kept_block.GATHER_COLUMNS}, aligned=variant.even_k
-    )
+    types = {"hidden": data, "gathered": data, "grad_hidden": data, "total": "*fp32", "visit": "*i64"}
+    types |= {"factor": "*fp32", "scale": "fp32"}
+    return source(kept_block.rows_kernel, types, {"BLOCK_D": kept_block.ROW_COLUMNS}, aligned=variant.even_k)
 
 
 def blur_source(first_launch: bool, dtype: str, fast: bool, config: TileConfig, precision: str) -> ASTSource:

@@ -29,9 +29,10 @@ def test_opcheck_of_linear_ops(dtype, backend):
     torch.library.opcheck(
         OPS.linear_vig.default, (*detached, None, detached[0] + 1, [True, False, True, True, False], backend)
     )
+    more = torch.rand(7), 0.1, [True] * 3, 1 << 28, [True, False, True, True]
     torch.library.opcheck(
         OPS.linear_cross_entropy.default,
-        (*head, 5, torch.rand(7), 0.1, [True] * 3, 1 << 28, [True, False, True, True], backend),
+        (*head, 5, *more, 0.5, torch.tensor(2.0), backend),  # a divisor of 1: others scale results in place
     )
 
 

@@ -316,20 +316,19 @@ def check_gradients(k, dtype=torch.float32, kinds=("nll", "lse", "entropy"), cap
 
 
 def formed_gradients(k, head, row_weight, z_loss, needs=None, factor=1.0, budget=BUDGET):
-    """[loss, gradients of hidden, weight and bias], the weight's from the kept block where there is one."""
-    module = k.linear_cross_entropy
-    formed = module.forward_backward(head, row_weight, z_loss, needs or Needs(), budget)
+    """[loss, gradients of hidden, weight and bias], of the kept block where there is one."""
+    module, needs = k.linear_cross_entropy, needs or Needs()
+    formed = module.forward_backward(head, row_weight, z_loss, needs, budget)
     found = list(formed[:4])
     if formed.block is not None:
-        assert formed.grad_weight is None
-        found[2] = module.weight_gradient(
-            formed.block, formed.row_factor, formed.visit, head.hidden, len(head.weight), torch.tensor(factor)
-        )
+        assert formed.grad_hidden is formed.grad_weight is None
+        upstream = torch.tensor(2 * factor), 0.5
+        found[1:3] = module.block_gradients(formed[4:], head.hidden, head.weight, *upstream, needs.hidden)
     return found
 
 
 def check_kept_block(k):
-    """The weight gradient from a kept block, in bfloat16: norm-wise, and without the rounding at the targets.
+    """The gradients from a kept block, in bfloat16: norm-wise, and the weight's without the rounding at the targets.
 
     The roundings of 1024 columns cancel in their mean, that of the target's entry of the block does not.
     """
@@ -350,7 +349,10 @@ def check_kept_block(k):
         some = head._replace(num_kept=num_kept)
         _, of_hidden, found, _ = formed_gradients(k, some, None, 0.0, needs, factor)
         chunked = k.linear_cross_entropy.forward_backward(some, None, 0.0, Needs(True, False, False), BUDGET)
-        assert norm_error(of_hidden, chunked.grad_hidden) < 3e-3, "hidden"
+        assert of_hidden.dtype == torch.bfloat16 and not of_hidden[target == -100].any()
+        assert norm_error(of_hidden, chunked.grad_hidden * factor) < 3e-3, "hidden"
+        alone = formed_gradients(k, some, None, 0.0, Needs(False, True, False), factor)
+        assert alone[1] is None and torch.equal(alone[2], found), "weight alone"
         assert found.dtype == torch.bfloat16 and found.shape == weight.shape
         assert norm_error(found, exact) <= 2 * norm_error(exact.to(torch.bfloat16), exact), "weight"
         words = target[known]
@@ -364,19 +366,23 @@ def check_large_offsets_of_gathered_rows(k):
     near = torch.arange(48.0).reshape(6, 8).sin().bfloat16()
     far = far_apart(6, 8, BEYOND * 5 // 4, torch.bfloat16).copy_(near)
     assert far.stride(0) * 4 > 2**31
-    out = torch.full((6, 8), torch.nan).bfloat16()
-    k.kept_block.gather_kernel[(6, 1)](
+    gathered = torch.full((6, 8), torch.nan).bfloat16()
+    k.kept_block.rows_kernel[(6, 1)](
         far,
-        torch.arange(6),
-        torch.tensor(5),
-        torch.tensor(2.0),
+        None,
+        torch.tensor([0, 1, 2, 3, 4, 5, 5]),  # the sixth is not live
+        torch.tensor(4.0),
         torch.ones(6),
-        out,
+        gathered,
+        None,
         far.stride(0),
+        0.5,
+        6,
+        6,
         8,
         BLOCK_D=8,
     )
-    assert torch.equal(out[:5], near[:5] * 2) and not out[5].any()
+    assert torch.equal(gathered[:5], near[:5] * 2) and not gathered[5].any()
 
 
 def check_training(k, dtype=torch.float32, num_kept=True, cap=4.0, chunk_rows=16):
@@ -409,7 +415,7 @@ def check_training(k, dtype=torch.float32, num_kept=True, cap=4.0, chunk_rows=16
         module.chunk_rows = kept_rule
     assert abs(loss.double() - exact_loss) <= 2e-6 * exact_loss.abs() + 1e-4
     for name, mine, truth, theirs in zip(("hidden", "weight", "bias"), found, exact, eager, strict=True):
-        assert mine.dtype == (torch.bfloat16 if name == "weight" and one_block else torch.float32)
+        assert mine.dtype == (torch.bfloat16 if name != "bias" and one_block else torch.float32)
         assert_gradient(name, mine, truth, theirs, dtype, cap)
     alone, *nothing = module.forward_backward(head, *terms, Needs(False, False, False), BUDGET)
     assert nothing == [None] * 6 and abs(alone - loss) <= 1e-6 * abs(loss) + 1e-4
@@ -499,7 +505,7 @@ def check_low_part_of_lse(k):
     block, one, two = torch.ones(2, 8), torch.ones(2), torch.full((2,), 2.0)
     k.linear_cross_entropy.finish_kernel[(1,)](
         block, block, torch.zeros(1, 2), None, one, two, -one, None, torch.tensor([3, 9]), torch.arange(2),
-        torch.tensor(2), torch.tensor(1.0), None, None, None, 8, 0, 2, 1, 8, 0.0, PART=8, BLOCK_N=16, SOFTCAP=False,
+        torch.tensor(2), None, None, None, None, 1.0, 8, 0, 2, 1, 8, 0.0, PART=8, BLOCK_N=16, SOFTCAP=False,
     )  # fmt: skip
     exact = torch.full((2, 8), -1.0).exp()
     exact[0, 3] -= 1.0  # nll = 1; the other row's target is no word
@@ -626,7 +632,7 @@ def check_large_offsets_of_blocks(k):
     for b in (block, near):
         k.linear_cross_entropy.finish_kernel[(3,)](
             b, b, top, None, lse, lse, torch.zeros(rows), None, target, order, torch.tensor(rows),
-            torch.tensor(1.0), None, None, None, b.stride(0), 0, rows, 3, V, 0.0, PART=part, BLOCK_N=16,
+            torch.tensor(1.0), None, None, None, 9.0, b.stride(0), 0, rows, 3, V, 0.0, PART=part, BLOCK_N=16,
             SOFTCAP=False,
         )  # fmt: skip
     assert torch.equal(block, near)

@@ -234,19 +234,22 @@ MUTATIONS = [
         isolated=True,
     ),
     *_faults(
-        "gather", KEPT,
-        ("factor dropped", "tl.load(factor) * tl.load(row_factor + place)", "tl.load(row_factor + place)"),
-        ("factor of the row dropped", "tl.load(factor) * tl.load(row_factor + place)", "tl.load(factor)"),
-        ("factor of another row", "tl.load(row_factor + place)", "tl.load(row_factor + row)"),
-        ("ignored rows kept", "live = (column < D) & (column * 0 + place < tl.load(count))", "live = column < D"),
-        ("rows taken in their own order", "row = tl.load(order + place)", "row = place"),
+        "rows", KEPT,
+        ("factor dropped", "tl.load(factor) * scale", "scale"),
+        ("scale dropped", "tl.load(factor) * scale", "tl.load(factor)"),
+        ("factor of the row dropped", "x * (upstream * of_row)", "x * upstream"),
+        ("factor of the row not in the hidden gradient", "(g * of_row) * upstream", "g * upstream"),
+        ("upstream not in the hidden gradient", "(g * of_row) * upstream", "g * of_row"),
+        ("factor of another row", "tl.minimum(place, rows - 1)", "tl.minimum(row, rows - 1)"),
+        ("ignored rows kept", " & (column * 0 + place < tl.load(visit + N))", ""),
+        ("rows taken in their own order", "row = tl.load(visit + place)", "row = place"),
+        ("hidden gradient in the order of the visit", "grad_hidden + row * D", "grad_hidden + place * D"),
     ),
     *_faults(
         "finish", LOSS,
         ("first chunk forgotten", "grads, chunk.first == 0)", "grads, True)"),
         ("factor of the row near 1", "tl.constexpr(0.70710678)", "tl.constexpr(1.0)"),
         ("factor of the row not taken off", "g /= ratio[:, None]", "g = g"),
-        ("factor of the row not in the hidden gradient", "total.mul_(row_factor[:, None])", "total"),
     ),
     *_faults(
         "blur", BLUR,
@@ -298,7 +301,7 @@ CHECKS = {
     "correct hidden": (checks.check_target_residual,),
     "correct weight": (checks.check_target_residual,),
     "order": (checks.check_order,),
-    "gather": (checks.check_kept_block,),
+    "rows": (checks.check_kept_block,),
     "blur": (
         checks.check_blur,
         lambda k: checks.check_blur(k, torch.uint8),
@@ -315,7 +318,7 @@ OFFSETS = {
     "correct hidden": (checks.check_large_offsets_of_residuals,),
     "correct weight": (checks.check_large_offsets_of_residuals,),
     "order": (checks.check_order,),
-    "gather": (checks.check_large_offsets_of_gathered_rows,),
+    "rows": (checks.check_large_offsets_of_gathered_rows,),
     "blur": (checks.check_large_offsets_of_blocks,),
 }
 

@@ -1,4 +1,4 @@
-"""linear_cross_entropy in bfloat16, whose backward forms the weight's gradient from a kept block."""
+"""linear_cross_entropy in bfloat16, whose backward forms the gradients from a kept block."""
 
 import pytest
 import torch
@@ -44,6 +44,8 @@ def forward_arguments(budget=1 << 28):
         [True, True, False],
         budget,
         [False] * 4,
+        0.125,
+        None,
         "triton",
     )
 
@@ -55,8 +57,10 @@ def test_ops_hold_what_they_promise_to_torch():
     with torch.no_grad():
         *_, block, row_factor, visit = loss_and_gradients(*arguments)
     assert block.shape == (9, 48) and row_factor.shape == (9,) and visit.tolist() == [*range(9), 9]
-    inputs = block, row_factor, visit, hidden.detach(), weight.detach(), torch.tensor(2.0), "triton"
-    torch.library.opcheck(torch.ops.vig_kernels.linear_cross_entropy_weight.default, inputs)
+    inputs = block, row_factor, visit, hidden.detach(), weight.detach(), torch.tensor(2.0), 0.125
+    for needs_hidden in (True, False):
+        op = torch.ops.vig_kernels.linear_cross_entropy_of_block.default
+        torch.library.opcheck(op, (*inputs, needs_hidden, "triton"))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

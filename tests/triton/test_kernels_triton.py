@@ -170,7 +170,7 @@ def test_training_in_one_chunk(dtype):
     checks.check_training(KERNELS, dtype, cap=None, chunk_rows=4096)
 
 
-def test_weight_gradient_from_a_kept_block():
+def test_gradients_from_a_kept_block():
     checks.check_kept_block(KERNELS)
 
 

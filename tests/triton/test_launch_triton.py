@@ -27,7 +27,7 @@ def test_every_launch_is_bound_and_compiled(target, tmp_path):
     compiled = json.loads(done.stdout.splitlines()[-1])
     kernels = (
         "fold_kernel", "combine_kernel", "finish_kernel", "gradient_kernel", "correct_hidden_kernel",
-        "correct_weight_kernel", "gather_kernel", "order_kernel", "band_kernel", "pair_kernel",
+        "correct_weight_kernel", "rows_kernel", "order_kernel", "band_kernel", "pair_kernel",
         "pair_combine_kernel",
     )  # fmt: skip
     assert set(compiled) == set(kernels) and min(compiled.values()) > 0
@@ -45,5 +45,5 @@ def test_launches_of_a_call_are_few():
     scored = ["order_kernel", "fold_kernel", "combine_kernel"]
     assert found["linear_nll"] == scored
     assert found["linear_vig"] == [*scored, "combine_kernel"]
-    trained = [*scored, "finish_kernel", "addmm_16_bit", "gather_kernel", "mm_bfloat16"]
+    trained = [*scored, "finish_kernel", "addmm_16_bit", "rows_kernel", "mm_bfloat16"]
     assert found["linear_cross_entropy, forward and backward"] == trained

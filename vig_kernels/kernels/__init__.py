@@ -25,6 +25,6 @@ states and weights are bfloat16.
 
 A row with `keeps_block=True` says that linear_cross_entropy has `kept_rows(problem, needs, budget)`: forward_backward
 then takes a budget in bytes before the values and may return a block of `kept_rows` rows, `padded(V)` wide, their
-factors and the order of the rows behind the gradients instead of the weight's gradient, which `weight_gradient` forms
-of the three.
+factors and the order of the rows behind the bias gradient instead of those of hidden and weight, which
+`block_gradients` forms of the three.
 """

@@ -69,8 +69,8 @@ def linear_cross_entropy(
     inputs they are buffers, freed by the backward: 4 V D bytes for the weight, and for hidden 4 N D bytes, at most half
     of the budget (on a CPU 96 MiB). Beyond that, and with memory="low" or reduction="none", gradients are recomputed
     in the backward: four products, no buffer. On a GPU, where the gradients of the logits of all kept rows fit the
-    budget, those of bfloat16 inputs are kept instead (8192 rows of 151936 words do), and the backward forms the
-    weight's gradient from them: no buffer of 4 V D bytes, and one cast. The compiled CPU kernels round the gradients of
+    budget, those of bfloat16 inputs are kept instead (8192 rows of 151936 words do), and the backward forms
+    both gradients from them: no buffer of 4 V D bytes, and one cast. The compiled CPU kernels round the gradients of
     bfloat16 inputs as they form them, for the weight where the logits of all kept rows fit 160 MiB (else through the
     same 4 V D bytes): an upstream factor that is not a power of two then rounds a second time.
     A second backward (`retain_graph=True`), or one in another thread at the same time, forms them again, and so does
@@ -103,7 +103,7 @@ def linear_cross_entropy(
     if num_kept is not None and not 0 <= num_kept <= rows:
         raise ValueError(f"num_kept={num_kept} is not in [0, {rows}], the number of rows")
     if num_kept is not None:
-        problem = problem._replace(num_kept=num_kept)
+        problem = HeadProblem(*problem[:-1], num_kept)
 
     name = dispatch.resolve("linear_cross_entropy", backend, problem.weight.device)
     budget = _budget(memory, problem.weight.device)
@@ -121,14 +121,12 @@ def linear_cross_entropy(
         valid = problem.target != problem.ignore_index if row_weight is None else _valid(problem, row_weight)
         num_items = valid.sum()
     if fast and name != "reference":
-        if num_items is not None and _takes_divisor(problem.weight):  # gradients then come out ready
-            if row_weight is None:
-                row_weight = problem.weight.new_ones(problem.target.shape, dtype=torch.float32)
-            row_weight, num_items = row_weight * _reciprocal(num_items, row_weight.device), None
+        row_weight, *divisor = _divisor_of(problem, row_weight, num_items)
+        num_items = None
         check.transforms(problem.hidden, problem.weight, problem.bias)
         check.forward_mode(row_weight)
         wanted = [stat in stats for stat in STATS]
-        found = loss_and_gradients(*problem, row_weight, z_loss, list(needs), budget, wanted, name)
+        found = loss_and_gradients(*problem, row_weight, z_loss, list(needs), budget, wanted, *divisor, name)
         loss, first = found[0], len(found) - sum(wanted)
         values = dict(zip(compress(STATS, wanted), found[first:], strict=True))
     else:
@@ -158,6 +156,20 @@ def _budget(memory: str | int, device: torch.device) -> int:
 def _fast_budget(device: torch.device) -> int:
     """Fixed, never a share of what is free: chunks, and with them bits, must not depend on the neighbours."""
     return MIB * (LEAST_MIB if device.type == "cpu" else GPU_MIB)
+
+
+def _divisor_of(
+    problem: HeadProblem, row_weight: Tensor | None, num_items: float | Tensor | None
+) -> tuple[Tensor | None, float, Tensor | None]:
+    """(row_weight, scale, reciprocal): the divisor in the weights of the rows, a number, or a tensor."""
+    if num_items is None:
+        return row_weight, 1.0, None
+    reciprocal = _reciprocal(num_items, problem.weight.device)
+    if _takes_divisor(problem.weight):  # gradients then come out ready
+        if row_weight is None:
+            row_weight = problem.weight.new_ones(problem.target.shape, dtype=torch.float32)
+        return row_weight * reciprocal, 1.0, None
+    return (row_weight, 1.0, reciprocal) if isinstance(reciprocal, Tensor) else (row_weight, reciprocal, None)
 
 
 def _takes_divisor(weight: Tensor) -> bool:

@@ -23,20 +23,20 @@ def gradient_dtypes(backend: str, dtype: torch.dtype) -> tuple[torch.dtype, torc
 
 
 def _kept_rows(problem: HeadProblem, needs: Needs, budget: int, backend: str) -> int:
-    """Rows of the logits' gradients that are kept for the backward instead of a float32 weight gradient."""
+    """Rows of the logits' gradients that are kept for the backward instead of what they give."""
     if not backend_table.BACKENDS[backend].keeps_block:
         return 0
     return dispatch.module("linear_cross_entropy", backend).kept_rows(problem, needs, budget)
 
 
 def _forward(*args):
-    """[loss_sum, what its gradients are made of, those of STATS that are wanted].
+    """[scale * reciprocal * loss_sum, what the gradients of loss_sum are made of, those of STATS that are wanted].
 
     The second are the gradients of loss_sum that are needed, of the dtypes that `gradient_dtypes` says. Where a block
-    is kept, the weight's is not there: `weight_from_block` forms it of the block and its rows' factors and order,
-    which then follow.
+    is kept, those of hidden and weight are not there: `gradients_of_block` forms them of the block and its rows'
+    factors and order, which then follow.
     """
-    problem, (row_weight, z_loss, needs, budget, wanted, backend) = HeadProblem(*args[:8]), args[8:]
+    problem, (row_weight, z_loss, needs, budget, wanted, *divisor, backend) = HeadProblem(*args[:8]), args[8:]
     check.target_range(problem)
     check.num_kept(problem)
     if problem.target.numel() == 0:
@@ -52,7 +52,17 @@ def _forward(*args):
     with check.no_autocast(problem.hidden.device):
         loss, *formed = module.forward_backward(problem, row_weight, z_loss, Needs(*needs), *more)
         values = values or _swept_apart(problem, names, backend)
-    return [loss, *(x for x in formed if x is not None), *(values[name] for name in names)]
+    formed = [x for x in formed if x is not None]
+    return [_divided(loss, *divisor), *formed, *(values[name] for name in names)]
+
+
+def _divided(loss: Tensor, scale: float, reciprocal: Tensor | None) -> Tensor:
+    """loss * scale * reciprocal, in place; 0 for a factor of 0 (a divisor of 0), even where the loss is infinite."""
+    if reciprocal is not None:
+        loss = loss.mul_(reciprocal).masked_fill_(reciprocal == 0, 0.0)
+    if scale == 1.0:
+        return loss
+    return loss.mul_(scale) if scale else loss.zero_()
 
 
 def _swept_apart(problem: HeadProblem, names: list[str], backend: str) -> dict[str, Tensor]:
@@ -64,12 +74,12 @@ def _swept_apart(problem: HeadProblem, names: list[str], backend: str) -> dict[s
 
 
 def _forward_fake(*args):
-    problem, (_, _, needs, budget, wanted, backend) = HeadProblem(*args[:8]), args[8:]
+    problem, (_, _, needs, budget, wanted, _, _, backend) = HeadProblem(*args[:8]), args[8:]
     hidden, (V, _) = problem.hidden, problem.weight.shape
     kept = _kept_rows(problem, Needs(*needs), budget, backend)
     inputs = hidden, problem.weight, problem.bias
     dtypes = zip(inputs, gradient_dtypes(backend, hidden.dtype), strict=True)
-    shown = needs[0], needs[1] and not kept, needs[2]
+    shown = needs[0] and not kept, needs[1] and not kept, needs[2]
     formed = [hidden.new_empty(x.shape, dtype=dtype) for x, dtype in compress(dtypes, shown)]
     if kept:
         padded = dispatch.module("linear_cross_entropy", backend).padded(V)
@@ -86,17 +96,17 @@ def _formed(results: list[Tensor], wanted: list[bool]) -> list[Tensor]:
 
 def _save(ctx, inputs, output):
     hidden, weight, target, bias, *options = inputs[:8]
-    row_weight, *ctx.rest = inputs[8:]
+    row_weight, *ctx.rest, ctx.scale, ctx.reciprocal, ctx.backend = inputs[8:]
     ctx.set_materialize_grads(False)
     # selective checkpointing keeps the results of ops, by a mode, and watches that nobody changes them
     ctx.is_watched = torch._C._len_torch_dispatch_stack() > 0
     ctx.options = options
-    _, needs, _, wanted, _ = ctx.rest
+    _, needs, _, wanted = ctx.rest
     formed = _formed(output, wanted)
     ctx.grads = [
         formed
     ]  # held here, not saved: a backward pops them, scales those of float32 and hands them out
-    ctx.keeps_block = len(formed) > sum(needs)  # of which the weight's gradient is formed
+    ctx.keeps_block = len(formed) > sum(needs)  # of which the gradients of hidden and weight are formed
     ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.save_for_backward(hidden, weight, target, bias, row_weight)  # what a second backward recomputes from
 
@@ -109,21 +119,26 @@ def _backward(ctx, grad_loss):
     saved = ctx.saved_tensors if sums is None or ctx.keeps_block or torch.is_grad_enabled() else ()
     if sums is None:
         sums = _again(ctx, saved)
-    formed, found = iter(sums), []
-    for at, (need, dtype) in enumerate(zip(ctx.rest[1], ctx.dtypes, strict=True)):
-        there = need and not (at == 1 and ctx.keeps_block)
-        if there and ctx.is_watched:
-            found.append((next(formed) * grad_loss).to(dtype))
-        else:
-            found.append(_scaled(next(formed), grad_loss, dtype, saved) if there else None)
+    factor, needs = grad_loss if ctx.reciprocal is None else grad_loss * ctx.reciprocal, ctx.rest[1]
+    found: list[Tensor | None] = [None, None, None]
     if ctx.keeps_block:
-        found[1] = _weight_of(ctx, *formed, grad_loss, saved)
+        *sums, block, row_factor, visit = sums
+        found[:2] = _of_block(ctx, (block, row_factor, visit), factor, saved)
+        needs = False, False, needs[2]
+    if ctx.scale != 1.0 and sums:
+        factor = factor * ctx.scale
+    for at, total in zip(compress(range(3), needs), sums, strict=True):
+        if ctx.is_watched:
+            found[at] = (total * factor).to(ctx.dtypes[at])
+        else:
+            found[at] = _scaled(total, factor, ctx.dtypes[at], saved)
     return tuple(found)
 
 
 loss_and_gradients = registration.define(
     "linear_cross_entropy",
-    f"({HEAD_SCHEMA}, Tensor? row_weight, float z_loss, bool[] needs, int budget, bool[] wanted, str backend) "
+    f"({HEAD_SCHEMA}, Tensor? row_weight, float z_loss, bool[] needs, int budget, bool[] wanted, float scale, "
+    "Tensor? reciprocal, str backend) "
     "-> Tensor[]",
     _forward,
     _forward_fake,
@@ -161,17 +176,20 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, saved) -> Tensor:
 def _again(ctx, saved) -> list[Tensor]:
     """The sums once more, bit for bit: another backward has taken them."""
     *tensors, row_weight = saved
-    z_loss, needs, budget, wanted, backend = ctx.rest
-    without = z_loss, needs, budget, [False] * len(wanted), backend
+    z_loss, needs, budget, wanted = ctx.rest
+    none = [False] * len(wanted)
+    arguments = *tensors, *ctx.options, row_weight, z_loss, needs, budget, none, 1.0, None, ctx.backend
     with torch.no_grad():
-        return _formed(loss_and_gradients(*tensors, *ctx.options, row_weight, *without), without[3])
+        return _formed(loss_and_gradients(*arguments), none)
 
 
-def _weight_of(ctx, block: Tensor, row_factor: Tensor, visit: Tensor, factor: Tensor, saved) -> Tensor:
-    """The weight's gradient from a kept block; under create_graph part of the graph, as in `_scaled`."""
+def _of_block(ctx, kept: tuple[Tensor, ...], factor: Tensor, saved) -> list[Tensor | None]:
+    """The gradients of hidden and weight from a kept block; under create_graph part of the graph, as in `_scaled`."""
     hidden, weight, *_ = saved
-    form = _weight if _is_plain(block, factor) else weight_from_block
-    return form(block, row_factor, visit, hidden, weight, factor, ctx.rest[-1])
+    form = _block_gradients if _is_plain(kept[0], factor) else gradients_of_block
+    needs_hidden = ctx.rest[1][0]
+    found = form(*kept, hidden, weight, factor, ctx.scale, needs_hidden, ctx.backend)
+    return found if needs_hidden else [None, *found]
 
 
 def _is_plain(formed: Tensor, factor: Tensor) -> bool:
@@ -180,28 +198,26 @@ def _is_plain(formed: Tensor, factor: Tensor) -> bool:
     return plain and not check.is_batched(factor)
 
 
-def _weight(*args) -> Tensor:
-    """factor * block.T @ hidden of the kept rows, (V, D) in the weight's type, cast once.
-
-    `weight`, of which only the shape is read, makes the result part of the graph.
-    """
-    block, row_factor, visit, hidden, weight, factor, backend = args
-    run = dispatch.module("linear_cross_entropy", backend).weight_gradient
+def _block_gradients(*args) -> list[Tensor]:
+    """[of hidden, if it is needed, and of weight]: factor * scale times the gradients of loss_sum, each cast once."""
+    *kept, hidden, weight, factor, scale, needs_hidden, backend = args
+    run = dispatch.module("linear_cross_entropy", backend).block_gradients
     with check.no_autocast(hidden.device):
-        return run(block, row_factor, visit, hidden, weight.shape[0], factor)
+        grad_hidden, grad_weight = run(kept, hidden, weight, factor, scale, needs_hidden)
+    return [grad_hidden, grad_weight] if needs_hidden else [grad_weight]
 
 
-def _weight_fake(*args) -> Tensor:
-    hidden, weight = args[3], args[4]
-    return hidden.new_empty(weight.shape)
+def _block_gradients_fake(*args) -> list[Tensor]:
+    hidden, weight, _, _, needs_hidden, _ = args[3:]
+    return [hidden.new_empty(x.shape) for x in ((hidden, weight) if needs_hidden else (weight,))]
 
 
-weight_from_block = registration.define(
-    "linear_cross_entropy_weight",
-    "(Tensor block, Tensor row_factor, Tensor visit, Tensor hidden, Tensor weight, Tensor factor, str backend) "
-    "-> Tensor",
-    _weight,
-    _weight_fake,
+gradients_of_block = registration.define(
+    "linear_cross_entropy_of_block",
+    "(Tensor block, Tensor row_factor, Tensor visit, Tensor hidden, Tensor weight, Tensor factor, float scale, "
+    "bool needs_hidden, str backend) -> Tensor[]",
+    _block_gradients,
+    _block_gradients_fake,
 )
 
 

@@ -4,7 +4,7 @@ Row chunk by row chunk: `fold_kernel` of linear_nll leaves exp(z - part max) in 
 its partials; once they are joined the block becomes d loss / d y in place, and the vendor's GEMM takes it to the
 gradients of hidden and weight. A chunk is as long as the budget allows, because every chunk reads and writes the
 float32 weight gradient once. Where one chunk holds all rows, the block of a bfloat16 problem is kept instead, and
-the backward forms the weight gradient from it (kept_block.py).
+the backward forms both gradients from it (kept_block.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vig_kernels.problem import HeadProblem, Needs
 
-from .kept_block import weight_gradient  # noqa: F401  (the op's backward asks this module for it)
+from .kept_block import block_gradients  # noqa: F401  (the op's backward asks this module for it)
 from .launch import as_read, cdiv, dense, device_guard, silence
 from .linear_nll import sweep
 from .logit_fold import Partials, combine, fold
@@ -56,10 +56,11 @@ def finish_kernel(
     target,  # (N,) int64
     order,  # (N,) int64
     count,  # () int64
-    loss_scale,  # () float32
+    loss_scale,  # () float32, or None: logit_scale
     partial_bias,  # (row tiles, V) float32 or None: sums of d loss / d y over the tile's rows
     residual,  # (rows,) float32 or None: what `block` loses at the target (target_residual.py)
     row_factor,  # (rows,) float32 or None: what a row of `block` is still to be multiplied by (kept_block.py)
+    logit_scale,
     stride_block,
     first_row,
     rows,
@@ -104,7 +105,9 @@ def finish_kernel(
     if partial_bias is not None:
         sums = row_tile.to(tl.int64) * V + column
         tl.store(partial_bias + sums, tl.sum(g, axis=0), mask=column < V)
-    scale = tl.load(loss_scale)
+    scale = logit_scale
+    if loss_scale is not None:
+        scale = tl.load(loss_scale)
     g *= scale
     if row_factor is not None:  # every part forms it from the same numbers
         exact = tl.where(known, pull * scale, 0.0)
@@ -125,15 +128,16 @@ class LossTerms(NamedTuple):
 
     row_weight: Tensor | None  # (N,) float32
     z_loss: float
-    loss_scale: Tensor  # () float32
+    loss_scale: Tensor | None  # () float32, or None: logit_scale
 
 
 class Formed(NamedTuple):
     """The loss of the rows and what its gradients are made of; None where nothing is needed."""
 
     loss: Tensor  # () float32
-    grad_hidden: Tensor | None  # (N, D) float32, like the next two not normalised
-    grad_weight: Tensor | None  # (V, D); None too where a block is kept instead
+    # float32, not normalised; of hidden (N, D) and weight (V, D) None too where a block is kept instead
+    grad_hidden: Tensor | None
+    grad_weight: Tensor | None
     grad_bias: Tensor | None  # (V,)
     block: Tensor | None = None  # (rows, padded(V)) bfloat16: logit_scale * d loss / d y of the kept rows
     # (rows,) float32: what the rows of `block` are still to be multiplied by
@@ -142,7 +146,7 @@ class Formed(NamedTuple):
 
 
 def kept_rows(problem: HeadProblem, needs: Needs, budget: int) -> int:
-    """Rows of the block that is kept for the backward; 0 where the weight gradient is formed in the forward.
+    """Rows of the block that is kept for the backward; 0 where the gradients are formed in the forward.
 
     A function of sizes alone, not of a tile: the fake op asks it too. float16 gradients need their own scale, and
     float32 sums are the gradient itself.
@@ -178,7 +182,7 @@ def forward_backward(
     wide = {"dtype": torch.float32, "device": target.device}
     fresh = torch.empty if every.rows == N else torch.zeros  # rows that no chunk has are not written
     grads: list[Tensor | None] = [
-        fresh(N, D, **wide) if needs.hidden else None,
+        fresh(N, D, **wide) if needs.hidden and not kept else None,
         # the first chunk writes it
         (torch.empty if every.rows else torch.zeros)(V, D, **wide) if needs.weight and not kept else None,
         torch.zeros(V, **wide) if needs.bias else None,
@@ -187,14 +191,14 @@ def forward_backward(
     if not any(needs):
         (values,) = sweep(problem, ("lse",))
     else:
-        names = ("nll", "lse", "lse_lo")
-        values = dict(zip(names, fresh(len(names), N, **wide).unbind(), strict=True))
+        values = {name: fresh(N, **wide) for name in ("nll", "lse", "lse_lo")}
 
         def bound():
             largest = torch.ones_like(values["nll"][:1]) if row_weight is None else row_weight.abs()
             return largest * (1 + 2 * abs(z_loss) * LSE_MARGIN)
 
-        loss_scale, unscale = loss_scale_of(bound, problem)
+        scaled = problem.hidden.dtype == torch.float16
+        loss_scale, unscale = loss_scale_of(bound, problem) if scaled else (None, None)
         terms = LossTerms(row_weight, z_loss, loss_scale)
         with device_guard(target.device):
             if kept:
@@ -244,9 +248,9 @@ def train_whole(
     terms: LossTerms,
     every: RowChunk,  # all rows to be worked on
     values: dict[str, Tensor],  # nll, lse, lse_lo: filled
-    grads: list[Tensor | None],  # of hidden, weight (None) and bias: filled
+    grads: list[Tensor | None],  # of hidden and weight (None), and bias: filled
 ) -> tuple[Tensor, Tensor]:
-    """(block, row_factor) of all rows at once, for the weight gradient that the backward forms."""
+    """(block, row_factor) of all rows at once, for the gradients that the backward forms."""
     hidden, V = problem.hidden, problem.weight.shape[0]
     storage = hidden.new_empty(every.rows, padded(V))
     if padded(V) > V:
@@ -317,10 +321,11 @@ def train_chunk(
     """Values and gradients of one chunk."""
     partials = fold_weights(problem, chunk, config, block)
     combine(problem, chunk, partials, values)
-    picked = chunk.order[chunk.first : chunk.first + chunk.rows]
     residual = None
-    if block.dtype != torch.float32 and row_factor is None:
-        residual = TargetResidual(problem.target[picked], problem.ignore_index)
+    if row_factor is None:
+        picked = chunk.order[chunk.first : chunk.first + chunk.rows]
+        if block.dtype != torch.float32:
+            residual = TargetResidual(problem.target[picked], problem.ignore_index)
     lost = None if residual is None else residual.lost
     bias_sums = finish(
         problem, terms, chunk, partials, values, block, (lost, row_factor), grads[2] is not None
@@ -330,10 +335,6 @@ def train_chunk(
         grads[2] += bias_sums
     if row_factor is None:
         add_gradients(problem, block, picked, residual, grads, chunk.first == 0)
-    elif grads[0] is not None:
-        total = torch.empty(chunk.rows, problem.hidden.shape[1], dtype=torch.float32, device=block.device)
-        accumulate(total, block, problem.weight, first=True)
-        grads[0].index_copy_(0, picked, total.mul_(row_factor[:, None]))
 
 
 def add_gradients(
@@ -380,7 +381,7 @@ def finish(
     finish_kernel[(row_tiles * partials.parts,)](
         weights, block, partials.max, partials.target[1], values["nll"], values["lse"], values["lse_lo"],
         terms.row_weight, problem.target, chunk.order, chunk.count, terms.loss_scale, partial,
-        *at_target, block.stride(0), chunk.first, rows, partials.parts, V,
+        *at_target, problem.logit_scale, block.stride(0), chunk.first, rows, partials.parts, V,
         terms.z_loss, PART=partials.part, BLOCK_N=FINISH_ROWS, SOFTCAP=problem.logit_softcap is not None,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -66,7 +66,7 @@ def compaction_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]
 def parts_of_order(visit: Tensor) -> tuple[Tensor, Tensor]:
     """order and count, which stand one behind the other in visit (N + 1,)."""
     N = visit.shape[0] - 1
-    return visit.narrow(0, 0, N), visit.select(0, N)
+    return visit.as_strided((N,), (1,)), visit.as_strided((), (), N)
 
 
 def order_in_one(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
