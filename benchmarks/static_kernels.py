@@ -50,7 +50,8 @@ class Variant:
     argmax: bool = False
     store: bool = False
     pair: bool = False
-    even_k: bool = True
+    even_k: bool = True  # D is a multiple of BLOCK_K
+    aligned: bool = True  # D and row strides are whole 16 bytes
 
 
 def head_source(
@@ -58,7 +59,7 @@ def head_source(
 ) -> ASTSource:
     """fold_kernel, gradient_kernel or pair_kernel for `dtype` operands."""
     data = "*" + POINTER[dtype]
-    descriptor = config.descriptor and variant.even_k
+    descriptor = config.descriptor and variant.aligned
     types = {
         "hidden": data,
         "hidden_second": data,
@@ -76,6 +77,7 @@ def head_source(
     constants = {
         "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_K": config.block_k, "PARTS": config.parts,
         "GROUP": config.group, "EVEN_K": variant.even_k, "DESCRIPTOR": descriptor, "SOFTCAP": variant.softcap,
+        "UNIT": (4 if dtype == "float32" else 8) if variant.aligned else 1,
         "FOLDED": not (variant.bias or variant.softcap), "FAST_EXP2": nvidia, "PRECISION": precision,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -154,7 +156,7 @@ def correct_source(kernel: str, variant: Variant, dtype: str) -> ASTSource:
     sizes = {name: getattr(target_residual, name) for name in ("ENTRIES", "BLOCK_N", "BLOCK_R")}
     constants = {name: size for name, size in sizes.items() if name in function.arg_names}
     constants["BLOCK_D"] = target_residual.BLOCK_W if "BLOCK_R" in constants else target_residual.BLOCK_D
-    return source(function, {"weight": data, "hidden": data}, constants, aligned=variant.even_k)
+    return source(function, {"weight": data, "hidden": data}, constants, aligned=variant.aligned)
 
 
 def order_source() -> ASTSource:
@@ -165,7 +167,7 @@ def gather_source(variant: Variant, dtype: str) -> ASTSource:
     data = "*" + POINTER[dtype]
     types = {"hidden": data, "out": data, "factor": "*fp32"}
     return source(
-        kept_block.gather_kernel, types, {"BLOCK_D": kept_block.GATHER_COLUMNS}, aligned=variant.even_k
+        kept_block.gather_kernel, types, {"BLOCK_D": kept_block.GATHER_COLUMNS}, aligned=variant.aligned
     )
 
 

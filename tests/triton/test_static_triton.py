@@ -175,9 +175,9 @@ def test_a_pair_waits_where_its_products_do():
 
     rows = json.loads((ROOT / "benchmarks/results/static.json").read_text())["rows"]
     known = {(True, "bfloat16"): 0, (True, "tf32x3"): 5, (False, "bfloat16"): 1, (False, "tf32x3"): 5}
-    for (even_k, products), waits in known.items():
-        row = next(r for r in rows if (r["kernel"], r["target"], r["products"], r["options"]["even_k"])
-                   == ("pair", "sm_90", products, even_k))  # fmt: skip
+    for (aligned, products), waits in known.items():
+        row = next(r for r in rows if (r["kernel"], r["target"], r["products"], r["options"]["aligned"])
+                   == ("pair", "sm_90", products, aligned))  # fmt: skip
         assert row["counts"]["waits_in_step"] == waits and not static_counts.faults(row)
         more = row | {"counts": row["counts"] | {"waits_in_step": waits + 1}}
         assert static_counts.faults(more) == [f"{waits + 1} waits for all wgmma inside a K step"]

@@ -72,8 +72,13 @@ def aligned(hidden: Tensor) -> Tensor:
 
 
 def fits_descriptor(weight: Tensor) -> bool:
-    """Tensor descriptors need a 16-byte aligned base and row stride."""
-    return weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.element_size() % 16 == 0
+    """Whether a weight (V, D) is worth a tensor descriptor, which fills in zeros beyond D.
+
+    It needs a 16-byte aligned base and row stride. D must be whole 16 bytes too: hidden has no descriptor, and a mask
+    that cuts 16 bytes would make its loads single elements.
+    """
+    unit = 16 // weight.element_size()
+    return weight.data_ptr() % 16 == 0 and weight.stride(0) % unit == 0 and weight.shape[1] % unit == 0
 
 
 def operand(weight: Tensor, config) -> TensorDescriptor:
@@ -81,6 +86,22 @@ def operand(weight: Tensor, config) -> TensorDescriptor:
     return TensorDescriptor(
         weight, list(weight.shape), list(weight.stride()), [config.block_v, config.block_k]
     )
+
+
+def load_options(weight: Tensor, config, *hidden: Tensor) -> dict:
+    """How the loop over D loads: constants of the head kernels.
+
+    EVEN_K: D is a multiple of BLOCK_K, so that nothing is masked. DESCRIPTOR: the weight comes through a tensor
+    descriptor. UNIT: D and all row strides are multiples of so many elements: 16 bytes, or 1. Triton itself looks for
+    multiples of 16 elements, and loads single elements where it finds none.
+    """
+    D, unit = weight.shape[1], 16 // weight.element_size()
+    cut = D % unit or weight.stride(0) % unit or any(rows.stride(0) % unit for rows in hidden)
+    return {
+        "EVEN_K": D % config.block_k == 0,
+        "DESCRIPTOR": config.descriptor and fits_descriptor(weight),
+        "UNIT": 1 if cut else unit,
+    }
 
 
 def dense(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:

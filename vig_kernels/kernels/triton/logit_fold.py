@@ -14,10 +14,10 @@ from torch import Tensor
 
 from vig_kernels.problem import HeadProblem
 
-from .launch import cdiv, compute_precision, fast_exp2, operand
-from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, slopes, tile_position
+from .launch import cdiv, compute_precision, fast_exp2, load_options, operand
+from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, row_offsets, slopes, tile_position
 from .row_order import RowChunk
-from .tile_configs import TileConfig, regular
+from .tile_configs import TileConfig
 
 PARTIALS_BYTES = 48 * 2**20
 # a program of `combine_kernel`: few rows, so that few rows fill a GPU, and many parts a step. Fixed: the order in which
@@ -137,6 +137,7 @@ def fold_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    UNIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOLDED: tl.constexpr,  # no bias, no cap, a scale > 0: it goes into the exponent
     FAST_EXP2: tl.constexpr,
@@ -153,10 +154,10 @@ def fold_kernel(
     live = (local < rows) & (local < kept)
     row = tl.load(order + first_row + local, mask=live, other=0)
     base = tl.where(second, hidden_second, hidden)
-    row_offset = row * tl.where(second, stride_hidden_second, stride_hidden)
+    row_offset = row_offsets(row, tl.where(second, stride_hidden_second, stride_hidden), UNIT)
     dot = dot_tile(
         base, row_offset, weight, stride_weight, vocab_tile * BLOCK_V, V, D,
-        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, PRECISION,
+        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, UNIT, PRECISION,
     )  # fmt: skip
     slot = local + second.to(tl.int32) * rows
     wanted = tl.load(target + row, mask=live, other=-1)
@@ -305,19 +306,17 @@ def fold(
     weight, passes, rows = problem.weight, partials.passes, chunk.rows
     first, second = problem.hidden, problem.hidden if hidden_null is None else hidden_null
     V, D = weight.shape
-    even_k = regular(weight, config)
-    descriptor = config.descriptor and even_k
+    loads = load_options(weight, config, first, second)
     row_tiles, vocab_tiles = cdiv(rows, config.block_n), cdiv(V, config.block_v)
     folded = problem.bias is None and problem.logit_softcap is None and problem.logit_scale > 0
     fold_kernel[(row_tiles * passes * vocab_tiles,)](
-        first, second, operand(weight, config) if descriptor else weight, problem.bias, problem.target,
+        first, second, operand(weight, config) if loads["DESCRIPTOR"] else weight, problem.bias, problem.target,
         chunk.order, chunk.count, partials.max, partials.sum, partials.dot, partials.arg, partials.target, block,
         first.stride(0), second.stride(0), weight.stride(0), block.stride(0) if block is not None else 0,
         chunk.first, rows, row_tiles, passes, vocab_tiles, V, D, problem.logit_scale, problem.logit_softcap or 0.0,
         BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
-        GROUP=config.group, EVEN_K=even_k, DESCRIPTOR=descriptor,
-        SOFTCAP=problem.logit_softcap is not None, FOLDED=folded, FAST_EXP2=fast_exp2(weight.device),
-        PRECISION=compute_precision(weight), **config.launch_options,
+        GROUP=config.group, SOFTCAP=problem.logit_softcap is not None, FOLDED=folded,
+        FAST_EXP2=fast_exp2(weight.device), PRECISION=compute_precision(weight), **loads, **config.launch_options,
     )  # fmt: skip
 
 

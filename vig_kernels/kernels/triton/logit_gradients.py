@@ -16,10 +16,10 @@ from torch import Tensor
 from vig_kernels.kernels.torch.precision import FLOAT32_SUMS, WIDE_SUMS, float32_products
 from vig_kernels.problem import HeadProblem, Saved, Upstream
 
-from .launch import cdiv, compute_precision, fast_exp2, operand
-from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, slopes, tile_position
+from .launch import cdiv, compute_precision, fast_exp2, load_options, operand
+from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, row_offsets, slopes, tile_position
 from .target_residual import TargetResidual
-from .tile_configs import head_config, regular
+from .tile_configs import head_config
 
 
 @triton.jit
@@ -130,6 +130,7 @@ def gradient_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    UNIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FAST_EXP2: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -156,8 +157,8 @@ def gradient_kernel(
             tl.store(empty, tl.zeros((BLOCK_V,), dtype=tl.float32), mask=column < columns)
         return
     dot = dot_tile(
-        hidden, row * stride_hidden, weight, stride_weight, first_vocab + vocab_tile * BLOCK_V, V, D,
-        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, PRECISION,
+        hidden, row_offsets(row, stride_hidden, UNIT), weight, stride_weight, first_vocab + vocab_tile * BLOCK_V, V, D,
+        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, UNIT, PRECISION,
     )  # fmt: skip
     up = tl.zeros((BLOCK_N,), dtype=tl.float32)  # upstream of the softmax term
     up_nll = up
@@ -260,19 +261,18 @@ def fill_block(
     (V, D), (rows, columns) = weight.shape, block.values.shape
 
     def run(config):
-        descriptor = config.descriptor and regular(weight, config)
+        loads = load_options(weight, config, hidden)
         row_tiles, vocab_tiles = cdiv(rows, config.block_n), cdiv(columns, config.block_v)
         partial = hidden.new_empty(row_tiles, columns, dtype=torch.float32) if bias_sums else None
         gradient_kernel[(row_tiles * vocab_tiles,)](
-            hidden, operand(weight, config) if descriptor else weight, problem.bias, problem.target, block.order,
-            block.count, saved.lse, saved.entropy if upstream.entropy is not None else None, *upstream,
+            hidden, operand(weight, config) if loads["DESCRIPTOR"] else weight, problem.bias, problem.target,
+            block.order, block.count, saved.lse, saved.entropy if upstream.entropy is not None else None, *upstream,
             block.loss_scale, block.values, partial, None if block.residual is None else block.residual.lost,
             hidden.stride(0), weight.stride(0), block.values.stride(0), block.first_row, rows, row_tiles,
             block.first_vocab, columns, vocab_tiles, V, D, problem.logit_scale, softcap or 0.0,
             BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k, PARTS=config.parts,
-            GROUP=config.group, EVEN_K=regular(weight, config), DESCRIPTOR=descriptor,
-            SOFTCAP=softcap is not None, FAST_EXP2=fast_exp2(weight.device), PRECISION=compute_precision(weight),
-            **config.launch_options,
+            GROUP=config.group, SOFTCAP=softcap is not None, FAST_EXP2=fast_exp2(weight.device),
+            PRECISION=compute_precision(weight), **loads, **config.launch_options,
         )  # fmt: skip
         return partial.sum(0) if bias_sums else None
 

@@ -95,7 +95,7 @@ HEAD: dict[tuple[str, str, str], tuple[TileConfig, TileConfig]] = {
     ("pair", "gfx942", "float32"): (P(128, 64, 32, 8, 2, 2),) * 2,
 }
 
-# (target, kind): for irregular loads (any D, any stride), whose masks take registers; see `irregular_tile`
+# (target, kind): for weights that fit no descriptor, whose masks take registers; see `irregular_tile`
 IRREGULAR: dict[tuple[str, str], TileConfig] = {
     ("sm_90", "16-bit"): T(128, 64, 32, 8, 3, 2),
     ("sm_90", "float32"): T(128, 64, 32, 8, 3, 2),
@@ -132,14 +132,14 @@ def table_target(target: str) -> str:
 
 
 def irregular_tile(kernel: str, target: str, kind: str) -> TileConfig:
-    """The tile for loads with masks along D; the narrow one where none is named."""
+    """The tile for loads with masks along D, by pointers; the narrow one where none is named."""
     table = IRREGULAR_PAIR if kernel == "pair" else IRREGULAR
     return table.get((target, kind), HEAD[kernel, target, kind][1])
 
 
 def regular(weight: Tensor, config: TileConfig) -> bool:
-    """Whether loads need no mask along D, and a tensor descriptor can be made where the tile wants one."""
-    return weight.shape[1] % config.block_k == 0 and (fits_descriptor(weight) or not config.descriptor)
+    """Whether the tile can load as it was made to: through a descriptor, or without masks along D."""
+    return fits_descriptor(weight) if config.descriptor else weight.shape[1] % config.block_k == 0
 
 
 def head_config(
@@ -156,7 +156,10 @@ def head_config(
     if not autotuning():
         return chosen
     more = [replace(chosen, parts=1)] if target == "interpreter" else neighbours(chosen)
-    return tuned((kernel, target, str(weight.dtype), V, D), [*dict.fromkeys(rows), *more], trial)
+    candidates = [chosen, *rows, *more]
+    if not fits_descriptor(weight):
+        candidates = [replace(config, descriptor=False) for config in candidates]
+    return tuned((kernel, target, str(weight.dtype), V, D), candidates, trial)
 
 
 def blur_config(matrices: Tensor, size: int, lines: int, trial: Callable[[TileConfig], object]) -> TileConfig:
