@@ -268,12 +268,12 @@ WAITS = {"tf32x3": 2}
 
 
 def known_waits(row: dict) -> int:
-    """Of WAITS, a product. A pair has two products a step: where one waits for itself, as it also does where masked
-    loads keep it from being pipelined, there is a wait between the two."""
+    """Of WAITS, a product. A pair has two products a step: where one waits for itself, as it also does where loads of
+    single elements keep it from being pipelined, there is a wait between the two."""
     one = WAITS.get(row["products"], 0)
     if row["kernel"] != "pair":
         return one
-    return 2 * one + 1 if one or not row["options"]["even_k"] else 0
+    return 2 * one + 1 if one or not row["options"]["aligned"] else 0
 
 
 def faults(row: dict) -> list[str]:

@@ -33,10 +33,15 @@ FLOAT32 = (
     "loss_scale", "row_weight", "grad_nll", "residual", "total", "centre_of", "factor_of", "row_factor",
 )  # fmt: skip
 FLOATS = ("logit_scale", "logit_softcap", "z_loss")
+WIDTHS = ("stride_hidden", "stride_hidden_second", "stride_weight", "D")  # what follows D
 ALIGNED = (
-    "stride_hidden", "stride_hidden_second", "stride_weight", "stride_block", "stride_matrix", "stride_total", "D",
-    "size", "lines",
-)  # fmt: skip
+    *WIDTHS,
+    "stride_block",
+    "stride_matrix",
+    "stride_total",
+    "size",
+    "lines",
+)  # usually multiples of 16
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ def head_source(
         "FOLDED": not (variant.bias or variant.softcap), "FAST_EXP2": nvidia, "PRECISION": precision,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return source(kernel, types, constants, aligned=variant.even_k)
+    odd = () if variant.even_k else WIDTHS if variant.aligned else ALIGNED
+    return source(kernel, types, constants, odd)
 
 
 def block_type(kernel, variant: Variant, dtype: str) -> str | None:
@@ -91,8 +97,11 @@ def block_type(kernel, variant: Variant, dtype: str) -> str | None:
     return ("*fp32" if dtype == "float32" else "*fp16") if variant.store else None
 
 
-def source(kernel, types: dict, constants: dict, aligned: bool = True) -> ASTSource:
-    """ASTSource of `kernel`; what `types` does not name follows from the argument's name."""
+def source(kernel, types: dict, constants: dict, odd: tuple[str, ...] = ()) -> ASTSource:
+    """ASTSource of `kernel`; what `types` does not name follows from the argument's name.
+
+    odd: arguments that are no multiples of 16, though they mostly are.
+    """
     signature, constants = {}, dict(constants)
     for name in kernel.arg_names:
         if name in constants:
@@ -111,7 +120,7 @@ def source(kernel, types: dict, constants: dict, aligned: bool = True) -> ASTSou
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if (signature[name].startswith("*") and name not in unknown) or (aligned and name in ALIGNED)
+        if (signature[name].startswith("*") and name not in unknown) or (name in ALIGNED and name not in odd)
     }
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -156,7 +165,7 @@ def correct_source(kernel: str, variant: Variant, dtype: str) -> ASTSource:
     sizes = {name: getattr(target_residual, name) for name in ("ENTRIES", "BLOCK_N", "BLOCK_R")}
     constants = {name: size for name, size in sizes.items() if name in function.arg_names}
     constants["BLOCK_D"] = target_residual.BLOCK_W if "BLOCK_R" in constants else target_residual.BLOCK_D
-    return source(function, {"weight": data, "hidden": data}, constants, aligned=variant.aligned)
+    return source(function, {"weight": data, "hidden": data}, constants, () if variant.aligned else ALIGNED)
 
 
 def order_source() -> ASTSource:
@@ -166,9 +175,8 @@ def order_source() -> ASTSource:
 def gather_source(variant: Variant, dtype: str) -> ASTSource:
     data = "*" + POINTER[dtype]
     types = {"hidden": data, "out": data, "factor": "*fp32"}
-    return source(
-        kept_block.gather_kernel, types, {"BLOCK_D": kept_block.GATHER_COLUMNS}, aligned=variant.aligned
-    )
+    odd = () if variant.aligned else ALIGNED
+    return source(kept_block.gather_kernel, types, {"BLOCK_D": kept_block.GATHER_COLUMNS}, odd)
 
 
 def blur_source(first_launch: bool, dtype: str, fast: bool, config: TileConfig, precision: str) -> ASTSource:
