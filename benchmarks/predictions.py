@@ -87,9 +87,9 @@ class NotCounted(LookupError):
 
 @cache
 def counted() -> dict[tuple, dict]:
-    """Counts of the leanest variant of each (kernel, target, dtype, tile)."""
+    """Counts of the leanest variant of each (kernel, target, dtype, tile), without masks along D if there is one."""
     rows = json.loads((FOLDER / "static.json").read_text())["rows"]
-    rows.sort(key=lambda row: sum(value is True for value in row["options"].values()), reverse=True)
+    rows.sort(key=lambda row: (row["options"]["even_k"], -sum(v is True for v in row["options"].values())))
     return {_key(row["kernel"], row["target"], row["dtype"], row["tile"]): row["counts"] for row in rows}
 
 

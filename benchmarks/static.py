@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import triton
@@ -38,14 +38,16 @@ STORE = Path(__file__).parent / "results" / "static.json"
 
 PLAIN = Variant("plain")
 STATS = Variant("bias, softcap, entropy, argmax", softcap=True, bias=True, entropy=True, argmax=True)
-RAGGED = Variant("bias, softcap, any D and stride", softcap=True, bias=True, even_k=False)
+RAGGED = Variant("bias, softcap, any D and stride", softcap=True, bias=True, even_k=False, aligned=False)
 TRAIN = Variant("bias, block", bias=True, store=True)
 TRAIN_CAPPED = Variant("bias, softcap, block", softcap=True, bias=True, store=True)
-TRAIN_RAGGED = Variant("bias, softcap, block, any D and stride", True, True, store=True, even_k=False)
+TRAIN_RAGGED = Variant(
+    "bias, softcap, block, any D and stride", True, True, store=True, even_k=False, aligned=False
+)
 
 CAPPED = Variant("bias, softcap", softcap=True, bias=True)
 PAIR = Variant("pair", pair=True)
-ANY = Variant("any D and stride", even_k=False)
+ANY = Variant("any D and stride", even_k=False, aligned=False)
 KEPT = Variant("bias, block kept", bias=True, store=True)
 
 # what the wide, narrow and irregular tiles are launched with (tile_configs.head_config); of less code, what the
@@ -78,7 +80,11 @@ def rows() -> list[dict]:
     found = []
     for (kernel, target, kind), (wide, narrow) in HEAD.items():
         irregular = irregular_tile(kernel, target, kind)
-        for tile, variants in zip((wide, narrow, irregular), HEAD_VARIANTS[kernel], strict=True):
+        ways = list(zip((wide, narrow, irregular), HEAD_VARIANTS[kernel], strict=True))
+        # of a D that cuts a block: the tiles with descriptors, or where there are none, the one with masks
+        cut = [way for way in ways if way[0].descriptor] or ways[-1:]
+        ways += [(tile, map(masked, variants)) for tile, variants in cut]
+        for tile, variants in ways:
             found += [
                 row(kernel, variant, target, dtype, tile) for variant in variants for dtype in DTYPES[kind]
             ]
@@ -89,6 +95,11 @@ def rows() -> list[dict]:
     for target in TARGETS:
         found += small_rows(target)
     return list({key(entry): entry for entry in found}.values())
+
+
+def masked(variant: Variant) -> Variant:
+    """The variant for a D that is no multiple of BLOCK_K, but of 16 bytes."""
+    return replace(variant, name=variant.name + static_counts.MASKED, even_k=False, aligned=True)
 
 
 def small_rows(target: str) -> list[dict]:

@@ -261,18 +261,19 @@ EPILOGUE_BUDGET = {
     ("pair", "bias, softcap", "float32"): (88, 86, 165),
     ("pair", "bias, softcap, any D and stride", "float32"): (93, 92, 126),
 }
+MASKED = ", masks of 16 bytes"  # follows the name of the variant that has the same epilogue, and its budget
 # waits that are known: tf32x3 makes three products of one, and the compiler waits for each before it starts the next,
 # since they add to one accumulator from operands that it forms in registers
 WAITS = {"tf32x3": 2}
 
 
 def known_waits(row: dict) -> int:
-    """Of WAITS, a product. A pair has two products a step: where one waits for itself, as it also does where masked
-    loads keep it from being pipelined, there is a wait between the two."""
+    """Of WAITS, a product. A pair has two products a step: where one waits for itself, as it also does where loads of
+    single elements keep it from being pipelined, there is a wait between the two."""
     one = WAITS.get(row["products"], 0)
     if row["kernel"] != "pair":
         return one
-    return 2 * one + 1 if one or not row["options"]["even_k"] else 0
+    return 2 * one + 1 if one or not row["options"]["aligned"] else 0
 
 
 def faults(row: dict) -> list[str]:
@@ -306,7 +307,7 @@ def epilogue_budget(row: dict) -> float | None:
     """Of EPILOGUE_BUDGET; None where there is none."""
     kind = "float32" if row["dtype"] == "float32" else "16-bit"
     targets = ("sm_80", "sm_90", "sm_100")
-    budgets = EPILOGUE_BUDGET.get((row["kernel"], row["variant"], kind))
+    budgets = EPILOGUE_BUDGET.get((row["kernel"], row["variant"].removesuffix(MASKED), kind))
     return budgets[targets.index(row["target"])] if budgets and row["target"] in targets else None
 
 

@@ -33,10 +33,15 @@ FLOAT32 = (
     "loss_scale", "row_weight", "grad_nll", "residual", "total", "centre_of", "factor_of", "row_factor",
 )  # fmt: skip
 FLOATS = ("logit_scale", "logit_softcap", "z_loss")
+WIDTHS = ("stride_hidden", "stride_hidden_second", "stride_weight", "D")  # what follows D
 ALIGNED = (
-    "stride_hidden", "stride_hidden_second", "stride_weight", "stride_block", "stride_matrix", "stride_total", "D",
-    "size", "lines",
-)  # fmt: skip
+    *WIDTHS,
+    "stride_block",
+    "stride_matrix",
+    "stride_total",
+    "size",
+    "lines",
+)  # usually multiples of 16
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ class Variant:
     argmax: bool = False
     store: bool = False
     pair: bool = False
-    even_k: bool = True
+    even_k: bool = True  # D is a multiple of BLOCK_K
+    aligned: bool = True  # D and row strides are whole 16 bytes
 
 
 def head_source(
@@ -58,7 +64,7 @@ def head_source(
 ) -> ASTSource:
     """fold_kernel, gradient_kernel or pair_kernel for `dtype` operands."""
     data = "*" + POINTER[dtype]
-    descriptor = config.descriptor and variant.even_k
+    descriptor = config.descriptor and variant.aligned
     types = {
         "hidden": data,
         "hidden_second": data,
@@ -76,10 +82,12 @@ def head_source(
     constants = {
         "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_K": config.block_k, "PARTS": config.parts,
         "GROUP": config.group, "EVEN_K": variant.even_k, "DESCRIPTOR": descriptor, "SOFTCAP": variant.softcap,
+        "UNIT": (4 if dtype == "float32" else 8) if variant.aligned else 1,
         "FOLDED": not (variant.bias or variant.softcap), "FAST_EXP2": nvidia, "PRECISION": precision,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return source(kernel, types, constants, aligned=variant.even_k)
+    odd = () if variant.even_k else WIDTHS if variant.aligned else ALIGNED
+    return source(kernel, types, constants, odd)
 
 
 def block_type(kernel, variant: Variant, dtype: str) -> str | None:
@@ -89,8 +97,11 @@ def block_type(kernel, variant: Variant, dtype: str) -> str | None:
     return ("*fp32" if dtype == "float32" else "*fp16") if variant.store else None
 
 
-def source(kernel, types: dict, constants: dict, aligned: bool = True) -> ASTSource:
-    """ASTSource of `kernel`; what `types` does not name follows from the argument's name."""
+def source(kernel, types: dict, constants: dict, odd: tuple[str, ...] = ()) -> ASTSource:
+    """ASTSource of `kernel`; what `types` does not name follows from the argument's name.
+
+    odd: arguments that are no multiples of 16, though they mostly are.
+    """
     signature, constants = {}, dict(constants)
     for name in kernel.arg_names:
         if name in constants:
@@ -109,7 +120,7 @@ def source(kernel, types: dict, constants: dict, aligned: bool = True) -> ASTSou
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if (signature[name].startswith("*") and name not in unknown) or (aligned and name in ALIGNED)
+        if (signature[name].startswith("*") and name not in unknown) or (name in ALIGNED and name not in odd)
     }
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -155,7 +166,7 @@ def correct_source(kernel: str, variant: Variant, dtype: str) -> ASTSource:
     sizes = {name: getattr(target_residual, name) for name in ("ENTRIES", "BLOCK_N", "BLOCK_R")}
     constants = {name: size for name, size in sizes.items() if name in function.arg_names}
     constants["BLOCK_D"] = target_residual.BLOCK_W if "BLOCK_R" in constants else target_residual.BLOCK_D
-    return source(function, {"weight": data, "hidden": data}, constants, aligned=variant.even_k)
+    return source(function, {"weight": data, "hidden": data}, constants, () if variant.aligned else ALIGNED)
 
 
 def order_source() -> ASTSource:
@@ -166,7 +177,9 @@ def rows_source(variant: Variant, dtype: str) -> ASTSource:
     data = "*" + POINTER[dtype]
     types = {"hidden": data, "gathered": data, "grad_hidden": data, "total": "*fp32", "visit": "*i64"}
     types |= {"factor": "*fp32", "scale": "fp32"}
-    return source(kept_block.rows_kernel, types, {"BLOCK_D": kept_block.ROW_COLUMNS}, aligned=variant.even_k)
+    return source(
+        kept_block.rows_kernel, types, {"BLOCK_D": kept_block.ROW_COLUMNS}, () if variant.aligned else ALIGNED
+    )
 
 
 def blur_source(first_launch: bool, dtype: str, fast: bool, config: TileConfig, precision: str) -> ASTSource:

@@ -8,8 +8,11 @@ Exact values come from the float64 specification.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from vig_kernels import reference
@@ -76,6 +79,47 @@ def assert_forward(k, hidden, weight, target, options):
     assert torch.equal(image, nll), "nll_image has other bits than linear_nll"
     alone = k.linear_nll.forward(HeadProblem(other, weight, target, *arguments), ())[0]
     assert torch.equal(null, alone), "nll_null has other bits than linear_nll"
+
+
+def between_nans(x) -> torch.Tensor:
+    """x (rows, D) in wider storage, with NaN behind each row and for two rows after the last."""
+    rows, D = x.shape
+    return x.new_full((rows + 2, D + 8), torch.nan)[:rows, :D].copy_(x)
+
+
+def contiguous_product(a, b, dtype, product=np.matmul):
+    """The interpreter's product. BLAS sums a transposed view, as a descriptor's block is, in another order."""
+    return product(np.ascontiguousarray(a), np.ascontiguousarray(b), dtype=dtype)
+
+
+@patch("triton.runtime.interpreter.np.matmul", contiguous_product)
+def check_width_that_cuts_a_block(k, dtype=torch.bfloat16, D=72, block_k=64):
+    """Where D is no multiple of BLOCK_K, a descriptor's zeros beyond D give the bits that masks give, in every kernel.
+
+    NaN beyond D, of hidden or weight, is read by neither.
+    """
+    hidden, null, weight, target, bias = pair_problem(dtype, True, N=9, D=D, V=40)
+    hidden, null, weight = map(between_nans, (hidden, null, weight))
+    head = HeadProblem(hidden, weight, target, bias, 0.7, 4.0)
+    tiles, kept, found = k.tile_configs, k.tile_configs.INTERPRETER, []
+    try:
+        for descriptor in (False, True):
+            tile = {"block_n": 16, "block_v": 32, "block_k": block_k, "descriptor": descriptor}
+            tiles.INTERPRETER = replace(kept, **tile)
+            assert descriptor == tiles.regular(D, tiles.fits_descriptor(weight), tiles.INTERPRETER)
+            nll, values = k.linear_nll.forward(head, STATS)
+            *pair, more = k.linear_vig.with_stats(head, null, ("kl", "entropy_null"))
+            upstream, saved = Upstream(nll * 0 + 1), Saved(values["lse"])
+            recomputed = k.linear_nll.backward(upstream, saved, head, Needs())
+            trained = formed_gradients(k, head, None, 1e-3)
+            found.append([nll, *values.values(), *pair[:3], *more.values(), *recomputed, *trained])
+    finally:
+        tiles.INTERPRETER = kept
+    assert not any(x.isnan().any() for x in found[1]), "what lies beyond D is read"
+    assert all(map(torch.equal, *found)), "a descriptor changes bits"
+    exact = reference.linear_nll(hidden, weight, target, bias=bias, logit_scale=0.7, logit_softcap=4.0)
+    options = {"bias": bias, "logit_scale": 0.7}
+    assert ((found[1][0] - exact).abs() <= bound(hidden, weight, options)).all()
 
 
 def check_fold_and_combine(k, dtype=torch.float32):
@@ -579,7 +623,7 @@ def check_large_offsets_of_partials(k):
     kernel[(2,)](
         hidden, hidden, weight, None, target, order, count, partials.max, partials.sum, None, None, partials.target,
         None, 8, 8, 8, 0, 0, rows, 1, 1, 2, 40, 8, 1.0, 0.0, **common, PARTS=2, GROUP=2, EVEN_K=False,
-        DESCRIPTOR=False, SOFTCAP=False, FOLDED=True, FAST_EXP2=False, PRECISION="ieee",
+        DESCRIPTOR=False, UNIT=1, SOFTCAP=False, FOLDED=True, FAST_EXP2=False, PRECISION="ieee",
     )  # fmt: skip
     nll = torch.empty(3)
     combine[(1,)](
@@ -608,8 +652,8 @@ def check_large_offsets_of_a_pair(k):
     k.pair_fold.pair_kernel[(2,)](
         hidden, null, weight, None, order, count, partials, hidden.stride(0), null.stride(0), weight.stride(0),
         0, rows, 1, 2, 40, 8, 1.0, 0.0, BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_K=config.block_k,
-        PARTS=2, GROUP=2, EVEN_K=False, DESCRIPTOR=False, SOFTCAP=False, FOLDED=True, FAST_EXP2=False,
-        PRECISION="ieee",
+        PARTS=2, GROUP=2, EVEN_K=False, DESCRIPTOR=False, UNIT=1, SOFTCAP=False, FOLDED=True,
+        FAST_EXP2=False, PRECISION="ieee",
     )  # fmt: skip
     k.pair_fold.pair_combine_kernel[(1,)](partials, order, count, kl, 0, rows, 3, BLOCK_N=16, BLOCK_T=32)
     assert torch.equal(kl[:3], near[:3]) and not kl[3:].any()

@@ -50,6 +50,8 @@ MUTATIONS = [
         ("bias added twice", "dot += tl.load(bias", "dot += 2.0 * tl.load(bias"),
         ("scale dropped", "return dot * logit_scale", "return dot"),
         ("series of tanh cut", "(-1.0 / 3.0 + x2 *", "(-1.0 / 3.0 + 0.0 *"),
+        ("mask of hidden dropped", "tl.load(pointer, mask=k[None, :] < left, other=0.0)", "tl.load(pointer)"),
+        ("mask of the weight dropped", "tl.load(pointer, mask=k[:, None] < left, other=0.0)", "tl.load(pointer)"),
     ),
     *_faults(
         "fold", FOLD,
@@ -72,7 +74,7 @@ MUTATIONS = [
     ),
     *_faults(
         "fold", FOLD,
-        ("int32 offset of hidden", "row_offset = row *", "row_offset = row.to(tl.int32) *"),
+        ("int32 offset of hidden", "row_offsets(row, tl", "row_offsets(row.to(tl.int32), tl"),
         ("int32 offset of partials", "at = part.to(tl.int64) * partial_stride", "at = part * partial_stride"),
         isolated=True,
     ),
@@ -107,7 +109,7 @@ MUTATIONS = [
         "pair", PAIR,
         ("last block of D skipped", "range(0, D, BLOCK_K)", "range(0, D - BLOCK_K, BLOCK_K)"),
         ("null pass multiplied as the image", "tl.dot(null, w, null_dot", "tl.dot(image, w, null_dot"),
-        ("null pass with the image's stride", "row * stride_hidden_second", "row * stride_hidden"),
+        ("null pass with the image's stride", "row, stride_hidden_second, UNIT", "row, stride_hidden, UNIT"),
         ("last tile not masked", "if first + PART > V:", "if first > V:"),
         ("scale of the differences dropped", "tl.sum(apart, axis=1) * unit", "tl.sum(apart, axis=1)"),
         ("scale of the null maximum dropped", "null_top * unit", "null_top"),
@@ -118,6 +120,7 @@ MUTATIONS = [
         ("weights of 0 kept", "tl.where(e > 0, e * (below - null_below), 0.0)", "e * (below - null_below)"),
         ("second half of the null pass as its first", "null_left if half == 0 else null_right", "null_left"),
         ("last tile of the vocabulary dropped", "cdiv(V, config.block_v)\n", "max(1, V // config.block_v)\n"),
+        ("null pass without a mask", "load_rows(null_ptr, k, D - start, EVEN_K)", "load_rows(null_ptr, k, D, True)"),
         ("maximum of nothing", 'z - tl.where(top == -float("inf"), 0.0, top)[:, None]', "z - top[:, None]"),
     ),
     *_faults(
@@ -136,10 +139,15 @@ MUTATIONS = [
     ),
     *_faults(
         "pair", PAIR,
-        ("int32 offset of hidden", "row * stride_hidden,", "row.to(tl.int32) * stride_hidden,"),
-        ("int32 offset of the null pass", "row * stride_hidden_second", "row.to(tl.int32) * stride_hidden_second"),
-        ("int32 offset of weight", "V - 1).to(tl.int64)", "V - 1)"),
+        ("int32 offset of hidden", "row_offsets(row, stride_hidden,", "row_offsets(row.to(tl.int32), stride_hidden,"),
+        ("int32 offset of the null pass", "row_offsets(row, stride_hidden_second",
+         "row_offsets(row.to(tl.int32), stride_hidden_second"),
         ("int32 offset of partials", "part.to(tl.int64) * FIELDS * rows", "part * FIELDS * rows"),
+        isolated=True,
+    ),
+    *_faults(
+        "pair", TILES,
+        ("int32 offset of weight", "V - 1).to(tl.int64)", "V - 1)"),
         isolated=True,
     ),
     *_faults(
@@ -166,7 +174,7 @@ MUTATIONS = [
     ),
     *_faults(
         "gradient", GRADIENTS,
-        ("int32 offset of hidden", "row * stride_hidden", "row.to(tl.int32) * stride_hidden"),
+        ("int32 offset of hidden", "row_offsets(row, stride_hidden", "row_offsets(row.to(tl.int32), stride_hidden"),
         isolated=True,
     ),
     *_faults(
@@ -276,10 +284,18 @@ def many_parts(k) -> None:
 
 
 CHECKS = {
-    "fold": (checks.check_fold_and_combine, checks.check_first_of_equal_maxima),
+    "fold": (
+        checks.check_fold_and_combine,
+        checks.check_first_of_equal_maxima,
+        checks.check_width_that_cuts_a_block,
+    ),
     "combine": (checks.check_low_part_of_lse, checks.check_fold_and_combine, many_parts),
     "vig": (checks.check_fold_and_combine,),
-    "pair": (checks.check_divergence, checks.check_divergence_where_words_are_ruled_out),
+    "pair": (
+        checks.check_divergence,
+        checks.check_divergence_where_words_are_ruled_out,
+        checks.check_width_that_cuts_a_block,
+    ),
     "pair combine": (
         checks.check_divergence,
         checks.check_divergence_where_words_are_ruled_out,

@@ -60,6 +60,21 @@ def test_small_tiles(dtype, parts, descriptor, monkeypatch):
     )  # 16-byte rows: descriptors are used
 
 
+@pytest.mark.parametrize(
+    ("dtype", "D", "block_k"),
+    [
+        (DTYPES[1], 72, 64),
+        (DTYPES[2], 8, 64),  # less than a block
+        (DTYPES[1], 1000, 64),
+        (DTYPES[0], 36, 16),
+        (DTYPES[0], 4, 32),
+    ],
+    ids=str,
+)
+def test_a_width_that_cuts_a_block(dtype, D, block_k):
+    checks.check_width_that_cuts_a_block(KERNELS, dtype, D, block_k)
+
+
 def test_rows_of_logits_around_ten_thousand(small_tiles):
     hidden, weight, target, _ = checks.problem(spread=2000.0)
     checks.assert_forward(KERNELS, hidden, weight, target, checks.OPTIONS)
@@ -450,7 +465,31 @@ def test_descriptors_take_rows_on_16_byte_borders():
     assert launch.fits_descriptor(whole)
     assert not launch.fits_descriptor(whole[:, 1:49]), "the base"
     assert not launch.fits_descriptor(torch.zeros(9, 50)[:, :48]), "the rows"
+    assert not launch.fits_descriptor(whole[:, :50]), "the width"
+    assert launch.fits_descriptor(whole[:, :52]), "zeros stand in for what is beyond it"
     tile = replace(SMALL, descriptor=True)
-    assert tile_configs.regular(whole, tile) and not tile_configs.regular(whole[:, :50], tile)
+
+    def regular(weight, config):
+        return tile_configs.regular(weight.shape[1], launch.fits_descriptor(weight), config)
+
+    assert regular(whole, tile) and not regular(whole[:, :50], tile)
+    assert regular(whole[:, :52], tile) and not regular(whole[:, :52], SMALL)
     apart = torch.zeros(9, 50)[:, :48]
-    assert not tile_configs.regular(apart, tile) and tile_configs.regular(apart, SMALL)
+    assert not regular(apart, tile) and regular(apart, SMALL)
+
+
+def test_loads_of_16_bytes_need_every_row_on_a_border():
+    """A mask, or a row, that a wide load would cross makes the compiler be told of no alignment."""
+    tile, rows, words = replace(SMALL, descriptor=True), torch.zeros(9, 80), torch.zeros(40, 80)
+
+    def told(hidden, weight):
+        options = tile_configs.head_options(weight, tile, rows, hidden)
+        return tuple(options[name] for name in ("EVEN_K", "DESCRIPTOR", "UNIT"))
+
+    assert told(rows[:, :64], words[:, :64]) == (True, True, 4)
+    assert told(rows[:, :52], words[:, :52]) == (False, True, 4), "zeros stand in for what is beyond D"
+    assert told(rows[:, :50], words[:, :50]) == (False, False, 1)
+    assert told(torch.zeros(9, 54)[:, :52], words[:, :52]) == (False, True, 1), "rows of hidden"
+    assert told(rows[:, :48], torch.zeros(40, 50)[:, :48]) == (True, False, 1), "rows of the weight"
+    assert told(rows[:, :52].half(), words[:, :52].half()) == (False, False, 1), "16 bytes are 8 of them"
+    assert told(rows[:, :48], words[:, 1:49]) == (True, False, 4), "its address is the compiler's to see"

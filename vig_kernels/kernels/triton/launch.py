@@ -77,8 +77,13 @@ def aligned(hidden: Tensor) -> Tensor:
 
 
 def fits_descriptor(weight: Tensor) -> bool:
-    """Tensor descriptors need a 16-byte aligned base and row stride."""
-    return weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.element_size() % 16 == 0
+    """Whether a weight (V, D) is worth a tensor descriptor, which fills in zeros beyond D.
+
+    It needs a 16-byte aligned base and row stride. D must be whole 16 bytes too: hidden has no descriptor, and a mask
+    that cuts 16 bytes would make its loads single elements.
+    """
+    unit = 16 // weight.element_size()
+    return weight.data_ptr() % 16 == 0 and weight.stride(0) % unit == 0 and weight.shape[1] % unit == 0
 
 
 def operand(weight: Tensor, config) -> TensorDescriptor:

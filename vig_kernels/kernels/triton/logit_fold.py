@@ -15,7 +15,7 @@ from torch import Tensor
 from vig_kernels.problem import HeadProblem
 
 from .launch import cdiv, operand
-from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, slopes, tile_position
+from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, row_offsets, slopes, tile_position
 from .row_order import RowChunk
 from .tile_configs import TileConfig, head_options
 
@@ -137,6 +137,7 @@ def fold_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    UNIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOLDED: tl.constexpr,  # no bias, no cap, a scale > 0: it goes into the exponent
     FAST_EXP2: tl.constexpr,
@@ -153,10 +154,10 @@ def fold_kernel(
     live = (local < rows) & (local < kept)
     row = tl.load(order + first_row + local, mask=live, other=0)
     base = tl.where(second, hidden_second, hidden)
-    row_offset = row * tl.where(second, stride_hidden_second, stride_hidden)
+    row_offset = row_offsets(row, tl.where(second, stride_hidden_second, stride_hidden), UNIT)
     dot = dot_tile(
         base, row_offset, weight, stride_weight, vocab_tile * BLOCK_V, V, D,
-        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, PRECISION,
+        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, UNIT, PRECISION,
     )  # fmt: skip
     slot = local + second.to(tl.int32) * rows
     wanted = tl.load(target + row, mask=live, other=-1)
@@ -305,7 +306,7 @@ def fold(
     """Launch `fold_kernel` on the rows of a chunk, for one or two passes."""
     weight, passes, rows = problem.weight, partials.passes, chunk.rows
     first, second = problem.hidden, problem.hidden if hidden_null is None else hidden_null
-    (V, D), options = weight.shape, head_options(weight, config)
+    (V, D), options = weight.shape, head_options(weight, config, first, second)
     row_tiles, vocab_tiles = cdiv(rows, config.block_n), cdiv(V, config.block_v)
     folded = problem.bias is None and problem.logit_softcap is None and problem.logit_scale > 0
     fold_kernel[(row_tiles * passes * vocab_tiles,)](

@@ -17,7 +17,7 @@ from vig_kernels.kernels.torch.precision import FLOAT32_SUMS, WIDE_SUMS, float32
 from vig_kernels.problem import HeadProblem, Saved, Upstream
 
 from .launch import cdiv, operand
-from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, slopes, tile_position
+from .logit_tiles import LOG2_E, dot_tile, exp2, halves, logits, narrow, row_offsets, slopes, tile_position
 from .target_residual import TargetResidual
 from .tile_configs import head_config, head_options
 
@@ -130,6 +130,7 @@ def gradient_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    UNIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FAST_EXP2: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -156,8 +157,8 @@ def gradient_kernel(
             tl.store(empty, tl.zeros((BLOCK_V,), dtype=tl.float32), mask=column < columns)
         return
     dot = dot_tile(
-        hidden, row * stride_hidden, weight, stride_weight, first_vocab + vocab_tile * BLOCK_V, V, D,
-        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, PRECISION,
+        hidden, row_offsets(row, stride_hidden, UNIT), weight, stride_weight, first_vocab + vocab_tile * BLOCK_V, V, D,
+        BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, UNIT, PRECISION,
     )  # fmt: skip
     up = tl.zeros((BLOCK_N,), dtype=tl.float32)  # upstream of the softmax term
     up_nll = up
@@ -260,7 +261,7 @@ def fill_block(
     (V, D), (rows, columns) = weight.shape, block.values.shape
 
     def run(config):
-        options = head_options(weight, config)
+        options = head_options(weight, config, hidden)
         row_tiles, vocab_tiles = cdiv(rows, config.block_n), cdiv(columns, config.block_v)
         partial = hidden.new_empty(row_tiles, columns, dtype=torch.float32) if bias_sums else None
         gradient_kernel[(row_tiles * vocab_tiles,)](

@@ -73,6 +73,71 @@ def tile_position(
 
 
 @triton.jit
+def row_offsets(row, stride, UNIT: tl.constexpr):
+    """Element offsets of rows, row int64, known to the compiler to be multiples of UNIT.
+
+    They are multiplied here since a hint on an argument of a function that is not the kernel is lost.
+    """
+    offset = row * stride
+    if UNIT > 1:
+        offset = tl.multiple_of(offset, UNIT)
+    return offset
+
+
+@triton.jit
+def word_pointers(
+    weight,  # pointer to (V, D)
+    stride_weight,
+    first_column,
+    V,
+    k,
+    BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """(BLOCK_K, BLOCK_V) pointers to the first block of D of each word.
+
+    The last word stands in for those beyond V: it is read in bounds, and masked by the epilogue.
+    """
+    word = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
+    return weight + row_offsets(word, stride_weight, UNIT)[None, :] + k[:, None]
+
+
+@triton.jit
+def load_rows(pointer, k, left, EVEN_K: tl.constexpr):
+    """A block of hidden, with zeros from column `left` on: what lies beyond D may be NaN, and NaN times 0 is NaN."""
+    if EVEN_K:
+        h = tl.load(pointer)
+    else:
+        h = tl.load(pointer, mask=k[None, :] < left, other=0.0)
+    if INTERPRETED:
+        h = h.to(tl.float32)
+    return h
+
+
+@triton.jit
+def load_words(
+    weight,  # tensor descriptor of (V, D), or not used
+    pointer,  # (BLOCK_K, BLOCK_V), or not used
+    first_column,
+    start,
+    k,
+    left,
+    EVEN_K: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """A block of the transposed weight, with zeros from row `left` on, which a descriptor fills in by itself."""
+    if DESCRIPTOR:
+        w = weight.load([first_column, start]).T
+    elif EVEN_K:
+        w = tl.load(pointer)
+    else:
+        w = tl.load(pointer, mask=k[:, None] < left, other=0.0)
+    if INTERPRETED:
+        w = w.to(tl.float32)
+    return w
+
+
+@triton.jit
 def dot_tile(
     hidden,  # pointer, rows of D
     row_offset,  # (BLOCK_N,) int64, element offset of each row
@@ -84,32 +149,23 @@ def dot_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    EVEN_K: tl.constexpr,  # D is a multiple of BLOCK_K
     DESCRIPTOR: tl.constexpr,
+    UNIT: tl.constexpr,  # D and the row strides are multiples of it
     PRECISION: tl.constexpr,
 ):
     """hidden @ weight.T of the tile, (BLOCK_N, BLOCK_V) float32; what stands in columns >= V is undefined."""
     k = tl.arange(0, BLOCK_K)
+    if not EVEN_K:
+        D = D // UNIT * UNIT  # D itself; it tells the compiler that a mask splits no UNIT elements
     hidden_ptr = hidden + row_offset[:, None] + k[None, :]
+    weight_ptr = weight
     if not DESCRIPTOR:
-        # the last row stands in for those beyond V: read in bounds, masked by the epilogue
-        row = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
-        weight_ptr = weight + row[None, :] * stride_weight + k[:, None]
+        weight_ptr = word_pointers(weight, stride_weight, first_column, V, k, BLOCK_V, UNIT)
     accumulator = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
-        if EVEN_K:
-            h = tl.load(hidden_ptr)
-        else:
-            h = tl.load(hidden_ptr, mask=k[None, :] < D - start, other=0.0)
-        if DESCRIPTOR:
-            w = weight.load([first_column, start]).T
-        elif EVEN_K:
-            w = tl.load(weight_ptr)
-        else:
-            w = tl.load(weight_ptr, mask=k[:, None] < D - start, other=0.0)
-        if INTERPRETED:
-            h = h.to(tl.float32)
-            w = w.to(tl.float32)
+        h = load_rows(hidden_ptr, k, D - start, EVEN_K)
+        w = load_words(weight, weight_ptr, first_column, start, k, D - start, EVEN_K, DESCRIPTOR)
         accumulator = tl.dot(h, w, accumulator, input_precision=PRECISION)
         hidden_ptr += BLOCK_K
         if not DESCRIPTOR:

@@ -26,7 +26,17 @@ from vig_kernels.problem import HeadProblem
 
 from .launch import aligned, as_read, cdiv, device_guard, operand
 from .logit_fold import COMBINE_PARTS, COMBINE_ROWS, PARTIALS_BYTES
-from .logit_tiles import INTERPRETED, LOG2_E, exp2, halves, logits, tile_position
+from .logit_tiles import (
+    LOG2_E,
+    exp2,
+    halves,
+    load_rows,
+    load_words,
+    logits,
+    row_offsets,
+    tile_position,
+    word_pointers,
+)
 from .row_order import RowChunk, compaction_order
 from .tile_configs import TileConfig, head_config, head_options
 
@@ -50,35 +60,24 @@ def pair_dots(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`dot_tile` of both passes, each weight tile being loaded once."""
     k = tl.arange(0, BLOCK_K)
+    if not EVEN_K:
+        D = D // UNIT * UNIT
     image_ptr = hidden + offset[:, None] + k[None, :]
     null_ptr = hidden_second + offset_second[:, None] + k[None, :]
+    weight_ptr = weight
     if not DESCRIPTOR:
-        # the last row stands in for those beyond V: read in bounds, masked by the epilogue
-        word = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
-        weight_ptr = weight + word[None, :] * stride_weight + k[:, None]
+        weight_ptr = word_pointers(weight, stride_weight, first_column, V, k, BLOCK_V, UNIT)
     image_dot = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     null_dot = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
-        if EVEN_K:
-            image = tl.load(image_ptr)
-            null = tl.load(null_ptr)
-        else:
-            image = tl.load(image_ptr, mask=k[None, :] < D - start, other=0.0)
-            null = tl.load(null_ptr, mask=k[None, :] < D - start, other=0.0)
-        if DESCRIPTOR:
-            w = weight.load([first_column, start]).T
-        elif EVEN_K:
-            w = tl.load(weight_ptr)
-        else:
-            w = tl.load(weight_ptr, mask=k[:, None] < D - start, other=0.0)
-        if INTERPRETED:
-            image = image.to(tl.float32)
-            null = null.to(tl.float32)
-            w = w.to(tl.float32)
+        image = load_rows(image_ptr, k, D - start, EVEN_K)
+        null = load_rows(null_ptr, k, D - start, EVEN_K)
+        w = load_words(weight, weight_ptr, first_column, start, k, D - start, EVEN_K, DESCRIPTOR)
         image_dot = tl.dot(image, w, image_dot, input_precision=PRECISION)
         null_dot = tl.dot(null, w, null_dot, input_precision=PRECISION)
         image_ptr += BLOCK_K
@@ -177,6 +176,7 @@ def pair_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    UNIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOLDED: tl.constexpr,
     FAST_EXP2: tl.constexpr,
@@ -191,9 +191,11 @@ def pair_kernel(
     local = tile_start + tl.arange(0, BLOCK_N)
     live = (local < rows) & (local < kept)
     row = tl.load(order + first_row + local, mask=live, other=0)
+    row_offset = row_offsets(row, stride_hidden, UNIT)
+    null_offset = row_offsets(row, stride_hidden_second, UNIT)
     image_dot, null_dot = pair_dots(
-        hidden, hidden_second, row * stride_hidden, row * stride_hidden_second, weight, stride_weight,
-        vocab_tile * BLOCK_V, V, D, BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, PRECISION,
+        hidden, hidden_second, row_offset, null_offset, weight, stride_weight,
+        vocab_tile * BLOCK_V, V, D, BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, DESCRIPTOR, UNIT, PRECISION,
     )  # fmt: skip
     if PARTS == 1:
         fold_pair(
@@ -288,7 +290,7 @@ def fold(
 ) -> None:
     """Launch `pair_kernel` on the rows of a chunk."""
     hidden, weight, rows = problem.hidden, problem.weight, chunk.rows
-    (V, D), options = weight.shape, head_options(weight, config)
+    (V, D), options = weight.shape, head_options(weight, config, hidden, hidden_null)
     row_tiles, vocab_tiles = cdiv(rows, config.block_n), cdiv(V, config.block_v)
     folded = problem.bias is None and problem.logit_softcap is None and problem.logit_scale > 0
     pair_kernel[(row_tiles * vocab_tiles,)](

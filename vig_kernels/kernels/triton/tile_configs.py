@@ -96,7 +96,7 @@ HEAD: dict[tuple[str, str, str], tuple[TileConfig, TileConfig]] = {
     ("pair", "gfx942", "float32"): (P(128, 64, 32, 8, 2, 2),) * 2,
 }
 
-# (target, kind): for irregular loads (any D, any stride), whose masks take registers; see `irregular_tile`
+# (target, kind): for weights that fit no descriptor, whose masks take registers; see `irregular_tile`
 IRREGULAR: dict[tuple[str, str], TileConfig] = {
     ("sm_90", "16-bit"): T(128, 64, 32, 8, 3, 2),
     ("sm_90", "float32"): T(128, 64, 32, 8, 3, 2),
@@ -133,18 +133,17 @@ def table_target(target: str) -> str:
 
 
 def irregular_tile(kernel: str, target: str, kind: str) -> TileConfig:
-    """The tile for loads with masks along D; the narrow one where none is named."""
+    """The tile for loads with masks along D, by pointers; the narrow one where none is named."""
     table = IRREGULAR_PAIR if kernel == "pair" else IRREGULAR
     return table.get((target, kind), HEAD[kernel, target, kind][1])
 
 
-def regular(weight: Tensor, config: TileConfig) -> bool:
-    """Whether loads need no mask along D, and a tensor descriptor can be made where the tile wants one."""
-    return _is_regular(weight.shape[1], fits_descriptor(weight), config)
+def regular(D: int, fits: bool, config: TileConfig) -> bool:
+    """Whether a tile can load a weight of width D as it was made to: through a descriptor, or without masks along D.
 
-
-def _is_regular(D: int, fits: bool, config: TileConfig) -> bool:
-    return D % config.block_k == 0 and (fits or not config.descriptor)
+    fits: `fits_descriptor` of the weight.
+    """
+    return fits if config.descriptor else D % config.block_k == 0
 
 
 def head_config(
@@ -153,43 +152,54 @@ def head_config(
     """The tile of "fold", "store", "gradient" or "pair" for a weight (V, D). `trial` runs a candidate."""
     V, D = weight.shape
     target, kind = target_of(weight.device), kind_of(weight.dtype)
-    chosen = _from_table(kernel, target, kind, D, fits_descriptor(weight), softcap)
+    fits = fits_descriptor(weight)
+    if target == "interpreter":
+        chosen = INTERPRETER
+    else:
+        chosen = _from_table(kernel, target, kind, D, fits, softcap)
     if not autotuning():
         return chosen
-    rows = _rows(kernel, target, kind)
-    more = [replace(chosen, parts=1)] if target == "interpreter" else neighbours(chosen)
-    return tuned((kernel, target, str(weight.dtype), V, D), [*dict.fromkeys(rows), *more], trial)
-
-
-def _rows(kernel: str, target: str, kind: str) -> tuple[TileConfig, TileConfig]:
-    return (INTERPRETER,) * 2 if target == "interpreter" else HEAD[kernel, table_target(target), kind]
+    if target == "interpreter":
+        candidates = [chosen, replace(chosen, parts=1)]
+    else:
+        candidates = [chosen, *HEAD[kernel, table_target(target), kind], *neighbours(chosen)]
+    if not fits:
+        candidates = [replace(config, descriptor=False) for config in candidates]
+    return tuned((kernel, target, str(weight.dtype), V, D), candidates, trial)
 
 
 @functools.lru_cache(maxsize=256)
 def _from_table(kernel: str, target: str, kind: str, D: int, fits: bool, softcap: bool) -> TileConfig:
     # the slopes of the cap take registers that the wide tiles do not have
-    chosen = _rows(kernel, target, kind)[D <= NARROW or (kernel == "store" and softcap)]
-    if target != "interpreter" and not _is_regular(D, fits, chosen):
-        return irregular_tile(kernel, table_target(target), kind)
-    return chosen
+    column = table_target(target)
+    chosen = HEAD[kernel, column, kind][D <= NARROW or (kernel == "store" and softcap)]
+    return chosen if regular(D, fits, chosen) else irregular_tile(kernel, column, kind)
 
 
-def head_options(weight: Tensor, config: TileConfig) -> dict:
-    """What every launch of a head kernel says of its tile and of the weight: constants, warps and stages."""
-    return _options(config, target_of(weight.device), weight.dtype, weight.shape[1], fits_descriptor(weight))
+def head_options(weight: Tensor, config: TileConfig, *hidden: Tensor) -> dict:
+    """What every launch of a head kernel says of its tile, the weight and the rows: constants, warps and stages.
+
+    EVEN_K: D is a multiple of BLOCK_K, so that nothing is masked. DESCRIPTOR: the weight comes through a tensor
+    descriptor. UNIT: D and all row strides are multiples of so many elements: 16 bytes, or 1. Triton itself looks for
+    multiples of 16 elements, and loads single elements where it finds none.
+    """
+    target, D, unit = target_of(weight.device), weight.shape[1], 16 // weight.element_size()
+    steps = D, weight.stride(0), *[rows.stride(0) for rows in hidden]
+    cut = any([step % unit for step in steps])  # noqa: C419  (a list takes half the time)
+    return _options(config, target, weight.dtype, D, fits_descriptor(weight), 1 if cut else unit)
 
 
 @functools.lru_cache(maxsize=256)
-def _options(config: TileConfig, target: str, dtype: torch.dtype, D: int, fits: bool) -> dict:
-    even_k = _is_regular(D, fits, config)
+def _options(config: TileConfig, target: str, dtype: torch.dtype, D: int, fits: bool, unit: int) -> dict:
     return {
         "BLOCK_N": config.block_n,
         "BLOCK_V": config.block_v,
         "BLOCK_K": config.block_k,
         "PARTS": config.parts,
         "GROUP": config.group,
-        "EVEN_K": even_k,
-        "DESCRIPTOR": config.descriptor and even_k,
+        "EVEN_K": D % config.block_k == 0,
+        "DESCRIPTOR": config.descriptor and fits,
+        "UNIT": unit,
         "FAST_EXP2": fast_exp2(target),
         "PRECISION": precision_on(target, dtype),
     } | config.launch_options
