@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
 
-from vig.data.files import StoreError, explain_write_errors, lock_folder, write_atomically
+from vig.data.files import StoreError, explain_write_errors, lock_folder, make_readable, write_atomically
 from vig.training.settings import TrainError, TrainResult, TrainSettings
 
 RECORD = "train.json"
@@ -89,6 +89,7 @@ def save(result: TrainResult, processor: Any, provenance: dict[str, Any], settin
     try:
         result.model.save_pretrained(partial)
         processor.save_pretrained(partial)
+        make_readable(partial)
         (out / RECORD).unlink(missing_ok=True)
         for old in chain.from_iterable(out.glob(pattern) for pattern in OF_A_CHECKPOINT):
             old.unlink()
