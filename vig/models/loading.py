@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from vig.models.families import Family, ModelError, family_of
 from vig.models.family_pixels import FamilyPixels
@@ -53,6 +54,7 @@ def load(
     name = str(name)
     check_dtype(dtype)
     check_device(device)
+    revision = hub_revision(name, revision)  # all files of one commit, which the scores record
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)
@@ -66,6 +68,16 @@ def load(
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"cannot load {name}: {_reason(error, name)}") from error
     return as_loaded(model, processor, name=name, revision=revision, device=device)
+
+
+def hub_revision(name: str, revision: str | None = None) -> str | None:
+    """The revision asked for, else the commit of a model on the hub; None for a folder. Raises ModelError."""
+    if revision or Path(name).is_dir():
+        return revision
+    try:
+        return extract_commit_hash(cached_file(name, "config.json"), None)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {name}: {_reason(error, name)}") from error
 
 
 def check_dtype(dtype: str) -> None:
@@ -159,7 +171,6 @@ def as_loaded(
     if device is None:
         device = device_for(None) if model.device.type == "cpu" else model.device
     name = name or model.config.name_or_path or type(model).__name__
-    revision = revision or getattr(model.config, "_commit_hash", None)
     return LoadedModel(model.to(device).eval(), processor, family, name, revision)
 
 
