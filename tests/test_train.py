@@ -476,11 +476,27 @@ def test_every_schedule_that_the_error_offers_runs(processor, schedule):
     assert result.steps == 2
 
 
+def test_too_little_memory_is_explained_with_the_settings_that_help(processor, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+
+    run = {"processor": processor, "max_steps": 2, "batch_size": 4}
+    for name in ("vig.training.loop.selective_loss", "vig.training.held_out.row_losses"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, full)
+            with pytest.raises(
+                TrainError, match=r"step 1 does not fit into .* of cpu \(CUDA .*2 GiB\), with batch_size = 4"
+            ):
+                train(base(), samples(4), None, None, eval_data=samples(1), **run)
+
+
 def test_a_diverging_run_stops_with_its_step(processor):
     model = base()
     with torch.no_grad():
         model.model.language_model.norm.weight[5] = float("nan")
-    with pytest.raises(TrainError, match=r"step 1: the loss is nan"):
+    with pytest.raises(
+        TrainError, match=r"step 1: the loss is nan, .*with lr = 2e-05 and warmup = 0.03\. Lower"
+    ):
         train(model, samples(2), None, None, processor=processor, max_steps=3, log_every=1)
 
 

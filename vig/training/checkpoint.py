@@ -45,8 +45,9 @@ NOT_BINDING = (
     "log_every",
     "save_every",
     "eval_every",
+    "eval_on_start",
 )
-COUNTS = ("step", "samples", "left_out", "tokens", "truncated", "seconds")
+COUNTS = ("step", "samples", "left_out", "tokens", "truncated", "evaluating", "seconds")
 EVALS = "evals"  # [step, loss] of each evaluation
 
 

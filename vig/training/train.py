@@ -61,8 +61,9 @@ def train(
     device: the GPU where there is one unless given; not for several processes, which have one each.
     revision, attn, trust_remote_code: for a model given by name, as `families.load` takes them. The revision is the
         one that the selection was scored at unless given; another one of the same model is refused.
-    eval_data: held-out data, as `data`. The loss on all its answer tokens is taken every ``eval_every`` steps and at
-        the end (`evals` of the result, "eval/loss" of the trackers).
+    eval_data: held-out data, as `data`. The loss on all its answer tokens is taken before the first step (unless
+        ``eval_on_start`` is False), every ``eval_every`` steps and at the end (`evals` of the result, "eval/loss" of
+        the trackers).
     report_to: "tensorboard", "trackio", "wandb", ...: accelerate's trackers; those that write files write below
         ``out/logs``.
     settings: the fields of `TrainSettings`.
