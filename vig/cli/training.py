@@ -127,7 +127,8 @@ def train(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder, resume none.")
+        bool,
+        typer.Option("--overwrite", help="Train anew: replace the checkpoint in the folder, resume none."),
     ] = False,
     revision: Annotated[
         str | None,
@@ -165,7 +166,8 @@ def train(
             eval_every=eval_every, eval_on_start=eval_on_start, log_every=log_every, report_to=tuple(report_to or ()),
         )  # fmt: skip
     if PartialState().is_main_process:
-        write_options(context, folder)
+        if not result.was_finished:
+            write_options(context, folder)
         summarise(
             as_json, lambda: terminal.show_training(out, result), lambda: terminal.training_summary(result)
         )
