@@ -117,7 +117,7 @@ def test_two_processes_share_the_held_out_samples(processor, tmp_path):
         assert found == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in one.evals]
 
 
-def test_held_out_samples_that_cannot_be_used_are_told_once(processor):
+def test_held_out_samples_that_cannot_be_used_are_told_once(processor, tmp_path):
     held_out = without_pictures(samples(3), [1])
     run = {"processor": processor, "max_steps": 2, "eval_every": 1}
     with pytest.warns(UserWarning, match=r"1 held-out samples are left out .*data.json#1 .*no image") as told:
@@ -128,8 +128,17 @@ def test_held_out_samples_that_cannot_be_used_are_told_once(processor):
     assert all(math.isnan(loss) for _, loss in nothing.evals)
     with pytest.raises(TrainError, match="eval_every = 1, but there is no held-out data"):
         train(base(), samples(2), None, None, **run)
-    with pytest.raises(TrainError, match="holds no sample"):
+    with pytest.raises(
+        TrainError, match=r"\(eval_data\) holds no sample that can be read\. Give another file"
+    ):
         train(base(), samples(2), None, None, eval_data=[], **run)
+    (tmp_path / "held.jsonl").write_text('{"id": 1, "conversations": [{"from": "human", "value": "q"}, '
+                                         '{"from": "gpt", "value": "a"}]}\n{broken\n')  # fmt: skip
+    with pytest.warns(UserWarning, match=r"1 held-out samples are left out .*held.jsonl#1"):
+        train(base(), samples(2), None, None, eval_data=tmp_path / "held.jsonl", **run)
+    (tmp_path / "held.jsonl").write_text("{broken\n")
+    with pytest.raises(TrainError, match=r"held.jsonl holds no sample .*The first of 1: held.jsonl#0"):
+        train(base(), samples(2), None, None, eval_data=tmp_path / "held.jsonl", **run)
 
 
 # --- trackers ---

@@ -117,7 +117,10 @@ def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
             parameter.requires_grad_(False)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
-        raise TrainError("every parameter is frozen: nothing to train")
+        raise TrainError(
+            f"every parameter is frozen, by freeze = {', '.join(map(repr, frozen))}: nothing to train. Give fewer "
+            "patterns, or none to freeze nothing"
+        )
     for name, parameter in trained:
         if parameter.dtype != torch.float32:
             raise TrainError(

@@ -162,7 +162,9 @@ def _check_arguments(
     if out is None and settings.save_every:
         raise TrainError(f"save_every = {settings.save_every}, but there is no folder to save in. Give out")
     if settings.eval_every and eval_data is None:
-        raise TrainError(f"eval_every = {settings.eval_every}, but there is no held-out data. Give eval_data")
+        raise TrainError(
+            f"eval_every = {settings.eval_every}, but there is no held-out data. Give --eval (eval_data)"
+        )
     check_trackers(report_to, out)
 
 
@@ -200,17 +202,20 @@ def _held_out(
     """The held-out samples, encoded as those that are trained on."""
     if data is None:
         return None
+    name = "the held-out data (eval_data)"
     if isinstance(data, str | os.PathLike):
+        name += f" {data}"
         data = read_samples(data, image_root=trained.image_root)
-    samples = keep_samples(data, None).samples
-    if not samples:
-        raise TrainError("the held-out data (eval_data) holds no sample")
+    kept = keep_samples(data, None)
+    if not kept.samples:
+        first = "".join(f". The first of {kept.broken}: {error}" for error in kept.errors[:1])
+        raise TrainError(f"{name} holds no sample that can be read{first or '. Give another file as --eval'}")
     encoder = trained.encoder
     collator = SelectiveCollator(
         encoder.processor, end_of_turn=encoder.end_of_turn, max_length=encoder.max_length,
         image_root=trained.image_root, counts=True,
     )  # fmt: skip
-    return HeldOut(samples, collator, settings, processes, device)
+    return HeldOut(kept, collator, settings, processes, device)
 
 
 def _result(
@@ -251,5 +256,9 @@ def _processes() -> PartialState:
         )
     sharded = processes.distributed_type == DistributedType.DEEPSPEED
     if sharded or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise TrainError("this loop does not shard the model. For FSDP and DeepSpeed use SelectiveTrainer")
+        kind = "DeepSpeed" if sharded else "FSDP"
+        raise TrainError(
+            f"accelerate is set up for {kind}, but this loop does not shard the model. Launch it with torchrun or "
+            "accelerate launch --multi_gpu, or use SelectiveTrainer, which shards"
+        )
     return processes
