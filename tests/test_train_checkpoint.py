@@ -389,7 +389,7 @@ def test_the_same_command_goes_on(processor, tmp_path):
     assert "checkpoint:" in said and "to train anew: --overwrite, or another folder as -o" in said
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == written
     again = json.loads(CliRunner().invoke(app, [*map(str, command), "--json"]).stdout)
-    assert (again["steps"], again["resumed"], again["interrupted"]) == (6, 6, False)
+    assert (again["steps"], again["resumed"], again["loss_steps"]) == (6, 6, 3) and "eval_loss" not in again
     with pytest.raises(
         SettingsDiffer, match="finished run, made with other settings:\n  lr: the folder has 2e-05"
     ):
