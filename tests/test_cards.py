@@ -50,7 +50,7 @@ def test_of_a_model(run):
         f"| p | {chosen['p']} % |",
         f"| tau | {chosen['tau']:.6g} nats |",
         f"{counts['tokens_kept']} of {counts['tokens_total']} kept",
-        f"loss of the first {record['losses'][0]:.4f}",
+        f"loss {record['losses'][0]:.4f} -> {record['losses'][1]:.4f} nats a token (mean of the first and the last 1",
         "max_steps: 2",
         "null image | blur",
     ):
@@ -70,6 +70,41 @@ def test_of_a_model_from_the_hub_and_of_an_adapter(run, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     read = ModelCard(cards.card(tmp_path))
     assert read.data.library_name == "peft" and read.data.to_dict()["base_model_relation"] == "adapter"
+
+
+def test_the_losses_on_held_out_data(run, tmp_path):
+    record = json.loads((run / "tuned" / "train.json").read_text())
+    for evals, said in (
+        (
+            [[0, 2.5], [10, 2.0], [1200, 1.25]],
+            "data: 2.5000 before the first step, 1.2500 after step 1,200 (nats",
+        ),
+        ([[10, 2.0]], "data: 2.0000 after step 10 (nats"),
+    ):
+        (tmp_path / "train.json").write_text(json.dumps(record | {"evals": evals}))
+        assert said in cards.card(tmp_path)
+
+
+def test_of_an_adapter_in_the_place_of_pefts_form(run, tmp_path):
+    pytest.importorskip("peft")
+    tuned, form = tmp_path / "tuned", tmp_path / "tuned" / "README.md"
+    given = (str(CHECKPOINT), run / "tune.json", run / "selection", tuned)
+    train(*given, max_steps=1, batch_size=2, lora_rank=2)
+    assert cards.is_empty_form(form.read_text())
+    for edited in (form.read_text() + "\nMine.\n", form.read_text().replace("Model ID", "my adapter")):
+        assert not cards.is_empty_form(edited)
+    said = CliRunner().invoke(app, ["card", str(tuned)])
+    assert said.exit_code == 0 and "replaced the form that PEFT had put there" in " ".join(
+        said.output.split()
+    )
+    assert form.read_text() == cards.card(tuned)
+    refused = CliRunner().invoke(app, ["card", str(tuned)])
+    assert "somebody may have edited it" in str(refused.exception)
+    form.write_text("mine")
+    train(*given, max_steps=2, batch_size=2, lora_rank=2, overwrite=True)
+    assert form.read_text() == "mine", "training anew keeps what somebody wrote"
+    said = CliRunner().invoke(app, ["card", str(tuned), "--overwrite", "--json"])
+    assert json.loads(said.stdout)["replaced"] == cards.EARLIER
 
 
 def test_of_a_selection(run):

@@ -84,6 +84,17 @@ def test_score_select_train_report(given, tmp_path):
     call("report", tmp_path / "scores", "--selection", tmp_path / "selection", "-o", tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert "data:image/webp;base64," in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert modes(tmp_path) == {oct(0o666 & ~umask())}, "others may read what the umask lets them"
+
+
+def umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
+def modes(folder: Path) -> set[str]:
+    return {oct(path.stat().st_mode & 0o777) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_select_passes_its_options_on(given, tmp_path):
@@ -204,7 +215,7 @@ def test_wrong_values_of_training_exit_with_2(given, option, value, monkeypatch,
     with pytest.raises(SystemExit) as stop:
         main()
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and value in said and said.startswith("vig: WrongSetting: ")
+    assert stop.value.code == 2 and value in said and "\nvig: WrongSetting: " in said
 
 
 @pytest.mark.parametrize("command", ["score", "train"])

@@ -22,7 +22,9 @@ from tiny import llava_processor
 from torch.utils.data import dataloader
 from torch.utils.data._utils import worker
 from transformers import LlavaForConditionalGeneration
+from typer.testing import CliRunner
 
+from vig.cli import app
 from vig.data.files import FolderInUse, lock_folder
 from vig.models.families import ModelError
 from vig.store.folder import SettingsDiffer
@@ -381,5 +383,16 @@ def test_the_same_command_goes_on(processor, tmp_path):
         )
     said = call(*command)
     assert "trained 6 steps on 12 samples" in said and "2 steps were done before" in said
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    said = call(*command, "--workers", 1)  # which changes no step
+    assert "trained 6 steps on 12 samples" in said and "nothing is left to do" in said
+    assert "checkpoint:" in said and "to train anew: --overwrite, or another folder as -o" in said
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == written
+    again = json.loads(CliRunner().invoke(app, [*map(str, command), "--json"]).stdout)
+    assert (again["steps"], again["resumed"], again["loss_steps"]) == (6, 6, 3) and "eval_loss" not in again
+    with pytest.raises(
+        SettingsDiffer, match="finished run, made with other settings:\n  lr: the folder has 2e-05"
+    ):
+        call(*command, "--lr", "1e-3")
     said = call(*command, "--overwrite")
     assert "trained 6 steps on 12 samples" in said and "done before" not in said

@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,8 +17,9 @@ from test_train_checkpoint import STEPS, Killed, killed_at, with_dropout
 from test_trainer import masked_cross_entropy, samples, selection
 from tiny import llava_processor, save_picture
 
+from vig.training.batches import plan_batches
 from vig.training.collator import SelectiveCollator
-from vig.training.settings import TrainError, WrongSetting
+from vig.training.settings import TrainError, TrainSettings, WrongSetting, loss_ends
 from vig.training.train import train
 
 
@@ -30,7 +32,7 @@ def processor():
 
 
 def test_the_held_out_loss_is_that_of_all_answer_tokens_and_changes_no_step(processor):
-    """Taken of a model with dropout, every second step and at the end; the steps keep their bits."""
+    """Taken of a model with dropout, before the first step, every second one and at the end; they keep their bits."""
     items, held_out, models = samples(6), samples(5), []
     run = {"processor": processor, "lr": 1e-2, "max_steps": 3, "batch_size": 2, "log_every": 1}
     alone = train(with_dropout(), items, selection(processor, items), None, **run)
@@ -45,11 +47,48 @@ def test_the_held_out_loss_is_that_of_all_answer_tokens_and_changes_no_step(proc
         on_progress=lambda progress: (keep(progress), seen.append(str(progress))), **run,
     )  # fmt: skip
     assert torch.equal(weights(result.model), weights(alone.model)) and result.losses == alone.losses
-    assert alone.evals == [] and [step for step, _ in result.evals] == [2, 3]
-    batch = SelectiveCollator(processor)(held_out)
-    for (step, loss), (_, then) in zip(result.evals, models[1:], strict=True):
-        assert loss == pytest.approx(masked_cross_entropy(then.eval(), batch).item(), rel=1e-5), step
-    assert "eval loss" not in seen[0] and f"eval loss {result.evals[0][1]:.4f}" in seen[1]
+    assert alone.evals == [] and [step for step, _ in result.evals] == [0, 2, 3]
+    batch, models = SelectiveCollator(processor)(held_out), dict(models)
+    for step, loss in result.evals:
+        assert loss == pytest.approx(masked_cross_entropy(models[step].eval(), batch).item(), rel=1e-5), step
+    before, then, after = (f"eval loss {loss:.4f}" for _, loss in result.evals)
+    assert seen[0] == f"step 0/3  {before} before the first step" and f"{before} (step 0)  lr" in seen[1]
+    assert f"{then}  lr" in seen[2] and f"{after}  lr" in seen[3]
+    assert result.eval_ends == (result.evals[0][1], result.evals[2][1])
+    late = train(model, items, None, None, eval_data=held_out, eval_on_start=False, **run)
+    assert [step for step, _ in late.evals] == [3] and late.eval_ends[0] is None
+
+
+def test_the_loss_that_is_reported_is_a_mean_over_steps(processor, tmp_path):
+    """Over the last log_every steps, those before a kill too; a step without a token is in none."""
+    plan = [index for [index] in plan_batches(4, TrainSettings(batch_size=1, max_steps=8))]
+    items = without_pictures([samples(6)[row] for row in (0, 1, 3, 4)], plan[1:2])
+    run = {
+        "processor": processor,
+        "batch_size": 1,
+        "max_steps": 8,
+        "log_every": 3,
+        "save_every": 4,
+        "lr": 1e-2,
+    }
+    seen, again = {}, {}
+    whole = train(
+        base(), items, None, None, on_progress=lambda at: seen.update({at.step: (at.loss, str(at))}),
+        **run | {"save_every": 0},
+    )  # fmt: skip
+    assert sorted(seen) == [3, 6, 8] and len(set(whole.losses)) > 5
+    for step, (loss, line) in seen.items():
+        window = [one for one in whole.losses[step - 3 : step] if one]
+        assert loss == pytest.approx(np.mean(window)) and f"loss {loss:.4f} (mean of 3 steps)" in line
+    assert 0 in whole.losses[:3], "the second step has no token"
+    with pytest.raises(Killed):
+        train(base(), items, None, tmp_path, on_progress=killed_at(6), **run)
+    train(base(), items, None, tmp_path, on_progress=lambda at: again.update({at.step: at.loss}), **run)
+    assert again == {step: seen[step][0] for step in (6, 8)}
+    _, last, steps = whole.loss_ends
+    assert steps == 4 and last == pytest.approx(np.mean([one for one in whole.losses[4:] if one]))
+    assert loss_ends([3.0]) == (3.0, 3.0, 1) and loss_ends([]) is None
+    assert loss_ends([*range(100, 0, -1)]) == (95.5, 5.5, 10)
 
 
 def test_a_resumed_run_has_the_evaluations_of_a_whole_one(processor, tmp_path):
@@ -61,7 +100,7 @@ def test_a_resumed_run_has_the_evaluations_of_a_whole_one(processor, tmp_path):
     with pytest.raises(Killed):
         train(base(), items, None, tmp_path / "out", on_progress=killed_at(5), **run)
     resumed = train(base(), items, None, tmp_path / "out", **run)
-    assert resumed.resumed == 4 and [step for step, _ in whole.evals] == [2, 4, 6]
+    assert resumed.resumed == 4 and [step for step, _ in whole.evals] == [0, 2, 4, 6]
     assert resumed.evals == whole.evals and torch.equal(weights(resumed.model), weights(whole.model))
     assert json.loads((tmp_path / "out" / "train.json").read_text())["evals"] == whole.evals
 
@@ -75,22 +114,31 @@ def test_two_processes_share_the_held_out_samples(processor, tmp_path):
     items, held_out = samples(2), samples(5)
     one = train(base(), items, None, None, processor=processor, batch_size=2, max_steps=1, eval_data=held_out)
     for found in run_on_two(evaluated, tmp_path / "out", items, held_out, processor):
-        assert found == [[1, pytest.approx(one.evals[0][1], rel=1e-5)]]
+        assert found == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in one.evals]
 
 
-def test_held_out_samples_that_cannot_be_used_are_told_once(processor):
+def test_held_out_samples_that_cannot_be_used_are_told_once(processor, tmp_path):
     held_out = without_pictures(samples(3), [1])
     run = {"processor": processor, "max_steps": 2, "eval_every": 1}
     with pytest.warns(UserWarning, match=r"1 held-out samples are left out .*data.json#1 .*no image") as told:
         result = train(base(), samples(2), None, None, eval_data=held_out, **run)
-    assert len([one for one in told if "held-out" in str(one.message)]) == 1 and len(result.evals) == 2
+    assert len([one for one in told if "held-out" in str(one.message)]) == 1 and len(result.evals) == 3
     with pytest.warns(UserWarning, match="held-out"):
         nothing = train(base(), samples(2), None, None, eval_data=without_pictures(samples(1), [0]), **run)
     assert all(math.isnan(loss) for _, loss in nothing.evals)
     with pytest.raises(TrainError, match="eval_every = 1, but there is no held-out data"):
         train(base(), samples(2), None, None, **run)
-    with pytest.raises(TrainError, match="holds no sample"):
+    with pytest.raises(
+        TrainError, match=r"\(eval_data\) holds no sample that can be read\. Give another file"
+    ):
         train(base(), samples(2), None, None, eval_data=[], **run)
+    (tmp_path / "held.jsonl").write_text('{"id": 1, "conversations": [{"from": "human", "value": "q"}, '
+                                         '{"from": "gpt", "value": "a"}]}\n{broken\n')  # fmt: skip
+    with pytest.warns(UserWarning, match=r"1 held-out samples are left out .*held.jsonl#1"):
+        train(base(), samples(2), None, None, eval_data=tmp_path / "held.jsonl", **run)
+    (tmp_path / "held.jsonl").write_text("{broken\n")
+    with pytest.raises(TrainError, match=r"held.jsonl holds no sample .*The first of 1: held.jsonl#0"):
+        train(base(), samples(2), None, None, eval_data=tmp_path / "held.jsonl", **run)
 
 
 # --- trackers ---
@@ -130,7 +178,7 @@ def test_trackers_are_told_what_a_trainer_would_tell_them(processor, tmp_path, m
         base(), samples(4), None, tmp_path / "out", processor=processor, report_to=["told"], max_steps=2,
         batch_size=2, log_every=1, eval_data=samples(2), freeze=("vision",),
     )  # fmt: skip
-    made, start, configuration, (first, one), (second, two), finish = Told.told
+    made, start, configuration, before, (first, one), (second, two), finish = Told.told
     assert made == ("made", "out", str(tmp_path / "out" / "logs")) and (start, finish) == ("start", "finish")
     assert (
         configuration["lr"] == 2e-5
@@ -139,7 +187,9 @@ def test_trackers_are_told_what_a_trainer_would_tell_them(processor, tmp_path, m
     )
     assert (first, second) == (1, 2) and one["train/loss"] == pytest.approx(result.losses[0])
     assert two["train/num_kept_tokens"] == result.tokens and two["train/kept_tokens_per_second"] > 0
-    assert "eval/loss" not in one and two["eval/loss"] == result.evals[0][1]
+    assert before == (0, {"eval/loss": result.evals[0][1]})
+    assert "eval/loss" not in one and two["eval/loss"] == result.evals[1][1]
+    assert one["train/kept_tokens_per_second"] > 0
     assert {"train/learning_rate", "train/grad_norm", "train/num_samples"} <= one.keys()
 
 
@@ -207,12 +257,14 @@ def test_options_come_from_a_file_and_are_saved_with_the_checkpoint(files):
                "gradient-checkpointing": True, "eval": str(files / "data.json"), "schedule": None}  # fmt: skip
     (files / "run.yaml").write_text(yaml.safe_dump(options) + "\n# a comment\n")
     said = call("train", "--config", files / "run.yaml", "--max-steps", "1")
-    assert "trained 1 steps on 2 samples" in said and "loss on the held-out data" in said
+    assert "trained 1 steps on 2 samples" in said and "step 0/1 eval loss" in said
+    before, after = (loss for _, loss in json.loads((files / "out" / "train.json").read_text())["evals"])
+    assert f"loss on the held-out data {before:.4f} -> {after:.4f} nats an answer token" in said
+    assert "(before the first step, after step 1)" in said
     record = json.loads((files / "out" / "train.json").read_text())
     settings = record["settings"]
     assert (settings["lr"], settings["batch_size"], settings["max_steps"]) == (1e-3, 2, 1)
     assert settings["freeze"] == ["vision", "projector"] and settings["gradient_checkpointing"]
-    assert len(record["evals"]) == 1
     saved = yaml.safe_load((files / "out" / "train.yaml").read_text())
     assert saved == {
         "model": options["model"], "data": options["data"], "out": options["out"], "lr": 1e-3, "batch_size": 2,

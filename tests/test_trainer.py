@@ -10,9 +10,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import tiny_families
 import torch
 import torch.nn.functional as F
 import trl
+from PIL import ExifTags, Image
 from tiny import byte_tokenizer, llava_model, llava_processor, picture
 from transformers import (
     AutoProcessor,
@@ -25,7 +27,7 @@ from transformers import (
 from vig import keep_samples, read_samples, read_selection, report
 from vig.data.files import StoreError
 from vig.data.records import sample_from_record
-from vig.data.sample import BrokenRecord, SampleError, answers
+from vig.data.sample import BrokenRecord, Sample, SampleError, answers
 from vig.demo.arms import CHECKPOINT
 from vig.demo.dataset import tuning_records, write_records
 from vig.models.prompts import Encoder
@@ -511,6 +513,34 @@ def test_batches_are_balanced_by_what_is_left(processor, tmp_path):
     )  # fmt: skip
     assert list(trainer._get_train_sampler().lengths) == data["length"][:]
     trainer.train()
+
+
+def test_the_length_of_a_sample_follows_the_size_of_its_images(tmp_path):
+    """Of a family whose images differ: as its processor makes them, turned ones and unreadable ones too."""
+    qwen, turned = tiny_families.processor("qwen2_5_vl"), Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (56, 112)).save(tmp_path / "upright.png")
+    Image.new("RGB", (224, 56)).save(tmp_path / "turned.png", exif=turned)
+    images = (
+        Image.new("RGB", (56, 56)),
+        tmp_path / "upright.png",
+        tmp_path / "turned.png",
+        tmp_path / "none.png",
+    )
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    told = {"role": "assistant", "content": [{"type": "text", "text": "a"}]}
+    items = [Sample(f"d#{n}", str(n), (image,), (asked, told), "") for n, image in enumerate(images)]
+    data = keep_samples(items, None)
+    found = data.dataset(image_tokens=qwen)["length"]
+    exact = [len(SelectiveCollator(qwen).encode(item).input_ids) for item in items[:3]]
+    assert len(set(exact)) == 3 and found[3] == 1
+    assert [n - found[0] for n in found[:3]] == [n - exact[0] for n in exact]
+    assert data.dataset()["length"] == [577] * 4 and data.dataset(image_tokens=5)["length"] == [6] * 4
+    for wrong in (-1, "many", None):
+        with pytest.raises(
+            ValueError, match=f"image_tokens = {wrong!r}, expected a number .* or the model's processor"
+        ):
+            data.dataset(image_tokens=wrong)
 
 
 def test_what_one_step_returns_is_what_the_next_takes(tmp_path, monkeypatch):

@@ -7,8 +7,11 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -43,7 +46,7 @@ from torch.distributed.tensor import init_device_mesh
 from vig import SelectiveCollator, SelectiveLabels, SelectiveTrainer
 from vig.models.lm_head import HeadError, verify_head
 from vig.training.loss import row_losses, selective_loss
-from vig.training.trainer import COUNTS, load_converted
+from vig.training.trainer import COUNTED, COUNTS, load_converted
 
 
 @pytest.fixture(scope="module")
@@ -321,8 +324,9 @@ def three_steps(tmp_path, make, trainer_class, **options):
         trainer = trainer_class(model=model, args=args, **options["more"])
         trainer.train(resume_from_checkpoint=True if last else None)
         state = model.state_dict()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        found.append((state, losses))
+        names = ("loss", "num_tokens", "num_kept_tokens")
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        found.append((state, [[entry[name] for name in names] for entry in logged]))
     return found
 
 
@@ -335,10 +339,10 @@ class StopAfter(transformers.TrainerCallback):
 
 
 def same_bits(found) -> bool:
-    (whole, losses), (resumed, again) = found
+    (whole, logged), (resumed, again) = found
     return (
-        losses == again
-        and len(losses) == 3
+        logged == again
+        and len(logged) == 3
         and all(torch.equal(whole[name], resumed[name]) for name in whole)
     )
 
@@ -362,6 +366,36 @@ def test_full_fine_tuning_resumes_with_the_same_bits(tmp_path, family):
         tmp_path, make, SelectiveTrainer, args=lambda folder: arguments(folder, **STEPS), more=more
     )
     assert same_bits(found)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_counts_go_on_from_the_checkpoint(processor, tmp_path, restored):
+    """Those of samples cut short and unreadable too, also where Trainer makes its callbacks anew."""
+    items = samples(6)
+    items[1] = replace(items[1], images=(Path("nowhere.png"),))
+    steps = STEPS | {"restore_callback_states_from_checkpoint": restored}
+
+    def run(folder, resumes, **more):
+        collator = SelectiveCollator(processor, max_length=60, skip_unreadable=True)
+        trainer = SelectiveTrainer(
+            model=base(), args=arguments(folder, **steps), train_dataset=items, data_collator=collator, **more
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the sample that is left out
+            trainer.train(resume_from_checkpoint=resumes)
+        last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+        return {name: last.get(name, 0) for name in COUNTED}
+
+    whole = run(tmp_path / "whole", False)
+    assert whole["truncated_samples"] and whole["unreadable_samples"] == 1
+    run(tmp_path / "out", False, callbacks=[StopAfter(1)])
+    shutil.copytree(tmp_path / "out", tmp_path / "older")
+    assert run(tmp_path / "out", True) == whole
+    state = tmp_path / "older" / "checkpoint-1" / "trainer_state.json"
+    stored = json.loads(state.read_text())
+    assert stored["stateful_callbacks"].pop("TokenCounts")["attributes"]["totals"]["num_tokens"] > 0
+    state.write_text(json.dumps(stored))
+    assert 0 < run(tmp_path / "older", True)["num_tokens"] < whole["num_tokens"], "which has no counts"
 
 
 def test_lora_with_dropout_resumes_with_the_same_bits(processor, tmp_path):

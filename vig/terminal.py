@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -142,14 +143,16 @@ def _log_lines(console: Console, verb: str) -> Callable[[Progress], None]:
 
 
 @contextmanager
-def training(console: Console) -> Iterator[Callable[[TrainProgress], None]]:
-    """A callback that shows a training run: a bar on a terminal, plain log lines elsewhere."""
+def training(console: Console, begins: str) -> Iterator[Callable[[TrainProgress], None]]:
+    """A callback that shows a training run: a bar on a terminal, plain log lines elsewhere; until then, `begins`."""
     if not console.is_terminal:
-        last = time.monotonic()
+        console.print(begins, markup=False)
+        last = -LOG_EVERY  # the first one is shown at once
 
         def log(state: TrainProgress) -> None:
             nonlocal last
-            if time.monotonic() - last >= LOG_EVERY or state.step == state.steps:
+            told = state.step in (state.steps, state.eval_step)
+            if told or time.monotonic() - last >= LOG_EVERY:
                 last = time.monotonic()
                 console.print(str(state), markup=False)
 
@@ -157,7 +160,7 @@ def training(console: Console) -> Iterator[Callable[[TrainProgress], None]]:
         return
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[state]}"))
     with Bar(*columns, console=console) as bar:
-        task = bar.add_task("training", total=None, state="")
+        task = bar.add_task("training", total=None, state=escape(begins))
         yield lambda state: bar.update(task, completed=state.step, total=state.steps, state=str(state))
 
 
@@ -167,12 +170,12 @@ def show_training(console: Console, result: TrainResult) -> None:
         f"trained {result.steps:,} steps on {result.samples:,} samples, {result.tokens:,} kept tokens in "
         f"{duration(result.seconds)}{' (interrupted)' if result.interrupted else ''}"
     )
-    if result.resumed:
+    if result.was_finished:
+        console.print("all of it was done before, and nothing is left to do")
+    elif result.resumed:
         console.print(f"{result.resumed:,} steps were done before")
-    if result.losses:
-        console.print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} nats a kept token")
-    if result.evals:
-        console.print(f"loss on the held-out data {result.evals[-1][1]:.4f} nats an answer token")
+    for line in _loss_lines(result):
+        console.print(line)
     console.print(f"{result.kept:,} samples kept, {result.dropped:,} not selected")
     if result.truncated:
         console.print(f"{result.truncated:,} answers were cut short by max_length")
@@ -189,6 +192,25 @@ def show_training(console: Console, result: TrainResult) -> None:
         console.print(f"{result.left_out:,} samples were left out of training")
     if result.out is not None:
         console.print(f"checkpoint: {result.out}", markup=False)
+    if result.was_finished:
+        console.print("to train anew: --overwrite, or another folder as -o")
+
+
+def _loss_lines(result: TrainResult) -> Iterator[str]:
+    """What can be compared of a run's losses: means over as many steps, and the same data before and after."""
+    ends = result.loss_ends
+    if ends is not None:
+        whose = f"the first and the last {ends.steps:,}" if ends.steps > 1 else "the first and the last"
+        yield (
+            f"loss {ends.first:.4f} -> {ends.last:.4f} nats a kept token "
+            f"(mean of {whose} of {len(result.losses):,} steps)"
+        )
+    before, after = result.eval_ends
+    if after is not None:
+        change, where = f"{after:.4f}", f"after step {result.evals[-1][0]:,}"
+        if before is not None:
+            change, where = f"{before:.4f} -> {change}", f"before the first step, {where}"
+        yield f"loss on the held-out data {change} nats an answer token ({where})"
 
 
 def show_scores(
@@ -290,9 +312,9 @@ def training_summary(result: TrainResult) -> dict[str, Any]:
         "out", "steps", "resumed", "interrupted", "samples", "tokens", "truncated", "kept", "dropped", "broken",
         "left_out", "seconds",
     )  # fmt: skip
-    ends = {"first_loss": result.losses[0], "last_loss": result.losses[-1]} if result.losses else {}
-    if result.evals:
-        ends["eval_loss"] = result.evals[-1][1]
+    names = ("first_loss", "last_loss", "loss_steps", "eval_loss_before", "eval_loss")
+    values = (*(result.loss_ends or (None, None, None)), *result.eval_ends)
+    ends = {name: value for name, value in zip(names, values, strict=True) if value is not None}
     return {name: getattr(result, name) for name in counts} | ends | {"errors": result.errors}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -98,14 +100,20 @@ def train(
     limit: Limit = None,
     save_every: Annotated[
         int,
-        typer.Option(min=0, help="Steps between two checkpoints; run again to resume. 0: one at the end."),
+        typer.Option(
+            min=0, help="Steps between two checkpoints; run again to resume. 0: only the trained model."
+        ),
     ] = 0,
     eval_data: Annotated[
         Path | None, typer.Option("--eval", help="Held-out data: the loss on all its answer tokens.")
     ] = None,
     eval_every: Annotated[
-        int, typer.Option(min=0, help="Steps between two evaluations. 0: only at the end.")
+        int, typer.Option(min=0, help="Steps between two evaluations. 0: only at both ends.")
     ] = 0,
+    eval_on_start: Annotated[bool, typer.Option(help="With --eval: also before the first step.")] = True,
+    log_every: Annotated[
+        int, typer.Option(min=1, help="Steps between two reports, whose loss is the mean over them.")
+    ] = 10,
     report_to: Annotated[
         list[str] | None, typer.Option(help="tensorboard, trackio or wandb (accelerate's trackers); repeat.")
     ] = None,
@@ -119,7 +127,8 @@ def train(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder, resume none.")
+        bool,
+        typer.Option("--overwrite", help="Train anew: replace the checkpoint in the folder, resume none."),
     ] = False,
     revision: Annotated[
         str | None,
@@ -140,10 +149,12 @@ def train(
     from vig.training.config import write_options
     from vig.training.train import train as run
 
+    begins = f"starting: {data}, {model}"
     if split or columns or roles:  # else as the selection was scored
         data = source(data, split, columns, roles)
     terminal.quiet_libraries()
-    with terminal.training(err) as on_progress:
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes: the others have nothing to show
+    with terminal.training(err, begins) if first else nullcontext() as on_progress:
         result = run(
             model, data, selection, folder, image_root=image_root, limit=limit, overwrite=overwrite,
             on_progress=on_progress, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
@@ -152,10 +163,11 @@ def train(
             dtype=dtype, end_of_turn=end_of_turn, max_length=max_length, seed=seed,
             gradient_checkpointing=gradient_checkpointing, workers=workers, save_every=save_every, device=device,
             revision=revision, attn=attn, trust_remote_code=trust_remote_code, eval_data=eval_data,
-            eval_every=eval_every, report_to=tuple(report_to or ()),
+            eval_every=eval_every, eval_on_start=eval_on_start, log_every=log_every, report_to=tuple(report_to or ()),
         )  # fmt: skip
     if PartialState().is_main_process:
-        write_options(context, folder)
+        if not result.was_finished:
+            write_options(context, folder)
         summarise(
             as_json, lambda: terminal.show_training(out, result), lambda: terminal.training_summary(result)
         )

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -69,6 +70,23 @@ def write_atomically(path: Path, content) -> None:
     """Write ``content`` (bytes-like) so that ``path`` holds all of it or what it held before."""
     with whole_file(path) as file:
         file.write(content)
+
+
+def make_readable(folder: Path) -> None:
+    """Gives the files of a folder at least the mode that a new one gets there, by the umask or the folder's ACL.
+
+    safetensors writes through temporary files of mode 0600, which keep it: nobody else on a shared machine could load
+    them.
+    """
+    probe = folder / ".mode"
+    with open(probe, "wb") as file:
+        usual = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if path.is_file() and mode | usual != mode:
+            with suppress(OSError):  # a file system without modes
+                path.chmod(mode | usual)
 
 
 def sync_folder(folder: Path) -> None:

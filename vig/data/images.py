@@ -27,6 +27,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # by EXIF orientation
+ON_ITS_SIDE = [turn for orientation, turn in UPRIGHT.items() if orientation >= 5]
 
 # What Pillow's plugins were seen to raise at damaged files, and may.
 UNDECODABLE = (OSError, ValueError, RuntimeError, EOFError, SyntaxError, TypeError, LookupError, ArithmeticError,
@@ -78,6 +79,20 @@ def open_image(source: ImageSource, key: str, id: str, *, max_pixels: int = MAX_
         raise SampleError(
             key, id, f"the image {name} cannot be decoded ({reason})", "Replace or remove it"
         ) from None
+
+
+def image_size(source: ImageSource) -> tuple[int, int] | None:
+    """(width, height) of the upright picture, from its header alone; None where it cannot be read."""
+    if isinstance(source, Image.Image):
+        return source.size
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                size, turn = image.size, _turn(image)
+    except (*UNDECODABLE, Image.DecompressionBombError):
+        return None
+    return size[::-1] if turn in ON_ITS_SIDE else size
 
 
 def _as_rgb(image: Image.Image, name: str, key: str, id: str) -> Image.Image:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from vig.data.kinds import kind_of
 from vig.models.families import Family, ModelError, family_of
@@ -55,6 +56,7 @@ def load(
     check_dtype(dtype)
     check_device(device)
     refuse_other_kind(name)
+    revision = hub_revision(name, revision)  # all files of one commit, which the scores record
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)
@@ -81,6 +83,16 @@ def refuse_other_kind(name: str) -> None:
             f"cannot load {name}: it is {what}, not a checkpoint. Give a folder with config.json and *.safetensors, or "
             "a name on the hub"
         )
+
+
+def hub_revision(name: str, revision: str | None = None) -> str | None:
+    """The revision asked for, else the commit of a model on the hub; None for a folder. Raises ModelError."""
+    if revision or Path(name).is_dir():
+        return revision
+    try:
+        return extract_commit_hash(cached_file(name, "config.json"), None)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {name}: {_reason(error, name)}") from error
 
 
 def check_dtype(dtype: str) -> None:
@@ -174,7 +186,6 @@ def as_loaded(
     if device is None:
         device = device_for(None) if model.device.type == "cpu" else model.device
     name = name or model.config.name_or_path or type(model).__name__
-    revision = revision or getattr(model.config, "_commit_hash", None)
     return LoadedModel(model.to(device).eval(), processor, family, name, revision)
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import yaml
@@ -21,6 +21,9 @@ SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "1
          (10**8, "10M<n<100M"))  # fmt: skip
 ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 UNSAID = "say it here"
+NEVER_FILLED_IN, EARLIER = "the form that PEFT had put there, never filled in", "the README.md that was there"
+WITHOUT_HEAD = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+PEFT_VERSION = re.compile(r"^### Framework versions\s+- PEFT \S+\s*\Z", re.MULTILINE)
 
 
 def card(folder: str | Path) -> str:
@@ -42,13 +45,42 @@ def card(folder: str | Path) -> str:
     )
 
 
-def write_card(folder: str | Path, overwrite: bool = False) -> Path:
-    """Writes `card` to README.md of the folder. Raises ValueError where there is one, unless overwrite is set."""
+class WrittenCard(NamedTuple):
+    path: Path
+    replaced: str | None  # what was there: NEVER_FILLED_IN, EARLIER, or nothing
+
+
+def write_card(folder: str | Path, overwrite: bool = False) -> WrittenCard:
+    """Writes `card` to README.md of the folder.
+
+    Raises ValueError where there is one, unless overwrite is set, or it is the form that peft put there and nobody
+    filled in.
+    """
     text, path = card(folder), Path(folder) / CARD
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} is there already. Move it away, or replace it with --overwrite")
+    replaced = None
+    if path.exists():
+        replaced = NEVER_FILLED_IN if is_empty_form(path.read_text(encoding="utf-8")) else EARLIER
+    if replaced == EARLIER and not overwrite:
+        raise ValueError(
+            f"{path} is there already, and somebody may have edited it. Move it away, or replace it with --overwrite"
+        )
     write_atomically(path, text.encode())
-    return path
+    return WrittenCard(path, replaced)
+
+
+def is_empty_form(text: str) -> bool:
+    """Whether a README.md is the form of huggingface_hub as peft saves it beside an adapter, with nothing filled in.
+
+    peft changes the YAML at its head, and names its version at its end.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    def lines(card: str) -> list[str]:
+        body = WITHOUT_HEAD.sub("", card, count=1)
+        body = PEFT_VERSION.sub("", body)
+        return [line.strip() for line in body.splitlines() if line.strip()]
+
+    return lines(text) == lines(str(ModelCard.from_template(ModelCardData())))
 
 
 def _model_card(folder: Path, record: dict[str, Any]) -> str:
@@ -61,9 +93,13 @@ def _model_card(folder: Path, record: dict[str, Any]) -> str:
         head |= {"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"}
     scored = record.get("selection")
     settings = {name: value for name, value in record["settings"].items() if value is not None}
+    from vig.training.settings import loss_ends
+
+    evals = record.get("evals", [])
     return _filled(
         "model_card.md.j2", head, base=base, record=record, data=_named(record.get("data")), is_adapter=is_adapter,
         scored=scored, choice=(scored or {}).get("selection"), settings=_yaml(settings),
+        losses=loss_ends(record.get("losses", ())), evals=evals[:1] + evals[1:][-1:],
     )  # fmt: skip
 
 

@@ -19,9 +19,9 @@ import time
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -45,8 +45,9 @@ NOT_BINDING = (
     "log_every",
     "save_every",
     "eval_every",
+    "eval_on_start",
 )
-COUNTS = ("step", "samples", "left_out", "tokens", "truncated", "seconds")
+COUNTS = ("step", "samples", "left_out", "tokens", "truncated", "evaluating", "seconds")
 EVALS = "evals"  # [step, loss] of each evaluation
 
 
@@ -71,22 +72,29 @@ class RunState:
         }
 
 
-def run_provenance(
-    provenance: dict[str, Any],  # model, data, selection
-    settings: TrainSettings,
-    samples: Iterable[Any],
-    computes_in: torch.dtype,
-    processes: int,
+class MadeWith(NamedTuple):
+    """What a run is made with besides its settings."""
+
+    provenance: dict[str, Any]  # model, revision, data, selection
+    run: dict[str, Any]  # samples, processes, samples_per_step, dtype
+
+    def bound(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Everything that a run must have in common with one that it goes on from, or repeats; as JSON has it."""
+        binding = {name: value for name, value in settings.items() if name not in NOT_BINDING}
+        return json.loads(json.dumps(self.provenance | self.run | binding))
+
+
+def run_facts(
+    settings: TrainSettings, samples: Iterable[Any], computes_in: torch.dtype, processes: int
 ) -> dict[str, Any]:
-    """Everything that a resumed run must have in common with the one that was stopped."""
+    """`MadeWith.run`."""
     keys = [str(_key(sample)) for sample in samples]
     digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
-    return provenance | {
+    return {
         "samples": f"{len(keys):,} ({digest})",
         "processes": processes,
         "samples_per_step": settings.batch_size * settings.accumulate * processes,
         "dtype": str(computes_in).removeprefix("torch."),
-        **{name: value for name, value in asdict(settings).items() if name not in NOT_BINDING},
     }
 
 
@@ -111,7 +119,7 @@ class Checkpoints:
         self.out, self.processes, self.device = out, processes, device
         self.found = next(reversed(_all(out)), None) if out is not None and not overwrite else None
         self.step = _step(self.found)  # of the newest one; 0 without
-        self.run_provenance: dict[str, Any] = {}
+        self.bound: dict[str, Any] = {}
         if out is not None and processes.is_main_process:
             self._sweep()
         steps = gather_object([self.step])
@@ -120,12 +128,10 @@ class Checkpoints:
                 f"{out}: the processes find checkpoints of steps {steps}. Give a folder that all of them share"
             )
 
-    def bind(self, run_provenance: dict[str, Any]) -> None:
-        """Raises SettingsDiffer where the checkpoint in the folder is of another run."""
-        self.run_provenance = json.loads(json.dumps(run_provenance))
-        differences = (
-            settings_differences(self._run()["made_with"], self.run_provenance) if self.found else []
-        )
+    def bind(self, bound: dict[str, Any]) -> None:
+        """Raises SettingsDiffer where the checkpoint in the folder is of another run. bound: of `MadeWith`."""
+        self.bound = bound
+        differences = settings_differences(self._run()["made_with"], bound) if self.found else []
         if differences:
             raise SettingsDiffer(
                 f"{self.out} holds a checkpoint made with other settings",
@@ -194,7 +200,7 @@ class Checkpoints:
             "random": random,
         }
         run = {
-            "made_with": self.run_provenance,
+            "made_with": self.bound,
             "counts": {count: getattr(state.progress, count) for count in COUNTS},
             "losses": state.losses,
             EVALS: state.evals,

@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vig.data.images import image_size
 from vig.data.records import sample_from_record
 from vig.data.sample import BrokenRecord, ImageSource, Sample, SampleError, is_answer, text_of
 from vig.models.end_of_turn import DEFAULT
@@ -34,7 +35,7 @@ from vig.training.labels import (
 Record = Sample | Encoded | Mapping[str, Any]
 
 
-TOKENS_AN_IMAGE = 576  # LLaVA-1.5's; families differ, but samples with and without images differ more
+TOKENS_AN_IMAGE = 576  # LLaVA-1.5's, whatever the size of an image
 CHARACTERS_A_TOKEN = 4  # of English
 
 
@@ -51,13 +52,20 @@ class Kept(NamedTuple):
         """How many records never became samples."""
         return len(self.errors)
 
-    def dataset(self) -> Any:
+    def dataset(self, *, image_tokens: int | Any = TOKENS_AN_IMAGE) -> Any:
         """The samples as a `datasets.Dataset` of plain records, which is what TRL's trainers take.
 
-        Images stay paths, or bytes. ``length`` is an estimate of the tokens of each that a batch keeps (those behind
-        the last kept label are cut), for ``train_sampling_strategy="group_by_length"``: prompt, images and the answer
-        up to its last kept token. Raises ImportError, with the cure, without the package.
+        Images stay paths, or bytes. ``length`` estimates the tokens of each sample that a batch keeps (those behind the
+        last kept label are cut), for ``train_sampling_strategy="group_by_length"``, which groups samples by it and does
+        nothing else: the answer up to its last kept token, as scored; the prompt, a token for every 4 characters; and
+        the images. A sample that is encoded has its own length.
+
+        image_tokens: of each image, LLaVA-1.5's 576 unless given; or the model's processor, which says how many it
+            makes of an image of that size (families whose images differ: Qwen2-VL, InternVL, LLaVA-NeXT, ...). Then the
+            header of each image file is read, and one blank image of each size is processed.
+        Raises ValueError for another value, and ImportError, with the cure, without the package.
         """
+        count = _counter(image_tokens)
         try:
             import datasets
         except ImportError as error:
@@ -79,7 +87,7 @@ class Kept(NamedTuple):
         answers = self.answers or [None] * len(self.samples)
         rows = []
         for record, sample, answer in zip(self.samples, samples, answers, strict=True):
-            row = _plain(sample) | {"length": _length(record, sample, answer)}
+            row = _plain(sample) | {"length": _length(record, sample, answer, count)}
             rows.append({name: row[name] for name in features})
         return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
@@ -90,7 +98,46 @@ def _sample_of(record: Record) -> Sample:
     return record if isinstance(record, Sample) else sample_from_record(record, key=names_of(record)[0])
 
 
-def _length(record: Record, sample: Sample, answer: int | None) -> int:
+def _counter(image_tokens: int | Any) -> Callable[[ImageSource], int]:
+    """How many tokens an image has: so many each, or as the processor makes of it."""
+    if isinstance(image_tokens, int) and image_tokens >= 0:
+        return lambda image: image_tokens
+    if getattr(image_tokens, "image_processor", None) is None:
+        raise ValueError(
+            f"image_tokens = {image_tokens!r}, expected a number of at least 0, or the model's processor"
+        )
+    return _ImageTokens(image_tokens)
+
+
+class _ImageTokens:
+    """How many tokens a processor makes of an image, what it writes around them included; 0 of an unreadable one."""
+
+    def __init__(self, processor: Any):
+        self.encoder = Encoder(processor)
+        self.by_size: dict[tuple[int, int] | None, int] = {None: 0}
+
+    def __call__(self, image: ImageSource) -> int:
+        size = image_size(image)
+        if size not in self.by_size:
+            self.by_size[size] = self._length((Image.new("RGB", size),)) - self._length(())
+        return self.by_size[size]
+
+    def _length(self, images: tuple[Image.Image, ...]) -> int:
+        return len(self.encoder.encode(_short_sample(images)).input_ids)
+
+
+def _short_sample(images: tuple[Image.Image, ...]) -> Sample:
+    asked = [{"type": "image"}] * len(images) + [{"type": "text", "text": "?"}]
+    turns = (
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+    )
+    return Sample("stand-in", "stand-in", images, turns, "")
+
+
+def _length(
+    record: Record, sample: Sample, answer: int | None, image_tokens: Callable[[ImageSource], int]
+) -> int:
     """Tokens up to the last kept one; known of a sample that is encoded, else estimated."""
     if isinstance(record, Encoded):
         return record.answer_index[-1 if answer is None else answer - 1] + 1
@@ -101,7 +148,7 @@ def _length(record: Record, sample: Sample, answer: int | None) -> int:
         else:
             prompt += len(text_of(message))
     tokens = -(-reply // CHARACTERS_A_TOKEN) if answer is None else answer
-    return TOKENS_AN_IMAGE * len(sample.images) + prompt // CHARACTERS_A_TOKEN + tokens
+    return sum(map(image_tokens, sample.images)) + prompt // CHARACTERS_A_TOKEN + tokens
 
 
 def _plain(sample: Sample) -> dict[str, Any]:
@@ -243,12 +290,7 @@ class SelectiveCollator:
         encoder = copy.copy(self.encoder)
         encoder.max_length = None
         images = (Image.new("RGB", (64, 64)),) if encoder.image_token else ()
-        asked = [{"type": "image"}] * len(images) + [{"type": "text", "text": "?"}]
-        turns = (
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
-        )
-        batch = encoder.collate([encoder.encode(Sample("stand-in", "stand-in", images, turns, ""))])
+        batch = encoder.collate([encoder.encode(_short_sample(images))])
         batch["labels"].fill_(IGNORE)
         return batch | {"num_kept": 0, "num_truncated": 0} if self.counts else batch
 

@@ -17,10 +17,11 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
 
-from vig.data.files import StoreError, explain_write_errors, lock_folder, write_atomically
+from vig.data.files import StoreError, explain_write_errors, lock_folder, make_readable, write_atomically
+from vig.training.checkpoint import MadeWith
 from vig.training.settings import TrainError, TrainResult, TrainSettings
 
-RECORD = "train.json"
+RECORD, CARD = "train.json", "README.md"
 # What a checkpoint before may have left, and the loader would take together with the new files.
 OF_A_CHECKPOINT = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors*")
 
@@ -49,12 +50,8 @@ def own_folder(out: Path | None, processes: PartialState) -> Iterator[bool]:
             lock.release()
 
 
-def prepare_folder(out: Path, replace: bool, is_main: bool) -> None:
-    """Makes the folder and checks, before hours of work, that it can be written. replace: it may hold a model."""
-    if not replace and any((out / name).exists() for name in (RECORD, "config.json", "adapter_config.json")):
-        raise TrainError(f"{out} holds a checkpoint already. Choose another folder, or overwrite it")
-    if not is_main:
-        return
+def prepare_folder(out: Path) -> None:
+    """Makes the folder and checks, before hours of work, that it can be written. For the main process."""
     with explain_write_errors(out):
         probe = out / ".partial"
         shutil.rmtree(probe, ignore_errors=True)  # of a run that was killed while it saved
@@ -81,17 +78,23 @@ def check_space(model: nn.Module, out: Path, save_every: int = 0, resumed: bool 
         )
 
 
-def save(result: TrainResult, processor: Any, provenance: dict[str, Any], settings: TrainSettings) -> None:
-    """Writes beside the final names, then renames; train.json comes last and says that the rest is whole."""
+def save(result: TrainResult, processor: Any, made_with: MadeWith, settings: TrainSettings) -> None:
+    """Writes beside the final names, then renames; train.json comes last and says that the rest is whole.
+
+    A README.md that is there stays: somebody may have written it, and peft's is a form to fill in.
+    """
     out = result.out
     partial = out / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         result.model.save_pretrained(partial)
         processor.save_pretrained(partial)
+        make_readable(partial)
         (out / RECORD).unlink(missing_ok=True)
         for old in chain.from_iterable(out.glob(pattern) for pattern in OF_A_CHECKPOINT):
             old.unlink()
+        if (out / CARD).exists():
+            (partial / CARD).unlink(missing_ok=True)
         for file in sorted(partial.iterdir()):
             if (out / file.name).is_dir():
                 shutil.rmtree(out / file.name)
@@ -106,7 +109,8 @@ def save(result: TrainResult, processor: Any, provenance: dict[str, Any], settin
         shutil.rmtree(partial, ignore_errors=True)
     versions = {name: package_metadata.version(name) for name in ("torch", "transformers", "accelerate")}
     record = {
-        **provenance,
+        **made_with.provenance,
+        "run": made_with.run,
         "settings": asdict(settings),
         "versions": versions,
         **{name: value for name, value in vars(result).items() if name not in ("model", "out")},

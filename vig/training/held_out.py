@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -13,7 +12,7 @@ from accelerate.utils import gather_object, reduce, send_to_device
 from torch import nn
 
 from vig.training.batches import MicroBatches
-from vig.training.collator import Record, SelectiveCollator
+from vig.training.collator import Kept, SelectiveCollator
 from vig.training.loss import row_losses
 from vig.training.settings import TrainSettings
 
@@ -26,16 +25,18 @@ class HeldOut:
 
     def __init__(
         self,
-        samples: Sequence[Record],
+        kept: Kept,
         collator: SelectiveCollator,
         settings: TrainSettings,
         processes: PartialState,
         device: torch.device,
     ):
+        samples = kept.samples
         mine = range(processes.process_index, len(samples), processes.num_processes)
         plan = [list(mine[at : at + settings.batch_size]) for at in range(0, len(mine), settings.batch_size)]
         self.batches = MicroBatches(samples, plan, collator)
         self.workers, self.device, self.processes = settings.workers, device, processes
+        self.broken = [str(error) for error in kept.errors]  # in every process the same
         self._told = False
 
     @torch.no_grad()
@@ -66,7 +67,7 @@ class HeldOut:
         if self._told:
             return
         self._told = True
-        everywhere = gather_object(errors)
+        everywhere = self.broken + gather_object(errors)
         if everywhere and self.processes.is_main_process:
             warnings.warn(
                 f"{len(everywhere)} held-out samples are left out of the evaluation. The first: {everywhere[0]}",

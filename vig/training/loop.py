@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -17,11 +18,12 @@ from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
 
 from vig.models.lm_head import unwrap
+from vig.scoring.self_check import is_out_of_memory
 from vig.training.checkpoint import Checkpoints, RunState
 from vig.training.held_out import HeldOut
 from vig.training.loss import selective_loss
 from vig.training.model import computes_in
-from vig.training.settings import TrainError, TrainProgress, TrainSettings
+from vig.training.settings import TrainError, TrainProgress, TrainSettings, mean_loss
 from vig.training.trackers import Trackers
 
 
@@ -50,10 +52,15 @@ def run(
     state, settings = stepper.state, stepper.settings
     progress, steps = state.progress, state.progress.steps
     checkpoints.restore(state)
+    watchers.trackers.begin(progress)
     losses: list[Tensor] = []  # since the last gathering
     unusable, stopped = dict.fromkeys(state.left_out), False  # their errors, each once
     stepper.model.train()
     with _stop_on_signals() as stop:
+        if watchers.held_out is not None and settings.eval_on_start and not progress.step:
+            stepper.evaluate(watchers.held_out)
+            if processes.is_main_process:
+                watchers.tell(progress)
         for step in range(progress.step, steps):
             micro_batches = list(islice(batches, settings.accumulate))
             kept = [batch.pop("num_kept") for batch in micro_batches]
@@ -79,11 +86,13 @@ def run(
             if evaluates:
                 stepper.evaluate(watchers.held_out)
             if saves or evaluates or progress.step == steps or _is_due(settings.log_every, progress):
-                _report(processes, progress, loss, norm, watchers)
+                _gather_losses(state, losses)
+                _report(processes, stepper, norm, watchers)
             if saves:
-                _gather(state, losses, unusable)
+                _gather_errors(state, unusable)
                 checkpoints.save(state)
-    _gather(state, losses, unusable)
+    _gather_losses(state, losses)
+    _gather_errors(state, unusable)
     if stopped and settings.save_every:
         checkpoints.save(state)
     return bool(stopped)
@@ -123,10 +132,11 @@ class Stepper:
         tokens: int,  # of all processes
     ) -> tuple[Tensor, Tensor]:
         """One step of AdamW; its loss on this process, and the norm of its gradient."""
-        loss = self._backward(micro_batches, kept, tokens)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
-        self.state.progress.lr = self.state.schedule.get_last_lr()[0]
-        self.state.optimizer.step()
+        with self._memory_explained():
+            loss = self._backward(micro_batches, kept, tokens)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
+            self.state.progress.lr = self.state.schedule.get_last_lr()[0]
+            self.state.optimizer.step()
         self.state.schedule.step()
         self.state.optimizer.zero_grad()
         return loss, norm
@@ -150,10 +160,27 @@ class Stepper:
 
     def evaluate(self, held_out: HeldOut) -> None:
         """The loss on the held-out data, into the state."""
-        loss = held_out.loss(self.state.model, self._autocast())
-        progress = self.state.progress
+        began, progress = time.monotonic(), self.state.progress
+        with self._memory_explained():
+            loss = held_out.loss(self.state.model, self._autocast())
         progress.eval_step, progress.eval_loss = progress.step, loss
+        progress.evaluating += time.monotonic() - began
         self.state.evals.append([progress.step, loss])
+
+    @contextmanager
+    def _memory_explained(self) -> Iterator[None]:
+        """Raises TrainError, with the settings that help, where the memory is too small."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            settings, reason = self.settings, str(error).partition("\n")[0].rstrip(". ")
+            raise TrainError(
+                f"step {self.state.progress.step + 1} does not fit into the memory of {self.device} ({reason}), with "
+                f"batch_size = {settings.batch_size} and accumulate = {settings.accumulate}. Halve batch_size and "
+                "double accumulate, which changes no step; gradient_checkpointing and lora_rank need less memory too"
+            ) from error
 
     def _autocast(self) -> torch.autocast:
         enabled = computes_in(self.settings, self.device) == torch.bfloat16
@@ -177,11 +204,15 @@ def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
     ]
 
 
-def _gather(state: RunState, losses: list[Tensor], unusable: dict[str, None]) -> None:
-    """Moves the losses since the last time, and the errors, into the state, from all processes."""
+def _gather_losses(state: RunState, losses: list[Tensor]) -> None:
+    """Moves the losses since the last time into the state, over all processes."""
     if losses:
         state.losses += reduce(torch.stack(losses), "sum").tolist()
         losses.clear()
+
+
+def _gather_errors(state: RunState, unusable: dict[str, None]) -> None:
+    """Puts the errors of all processes into the state."""
     everywhere = gather_object(list(unusable))  # the same sample may come to several processes
     state.left_out = list(dict.fromkeys(everywhere))
 
@@ -193,18 +224,18 @@ def _over_all(processes: PartialState, counts: list[int]) -> list[int]:
     return reduce(torch.tensor(counts, device=processes.device), "sum").tolist()
 
 
-def _report(
-    processes: PartialState,
-    progress: TrainProgress,
-    loss: Tensor,
-    norm: Tensor,
-    watchers: Watchers,
-) -> None:
-    progress.loss, progress.grad_norm = reduce(loss, "sum").item(), norm.item()
-    if not (math.isfinite(progress.loss) and math.isfinite(progress.grad_norm)):
+def _report(processes: PartialState, stepper: Stepper, norm: Tensor, watchers: Watchers) -> None:
+    """The mean loss of the last steps, to those who follow them. Raises TrainError where one of them diverged."""
+    progress, settings, losses = stepper.state.progress, stepper.settings, stepper.state.losses
+    recent = losses[-settings.log_every :]
+    progress.loss, progress.averaged, progress.grad_norm = mean_loss(recent), len(recent), norm.item()
+    before = progress.step - len(recent)
+    lost = next((step for step, loss in enumerate(recent, before + 1) if not math.isfinite(loss)), None)
+    if lost is not None or not math.isfinite(progress.grad_norm):
+        at = progress.step if lost is None else lost
         raise TrainError(
-            f"step {progress.step}: the loss is {progress.loss}, the gradient norm {progress.grad_norm}. "
-            "Lower lr or lengthen warmup"
+            f"step {at}: the loss is {losses[at - 1]}, the gradient norm of step {progress.step} is "
+            f"{progress.grad_norm}, with lr = {settings.lr} and warmup = {settings.warmup}. Lower lr or lengthen warmup"
         )
     if processes.is_main_process:
         watchers.tell(progress)

@@ -13,7 +13,7 @@ from torch import nn
 
 from vig.models.families import ModelError, vision_tower_patterns
 from vig.models.lm_head import unwrap
-from vig.models.loading import LoadedModel, device_named, load
+from vig.models.loading import LoadedModel, device_named, hub_revision, load
 from vig.store.fingerprints import weights_fingerprint
 from vig.training.settings import TrainError, TrainSettings, WrongSetting
 
@@ -62,6 +62,28 @@ def load_model(
     return ModelToTrain(model.config.name_or_path or type(model).__name__, None, model, processor)
 
 
+def revision_here(name: str, asked: str | None, scored: Mapping[str, Any]) -> str | None:
+    """The revision that `load_model` would find, without loading the weights."""
+    return hub_revision(name, _revision(name, asked, scored)) or weights_fingerprint(name)
+
+
+def load_trained(
+    out: Path,
+    base: str,
+    settings: TrainSettings,
+    device: torch.device,
+    scored: Mapping[str, Any],
+    options: dict[str, Any],
+) -> nn.Module:
+    """The model that a finished run left in its folder, in eval mode; with adapters around its base."""
+    if not settings.lora_rank:
+        return load_model(out, None, settings, device, {}, options | {"revision": None}).model.eval()
+    from peft import PeftModel
+
+    model = load_model(base, None, settings, device, scored, options).model
+    return PeftModel.from_pretrained(model, out).eval()
+
+
 def _revision(name: str, asked: str | None, scored: Mapping[str, Any]) -> str | None:
     """What was asked for, or else what this very model was scored at; folders have no revisions."""
     recorded = scored.get("revision") if scored.get("model") == name and not Path(name).is_dir() else None
@@ -95,7 +117,10 @@ def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
             parameter.requires_grad_(False)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
-        raise TrainError("every parameter is frozen: nothing to train")
+        raise TrainError(
+            f"every parameter is frozen, by freeze = {', '.join(map(repr, frozen))}: nothing to train. Give fewer "
+            "patterns, or none to freeze nothing"
+        )
     for name, parameter in trained:
         if parameter.dtype != torch.float32:
             raise TrainError(

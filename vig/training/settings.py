@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
@@ -22,6 +24,7 @@ SCHEDULES = (  # those of transformers.SchedulerType that need no settings of th
     "inverse_sqrt",
 )
 LORA_TARGETS = r"(?!.*(vision|visual)).*\.(q|k|v|o|gate|up|down)_proj"
+LOSS_ENDS = 10  # steps at each end of a run, whose mean losses are compared
 LEAST = {
     "max_steps": 1,
     "batch_size": 1,
@@ -80,9 +83,14 @@ class TrainSettings:
     max_length: int | None = None  # the model's context unless given; longer samples lose their end
     workers: int = 0  # processes that decode and tokenise ahead of the model
     seed: int = 0
-    log_every: int = 10  # steps between two calls of on_progress, which read the loss back from the device
+    log_every: int = 10  # steps between two reports, whose loss is the mean over them
     save_every: int = 0  # steps between two checkpoints, from which the same call goes on; 0: none
-    eval_every: int = 0  # steps between two evaluations on held-out data; 0: only at the end
+    eval_every: int = (
+        0  # steps between two evaluations on held-out data; 0: only before the first step and at the end
+    )
+    eval_on_start: bool = (
+        True  # evaluate before the first step too, where there is held-out data to compare on
+    )
 
     def __post_init__(self):
         for name, least in LEAST.items():
@@ -103,11 +111,32 @@ class TrainSettings:
             )
         if not 0 <= self.seed < 2**63:
             raise WrongSetting(f"seed = {self.seed}, expected 0 to 2^63 - 1")
-        for pattern in (*(self.freeze or ()), self.lora_targets):
+        patterns = [("freeze", pattern) for pattern in self.freeze or ()]
+        for name, pattern in (*patterns, ("lora_targets", self.lora_targets)):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise WrongSetting(f"{pattern!r} is not a pattern: {error}") from None
+                raise WrongSetting(f"{name} = {pattern!r} is not a regular expression: {error}") from None
+
+
+def mean_loss(losses: Sequence[float]) -> float:
+    """Mean of the losses of steps, each the mean over its kept tokens; those without a token (0) are left out."""
+    taken = [loss for loss in losses if loss]
+    return sum(taken) / len(taken) if taken else 0.0
+
+
+class LossEnds(NamedTuple):
+    """Mean losses at both ends of a run, which can be compared as those of single steps cannot."""
+
+    first: float
+    last: float
+    steps: int  # that each is the mean of: 10, or half of a shorter run
+
+
+def loss_ends(losses: Sequence[float]) -> LossEnds | None:
+    """None of a run without a step."""
+    steps = max(1, min(LOSS_ENDS, len(losses) // 2))
+    return LossEnds(mean_loss(losses[:steps]), mean_loss(losses[-steps:]), steps) if losses else None
 
 
 @dataclass
@@ -116,7 +145,8 @@ class TrainProgress:
 
     steps: int
     step: int = 0
-    loss: float = math.nan  # of the last step, nats a token
+    loss: float = math.nan  # `mean_loss` of the last `averaged` steps, nats a kept token
+    averaged: int = 0  # at most log_every
     lr: float = 0.0
     grad_norm: float = math.nan
     samples: int = 0  # trained on so far, on all devices
@@ -124,7 +154,8 @@ class TrainProgress:
     tokens: int = 0  # kept tokens trained on so far
     truncated: int = 0  # answers cut short so far
     eval_loss: float = math.nan  # of the last evaluation, nats a held-out answer token
-    eval_step: int = 0  # after which it was
+    eval_step: int | None = None  # after which it was; 0: before the first one
+    evaluating: float = 0.0  # seconds of evaluations, which rates leave out
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -132,16 +163,26 @@ class TrainProgress:
         return time.monotonic() - self.started
 
     @property
+    def training_seconds(self) -> float:
+        return max(self.seconds - self.evaluating, 1e-9)
+
+    @property
     def seconds_left(self) -> float:
-        return self.seconds / max(self.step, 1) * (self.steps - self.step)
+        """Of the steps to come; evaluations are not foreseen."""
+        return self.training_seconds / max(self.step, 1) * (self.steps - self.step)
 
     def __str__(self) -> str:
+        if not self.step:
+            return f"step 0/{self.steps}  eval loss {self.eval_loss:.4f} before the first step"
         minutes, seconds = divmod(int(self.seconds_left), 60)
         unusable = f"  {self.left_out:,} samples left out" if self.left_out else ""
-        held_out = f"  eval loss {self.eval_loss:.4f}" if self.eval_step else ""
+        mean = f" (mean of {self.averaged} steps)" if self.averaged > 1 else ""
+        held_out = "" if self.eval_step is None else f"  eval loss {self.eval_loss:.4f}"
+        if self.eval_step not in (None, self.step):
+            held_out += f" (step {self.eval_step})"
         return (
-            f"step {self.step}/{self.steps}  loss {self.loss:.4f}{held_out}  lr {self.lr:.2e}  "
-            f"grad norm {self.grad_norm:.3g}  {self.samples / max(self.seconds, 1e-9):.1f} samples/s  "
+            f"step {self.step}/{self.steps}  loss {self.loss:.4f}{mean}{held_out}  lr {self.lr:.2e}  "
+            f"grad norm {self.grad_norm:.3g}  {self.samples / self.training_seconds:.1f} samples/s  "
             f"{self.tokens:,} tokens  {minutes}:{seconds:02d} left{unusable}"
         )
 
@@ -166,3 +207,18 @@ class TrainResult:
     evals: list[list[float]] = field(repr=False)  # [step, loss on the held-out data] of each evaluation
     errors: list[str] = field(repr=False)  # of broken records and samples left out: key, id, reason and cure
     seconds: float  # of earlier runs too
+
+    @property
+    def was_finished(self) -> bool:
+        """Whether there was nothing left to do."""
+        return self.resumed == self.steps and not self.interrupted
+
+    @property
+    def loss_ends(self) -> LossEnds | None:
+        return loss_ends(self.losses)
+
+    @property
+    def eval_ends(self) -> tuple[float | None, float | None]:
+        """The held-out loss before the first step and after the last; None where it was not taken."""
+        before = self.evals[0][1] if self.evals and not self.evals[0][0] else None
+        return before, self.evals[-1][1] if self.evals and self.evals[-1][0] else None

@@ -35,27 +35,37 @@ class Trackers:
 
     def __init__(self, trackers: Sequence[GeneralTracker] = ()):
         self.trackers = trackers
-        self._before: tuple[int, float] | None = None  # kept tokens and seconds at the last report
+        self._before = (0, 0.0)  # kept tokens and seconds of training at the last report
+
+    def begin(self, progress: TrainProgress) -> None:
+        """Where a run begins, or goes on: its rates are those from here on."""
+        self._before = (progress.tokens, progress.training_seconds)
 
     def log(self, progress: TrainProgress) -> None:
-        """Reports a step, under the names that Hugging Face's Trainer reports under."""
+        """Reports a step, under the names that Hugging Face's Trainer reports under.
+
+        The loss is the mean over the steps since the last report, tokens per second are those since then.
+        """
         if not self.trackers:
             return
-        tokens, seconds = self._before or (progress.tokens, progress.seconds)
-        self._before = (progress.tokens, progress.seconds)
-        values = {
-            "train/loss": progress.loss,
-            "train/learning_rate": progress.lr,
-            "train/grad_norm": progress.grad_norm,
-            "train/num_kept_tokens": progress.tokens,
-            "train/num_samples": progress.samples,
-        }
-        if progress.seconds > seconds:
-            values["train/kept_tokens_per_second"] = (progress.tokens - tokens) / (progress.seconds - seconds)
+        tokens, seconds = self._before
+        self._before = (progress.tokens, progress.training_seconds)
+        values = {}
+        if progress.step:
+            values = {
+                "train/loss": progress.loss,
+                "train/learning_rate": progress.lr,
+                "train/grad_norm": progress.grad_norm,
+                "train/num_kept_tokens": progress.tokens,
+                "train/num_samples": progress.samples,
+            }
+        if progress.step and progress.training_seconds > seconds:
+            rate = (progress.tokens - tokens) / (progress.training_seconds - seconds)
+            values["train/kept_tokens_per_second"] = rate
         if progress.eval_step == progress.step:
             values["eval/loss"] = progress.eval_loss
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        for tracker in self.trackers:
+        for tracker in self.trackers if finite else ():
             tracker.log(finite, step=progress.step)
 
 

@@ -19,13 +19,22 @@ from torch import nn
 from vig.data.reading import Reading, Source
 from vig.data.samples import read_samples
 from vig.training.batches import MicroBatches, plan_batches
-from vig.training.checkpoint import Checkpoints, RunState, run_provenance
+from vig.training.checkpoint import Checkpoints, MadeWith, RunState, run_facts
 from vig.training.collator import Kept, Record, SelectiveCollator, keep_samples
+from vig.training.finished import finished_record, finished_result, refuse_other_run
 from vig.training.folder import check_space, own_folder, prepare_folder, save
 from vig.training.held_out import HeldOut
 from vig.training.labels import AnySelection, Selected, open_selection
 from vig.training.loop import Stepper, Watchers, run
-from vig.training.model import choose_device, computes_in, context, load_model, prepare
+from vig.training.model import (
+    choose_device,
+    computes_in,
+    context,
+    load_model,
+    load_trained,
+    prepare,
+    revision_here,
+)
 from vig.training.settings import TrainError, TrainProgress, TrainResult, TrainSettings
 from vig.training.stop_check import warn_if_nothing_stops
 from vig.training.trackers import check_trackers, trackers_of
@@ -57,12 +66,15 @@ def train(
     data: a file or folder as `vig.data.samples.read_samples` takes, or an iterable of Samples or Encoded samples.
     selection: a folder of ``vig select``, what `vig.select` returned, a mapping key -> (keep, token_ids,
         token_keep), or None for all tokens.
-    out: folder of the checkpoint, None to save nothing. One that holds a checkpoint is refused unless `overwrite`.
+    out: folder of the checkpoint, None to save nothing. One whose run is finished gives its result again, without
+        training, where model, data, selection and settings are the same; any other checkpoint there is refused unless
+        `overwrite`, and so is one where the model is given in memory.
     device: the GPU where there is one unless given; not for several processes, which have one each.
     revision, attn, trust_remote_code: for a model given by name, as `families.load` takes them. The revision is the
         one that the selection was scored at unless given; another one of the same model is refused.
-    eval_data: held-out data, as `data`. The loss on all its answer tokens is taken every ``eval_every`` steps and at
-        the end (`evals` of the result, "eval/loss" of the trackers).
+    eval_data: held-out data, as `data`. The loss on all its answer tokens is taken before the first step (unless
+        ``eval_on_start`` is False), every ``eval_every`` steps and at the end (`evals` of the result, "eval/loss" of
+        the trackers).
     report_to: "tensorboard", "trackio", "wandb", ...: accelerate's trackers; those that write files write below
         ``out/logs``.
     settings: the fields of `TrainSettings`.
@@ -86,34 +98,38 @@ def train(
     device = choose_device(device, processes)
     with own_folder(out, processes) as after_death:
         checkpoints = Checkpoints(out, overwrite, processes, device)
-        if out is not None:
-            prepare_folder(out, overwrite or checkpoints.found is not None, processes.is_main_process)
+        goes_on = out is None or overwrite or checkpoints.found is not None
+        finished = None if goes_on else finished_record(out, model)
+        if out is not None and processes.is_main_process:
+            prepare_folder(out)
         table = open_selection(selection)
         metadata = getattr(table, "metadata", {})
         records = data
         reading = data.reading if isinstance(data, Source) else Reading.stored(metadata)
         if isinstance(data, str | os.PathLike):  # raises for data that is not there, before a model is loaded
             records = read_samples(Source(Path(data), reading), image_root=image_root, limit=limit)
+        source = str(data) if isinstance(data, str | os.PathLike) else None
+        kept = _kept(records, table, limit, source)
+        facts = run_facts(settings, kept.samples, computes_in(settings, device), processes.num_processes)
+        provenance = {"model": None, "revision": None, "data": source, "selection": metadata or None}
+        made_with = MadeWith(provenance, facts)
         options = {"revision": revision, "attn": attn, "trust_remote_code": trust_remote_code}
+        if finished is not None:
+            name = str(model)
+            provenance.update(model=name, revision=revision_here(name, revision, metadata))
+            refuse_other_run(out, finished, made_with.bound(asdict(settings)))
+            trained = load_trained(out, name, settings, device, metadata, options)
+            return finished_result(out, finished, trained)
+
         loaded = load_model(model, processor, settings, device, metadata, options)
+        provenance.update(model=loaded.name, revision=loaded.revision)
+        checkpoints.bind(made_with.bound(asdict(settings)))
         torch.manual_seed(settings.seed)
         model, processor = prepare(loaded.model, settings), loaded.processor
-
-        kept = _kept(records, table, limit)
         collator = SelectiveCollator(
             processor, table, end_of_turn=settings.end_of_turn, max_length=settings.max_length or context(model),
             image_root=image_root, counts=True,
         )  # fmt: skip
-        source = str(data) if isinstance(data, str | os.PathLike) else None
-        provenance = {
-            "model": loaded.name,
-            "revision": loaded.revision,
-            "data": source,
-            "selection": metadata or None,
-        }
-        if settings.save_every or checkpoints.found:
-            precision, world = computes_in(settings, device), processes.num_processes
-            checkpoints.bind(run_provenance(provenance, settings, kept.samples, precision, world))
         if out is not None and processes.is_main_process:
             if overwrite:
                 checkpoints.clear()
@@ -132,7 +148,7 @@ def train(
             interrupted = run(processes, stepper, batches, checkpoints, watchers)
         result = _result(model.eval(), out, kept, resumed, stepper.state, interrupted)
         if out is not None and processes.is_main_process:
-            save(result, processor, provenance, settings)
+            save(result, processor, made_with, settings)
             if not interrupted:
                 checkpoints.clear()
         processes.wait_for_everyone()
@@ -146,19 +162,27 @@ def _check_arguments(
     if out is None and settings.save_every:
         raise TrainError(f"save_every = {settings.save_every}, but there is no folder to save in. Give out")
     if settings.eval_every and eval_data is None:
-        raise TrainError(f"eval_every = {settings.eval_every}, but there is no held-out data. Give eval_data")
+        raise TrainError(
+            f"eval_every = {settings.eval_every}, but there is no held-out data. Give --eval (eval_data)"
+        )
     check_trackers(report_to, out)
 
 
-def _kept(records: Iterable[Record], table: Selected | None, limit: int | None) -> Kept:
-    """The samples to train on, of which there is at least one."""
+def _kept(records: Iterable[Record], table: Selected | None, limit: int | None, source: str | None) -> Kept:
+    """The samples to train on, of which there is at least one. source: where they come from, for the error."""
     kept = keep_samples(islice(records, limit), table)
-    if not kept.samples:
-        raise TrainError(
-            f"nothing to train on: {kept.dropped} samples not selected, {kept.broken} broken"
-            + "".join(f". The first: {error}" for error in kept.errors[:1])
-        )
-    return kept
+    if kept.samples:
+        return kept
+    if kept.broken:
+        cure = f"The first: {kept.errors[0]}"
+    elif kept.dropped:
+        cure = "vig select with a lower --p keeps more; without a selection all answer tokens are trained on"
+    else:
+        cure = "It has no records"
+    where = "" if source is None else f"{source}: "
+    raise TrainError(
+        f"{where}nothing to train on: {kept.dropped} samples not selected, {kept.broken} broken. {cure}"
+    )
 
 
 def _read_alike(data: Any, reading: Reading) -> Any:
@@ -178,17 +202,20 @@ def _held_out(
     """The held-out samples, encoded as those that are trained on."""
     if data is None:
         return None
+    name = "the held-out data (eval_data)"
     if isinstance(data, str | os.PathLike):
+        name += f" {data}"
         data = read_samples(data, image_root=trained.image_root)
-    samples = keep_samples(data, None).samples
-    if not samples:
-        raise TrainError("the held-out data (eval_data) holds no sample")
+    kept = keep_samples(data, None)
+    if not kept.samples:
+        first = "".join(f". The first of {kept.broken}: {error}" for error in kept.errors[:1])
+        raise TrainError(f"{name} holds no sample that can be read{first or '. Give another file as --eval'}")
     encoder = trained.encoder
     collator = SelectiveCollator(
         encoder.processor, end_of_turn=encoder.end_of_turn, max_length=encoder.max_length,
         image_root=trained.image_root, counts=True,
     )  # fmt: skip
-    return HeldOut(samples, collator, settings, processes, device)
+    return HeldOut(kept, collator, settings, processes, device)
 
 
 def _result(
@@ -229,5 +256,9 @@ def _processes() -> PartialState:
         )
     sharded = processes.distributed_type == DistributedType.DEEPSPEED
     if sharded or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise TrainError("this loop does not shard the model. For FSDP and DeepSpeed use SelectiveTrainer")
+        kind = "DeepSpeed" if sharded else "FSDP"
+        raise TrainError(
+            f"accelerate is set up for {kind}, but this loop does not shard the model. Launch it with torchrun or "
+            "accelerate launch --multi_gpu, or use SelectiveTrainer, which shards"
+        )
     return processes

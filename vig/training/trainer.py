@@ -21,6 +21,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from vig.models.lm_head import HeadError, find_head, unwrap
 from vig.training.collator import SelectiveCollator
@@ -29,6 +30,7 @@ from vig.training.loss import row_losses, selective_loss
 
 TOKEN_STATS = ("entropy", "mean_token_accuracy")  # TRL's names
 COUNTS = ("num_kept", "num_truncated", "num_unreadable")  # what our collators add to a batch
+COUNTED = ("num_tokens", "num_kept_tokens", "truncated_samples", "unreadable_samples")  # in the log
 
 
 class FusedLossMixin:
@@ -47,7 +49,7 @@ class FusedLossMixin:
     - A run resumes, and ``load_best_model_at_end`` loads, by transformers' own key conversion where a family's
       checkpoint names its weights in another way than the model.
     - Logged beside the loss: ``num_tokens`` (seen so far, TRL's name), ``num_kept_tokens`` (trained on so far) and
-      ``train_tokens_per_second`` (since the last log).
+      ``train_tokens_per_second`` (since the last log). A resumed run counts on from its checkpoint.
     - With ``log_token_stats`` also ``entropy`` (nats) and ``mean_token_accuracy``, TRL's names, of the kept tokens
       since the last log, and ``eval_entropy`` and ``eval_mean_token_accuracy`` of the evaluation set: means over all
       tokens on all processes (TRL's are means of batch means). They come from the loss's own sweep, which keeps its
@@ -68,13 +70,12 @@ class FusedLossMixin:
         self._refuse_unsupported()
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.truncated_samples = self.unreadable_samples = 0
-        self._throughput = _Throughput()
         self._token_stats = _TokenStats()
         self._evaluated: list[float] | None = None  # summed loss and weight of all samples
         self._loading: Path | None = None  # the checkpoint whose weights are being loaded
         self._is_empty_step = False
         self.add_callback(_LeaveWeightsAlone(self))
+        self.add_callback(TokenCounts)
         if self.args.use_liger_kernel:
             own_loss = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             self.args.liger_kernel_config = (self.args.liger_kernel_config or {}) | own_loss
@@ -143,9 +144,7 @@ class FusedLossMixin:
         result = selective_loss(model, inputs, num_items=num_items_in_batch, on_stats=on_stats, **options)
         loss = result[0] if return_outputs else result
         if model.training:
-            self.truncated_samples += counts["num_truncated"] or 0
-            self.unreadable_samples += counts["num_unreadable"] or 0
-            self._throughput.add(inputs, counts["num_kept"])
+            self._counts.add(inputs, counts)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # num_items counts the tokens of every device, and DDP averages the gradients over them
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -229,6 +228,16 @@ class FusedLossMixin:
 
     # --- checkpoints ---
 
+    @property
+    def _counts(self) -> TokenCounts:
+        """Trainer may put a new one in the place of the callback when it resumes."""
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, TokenCounts))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._counts.sum_up(self.accelerator, self.get_tp_size())
+        self.state.stateful_callbacks.setdefault(TokenCounts.__name__, {})  # of a resumed run that had none
+        super()._save_checkpoint(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         self._loading = Path(resume_from_checkpoint)
         try:
@@ -255,14 +264,11 @@ class FusedLossMixin:
     # --- the log ---
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.truncated_samples:
-            logs["truncated_samples"] = self.truncated_samples
-        if self.unreadable_samples:
-            logs["unreadable_samples"] = self.unreadable_samples
         if "loss" in logs and "learning_rate" in logs:  # Trainer's own, which every process writes
-            logs |= self._throughput.figures(self.accelerator, self.get_tp_size())
+            logs |= self._counts.figures(self.accelerator, self.get_tp_size())
             if self.log_token_stats:
                 logs |= self._token_stats.figures(self.accelerator)
+        logs |= self._counts.lost()
         super().log(logs, *args, **kwargs)
 
 
@@ -304,31 +310,61 @@ class _LeaveWeightsAlone(TrainerCallback):
             parameter.grad = None
 
 
-class _Throughput:
-    """Tokens seen and trained on by this process; what a log line says of them, over all processes."""
+class TokenCounts(TrainerCallback, ExportableState):
+    """Tokens seen and trained on, samples cut short and unreadable ones: Trainer keeps them in its checkpoints.
+
+    A public name, since it stands in trainer_state.json.
+    """
 
     def __init__(self):
-        self.seen: Tensor | int = 0
-        self.kept: Tensor | int = 0
-        self.logged, self.since = 0, time.monotonic()
+        self.totals = dict.fromkeys(COUNTED, 0)  # over all processes, when last summed up
+        self._begin()
 
-    def add(self, inputs: dict[str, Any], num_kept: int | None) -> None:
+    def _begin(self) -> None:
+        self.before = dict(self.totals)  # of earlier runs
+        self.here: list[Tensor | int] = [0] * len(COUNTED)  # since then, by this process
+        self.logged, self.since = self.totals["num_tokens"], time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"totals": self.totals}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        held = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
+        self.totals = dict.fromkeys(COUNTED, 0) | held.get("attributes", {}).get("totals", {})
+        self._begin()
+
+    def add(self, inputs: dict[str, Any], counts: dict[str, int | None]) -> None:
         """Counts a micro-batch, without waiting for a GPU."""
-        labels = inputs["labels"]
+        labels, num_kept = inputs["labels"], counts["num_kept"]
         mask = inputs.get("attention_mask")
-        self.seen = self.seen + (labels.numel() if mask is None or mask.shape != labels.shape else mask.sum())
-        self.kept = self.kept + ((labels[:, 1:] != -100).sum() if num_kept is None else num_kept)
+        more = (
+            labels.numel() if mask is None or mask.shape != labels.shape else mask.sum(),
+            (labels[:, 1:] != -100).sum() if num_kept is None else num_kept,
+            counts["num_truncated"] or 0,
+            counts["num_unreadable"] or 0,
+        )
+        self.here = [one + other for one, other in zip(self.here, more, strict=True)]
+
+    def sum_up(self, accelerator: Any, copies: int) -> None:
+        """Over all processes, which must all ask. copies: of them that hold the same batch (tensor parallelism)."""
+        here = torch.stack([torch.as_tensor(n, device=accelerator.device).long() for n in self.here])
+        everywhere = accelerator.reduce(here, "sum").tolist()
+        self.totals = {
+            name: self.before[name] + n // copies for name, n in zip(COUNTED, everywhere, strict=True)
+        }
 
     def figures(self, accelerator: Any, copies: int) -> dict[str, float]:
-        """copies: processes that hold the same batch (tensor parallelism)."""
-        counts = torch.stack(
-            [torch.as_tensor(n, device=accelerator.device).long() for n in (self.seen, self.kept)]
-        )
-        seen, kept = (count // copies for count in accelerator.reduce(counts, "sum").tolist())
-        now = time.monotonic()
+        """What a log line says of the tokens."""
+        self.sum_up(accelerator, copies)
+        now, seen = time.monotonic(), self.totals["num_tokens"]
         speed = (seen - self.logged) / max(now - self.since, 1e-9)
         self.logged, self.since = seen, now
-        return {"num_tokens": seen, "num_kept_tokens": kept, "train_tokens_per_second": round(speed, 1)}
+        tokens = {name: self.totals[name] for name in COUNTED[:2]}
+        return tokens | {"train_tokens_per_second": round(speed, 1)}
+
+    def lost(self) -> dict[str, int]:
+        """The samples that were cut short, and those left out, if any."""
+        return {name: self.totals[name] for name in COUNTED[2:] if self.totals[name]}
 
 
 class _TokenStats:
