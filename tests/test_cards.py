@@ -118,6 +118,14 @@ def test_of_a_selection(run):
     assert chosen.metadata["data_fingerprint"] in text and no_path_of_the_machine(text, run)
 
 
+def test_of_a_selection_by_loss(run, tmp_path):
+    """What ranks is what the card names: VIG has no part in a loss filter."""
+    select(run / "scores", p=40, by="loss", level="sample", out=tmp_path / "selection")
+    text = cards.card(tmp_path / "selection")
+    assert "by loss" in text and "have a low loss" in text and "nats of log-likelihood" in text
+    assert "Visual Information Gain" not in text
+
+
 def test_of_a_selection_by_source_whose_scores_say_nothing_of_a_model(tmp_path):
     rng = np.random.default_rng(0)
     rows = [

@@ -12,6 +12,7 @@ import jinja2
 import yaml
 
 from vig.data.files import write_atomically
+from vig.selection.measures import measure_of, unit_of
 from vig.store.selections import read_selection, selection_files, selection_metadata
 
 HERE = Path(__file__).parent
@@ -24,6 +25,40 @@ UNSAID = "say it here"
 NEVER_FILLED_IN, EARLIER = "the form that PEFT had put there, never filled in", "the README.md that was there"
 WITHOUT_HEAD = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 PEFT_VERSION = re.compile(r"^### Framework versions\s+- PEFT \S+\s*\Z", re.MULTILINE)
+
+
+class ChosenBy(NamedTuple):
+    """What a card says of the measure that a selection ranks by."""
+
+    name: str
+    claim: str  # tokens that ...
+    text: str
+    unit: str  # of tau
+
+
+PAPER = "[arXiv 2602.17186](https://arxiv.org/abs/2602.17186)"
+CHOSEN_BY = {  # by the names of vig.selection.measures
+    "vig": ChosenBy(
+        "Visual Information Gain",
+        "need the image",
+        f"Visual Information Gain ({PAPER}): the negative log-likelihood of a token with a null image in the place of "
+        "the image, minus that with the image",
+        unit_of("vig"),
+    ),
+    "kl": ChosenBy(
+        "KL divergence",
+        "the image changes",
+        "KL divergence, of the distribution over the next token with the image from that with a null image in its "
+        "place",
+        unit_of("kl"),
+    ),
+    "loss": ChosenBy(
+        "loss",
+        "have a low loss",
+        "loss: the samples with the lowest mean negative log-likelihood of their answers, the image being seen",
+        unit_of("loss"),
+    ),
+}
 
 
 def card(folder: str | Path) -> str:
@@ -95,10 +130,10 @@ def _model_card(folder: Path, record: dict[str, Any]) -> str:
     settings = {name: value for name, value in record["settings"].items() if value is not None}
     from vig.training.settings import loss_ends
 
-    evals = record.get("evals", [])
+    evals, choice = record.get("evals", []), (scored or {}).get("selection")
     return _filled(
         "model_card.md.j2", head, base=base, record=record, data=_named(record.get("data")), is_adapter=is_adapter,
-        scored=scored, choice=(scored or {}).get("selection"), settings=_yaml(settings),
+        scored=scored, choice=choice, settings=_yaml(settings), how=CHOSEN_BY[measure_of((choice or {}).get("by"))],
         losses=loss_ends(record.get("losses", ())), evals=evals[:1] + evals[1:][-1:],
     )  # fmt: skip
 
@@ -106,16 +141,17 @@ def _model_card(folder: Path, record: dict[str, Any]) -> str:
 def _dataset_card(folder: Path) -> str:
     scored = selection_metadata(folder)
     rows = len(read_selection(folder))
-    data = _named(scored.get("data"))
+    data, choice = _named(scored.get("data")), scored.get("selection", {})
+    how = CHOSEN_BY[measure_of(choice.get("by"))]
     head = {
-        "pretty_name": f"A selection of {data} by Visual Information Gain",
+        "pretty_name": f"A selection of {data} by {how.name}",
         "task_categories": ["image-text-to-text"],
         "size_categories": [next((name for most, name in SIZES if rows < most), "100M<n<1B")],
         "configs": [{"config_name": "default", "data_files": "selection-*.parquet"}],
     }
     return _filled(
         "dataset_card.md.j2", head, data=data, base=_named(scored.get("model")), scored=scored, rows=rows,
-        choice=scored.get("selection", {}), files=len(selection_files(folder)),
+        choice=choice, files=len(selection_files(folder)), how=how,
     )  # fmt: skip
 
 
