@@ -25,7 +25,7 @@ ADVANCED = {
     "accumulate", "schedule", "warmup", "weight_decay", "max_grad_norm", "z_loss", "freeze", "gradient_checkpointing",
     "processor", "errors", "retry", "shard", "mean", "by", "stats", "eval_every", "report_to",
     "keep_easy", "temperature", "resamples", "statement", "judge", "max_new_tokens", "near_zero", "lmms_model",
-    "model_args", "tensor_parallel_size",
+    "model_args", "tensor_parallel_size", "fsdp",
 }  # fmt: skip
 
 

@@ -81,13 +81,19 @@ def check_space(model: nn.Module, out: Path, save_every: int = 0, resumed: bool 
         )
 
 
-def save(result: TrainResult, processor: Any, provenance: dict[str, Any], settings: TrainSettings) -> None:
+def save(
+    result: TrainResult,
+    processor: Any,
+    provenance: dict[str, Any],
+    settings: TrainSettings,
+    weights: dict[str, Any] | None = None,  # of a sharded model, whole
+) -> None:
     """Writes beside the final names, then renames; train.json comes last and says that the rest is whole."""
     out = result.out
     partial = out / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        result.model.save_pretrained(partial)
+        result.model.save_pretrained(partial, state_dict=weights)
         processor.save_pretrained(partial)
         (out / RECORD).unlink(missing_ok=True)
         for old in chain.from_iterable(out.glob(pattern) for pattern in OF_A_CHECKPOINT):
