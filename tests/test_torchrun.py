@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import tiny
 import tiny_families
+import torch
 from killed import die_at_call
 from ranks import run_command
+from tensor_parallel import samples
 from test_cli import call
+from test_train import run_on_two
 from transformers import LlavaForConditionalGeneration
 
 from vig import Scorer
@@ -137,6 +140,39 @@ def test_dry_run_checks_every_record_once(given, tmp_path):
     (code, said), (other, nothing) = run_command(command, 2, tmp_path)
     assert (code, other) == (3, 0) and nothing == ""
     assert "checked 14 records: 12 with images, 1 text-only" in said and "estimate: " in said
+
+
+# --- the families ---
+
+PLANNED = [family for family in tiny_families.FAMILIES if family != "qwen3_vl"]
+
+
+def values_of(scorer) -> list[list]:
+    rows = scorer.score(samples())
+    return [
+        [row.status, list(map(float, row.token_nll_image)), list(map(float, row.token_nll_null))]
+        for row in rows
+    ]
+
+
+def scored_by_two(rank: int, folder) -> None:
+    found = {family: values_of(Scorer(folder / family, tensor_parallel_size=2)) for family in PLANNED}
+    torch.save(found, folder.with_suffix(f".{rank}"))
+
+
+def test_every_family_with_a_plan(tmp_path):
+    """Rows of the first rank's samples on both ranks, those of the whole model."""
+    folder = tmp_path / "families"
+    for family in PLANNED:
+        tiny_families.model(family).save_pretrained(folder / family)
+        tiny_families.processor(family).save_pretrained(folder / family)
+    for found in run_on_two(scored_by_two, folder):
+        for family, rows in found.items():
+            whole = values_of(Scorer(folder / family))
+            for (status, image, null), (kind, *others) in zip(rows, whole, strict=True):
+                assert status == kind and status in ("ok", "text_only"), family
+                np.testing.assert_allclose(image, others[0], atol=3e-5, err_msg=family)
+                np.testing.assert_allclose(null, others[1], atol=3e-5, err_msg=family)
 
 
 # --- refusals ---

@@ -32,20 +32,20 @@ def processor():
 STEPS = {"lr": 1e-3, "max_steps": 4, "log_every": 1, "save_every": 2, "eval_every": 2, "weight_decay": 0.1}
 
 
-def items():
-    """Eight samples of which rank 1 gets two of text alone in its first micro-batch of two."""
+def items(text: bool = False):
+    """Eight samples of which rank 1 gets two of text alone in its first micro-batch of two. text: all of them are."""
     order = plan_batches(8, TrainSettings(batch_size=8, max_steps=1))[0]
     rows = records(8)
-    for place in order[1:4:2]:
+    for place in order if text else order[1:4:2]:
         rows[place]["image"], rows[place]["conversations"][0]["value"] = None, "What is it?"
     return [sample_from_record(row, key=row["key"]) for row in rows]
 
 
-def chosen_of(processor):
-    return selection(processor, items(), lambda row, n: np.arange(n) < (1 if row % 2 else n))
+def chosen_of(processor, text):
+    return selection(processor, items(text), lambda row, n: np.arange(n) < (1 if row % 2 else n))
 
 
-def sharded_steps(rank: int, folder, chosen, processor, options):
+def sharded_steps(rank: int, folder, chosen, processor, options, text):
     """A run, one that is stopped after its second step, and its resumption."""
     seen = []
 
@@ -56,7 +56,7 @@ def sharded_steps(rank: int, folder, chosen, processor, options):
     settings = STEPS | options | {"processor": processor, "fsdp": True, "eval_data": samples(5)}
     out = train(
         base(),
-        items(),
+        items(text),
         chosen,
         folder,
         on_progress=lambda progress: seen.append(progress.grad_norm),
@@ -64,9 +64,9 @@ def sharded_steps(rank: int, folder, chosen, processor, options):
     )
     assert isinstance(out.model, FSDPModule)
     sharded = sum(p.to_local().numel() for p in out.model.parameters())
-    stopped = train(base(), items(), chosen, folder / "again", on_progress=stop, **settings)
+    stopped = train(base(), items(text), chosen, folder / "again", on_progress=stop, **settings)
     assert stopped.interrupted and stopped.steps == 2
-    again = train(base(), items(), chosen, folder / "again", **settings)
+    again = train(base(), items(text), chosen, folder / "again", **settings)
     state = [whole(result.model.state_dict()) for result in (out, again)]
     torch.save(
         (out.losses, seen, out.evals, sharded, state, again.losses, again.resumed),
@@ -75,22 +75,26 @@ def sharded_steps(rank: int, folder, chosen, processor, options):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"batch_size": 2, "accumulate": 2}, {"batch_size": 4, "lora_rank": 2}],
-    ids=["full", "lora"],
+    ("options", "text"),
+    [
+        ({"batch_size": 2, "accumulate": 2}, False),
+        ({"batch_size": 4, "lora_rank": 2}, False),
+        ({"batch_size": 4}, True),
+    ],
+    ids=["full", "lora", "text alone"],
 )
-def test_two_processes_that_hold_one_model_take_the_steps_of_one(processor, tmp_path, options):
-    """Text alone on one of them, held-out samples that do not divide, and a run that is stopped and goes on."""
-    chosen, norms = chosen_of(processor), []
+def test_two_processes_that_hold_one_model_take_the_steps_of_one(processor, tmp_path, options, text):
+    """Text alone on one of them or on both, held-out samples that do not divide, a run that is stopped and goes on."""
+    chosen, norms = chosen_of(processor, text), []
     one = train(
-        base(), items(), chosen, None, processor=processor, eval_data=samples(5),
+        base(), items(text), chosen, None, processor=processor, eval_data=samples(5),
         on_progress=lambda progress: norms.append(progress.grad_norm),
         **STEPS | options | {"batch_size": 8, "accumulate": 1, "save_every": 0},
     )  # fmt: skip
     expected = one.model.state_dict()
     folder = tmp_path / "out"
     for losses, found, evals, sharded, (state, again), losses_again, resumed in run_on_two(
-        sharded_steps, folder, chosen, processor, options
+        sharded_steps, folder, chosen, processor, options, text
     ):
         assert losses == pytest.approx(one.losses, rel=1e-5) and losses_again == losses and resumed == 2
         assert [loss for _, loss in evals] == pytest.approx([loss for _, loss in one.evals], rel=1e-5)
