@@ -632,7 +632,7 @@ def run_on_two(work, folder: Path, *arguments) -> list:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(240)
     assert [process.exitcode for process in ranks] == [0, 0]
     return [torch.load(folder.with_suffix(f".{rank}")) for rank in range(2)]
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from tiny import weights
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -49,6 +52,16 @@ def names(folder, monkeypatch):
     }
     exec(blocks("The data")[0], found)
     return found
+
+
+def test_the_configuration_of_accelerate_has_its_names(tmp_path):
+    """Those that it knows: others stop its launcher, or are passed over."""
+    part = PAGE.partition("\n## A model larger than one GPU\n")[2].partition("\n## ")[0]
+    (tmp_path / "fsdp2.yaml").write_text(re.search(r"```yaml\n(.*?)```", part, re.DOTALL)[1])
+    config = load_config_from_file(str(tmp_path / "fsdp2.yaml"))
+    assert (config.distributed_type, config.num_processes) == (DistributedType.FSDP, 8)
+    known = {action.dest for action in launch_command_parser()._actions}
+    assert config.fsdp_config["fsdp_version"] == 2 and config.fsdp_config.keys() <= known
 
 
 def tokenized(folder, processor) -> list[dict]:

@@ -179,6 +179,7 @@ CASES = (
     Case("a backend that is not known", SCORE + " --backend cuda"),
     Case("a dtype that is not known", SCORE + " --dtype fp8"),
     Case("a part that is not there", SCORE + " --shard 4/4"),
+    Case("a model for two GPUs in one process", SCORE + " --tensor-parallel-size 2"),
     Case("scores made with other settings in the output folder", SCORE + " --sigma 0.2", scored),
     Case("the parts of a job array in the output folder", SCORE, scored_in_parts),
     Case("a file in the place of the output folder", SCORE, file_in_the_way),
@@ -197,6 +198,7 @@ CASES = (
         selected,
     ),
     Case("a learning rate below 0", "train {dir}/model {dir}/data.json -o {dir}/out --lr -1"),
+    Case("a model to be spread over one process", "train {dir}/model {dir}/data.json -o {dir}/out --fsdp"),
     Case("an empty cell of a CSV file", SCORE.replace(".json", ".csv"), empty_cell),
     Case("a data file renamed between two runs", SCORE.replace("data.json", "other.json"), renamed),
     Case(

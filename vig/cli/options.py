@@ -25,7 +25,7 @@ ADVANCED = {
     "accumulate", "schedule", "warmup", "weight_decay", "max_grad_norm", "z_loss", "freeze", "gradient_checkpointing",
     "processor", "errors", "retry", "shard", "mean", "by", "stats", "eval_every", "report_to",
     "keep_easy", "temperature", "resamples", "statement", "judge", "max_new_tokens", "near_zero", "lmms_model",
-    "model_args",
+    "model_args", "tensor_parallel_size", "fsdp",
 }  # fmt: skip
 
 
@@ -62,6 +62,7 @@ app = typer.Typer(
 )
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+NOBODY = Console(quiet=True, force_terminal=False)  # told by processes beside the one that tells
 
 SOME_FAILED = 3
 STOPPED = 130  # by Ctrl-C, as shells count it, or by a scheduler's SIGTERM

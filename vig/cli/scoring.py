@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from vig import terminal
 from vig.cli.options import (
+    NOBODY,
     SOME_FAILED,
     Backend,
     Columns,
@@ -38,11 +40,14 @@ from vig.cli.options import (
 )
 from vig.data.error_log import ErrorLog
 from vig.data.reading import Reading, Source
+from vig.models.launch import Launch
 from vig.models.null_image import BLUR_SIGMA
 from vig.scoring.record_count import RecordCount
+from vig.store.folder import output_folder
 from vig.store.token_stats import TOKEN_STATS
 
 if TYPE_CHECKING:
+    from vig.scoring.run import Estimate
     from vig.scoring.scorer import Progress
 
 
@@ -155,80 +160,123 @@ def score(
     actors: Annotated[
         int | None, typer.Option(min=1, help="With --engine ray: how many. Default: one per GPU.")
     ] = None,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes of torchrun that hold one model together, for a model larger than one GPU.",
+        ),
+    ] = 1,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Score a dataset: log-likelihood of every answer token with the image and with its null."""
+    """Score a dataset: log-likelihood of every answer token with the image and with its null.
+
+    `torchrun --nproc-per-node 8 -m vig score ...` scores with eight GPUs: the windows are divided among the models.
+    """
     if retry not in (None, "failed"):
         raise typer.BadParameter(f"got {retry!r}, expected failed", param_hint="--retry")
     if engine not in ("plain", "ray"):
         raise typer.BadParameter(f"got {engine!r}, expected plain or ray", param_hint="--engine")
+    launch = usage(Launch.here, tensor_parallel_size)
+    _check_launch(launch, engine, device, errors)
+    told = err if launch.is_first else NOBODY
     with ExitStack() as ending:
-        with terminal.waiting(err, f"starting: {data}, {model}"):  # torch and transformers take seconds
-            reading = usage(Reading, split)
-            count = ending.enter_context(RecordCount(Source(data, reading), limit))  # by a process of its own
+        with terminal.waiting(told, f"starting: {data}, {model}"):  # torch and transformers take seconds
+            reading, count = usage(Reading, split), None
+            if launch.is_first:  # by a process of its own
+                count = ending.enter_context(RecordCount(Source(data, reading), limit))
 
             from vig.scoring import batching
             from vig.scoring.run import run_dry, run_scoring
             from vig.scoring.scorer import Scorer
             from vig.scoring.settings import RunSpec, ScoreSettings
 
-        part = None if shard is None else usage(batching.parse_shard, shard)
+        part = launch.shard(None if shard is None else usage(batching.parse_shard, shard))
         settings = usage(
             ScoreSettings, null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens,
             batch_size=batch_size, backend=backend, end_of_turn=end_of_turn, max_length=max_length,
             workers=workers, revision=revision, attn=attn, share=not no_share, trust_remote_code=trust_remote_code,
             stats=[name.strip() for name in stats.split(",") if name.strip()],
+            tensor_parallel_size=tensor_parallel_size,
         )  # fmt: skip
+        if launch.world > 1 and launch.size == 1:
+            settings = replace(settings, device=launch.device())
         data = source(data, split, columns, roles)
         run = RunSpec(data, image_root, limit, part, window, retry_failed=retry == "failed")
         run.check_data()  # before a model is loaded
         terminal.quiet_libraries()
+        bar = err if launch.rank == 0 else NOBODY  # several models share one terminal
         if engine == "ray" and not dry_run:
             from vig.scoring.run_ray import Actors, Job, run_scoring_on_ray
 
             with terminal.progress(err, "scoring") as on_progress:
                 done = run_scoring_on_ray(Job(model, settings, run, str(folder)), Actors(actors), on_progress)
         else:
-            with terminal.waiting(err, f"loading {model}"):
+            with terminal.waiting(told, f"loading {model}"):
                 scorer = Scorer(model, **vars(settings))
-            with terminal.progress(err, "checking" if dry_run else "scoring") as on_progress:
+            with terminal.progress(bar, "checking" if dry_run else "scoring") as on_progress:
                 if dry_run:
                     with ErrorLog(errors) as log:
                         estimate = run_dry(scorer, run, on_progress, log, count)
                 else:
                     done = run_scoring(scorer, run, folder, on_progress, count)
-    if dry_run:
-        summarise(
-            as_json,
-            lambda: terminal.show_estimate(out, estimate, log),
-            lambda: terminal.estimate_summary(estimate, log),
-        )
-        if estimate.progress.failed:
-            raise typer.Exit(SOME_FAILED)
+    failed = False
+    if launch.is_first:
+        failed = (
+            _end_dry_run(estimate, log, as_json) if dry_run
+            else _end_scoring(output_folder(folder, part), done, errors, as_json)
+        )  # fmt: skip
+    launch.end()
+    if failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _check_launch(launch: Launch, engine: str, device: str | None, errors: Path | None) -> None:
+    """Raises BadParameter for options that mean nothing for processes of torchrun."""
+    if launch.world == 1:
         return
-    _end_scoring(folder, part, done, errors, as_json)
+    if engine == "ray":
+        raise typer.BadParameter(
+            f"ray starts its actors itself, but torchrun started {launch.world} processes. Leave one of them out",
+            param_hint="--engine",
+        )
+    if device is not None:
+        raise typer.BadParameter(
+            f"got {device!r}, but each process of torchrun takes the GPU of its local rank. Leave it out",
+            param_hint="--device",
+        )
+    if errors is not None and launch.groups > 1:
+        raise typer.BadParameter(
+            f"{launch.groups} models would write {errors}. Read _errors.jsonl in the folder of each part",
+            param_hint="--errors",
+        )
 
 
-def _end_scoring(
-    folder: Path, part: tuple[int, int] | None, done: Progress, errors: Path | None, as_json: bool
-) -> None:
-    """Shows what was scored; exit code 3 where some samples could not be. errors: a file for them all."""
+def _end_dry_run(estimate: Estimate, log: ErrorLog, as_json: bool) -> bool:
+    """Shows what was found; whether some samples could not be scored."""
+    summarise(
+        as_json,
+        lambda: terminal.show_estimate(out, estimate, log),
+        lambda: terminal.estimate_summary(estimate, log),
+    )
+    return bool(estimate.progress.failed)
+
+
+def _end_scoring(place: Path, done: Progress, errors: Path | None, as_json: bool) -> bool:
+    """Shows what was scored into `place`; whether some samples could not be. errors: a file for them all."""
     from vig.reporting.null_check import check_scores
     from vig.reporting.viewer import Viewer
     from vig.store.errors import stored_errors
-    from vig.store.folder import output_folder
     from vig.store.scores import score_metadata
 
-    failed = done.failed or done.failed_before
+    failed = bool(done.failed or done.failed_before)
     with ErrorLog(errors) as log:
-        log.extend(stored_errors(output_folder(folder, part)) if failed else ())
-    place = output_folder(folder, part)
+        log.extend(stored_errors(place) if failed else ())
     check = check_scores(place, Viewer(score_metadata(place)).tokenizer)
     summarise(
         as_json,
         lambda: terminal.show_scores(out, place, done, log, check.lines()),
         lambda: terminal.scores_summary(place, done, log) | {"check": check.as_dict()},
     )
-    if failed:
-        raise typer.Exit(SOME_FAILED)
+    return failed

@@ -85,6 +85,12 @@ def train(
     ] = "auto",
     device: Device = None,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    fsdp: Annotated[
+        bool,
+        typer.Option(
+            "--fsdp", help="Spread one model over the processes of torchrun (FSDP2). Default: one each."
+        ),
+    ] = False,
     workers: Annotated[
         int,
         typer.Option(
@@ -142,7 +148,7 @@ def train(
 ) -> None:
     """Train on the selected tokens of the selected samples, with the fused masked loss.
 
-    `torchrun --nproc-per-node 8 -m vig train ...` trains on eight GPUs.
+    `torchrun --nproc-per-node 8 -m vig train ...` trains on eight GPUs, a model on each; with `--fsdp` one on them all.
     """
     from accelerate import PartialState
 
@@ -161,8 +167,8 @@ def train(
             accumulate=accumulate, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay,
             max_grad_norm=max_grad_norm, z_loss=z_loss, freeze=tuple(freeze) if freeze else None, lora_rank=lora_rank,
             dtype=dtype, end_of_turn=end_of_turn, max_length=max_length, seed=seed,
-            gradient_checkpointing=gradient_checkpointing, workers=workers, save_every=save_every, device=device,
-            revision=revision, attn=attn, trust_remote_code=trust_remote_code, eval_data=eval_data,
+            gradient_checkpointing=gradient_checkpointing, fsdp=fsdp, workers=workers, save_every=save_every,
+            device=device, revision=revision, attn=attn, trust_remote_code=trust_remote_code, eval_data=eval_data,
             eval_every=eval_every, eval_on_start=eval_on_start, log_every=log_every, report_to=tuple(report_to or ()),
         )  # fmt: skip
     if PartialState().is_main_process:

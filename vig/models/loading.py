@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from vig.data.kinds import kind_of
 from vig.models.families import Family, ModelError, family_of
 from vig.models.family_pixels import FamilyPixels
 from vig.models.processors import load_processor
+from vig.models.ranks import Ranks, join
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,6 +32,7 @@ class LoadedModel:
     family: Family
     name: str
     revision: str | None = None
+    ranks: Ranks = field(default_factory=Ranks)  # that hold the model together
 
     @cached_property
     def pixels(self) -> FamilyPixels:
@@ -44,11 +48,15 @@ def load(
     revision: str | None = None,
     attn: str | None = None,
     trust_remote_code: bool = False,
+    tensor_parallel_size: int = 1,
 ) -> LoadedModel:
     """Loads a checkpoint (a folder, or a name on the hub) through transformers' auto classes.
 
     dtype: "float32", "bfloat16", "float16" or "auto" (what the checkpoint is stored in; float32 on a CPU without
         bfloat16 instructions is not chosen for you). device: "cuda" where there is one, else "cpu".
+    tensor_parallel_size: so many processes, which torchrun started, hold the model together (`vig.models.ranks`), each
+        on the GPU of its local rank: decoder layers and LM head are sharded by transformers' plan, the vision tower and
+        the projector are whole on each.
     Only safetensors weights are read, and no code from the checkpoint runs unless trust_remote_code is set.
     Raises ModelError.
     """
@@ -61,8 +69,14 @@ def load(
     try:
         config = AutoConfig.from_pretrained(name, **options)
         family_of(config)
+        parts = _parts(config, tensor_parallel_size)
         model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True, attn_implementation=attn, **options
+            name,
+            dtype=DTYPES.get(dtype, "auto"),
+            use_safetensors=True,
+            attn_implementation=attn,
+            **parts,
+            **options,
         )
         processor = load_processor(name, **options)
     except ModelError:
@@ -93,6 +107,31 @@ def hub_revision(name: str, revision: str | None = None) -> str | None:
         return extract_commit_hash(cached_file(name, "config.json"), None)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {name}: {_reason(error, name)}") from error
+
+
+def _parts(config: Any, size: int) -> dict[str, Any]:
+    """What `from_pretrained` takes to shard a model over `size` ranks, whose process group it makes.
+
+    Raises ModelError where transformers has no plan for the family, or heads do not divide.
+    """
+    if size == 1:
+        return {}
+    text = config.get_text_config()
+    if not getattr(text, "base_model_tp_plan", None):
+        raise ModelError(
+            f"tensor_parallel_size = {size}, but transformers has no tensor-parallel plan for the layers of "
+            f"{config.model_type} ({type(text).__name__}.base_model_tp_plan is empty): each rank would hold the whole "
+            "model. Give --dtype bfloat16, or a GPU that holds it"
+        )
+    heads = {name: getattr(text, name, None) or 1 for name in ("num_attention_heads", "num_key_value_heads")}
+    whole = math.gcd(*heads.values())
+    if whole % size:
+        fitting = ", ".join(str(n) for n in range(2, whole + 1) if whole % n == 0)
+        counts = ", ".join(f"{name} = {count}" for name, count in heads.items())
+        cure = f"Give one of {fitting}" if fitting else "It can only be held whole"
+        raise ModelError(f"tensor_parallel_size = {size} does not divide {counts}. {cure}")
+    join(size)
+    return {"distributed_config": DistributedConfig(tp_size=size)}
 
 
 def check_dtype(dtype: str) -> None:
@@ -182,11 +221,22 @@ def as_loaded(
     """Wraps a model and processor that are already in memory. Raises ModelError for an unknown family."""
     family = family_of(model.config)
     check_pictures_whole(processor)
+    _check_one_device(model)
     check_device(device)
     if device is None:
         device = device_for(None) if model.device.type == "cpu" else model.device
     name = name or model.config.name_or_path or type(model).__name__
-    return LoadedModel(model.to(device).eval(), processor, family, name, revision)
+    return LoadedModel(model.to(device).eval(), processor, family, name, revision, Ranks.of(model))
+
+
+def _check_one_device(model: PreTrainedModel) -> None:
+    """Raises ModelError for a model whose layers lie on several devices (``device_map="auto"``)."""
+    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+    if len(places) > 1:
+        raise ModelError(
+            f"its layers are spread over {', '.join(places)} (device_map). Scoring wants them on one device: load it "
+            "without device_map, or over several GPUs with torchrun and --tensor-parallel-size"
+        )
 
 
 def check_pictures_whole(processor: Any) -> None:

@@ -27,6 +27,7 @@ from vig.store.scores import ScoreWriter, first_key
 
 MEASURED = {"noise_floor", "sharing"}  # settings that a run finds out, and a resumed one takes over
 LOOK_AHEAD = 1 << 17  # records that are searched for the first ones with images
+END = None  # what the other ranks of a tensor-parallel model are told behind the last window
 
 
 def score_dataset(
@@ -54,7 +55,7 @@ def score_dataset(
     run = RunSpec(data, image_root, limit, shard, window, retry_failed)
     if on_progress is not None:
         return run_scoring(scorer, run, out, on_progress)
-    with bar(progress_bar) as on_bar:
+    with bar(progress_bar and scorer.loaded.ranks.is_first) as on_bar:
         done = run_scoring(scorer, run, out, on_bar)
     if done.failed or done.failed_before:
         lines = ErrorLog().extend(stored_errors(output_folder(out, shard))).lines()
@@ -70,7 +71,12 @@ def run_scoring(
     on_progress: Callable[[Progress], None] | None = None,
     count: RecordCount | None = None,
 ) -> Progress:
-    """`score_dataset`, with what it scores as one value. count: of its records, begun before; it ends with the run."""
+    """`score_dataset`, with what it scores as one value. count: of its records, begun before; it ends with the run.
+
+    Of the ranks of a tensor-parallel model the first reads and writes; for the others the result counts nothing.
+    """
+    if not scorer.loaded.ranks.is_first:
+        return _compute_along(scorer)
     run.check_data()
     folder, progress = output_folder(out, run.shard), Progress()
     refuse_renamed(folder, run)
@@ -84,6 +90,7 @@ def run_scoring(
 
         tell(progress, FIRST_WAIT)
         _score_windows(scorer, run, folder, progress, tell)
+    scorer.loaded.ranks.tell(END)
     progress.total = progress.done
     if on_progress is not None:
         on_progress(progress)
@@ -94,10 +101,11 @@ def _score_windows(
     scorer: Scorer, run: RunSpec, folder: Path, progress: Progress, tell: Callable[[Progress], None]
 ) -> None:
     with _writing(folder, scorer, run) as writer:
-        failed = writer.failed() if run.retry_failed else {}
+        ranks, failed = scorer.loaded.ranks, writer.failed() if run.retry_failed else {}
         for number, chunk in run.windows(lambda window: window not in writer.finished or window in failed):
             again = set(failed.get(number, ()))
             if number not in writer.finished:
+                ranks.tell(len(chunk))
                 scorer.probe_memory(chunk)
                 writer.write(number, scorer.score_window(chunk, progress, tell))
                 record_splits(writer, number, progress)
@@ -106,12 +114,27 @@ def _score_windows(
             progress.resumed += len(chunk) - len(again)
             if again:
                 chosen = [record for record in chunk if record.key in again]
+                ranks.tell(len(chosen))
                 scorer.probe_memory(chosen, chunk)
                 writer.replace(number, scorer.score_window(chosen, progress, tell, chunk))
                 record_splits(writer, number, progress)
         log_errors(folder)  # before it is complete: a run that is killed here is run again
         writer.mark_complete()
         progress.failed_before = writer.counts()["errors"] - progress.failed
+
+
+def _compute_along(scorer: Scorer) -> Progress:
+    """What a rank does that is not the first of its model: it calls the model whenever the first says that it does."""
+    ranks = scorer.loaded.ranks
+    floor, sharing = ranks.told()
+    if floor:
+        scorer.noise_floor([])
+    else:
+        scorer.self_check.follow(sharing)
+    while (records := ranks.told()) is not END:
+        scorer.probe_memory([None] * records)
+        scorer.score_window([None] * records)
+    return Progress()
 
 
 @contextmanager
@@ -159,8 +182,10 @@ def run_provenance(scorer: Scorer, run: RunSpec, folder: Path) -> dict[str, Any]
         manifest = read_manifest(place)
         known = {} if manifest is None or not manifest["shards"] else manifest["settings"]
         if known.keys() >= MEASURED:
+            scorer.loaded.ranks.tell((False, known["sharing"]))
             scorer.self_check.follow(known["sharing"])
             return provenance | {name: known[name] for name in MEASURED}
+    scorer.loaded.ranks.tell((True, None))
     floor = scorer.noise_floor(first_records(run.records()))
     return provenance | {"noise_floor": floor, "sharing": scorer.self_check.sharing}
 
@@ -225,8 +250,12 @@ def run_dry(
     count: RecordCount | None = None,
 ) -> Estimate:
     """`dry_run_dataset`, with what it reads as one value. count: of its records, begun before; it ends with the run."""
+    ranks, estimate = scorer.loaded.ranks, Estimate(Progress())
+    if not ranks.is_first:
+        for good in iter(ranks.told, END):
+            scorer.measure_rate(good)
+        return estimate
     run.check_data()
-    estimate = Estimate(Progress())
     windows = (chunk for _, chunk in run.windows())
     with count or RecordCount(run.data, run.limit) as count:
 
@@ -249,8 +278,10 @@ def run_dry(
             estimate.progress.text_only += sum(not item.is_multimodal for item in good)
             estimate.progress.done += len(good)
             if estimate.tokens_per_second is None and good:
+                ranks.tell(good)
                 estimate.measured, estimate.tokens_per_second = scorer.measure_rate(good)
             tell()
+    ranks.tell(END)
     return estimate
 
 

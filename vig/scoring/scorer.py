@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vig.scoring import batching
 from vig.scoring.dual_pass import TokenNLL, TwoPasses
 from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes, prefetch_in_thread, workers_beside
 from vig.scoring.prefix_sharing import shared_by
-from vig.scoring.self_check import SelfCheck, is_out_of_memory
+from vig.scoring.self_check import SelfCheck, does_not_fit, is_out_of_memory
 from vig.scoring.settings import ScoreSettings
 from vig.store.fingerprints import (
     data_fingerprint,
@@ -79,6 +80,8 @@ class Scorer:
         it and it passes its self-check on the first of them (`vig.scoring.prefix_sharing`).
     stats: any of "kl" (KL(p_image || p_null) over the vocabulary) and "entropy" (of both), in nats, for each answer
         token beside its likelihoods, from the same sweep: `ScoreRow.token_stats`.
+    tensor_parallel_size: ranks of torchrun that hold a checkpoint together, and all make the same calls; what the
+        first of them is given to score is scored (`vig.models.ranks`).
     Raises ModelError for a model that cannot be loaded or does not do what scoring needs.
     """
 
@@ -102,11 +105,13 @@ class Scorer:
         share: bool = True,
         trust_remote_code: bool = False,
         stats: Iterable[str] = (),
+        tensor_parallel_size: int = 1,
     ):
         settings = ScoreSettings(
             null=null, sigma=sigma, dtype=dtype, device=device, batch_tokens=batch_tokens, batch_size=batch_size,
             backend=backend, end_of_turn=end_of_turn, max_length=max_length, workers=workers, revision=revision,
             attn=attn, share=share, trust_remote_code=trust_remote_code, stats=stats,
+            tensor_parallel_size=tensor_parallel_size,
         )  # fmt: skip
         self.settings, self.null = settings, settings.null_settings
         self.loaded = _loaded(model, processor, settings)
@@ -147,7 +152,8 @@ class Scorer:
         rows: list[ScoreRow | None] = [None] * len(records)
         loading = load_records(records, self.encoder, self.null.stage, self.workers, window)
         blocks = batching.blocks(loading, new_pixel_bytes())
-        for block in prefetch_in_thread(blocks) if self.workers else blocks:
+        blocks = prefetch_in_thread(blocks) if self.workers else blocks
+        for block in self.loaded.ranks.each(blocks):
             block.sort(key=lambda item: item.place)
             self.self_check.run(block)
             for item, row in zip(block, self._score_block(block, progress, on_progress), strict=True):
@@ -205,6 +211,8 @@ class Scorer:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            if self.loaded.ranks.size > 1:  # the others may wait for this one in the middle of the batch
+                raise does_not_fit(self.loaded, self.settings.batch_tokens) from error
             reason = str(error).splitlines()[0]
         # Out here the error is gone, and with it the tensors that its traceback held.
         if len(items) == 1:
@@ -264,7 +272,8 @@ class Scorer:
         window: Sequence[Sample | BrokenRecord] | None = None,
     ) -> list[LoadedRecord]:
         """Loaded in a process apart where processes are wanted: an image that crashes its decoder costs no run."""
-        return list(load_records(records, self.encoder, self.null.stage, min(1, self.workers), window))
+        load = partial(load_records, records, self.encoder, self.null.stage, min(1, self.workers), window)
+        return self.loaded.ranks.same(lambda: list(load()))
 
     def measure_rate(self, block: Sequence[LoadedRecord]) -> tuple[int, float]:
         """(samples, tokens a second) of one batch like those to come, after one to warm up."""
@@ -314,6 +323,7 @@ class Scorer:
             "batch_size": self.settings.batch_size,
             "share": self.settings.share,
             **({"stats": list(self.settings.stats)} if self.settings.stats else {}),
+            **({"tensor_parallel_size": self.loaded.ranks.size} if self.loaded.ranks.size > 1 else {}),
         }
 
 
@@ -324,7 +334,7 @@ def _loaded(model: Any, processor: Any, settings: ScoreSettings) -> LoadedModel:
         resolve("linear_vig", settings.backend, device_for(settings.device))  # before a checkpoint is read
         return load(
             model, dtype=settings.dtype, device=settings.device, revision=settings.revision, attn=settings.attn,
-            trust_remote_code=settings.trust_remote_code,
+            trust_remote_code=settings.trust_remote_code, tensor_parallel_size=settings.tensor_parallel_size,
         )  # fmt: skip
     if isinstance(model, LoadedModel):
         return model

@@ -87,7 +87,7 @@ class SelfCheck:
         return good
 
     def _check_last_layer(self, item: LoadedRecord) -> None:
-        moved = self.passes.last_layer_error(item.view)
+        moved = self.loaded.ranks.agree(self.passes.last_layer_error(item.view))
         if not moved <= ROWS_TOLERANCE[self.loaded.model.dtype]:
             self.passes.last_layer_whole()
             warnings.warn(
@@ -121,7 +121,7 @@ class SelfCheck:
         else:
             kinds = [item.view for item in items if item.is_multimodal == items[0].is_multimodal]
             rows = [SharedRow((kinds[0],)), SharedRow((kinds[-1],))]
-        moved = self.passes.sharing_error(rows)
+        moved = self.loaded.ranks.agree(self.passes.sharing_error(rows))
         self.sharing = kind
         if not moved <= SHARING_TOLERANCE[self.loaded.model.dtype]:
             self.sharing, self.passes.share = ALONE, False
@@ -152,6 +152,8 @@ class SelfCheck:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.loaded.ranks.size > 1:
+                    raise does_not_fit(self.loaded, budget) from error
                 continue
             finally:
                 self.passes.features.clear()
@@ -240,6 +242,18 @@ def _check_layout(loaded: LoadedModel, inputs: dict[str, Tensor], sizes: Sizes) 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Of a GPU, or of the processor's own memory."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def does_not_fit(loaded: LoadedModel, budget: int) -> ModelError:
+    """A batch of a tensor-parallel model: its ranks cannot try a smaller one, since they may be at different places.
+
+    budget: tokens of a batch, so far.
+    """
+    return ModelError(
+        f"{loaded.name}: a batch does not fit into the memory of {loaded.model.device}, one of the {loaded.ranks.size} "
+        f"ranks that hold the model. Give --batch-tokens {max(1, budget // 2)}, or more ranks "
+        "(--tensor-parallel-size); the same command goes on from the finished windows"
+    )
 
 
 def _pixels_a_token(item: LoadedRecord) -> float:

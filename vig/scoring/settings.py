@@ -42,6 +42,7 @@ class ScoreSettings:
     share: bool = True
     trust_remote_code: bool = False
     stats: tuple[str, ...] = ()
+    tensor_parallel_size: int = 1
 
     def __post_init__(self):
         NullSettings(self.null, self.sigma)
@@ -59,6 +60,12 @@ class ScoreSettings:
             raise ValueError(f"max_length = {self.max_length}, expected at least 2 tokens")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers = {self.workers}, expected at least 0 processes")
+        if self.tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size = {self.tensor_parallel_size}, expected at least 1 rank")
+        if self.tensor_parallel_size > 1 and self.device is not None:
+            raise ValueError(
+                f"device = {str(self.device)!r}, but each rank takes the GPU of its local rank. Leave it out"
+            )
 
     @property
     def null_settings(self) -> NullSettings:

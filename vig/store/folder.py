@@ -34,6 +34,7 @@ NOT_BINDING = frozenset(
         "image_root",
         "batch_tokens",
         "batch_size",
+        "tensor_parallel_size",
         "noise_floor",
         "sharing",
         "data_format",

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from vig.data.files import sync_folder
 from vig.store.folder import SettingsDiffer, settings_differences
 from vig.training.settings import TrainError, TrainProgress, TrainSettings
+from vig.training.sharding import like, whole
 
 STATE, RUN = "state.pt", "run.json"
 NAME = re.compile(r"train-checkpoint-(\d+)")
@@ -41,6 +42,7 @@ NOT_BINDING = (
     "accumulate",
     "dtype",
     "gradient_checkpointing",
+    "fsdp",
     "workers",
     "log_every",
     "save_every",
@@ -166,7 +168,8 @@ class Checkpoints:
                 raise ValueError(f"{name} is trained only on one side")
             with torch.no_grad():
                 for name, value in held["changing"].items():
-                    changing[name].copy_(value)
+                    changing[name].copy_(like(value, changing[name]))
+            _shard_moments(held["optimizer"], state.optimizer)
             state.optimizer.load_state_dict(held["optimizer"])
             for (
                 moments
@@ -191,14 +194,11 @@ class Checkpoints:
         """
         random = gather_object([self._random_state()])
         name = f"train-checkpoint-{state.progress.step}"
+        weights = {"changing": state.changing(), "optimizer": state.optimizer.state_dict()}
+        weights = whole(weights, self.processes.is_main_process)
         if not self.processes.is_main_process or (self.out / name).exists():
             return
-        held = {
-            "changing": state.changing(),
-            "optimizer": state.optimizer.state_dict(),
-            "schedule": state.schedule.state_dict(),
-            "random": random,
-        }
+        held = weights | {"schedule": state.schedule.state_dict(), "random": random}
         run = {
             "made_with": self.bound,
             "counts": {count: getattr(state.progress, count) for count in COUNTS},
@@ -262,6 +262,13 @@ class Checkpoints:
         torch.set_rng_state(states[0])
         if self.device.type != "cpu":
             torch.get_device_module(self.device).set_rng_state(states[1], self.device)
+
+
+def _shard_moments(held: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Cuts stored moments as the parameters are that they belong to, so that no device holds them whole."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, moments in held["state"].items():
+        held["state"][place] = {name: like(value, parameters[place]) for name, value in moments.items()}
 
 
 def _discard(checkpoint: Path) -> None:

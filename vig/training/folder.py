@@ -78,7 +78,13 @@ def check_space(model: nn.Module, out: Path, save_every: int = 0, resumed: bool 
         )
 
 
-def save(result: TrainResult, processor: Any, made_with: MadeWith, settings: TrainSettings) -> None:
+def save(
+    result: TrainResult,
+    processor: Any,
+    made_with: MadeWith,
+    settings: TrainSettings,
+    weights: dict[str, Any] | None = None,  # of a sharded model, whole
+) -> None:
     """Writes beside the final names, then renames; train.json comes last and says that the rest is whole.
 
     A README.md that is there stays: somebody may have written it, and peft's is a form to fill in.
@@ -87,7 +93,7 @@ def save(result: TrainResult, processor: Any, made_with: MadeWith, settings: Tra
     partial = out / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        result.model.save_pretrained(partial)
+        result.model.save_pretrained(partial, state_dict=weights)
         processor.save_pretrained(partial)
         make_readable(partial)
         (out / RECORD).unlink(missing_ok=True)

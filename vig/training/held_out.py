@@ -34,6 +34,10 @@ class HeldOut:
         samples = kept.samples
         mine = range(processes.process_index, len(samples), processes.num_processes)
         plan = [list(mine[at : at + settings.batch_size]) for at in range(0, len(mine), settings.batch_size)]
+        self.own = len(plan)
+        if settings.fsdp:  # its forward is a call of all processes, so the last ones of some count nothing
+            most = -(-len(samples) // (processes.num_processes * settings.batch_size))
+            plan += [[0]] * (most - self.own)
         self.batches = MicroBatches(samples, plan, collator)
         self.workers, self.device, self.processes = settings.workers, device, processes
         self.broken = [str(error) for error in kept.errors]  # in every process the same
@@ -43,18 +47,20 @@ class HeldOut:
     def loss(self, model: nn.Module, precision: AbstractContextManager) -> float:
         """Mean over all held-out answer tokens, nats; NaN without any. Draws no random number. Called by all processes.
 
-        model: without the wrapper of DDP, whose forward would wait for processes with fewer batches.
+        model: without the wrapper of DDP, whose forward would wait for processes with fewer batches; with that of FSDP.
         """
         totals = torch.zeros(2, dtype=torch.float64)
         errors, training = [], model.training
         model.eval()
         with torch.random.fork_rng([]):  # processes that work ahead are given a seed
-            for batch in self.batches.made(self.workers):
-                errors += map(str, batch.pop("left_out"))
+            for number, batch in enumerate(self.batches.made(self.workers)):
+                left_out = map(str, batch.pop("left_out"))
                 num_kept, _ = batch.pop("num_kept"), batch.pop("num_truncated")
                 with precision:
                     rows = row_losses(model, send_to_device(batch, self.device), num_kept=num_kept)
-                totals += rows.sum(0).double().cpu()
+                if number < self.own:
+                    totals += rows.sum(0).double().cpu()
+                    errors += left_out
         model.train(training)
         self._tell(errors)
         if self.processes.num_processes > 1:

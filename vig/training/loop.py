@@ -17,8 +17,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
 
-from vig.models.lm_head import unwrap
+from vig.models.lm_head import is_sharded, unwrap
 from vig.scoring.self_check import is_out_of_memory
+from vig.training import sharding
 from vig.training.checkpoint import Checkpoints, RunState
 from vig.training.held_out import HeldOut
 from vig.training.loss import selective_loss
@@ -114,7 +115,7 @@ class Stepper:
         settings: TrainSettings,
     ):
         self.device, self.settings, self.world = device, settings, processes.num_processes
-        self.model = _on_device(model, processes, device)
+        self.model = _on_device(model, processes, device, settings.fsdp)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(_groups(model, settings), lr=settings.lr, betas=settings.betas)
         schedule = transformers.get_scheduler(
@@ -134,7 +135,7 @@ class Stepper:
         """One step of AdamW; its loss on this process, and the norm of its gradient."""
         with self._memory_explained():
             loss = self._backward(micro_batches, kept, tokens)
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
+            norm = self._clip()
             self.state.progress.lr = self.state.schedule.get_last_lr()[0]
             self.state.optimizer.step()
         self.state.schedule.step()
@@ -146,23 +147,39 @@ class Stepper:
         if not tokens:  # on every process; without gradients AdamW leaves the weights alone
             return loss
         for number, (batch, num_kept) in enumerate(zip(micro_batches, kept, strict=True), 1):
-            last = number == self.settings.accumulate  # DDP exchanges gradients once a step
+            # DDP exchanges gradients once a step; FSDP, where no process could hold them whole, every time
+            exchanges = self.settings.fsdp or self.world == 1 or number == self.settings.accumulate
             batch = send_to_device(batch, self.device)
-            with nullcontext() if last or self.world == 1 else self.model.no_sync():
+            with nullcontext() if exchanges else self.model.no_sync():
                 with self._autocast():
                     part = selective_loss(
                         self.model, batch, num_items=tokens, num_kept=num_kept, z_loss=self.settings.z_loss
                     )
-                # DDP averages the gradients over the processes; tokens counts those of all of them
+                if self.settings.fsdp:
+                    part = part + sharding.nothing(self.model)
+                # DDP and FSDP average the gradients over the processes; tokens counts those of all of them
                 (part * self.world).backward()
             loss += part.detach()
+        if self.settings.fsdp:
+            sharding.drop_unused(self.model)
         return loss
+
+    def _clip(self) -> Tensor:
+        """Bounds the gradient; its norm before that."""
+        limit = self.settings.max_grad_norm or math.inf
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if is_sharded(norm) else norm
+        nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        return norm
 
     def evaluate(self, held_out: HeldOut) -> None:
         """The loss on the held-out data, into the state."""
         began, progress = time.monotonic(), self.state.progress
         with self._memory_explained():
-            loss = held_out.loss(self.state.model, self._autocast())
+            loss = held_out.loss(self.model if self.settings.fsdp else self.state.model, self._autocast())
+        if self.settings.fsdp:  # what only a backward would have freed
+            self.model.reshard()
         progress.eval_step, progress.eval_loss = progress.step, loss
         progress.evaluating += time.monotonic() - began
         self.state.evals.append([progress.step, loss])
@@ -187,8 +204,10 @@ class Stepper:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
 
-def _on_device(model: nn.Module, processes: PartialState, device: torch.device) -> nn.Module:
+def _on_device(model: nn.Module, processes: PartialState, device: torch.device, fsdp: bool) -> nn.Module:
     """Text-only samples leave the projector unused, so DDP must look for parameters without a gradient."""
+    if fsdp:
+        return sharding.shard(model, device)
     model = model.to(device)
     if processes.num_processes == 1:
         return model

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import nn
 
 from vig.models.families import ModelError, vision_tower_patterns
-from vig.models.lm_head import unwrap
+from vig.models.lm_head import is_sharded, unwrap
 from vig.models.loading import LoadedModel, device_named, hub_revision, load
 from vig.store.fingerprints import weights_fingerprint
 from vig.training.settings import TrainError, TrainSettings, WrongSetting
@@ -53,10 +53,13 @@ def load_model(
     if isinstance(model, str | Path):
         frozen = settings.lora_rank and computes_in(settings, device) == torch.bfloat16
         options = options | {"revision": _revision(str(model), options["revision"], scored)}
-        model = load(model, dtype="bfloat16" if frozen else "float32", device=device, **options)
+        place = "cpu" if settings.fsdp else device  # no device could hold the whole
+        model = load(model, dtype="bfloat16" if frozen else "float32", device=place, **options)
     if isinstance(model, LoadedModel):
+        _check_whole(model.model)
         revision = model.revision or weights_fingerprint(model.name)
         return ModelToTrain(model.name, revision, model.model, processor or model.processor)
+    _check_whole(model)
     if processor is None:
         raise TrainError("a loaded model was given without its processor. Give processor=")
     return ModelToTrain(model.config.name_or_path or type(model).__name__, None, model, processor)
@@ -82,6 +85,16 @@ def load_trained(
 
     model = load_model(base, None, settings, device, scored, options).model
     return PeftModel.from_pretrained(model, out).eval()
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raises TrainError for a model in memory that is in parts already."""
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(places) > 1 or any(is_sharded(parameter) for parameter in model.parameters()):
+        raise TrainError(
+            "the model is in parts already (device_map, tensor parallelism or FSDP), and this loop takes whole ones. "
+            "Give its name and fsdp=True, or use SelectiveTrainer"
+        )
 
 
 def _revision(name: str, asked: str | None, scored: Mapping[str, Any]) -> str | None:

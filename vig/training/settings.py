@@ -79,6 +79,9 @@ class TrainSettings:
     lora_alpha: float | None = None  # 2 * rank unless given
     lora_targets: str = LORA_TARGETS  # pattern that the whole module name matches
     gradient_checkpointing: bool = False
+    fsdp: bool = (
+        False  # weights, gradients and moments are spread over the processes (`vig.training.sharding`)
+    )
     end_of_turn: str | None = None  # what the selection was scored with unless given
     max_length: int | None = None  # the model's context unless given; longer samples lose their end
     workers: int = 0  # processes that decode and tokenise ahead of the model

@@ -35,7 +35,8 @@ from vig.training.model import (
     prepare,
     revision_here,
 )
-from vig.training.settings import TrainError, TrainProgress, TrainResult, TrainSettings
+from vig.training.settings import TrainError, TrainProgress, TrainResult, TrainSettings, WrongSetting
+from vig.training.sharding import whole
 from vig.training.stop_check import warn_if_nothing_stops
 from vig.training.trackers import check_trackers, trackers_of
 
@@ -86,7 +87,8 @@ def train(
     With ``save_every`` a run that was killed goes on from its last checkpoint when it is called again in the same way,
     and ends with the weights and losses of an uninterrupted one; Ctrl-C and SIGTERM save such a checkpoint too.
     Settings that shape the steps must be the same; ``overwrite`` starts anew. One run at a time writes to a folder.
-    Under ``accelerate launch`` or torchrun it runs on several devices, with the same loss.
+    Under ``accelerate launch`` or torchrun it runs on several devices, with the same loss. With ``fsdp`` they hold one
+    model together, which none of them could hold alone; each process reads it into the memory of its host first.
     Raises TrainError, StoreError (the folder cannot be written), FolderInUse (another run is writing there),
     SettingsDiffer (it holds a checkpoint of another run), SampleError (by key, for samples that do not fit the
     selection), ModelError and HeadError.
@@ -94,7 +96,7 @@ def train(
     settings = TrainSettings(**settings)
     out = None if out is None else Path(out)
     _check_arguments(settings, out, eval_data, report_to)
-    processes = _processes()
+    processes = _processes(settings.fsdp)
     device = choose_device(device, processes)
     with own_folder(out, processes) as after_death:
         checkpoints = Checkpoints(out, overwrite, processes, device)
@@ -147,8 +149,10 @@ def train(
             watchers = Watchers(on_progress, trackers, held_out)
             interrupted = run(processes, stepper, batches, checkpoints, watchers)
         result = _result(model.eval(), out, kept, resumed, stepper.state, interrupted)
-        if out is not None and processes.is_main_process:
-            save(result, processor, made_with, settings)
+        main = processes.is_main_process
+        weights = whole(result.model.state_dict(), main) if settings.fsdp and out is not None else None
+        if out is not None and main:
+            save(result, processor, made_with, settings, weights)
             if not interrupted:
                 checkpoints.clear()
         processes.wait_for_everyone()
@@ -246,7 +250,7 @@ def _result(
     )
 
 
-def _processes() -> PartialState:
+def _processes(fsdp: bool) -> PartialState:
     """This process among the others. (An Accelerator would also carry over the precision of an earlier one.)"""
     processes = PartialState(cpu=not torch.accelerator.is_available())
     if processes.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
@@ -256,9 +260,13 @@ def _processes() -> PartialState:
         )
     sharded = processes.distributed_type == DistributedType.DEEPSPEED
     if sharded or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        kind = "DeepSpeed" if sharded else "FSDP"
         raise TrainError(
-            f"accelerate is set up for {kind}, but this loop does not shard the model. Launch it with torchrun or "
-            "accelerate launch --multi_gpu, or use SelectiveTrainer, which shards"
+            "this loop takes no FSDP or DeepSpeed configuration of accelerate. Launch it with torchrun and --fsdp, "
+            "which shards the model by FSDP2, or use SelectiveTrainer under accelerate launch"
+        )
+    if fsdp and processes.num_processes == 1:
+        raise WrongSetting(
+            "fsdp spreads the model over several processes, but this one stands alone. Start one a GPU: "
+            "torchrun --nproc-per-node 8 -m vig train ..."
         )
     return processes
