@@ -103,7 +103,10 @@ IRREGULAR: dict[tuple[str, str], TileConfig] = {
     ("sm_100", "float32"): T(128, 64, 16, 8, 3, 2),
 }
 
-# the same of "pair"
+# where masks of hidden, for a D that is no multiple of BLOCK_K, make the tile of the table spill
+CUT: dict[tuple[str, str, str], TileConfig] = {("fold", "sm_100", "float32"): T(128, 64, 16, 8, 3, 2, True)}
+
+# of IRREGULAR, for "pair"
 IRREGULAR_PAIR: dict[tuple[str, str], TileConfig] = {
     ("sm_90", "16-bit"): P(128, 32, 32, 8, 3, 2),
     ("sm_90", "float32"): P(64, 32, 32, 4, 3, 2),
@@ -153,6 +156,8 @@ def head_config(
     chosen = rows[D <= NARROW or (kernel == "store" and softcap)]
     if target != "interpreter" and not regular(weight, chosen):
         chosen = irregular_tile(kernel, table_target(target), kind)
+    elif target != "interpreter" and D % chosen.block_k:
+        chosen = CUT.get((kernel, table_target(target), kind), chosen)
     if not autotuning():
         return chosen
     more = [replace(chosen, parts=1)] if target == "interpreter" else neighbours(chosen)
