@@ -32,7 +32,7 @@ from vig_kernels.kernels.triton import (
     target_residual,
 )
 from vig_kernels.kernels.triton import linear_cross_entropy as linear_cross_entropy_triton
-from vig_kernels.kernels.triton.tile_configs import BLUR, HEAD, TileConfig, irregular_tile
+from vig_kernels.kernels.triton.tile_configs import BLUR, CUT, HEAD, TileConfig, irregular_tile
 
 STORE = Path(__file__).parent / "results" / "static.json"
 
@@ -82,8 +82,11 @@ def rows() -> list[dict]:
         irregular = irregular_tile(kernel, target, kind)
         ways = list(zip((wide, narrow, irregular), HEAD_VARIANTS[kernel], strict=True))
         # of a D that cuts a block: the tiles with descriptors, or where there are none, the one with masks
-        cut = [way for way in ways if way[0].descriptor] or ways[-1:]
-        ways += [(tile, map(masked, variants)) for tile, variants in cut]
+        cut = [
+            (CUT.get((kernel, target, kind), tile), variants) for tile, variants in ways if tile.descriptor
+        ]
+        cut = cut or ways[-1:]
+        ways += [*cut, *((tile, map(masked, variants)) for tile, variants in cut)]
         for tile, variants in ways:
             found += [
                 row(kernel, variant, target, dtype, tile) for variant in variants for dtype in DTYPES[kind]

@@ -493,3 +493,14 @@ def test_loads_of_16_bytes_need_every_row_on_a_border():
     assert told(rows[:, :48], torch.zeros(40, 50)[:, :48]) == (True, False, 1), "rows of the weight"
     assert told(rows[:, :52].half(), words[:, :52].half()) == (False, False, 1), "16 bytes are 8 of them"
     assert told(rows[:, :48], words[:, 1:49]) == (True, False, 4), "its address is the compiler's to see"
+
+
+def test_a_width_that_cuts_a_block_takes_the_tile_that_holds_its_masks(monkeypatch):
+    monkeypatch.setattr(tile_configs, "target_of", lambda device: "sm_100")
+    wide = tile_configs.HEAD["fold", "sm_100", "float32"][0]
+    for D, tile in (
+        (1024, wide),
+        (1000, tile_configs.CUT["fold", "sm_100", "float32"]),
+        (1001, tile_configs.irregular_tile("fold", "sm_100", "float32")),
+    ):
+        assert tile_configs.head_config("fold", torch.zeros(3, D), False, None) == tile

@@ -104,7 +104,10 @@ IRREGULAR: dict[tuple[str, str], TileConfig] = {
     ("sm_100", "float32"): T(128, 64, 16, 8, 3, 2),
 }
 
-# the same of "pair"
+# where masks of hidden, for a D that is no multiple of BLOCK_K, make the tile of the table spill
+CUT: dict[tuple[str, str, str], TileConfig] = {("fold", "sm_100", "float32"): T(128, 64, 16, 8, 3, 2, True)}
+
+# of IRREGULAR, for "pair"
 IRREGULAR_PAIR: dict[tuple[str, str], TileConfig] = {
     ("sm_90", "16-bit"): P(128, 32, 32, 8, 3, 2),
     ("sm_90", "float32"): P(64, 32, 32, 4, 3, 2),
@@ -173,7 +176,9 @@ def _from_table(kernel: str, target: str, kind: str, D: int, fits: bool, softcap
     # the slopes of the cap take registers that the wide tiles do not have
     column = table_target(target)
     chosen = HEAD[kernel, column, kind][D <= NARROW or (kernel == "store" and softcap)]
-    return chosen if regular(D, fits, chosen) else irregular_tile(kernel, column, kind)
+    if not regular(D, fits, chosen):
+        return irregular_tile(kernel, column, kind)
+    return CUT.get((kernel, column, kind), chosen) if D % chosen.block_k else chosen
 
 
 def head_options(weight: Tensor, config: TileConfig, *hidden: Tensor) -> dict:
