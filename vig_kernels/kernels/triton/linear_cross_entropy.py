@@ -22,7 +22,7 @@ from .kept_block import block_gradients  # noqa: F401  (the op's backward asks t
 from .launch import as_read, cdiv, dense, device_guard, silence
 from .linear_nll import sweep
 from .logit_fold import Partials, combine, fold
-from .logit_gradients import accumulate, loss_scale_of
+from .logit_gradients import accumulate, loss_scale_of, padded
 from .logit_tiles import narrow
 from .row_order import RowChunk, order_in_one
 from .target_residual import TargetResidual
@@ -236,11 +236,6 @@ def chunk_rows(kept: int, N: int, D: int, V: int, dtype: torch.dtype, needs, par
         return kept
     tile = 128 if rows >= 512 else 64  # whole tiles, where what is cut off is little
     return rows // tile * tile if rows > tile else max(1, rows)
-
-
-def padded(V: int) -> int:
-    """Columns of a block: its rows start on 16-byte borders, as the GEMM likes them."""
-    return -(-V // 16) * 16
 
 
 def train_whole(

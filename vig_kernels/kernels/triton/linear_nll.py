@@ -14,7 +14,7 @@ from vig_kernels.problem import HeadProblem, Needs, Saved, Upstream
 
 from .launch import aligned, as_read, dense, device_guard, silence
 from .logit_fold import Partials, combine, fold
-from .logit_gradients import Block, accumulate, fill_block, loss_scale_of
+from .logit_gradients import Block, accumulate, fill_block, loss_scale_of, padded
 from .row_order import RowChunk, compaction_order
 from .target_residual import TargetResidual
 from .tile_configs import head_config
@@ -96,7 +96,7 @@ def row_chunk(N: int, D: int, columns: int, dtype: torch.dtype, needs, held: int
     if dtype != torch.float32:
         free -= min(4 * N * D, HIDDEN_BYTES) * needs[0] + 4 * columns * D * needs[1]
     copied = 0 if silent or not needs[1] else D
-    return max(1, min(N, free // ((columns + copied) * dtype.itemsize)))
+    return max(1, min(N, free // ((padded(columns) + copied) * dtype.itemsize)))
 
 
 def backward(
@@ -164,7 +164,7 @@ def gradient_sweep(
     columns = vocab_chunk(V, D, 64 * N + held + hidden_sums)
     rows = row_chunk(N, D, columns, hidden.dtype, needs, held, silent)
     segment = N if wide or not needs.hidden else max(1, min(N, HIDDEN_BYTES // (4 * D)))
-    storage = hidden.new_empty(min(rows, segment), columns)
+    storage = hidden.new_empty(min(rows, segment), padded(columns))
     residual = None if wide or not any(needs[:2]) else TargetResidual(target, problem.ignore_index)
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else None

@@ -241,6 +241,11 @@ def loss_scale_of(bound: Callable[[], Tensor], problem: HeadProblem) -> tuple[Te
     return power * problem.logit_scale, 1 / power
 
 
+def padded(V: int) -> int:
+    """Columns of a block: its rows start on 16-byte borders, as the GEMM likes them."""
+    return -(-V // 16) * 16
+
+
 class Block(NamedTuple):
     """Where d loss / d y of rows [first_row, ...) x words [first_vocab, ...) goes."""
 
