@@ -99,7 +99,7 @@ def test_two_processes_that_hold_one_model_take_the_steps_of_one(processor, tmp_
         assert losses == pytest.approx(one.losses, rel=1e-5) and losses_again == losses and resumed == 2
         assert [loss for _, loss in evals] == pytest.approx([loss for _, loss in one.evals], rel=1e-5)
         if found:  # of the main process
-            assert found == pytest.approx(norms, rel=1e-4)
+            assert found == pytest.approx(norms, rel=1e-4, nan_ok=True)  # none before the first step
         assert 0.4 < sharded / weights(one.model).numel() < 0.6
         assert state.keys() == expected.keys()
         for name, value in expected.items():
