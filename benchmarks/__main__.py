@@ -31,6 +31,11 @@ def main(context: typer.Context, threads: Threads = None) -> None:
     """Benchmarks of vig_kernels. Without a suite: all CPU suites, quick.
 
     Exit code 1 where a row of the library is wrong or failed, or a bound is not kept."""
+    if threads is not None and context.invoked_subcommand is not None:
+        suite = context.invoked_subcommand
+        raise typer.BadParameter(
+            f"--threads {threads} stands before the suite. Give it behind: {suite} --threads {threads}"
+        )
     if context.invoked_subcommand is None:
         broken = [line for suite in SUITES for line in measure(suite, True, threads, None)]
         raise typer.Exit(1 if broken else 0)

@@ -390,6 +390,8 @@ def test_a_wrong_row_of_the_library_fails_the_suite(monkeypatch):
     monkeypatch.setattr(blur, "run", run)
     assert CliRunner().invoke(__main__.app, ["blur", "--quick"]).exit_code == 0
     right = 2.0
+    misplaced = CliRunner().invoke(__main__.app, ["--threads", "1", "blur", "--quick"])
+    assert misplaced.exit_code == 2 and "blur --threads 1" in misplaced.stderr
     done = CliRunner().invoke(__main__.app, ["blur", "--quick"])
     assert done.exit_code == 1 and "blur: a case: mine: wrong: error 0" in done.output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import multiprocessing
@@ -257,6 +258,21 @@ def test_ctrl_c_and_sigterm_leave_a_checkpoint(processor, tmp_path, number):
     assert signal.getsignal(number) is before
     with pytest.raises(TrainError, match=r"stopped after step 2, and no checkpoint .*--save-every N"):
         train(base(), encoded(processor, 4), None, out, processor=processor, max_steps=50, batch_size=2)
+
+
+def test_ctrl_c_behind_the_last_step_does_not_cost_the_run(processor, tmp_path, monkeypatch):
+    module = importlib.import_module("vig.training.train")
+
+    def interrupted_save(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args)
+
+    save = module.save
+    monkeypatch.setattr(module, "save", interrupted_save)
+    out, before = tmp_path / "out", signal.getsignal(signal.SIGINT)
+    result = train(base(), encoded(processor, 4), None, out, processor=processor, max_steps=1, batch_size=2)
+    assert not result.interrupted and not json.loads((out / "train.json").read_text())["interrupted"]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_lora_trains_and_saves_the_adapter_alone(processor, tmp_path):

@@ -42,6 +42,14 @@ def wants_traceback() -> bool:
     return os.environ.get("VIG_TRACEBACK", "") not in ("", "0")
 
 
+_after_stop = ["What is finished is kept, and the same command goes on from there"]
+
+
+def say_after_stop(text: str) -> None:
+    """What `run_program` says instead, if the program is then stopped."""
+    _after_stop.append(text)
+
+
 def run_program(app: Callable[[], None], err: Console, stopped: int) -> None:
     """Runs a command line to its end; what a user can mend is one line on `err` and exit code 1, or the error's own.
 
@@ -59,7 +67,7 @@ def run_program(app: Callable[[], None], err: Console, stopped: int) -> None:
         app()
     except SystemExit as end:
         if end.code == stopped:  # what typer makes of Ctrl-C
-            err.print("vig: stopped. What is finished is kept, and the same command goes on from there")
+            err.print(f"vig: stopped. {_after_stop[-1]}", markup=False)
         raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if wants_traceback():
@@ -167,7 +175,8 @@ def training(console: Console, begins: str) -> Iterator[Callable[[TrainProgress]
 def show_training(console: Console, result: TrainResult) -> None:
     """The summary of `vig train`."""
     console.print(
-        f"trained {result.steps:,} steps on {result.samples:,} samples, {result.tokens:,} kept tokens in "
+        f"trained {result.steps:,} step{'s' if result.steps != 1 else ''} on {result.samples:,} samples, "
+        f"{result.tokens:,} kept tokens in "
         f"{duration(result.seconds)}{' (interrupted)' if result.interrupted else ''}"
     )
     if result.was_finished:

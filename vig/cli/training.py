@@ -178,6 +178,11 @@ def train(
             as_json, lambda: terminal.show_training(out, result), lambda: terminal.training_summary(result)
         )
     if result.interrupted:
+        if not save_every:
+            terminal.say_after_stop(
+                f"{folder} holds the weights of step {result.steps}, from which no run goes on. Train anew with "
+                "--overwrite, and with --save-every N if it may be stopped again"
+            )
         raise typer.Exit(STOPPED)
     if result.errors:
         raise typer.Exit(SOME_FAILED)

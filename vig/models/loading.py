@@ -87,10 +87,15 @@ def load(
 
 
 def refuse_other_kind(name: str) -> None:
-    """Raises ModelError for a file, and for a folder that another command than training wrote."""
+    """Raises ModelError for a path that is not there, a file, and a folder that another command than training wrote."""
     kind = kind_of(name)
     if kind is not None and kind.name in ("checkpoint", "adapter"):
         return
+    means_a_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if means_a_path and not Path(name).exists():
+        raise ModelError(
+            f"cannot load {name}: there is no such folder. Give one with config.json and *.safetensors"
+        )
     if kind is not None or Path(name).is_file():
         what = "a file" if kind is None else kind.text
         raise ModelError(

@@ -57,7 +57,7 @@ def run(
     losses: list[Tensor] = []  # since the last gathering
     unusable, stopped = dict.fromkeys(state.left_out), False  # their errors, each once
     stepper.model.train()
-    with _stop_on_signals() as stop:
+    with stop_on_signals() as stop:
         if watchers.held_out is not None and settings.eval_on_start and not progress.step:
             stepper.evaluate(watchers.held_out)
             if processes.is_main_process:
@@ -261,7 +261,7 @@ def _report(processes: PartialState, stepper: Stepper, norm: Tensor, watchers: W
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
+def stop_on_signals() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM (a scheduler's warning) sets; the second one interrupts at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -124,8 +124,9 @@ def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
     for pattern in () if frozen == ("none",) else frozen:
         found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
         if not found and settings.freeze is not None:
-            names = ", ".join(list(dict(model.named_parameters()))[:3])
-            raise TrainError(f"freeze = {pattern!r} matches no parameter. They are called {names}, ...")
+            names = [name for name, _ in model.named_parameters()]
+            some = ", ".join(dict.fromkeys((names[0], names[len(names) // 2], names[-1])))
+            raise TrainError(f"freeze = {pattern!r} matches no parameter. They are called {some}, ...")
         for parameter in found:
             parameter.requires_grad_(False)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

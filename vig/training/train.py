@@ -25,7 +25,7 @@ from vig.training.finished import finished_record, finished_result, refuse_other
 from vig.training.folder import check_space, own_folder, prepare_folder, save
 from vig.training.held_out import HeldOut
 from vig.training.labels import AnySelection, Selected, open_selection
-from vig.training.loop import Stepper, Watchers, run
+from vig.training.loop import Stepper, Watchers, run, stop_on_signals
 from vig.training.model import (
     choose_device,
     computes_in,
@@ -145,17 +145,18 @@ def train(
 
         held_out = _held_out(_read_alike(eval_data, reading), collator, settings, processes, device)
         stepper = Stepper(processes, device, model, steps, settings)
-        with trackers_of(report_to, out, processes, asdict(settings)) as trackers:
-            watchers = Watchers(on_progress, trackers, held_out)
-            interrupted = run(processes, stepper, batches, checkpoints, watchers)
-        result = _result(model.eval(), out, kept, resumed, stepper.state, interrupted)
-        main = processes.is_main_process
-        weights = whole(result.model.state_dict(), main) if settings.fsdp and out is not None else None
-        if out is not None and main:
-            save(result, processor, made_with, settings, weights)
-            if not interrupted:
-                checkpoints.clear()
-        processes.wait_for_everyone()
+        with stop_on_signals():  # a first Ctrl-C behind the last step does not cost the run
+            with trackers_of(report_to, out, processes, asdict(settings)) as trackers:
+                watchers = Watchers(on_progress, trackers, held_out)
+                interrupted = run(processes, stepper, batches, checkpoints, watchers)
+            result = _result(model.eval(), out, kept, resumed, stepper.state, interrupted)
+            main = processes.is_main_process
+            weights = whole(result.model.state_dict(), main) if settings.fsdp and out is not None else None
+            if out is not None and main:
+                save(result, processor, made_with, settings, weights)
+                if not interrupted:
+                    checkpoints.clear()
+            processes.wait_for_everyone()
     return result
 
 
