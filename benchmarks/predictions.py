@@ -42,7 +42,7 @@ FILL_S = 1.0e-6  # until the first products of a block: its launch, addresses, f
 LATENCY_S = 0.6e-6  # of a load that another one waits for
 GAP_S = 1.5e-6  # between two launches of a stream
 SMALL_S = 2.0e-6  # a kernel that has next to nothing to do
-CASTS = 2  # small kernels of a scalar loss: its sum and its divisor
+CASTS = 1  # small kernels of a scalar loss: its sum
 ISSUE = {
     "sm_80": 4.0,
     "sm_90": 4.0,

@@ -27,6 +27,7 @@ from vig_kernels.kernels.triton import (
     logit_fold,
     logit_gradients,
     logit_tiles,
+    loss_sum,
     pair_fold,
     row_order,
     target_residual,
@@ -62,7 +63,11 @@ HEAD_VARIANTS = {
 FUNCTIONS = {"gradient": logit_gradients.gradient_kernel, "pair": pair_fold.pair_kernel}
 
 
-WARPS = {"order": row_order.ORDER_WARPS, "correct weight": target_residual.WEIGHT_WARPS}  # of the others 4
+WARPS = {
+    "order": row_order.ORDER_WARPS,
+    "loss": loss_sum.SUM_WARPS,
+    "correct weight": target_residual.WEIGHT_WARPS,
+}  # of the others 4
 DTYPES = {"16-bit": ("bfloat16", "float16"), "float32": ("float32",)}  # by the table's kind
 
 
@@ -123,6 +128,7 @@ def small_rows(target: str) -> list[dict]:
     found += [small("finish", KEPT, "bfloat16", part) for part in parts("store", target, "16-bit")]
     found += [small("pair combine", PLAIN, "float32"), small("order", PLAIN, "int64")]
     found += [small("rows", variant, "bfloat16") for variant in (PLAIN, ANY)]
+    found += [small("loss", variant, "float32") for variant in (PLAIN, STATS)]
     return found
 
 
@@ -166,6 +172,8 @@ def ast_source(entry: dict):
         return static_kernels.correct_source(kernel, variant, dtype)
     if kernel == "order":
         return static_kernels.order_source()
+    if kernel == "loss":
+        return static_kernels.loss_source(variant)
     if kernel == "rows":
         return static_kernels.rows_source(variant, dtype)
     return static_kernels.finish_source(variant, dtype, tile.block_v)
@@ -193,6 +201,7 @@ MODULES = {
     "correct weight": (target_residual,),
     "order": (row_order,),
     "rows": (kept_block,),
+    "loss": (loss_sum,),
     "blur read": (gaussian_blur_triton,),
     "blur write": (gaussian_blur_triton,),
 }

@@ -12,6 +12,7 @@ from vig_kernels.kernels.triton import (
     kept_block,
     logit_fold,
     logit_gradients,
+    loss_sum,
     pair_fold,
     row_order,
     target_residual,
@@ -180,6 +181,14 @@ def rows_source(variant: Variant, dtype: str) -> ASTSource:
     return source(
         kept_block.rows_kernel, types, {"BLOCK_D": kept_block.ROW_COLUMNS}, () if variant.aligned else ALIGNED
     )
+
+
+def loss_source(variant: Variant) -> ASTSource:
+    """The plain loss, or with `softcap` all that may go into one."""
+    full = variant.softcap
+    types = {"lse": "*fp32" if full else None, "row_weight": "*fp32" if full else None, "loss": "*fp32"}
+    types |= {"count": "*i64" if full else None, "reciprocal": "*fp32" if full else None, "scale": "fp32"}
+    return source(loss_sum.loss_kernel, types, {"BLOCK": loss_sum.SUM_BLOCK})
 
 
 def blur_source(first_launch: bool, dtype: str, fast: bool, config: TileConfig, precision: str) -> ASTSource:

@@ -27,7 +27,7 @@ OPTIONS = {"bias": None, "logit_scale": 1.0, "logit_softcap": None}
 def load(package: str) -> SimpleNamespace:
     """The modules of a package of kernels."""
     names = ("linear_nll", "linear_vig", "linear_cross_entropy", "logit_fold", "logit_gradients", "target_residual",
-             "kept_block", "pair_fold", "row_order", "gaussian_blur")  # fmt: skip
+             "kept_block", "loss_sum", "pair_fold", "row_order", "gaussian_blur")  # fmt: skip
     found = {name: importlib.import_module(f"{package}.{name}") for name in names}
     return SimpleNamespace(**found, tile_configs=importlib.import_module(f"{package}.tile_configs"))
 
@@ -427,6 +427,38 @@ def check_large_offsets_of_gathered_rows(k):
         BLOCK_D=8,
     )
     assert torch.equal(gathered[:5], near[:5] * 2) and not gathered[5].any()
+
+
+def check_loss_sum(k):
+    """Sums of several blocks, with all that goes into one, against float64."""
+    N, draw = 2 * k.loss_sum.SUM_BLOCK + 77, torch.Generator().manual_seed(9)
+    nll, lse, row_weight = (torch.rand(N, generator=draw) + 0.5 for _ in range(3))
+    target = torch.randint(0, 5, (N,), generator=draw)
+    target[::3], row_weight[1::7] = -100, 0.0
+    live = target != -100
+    nll[~live], lse[~live], nll[1::7] = (
+        0.0,
+        0.0,
+        torch.inf,
+    )  # a row of weight 0 costs nothing, whatever it holds
+    values = {"nll": nll, "lse": lse}
+    head = HeadProblem(torch.empty(N, 1), torch.empty(5, 1), target, num_kept=int(live.sum()))
+    counted = live & (row_weight != 0)
+    exact = (row_weight.double() * (nll.double() + 0.1 * lse.double().square()))[counted].sum()
+    reciprocal = torch.tensor(0.25)
+
+    def found(count=None, divisor=(1.0, None), z_loss=0.1):
+        return k.loss_sum.loss_of(head, row_weight, z_loss, values, count, divisor)
+
+    assert abs(found() - exact) <= 1e-6 * exact, "weights and z_loss"
+    assert abs(found(divisor=(0.5, reciprocal)) - exact / 8) <= 1e-6 * exact, "divisor"
+    for divisor in ((0.0, None), (0.5, torch.tensor(0.0))):
+        assert found(divisor=divisor) == 0 == found(live.sum() + 1, divisor), "a divisor of 0"
+    assert abs(found(live.sum()) - exact) <= 1e-6 * exact and found(live.sum() + 1).isnan(), (
+        "more kept than told"
+    )
+    plain = k.loss_sum.loss_of(head, None, 0.0, {"nll": nll.clamp(max=2.0)}, None, (1.0, None))
+    assert abs(plain - nll.clamp(max=2.0).double().sum()) <= 1e-6 * plain, "no weights"
 
 
 def check_training(k, dtype=torch.float32, num_kept=True, cap=4.0, chunk_rows=16):

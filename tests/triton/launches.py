@@ -25,6 +25,7 @@ from vig_kernels.kernels.triton import (
     launch,
     logit_fold,
     logit_gradients,
+    loss_sum,
     pair_fold,
     row_order,
     target_residual,
@@ -36,7 +37,7 @@ from vig_kernels.kernels.triton import linear_vig as linear_vig_triton
 
 MODULES = (
     gaussian_blur_triton, kept_block, launch, linear_cross_entropy_triton, linear_nll_triton, linear_vig_triton,
-    logit_fold, logit_gradients, pair_fold, row_order, target_residual, tile_configs, triton_backend,
+    logit_fold, logit_gradients, loss_sum, pair_fold, row_order, target_residual, tile_configs, triton_backend,
 )  # fmt: skip
 HEADS = (  # dtype, N, D, V, elements between rows
     (torch.bfloat16, 40, 64, 304, 0),  # what tensor descriptors and loads without masks are for

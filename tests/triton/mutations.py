@@ -26,7 +26,7 @@ from vig_kernels.kernels.triton import tile_configs
 SOURCE = Path(tile_configs.__file__).parent
 TILES, FOLD, GRADIENTS, NLL = "logit_tiles", "logit_fold", "logit_gradients", "linear_nll"
 LOSS, BLUR, RESIDUAL, KEPT = "linear_cross_entropy", "gaussian_blur", "target_residual", "kept_block"
-ORDER, PAIR = "row_order", "pair_fold"
+ORDER, PAIR, SUM = "row_order", "pair_fold", "loss_sum"
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,15 @@ MUTATIONS = [
         isolated=True,
     ),
     *_faults(
+        "loss", SUM,
+        ("last block alone", "total += term", "total = term"),
+        ("z_loss of lse itself", "z_loss * row_lse * row_lse", "z_loss * row_lse"),
+        ("rows of weight 0 count", "(words != ignore_index) & (w != 0.0)", "words != ignore_index"),
+        ("reciprocal dropped", "factor = factor * tl.load(reciprocal)", "factor = factor"),
+        ("a divisor of 0 not heeded", "tl.where(factor == 0.0, 0.0, found * factor)", "found * factor"),
+        ("more kept rows than told", "tl.load(count) > num_kept", "tl.load(count) < 0"),
+    ),
+    *_faults(
         "finish", LOSS,
         ("rescale omitted", "tl.exp((top - row_lse) - row_lse_lo)", "tl.exp(-row_lse - row_lse_lo)"),
         ("low part of lse dropped", "tl.exp((top - row_lse) - row_lse_lo)", "tl.exp(top - row_lse)"),
@@ -191,6 +200,15 @@ MUTATIONS = [
         ("slope of the target dropped", "pull *= tl.load(target_slope", "_ = tl.load(target_slope"),
         ("ignored rows kept", "live = inside & (local < tl.load(count) - first_row)", "live = inside"),
         ("every part is the first", "column = part * PART + tl.arange", "column = tl.arange"),
+    ),
+    *_faults(
+        "loss", SUM,
+        ("last block alone", "total += term", "total = term"),
+        ("z_loss of lse itself", "z_loss * row_lse * row_lse", "z_loss * row_lse"),
+        ("rows of weight 0 count", "(words != ignore_index) & (w != 0.0)", "words != ignore_index"),
+        ("reciprocal dropped", "factor = factor * tl.load(reciprocal)", "factor = factor"),
+        ("a divisor of 0 not heeded", "tl.where(factor == 0.0, 0.0, found * factor)", "found * factor"),
+        ("more kept rows than told", "tl.load(count) > num_kept", "tl.load(count) < 0"),
     ),
     *_faults(
         "finish", LOSS,
@@ -252,6 +270,15 @@ MUTATIONS = [
         ("ignored rows kept", " & (column * 0 + place < tl.load(visit + N))", ""),
         ("rows taken in their own order", "row = tl.load(visit + place)", "row = place"),
         ("hidden gradient in the order of the visit", "grad_hidden + row * D", "grad_hidden + place * D"),
+    ),
+    *_faults(
+        "loss", SUM,
+        ("last block alone", "total += term", "total = term"),
+        ("z_loss of lse itself", "z_loss * row_lse * row_lse", "z_loss * row_lse"),
+        ("rows of weight 0 count", "(words != ignore_index) & (w != 0.0)", "words != ignore_index"),
+        ("reciprocal dropped", "factor = factor * tl.load(reciprocal)", "factor = factor"),
+        ("a divisor of 0 not heeded", "tl.where(factor == 0.0, 0.0, found * factor)", "found * factor"),
+        ("more kept rows than told", "tl.load(count) > num_kept", "tl.load(count) < 0"),
     ),
     *_faults(
         "finish", LOSS,
@@ -318,6 +345,7 @@ CHECKS = {
     "correct weight": (checks.check_target_residual,),
     "order": (checks.check_order,),
     "rows": (checks.check_kept_block,),
+    "loss": (checks.check_loss_sum,),
     "blur": (
         checks.check_blur,
         lambda k: checks.check_blur(k, torch.uint8),

@@ -185,6 +185,10 @@ def test_training_in_one_chunk(dtype):
     checks.check_training(KERNELS, dtype, cap=None, chunk_rows=4096)
 
 
+def test_loss_of_all_rows():
+    checks.check_loss_sum(KERNELS)
+
+
 def test_gradients_from_a_kept_block():
     checks.check_kept_block(KERNELS)
 

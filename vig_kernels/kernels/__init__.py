@@ -24,7 +24,7 @@ They are given only if some are asked for, and never to a backend whose row of v
 states and weights are bfloat16.
 
 A row with `keeps_block=True` says that linear_cross_entropy has `kept_rows(problem, needs, budget)`: forward_backward
-then takes a budget in bytes before the values and may return a block of `kept_rows` rows, `padded(V)` wide, their
-factors and the order of the rows behind the bias gradient instead of those of hidden and weight, which
-`block_gradients` forms of the three.
+then takes a budget in bytes and (scale, reciprocal), which the loss is multiplied by, before the values. It may return
+a block of `kept_rows` rows, `padded(V)` wide, their factors and the order of the rows behind the bias gradient instead
+of those of hidden and weight, which `block_gradients` forms of the three.
 """

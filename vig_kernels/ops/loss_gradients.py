@@ -48,12 +48,13 @@ def _forward(*args):
         values = {name: empty_output(problem, name, problem.target.shape[0]) for name in names}
         for name, value in values.items():
             value.fill_(-1 if name == "argmax" else 0)
-    more = ((budget,) if row.keeps_block else ()) + ((values,) if values else ())
+    more = ((budget, divisor) if row.keeps_block else ()) + ((values,) if values else ())
     with check.no_autocast(problem.hidden.device):
         loss, *formed = module.forward_backward(problem, row_weight, z_loss, Needs(*needs), *more)
         values = values or _swept_apart(problem, names, backend)
     formed = [x for x in formed if x is not None]
-    return [_divided(loss, *divisor), *formed, *(values[name] for name in names)]
+    loss = loss if row.keeps_block else _divided(loss, *divisor)
+    return [loss, *formed, *(values[name] for name in names)]
 
 
 def _divided(loss: Tensor, scale: float, reciprocal: Tensor | None) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+NOTHING = contextlib.nullcontext()
+
 
 class Held:
     """One of torch's process-wide switches, at `needed` while any thread needs it so; one that is harmless stays."""
@@ -16,6 +18,10 @@ class Held:
     def __init__(self, read: Callable, write: Callable, needed, harmless: tuple):
         self.read, self.write, self.needed, self.harmless = read, write, needed, harmless
         self.lock, self.users, self.before = threading.Lock(), 0, needed
+
+    def where_needed(self):
+        """A context that holds the switch, or does nothing where it is harmless as it stands."""
+        return NOTHING if not self.users and self.read() in self.harmless else self
 
     def __enter__(self):
         with self.lock:

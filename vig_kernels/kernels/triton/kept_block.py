@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import cdiv, device_guard, interpreted
-from .logit_gradients import accumulate, product
+from .logit_gradients import accumulate, columns_of, product
 from .logit_tiles import narrow
 
 ROW_COLUMNS = 1024
@@ -80,7 +80,7 @@ def block_gradients(
     """
     block, row_factor, visit = kept
     (N, D), rows, V = hidden.shape, block.shape[0], weight.shape[0]
-    block, total, grad_hidden = block[:, :V], None, None
+    block, total, grad_hidden = columns_of(block, V), None, None
     with device_guard(hidden.device):
         if needs_hidden:
             total = torch.empty(rows, D, dtype=torch.float32, device=hidden.device)
@@ -94,5 +94,5 @@ def block_gradients(
         )  # fmt: skip
         total = None  # freed before the weight's gradient is made
         grad_weight = hidden.new_empty(V, D)
-        product(grad_weight, block.T, gathered)
+        product(grad_weight, block.t(), gathered)
     return grad_hidden, grad_weight

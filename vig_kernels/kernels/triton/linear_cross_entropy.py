@@ -22,8 +22,9 @@ from .kept_block import block_gradients  # noqa: F401  (the op's backward asks t
 from .launch import as_read, cdiv, dense, device_guard, silence
 from .linear_nll import sweep
 from .logit_fold import Partials, combine, fold
-from .logit_gradients import accumulate, loss_scale_of, padded
+from .logit_gradients import accumulate, columns_of, loss_scale_of, padded
 from .logit_tiles import narrow
+from .loss_sum import loss_of
 from .row_order import RowChunk, order_in_one
 from .target_residual import TargetResidual
 from .tile_configs import TileConfig, head_config
@@ -165,8 +166,10 @@ def forward_backward(
     z_loss: float,
     needs: Needs,
     budget: int,  # bytes
+    divisor: tuple[float, Tensor | None] = (1.0, None),  # (scale, reciprocal)
 ) -> Formed:
-    """loss_sum = sum_n w_n (nll_n + z_loss lse_n^2), () float32, and its gradients in float32, not normalised.
+    """scale reciprocal loss_sum, () float32, and the gradients of loss_sum = sum_n w_n (nll_n + z_loss lse_n^2) in
+    float32.
 
     With num_kept the GEMMs see the kept rows alone; without it ignored rows are multiplied as zeros, since how
     many there are is known on the device only. More kept rows than num_kept give a NaN loss.
@@ -210,13 +213,7 @@ def forward_backward(
                 gradient.mul_(unscale)
         if needs.bias:
             grads[2].mul_(problem.logit_scale)
-    nll, lse = values["nll"], values["lse"]
-    losses = nll + z_loss * lse * lse if z_loss else nll
-    if row_weight is not None:
-        losses = torch.where((target == problem.ignore_index) | (row_weight == 0), 0.0, losses * row_weight)
-    loss = losses.sum()
-    if every.rows < N:
-        loss = torch.where(count > num_kept, torch.nan, loss)
+    loss = loss_of(problem, row_weight, z_loss, values, count if every.rows < N else None, divisor)
     return Formed(loss, *grads, *((block, row_factor, visit) if kept else ()))
 
 
@@ -248,15 +245,16 @@ def train_whole(
     """(block, row_factor) of all rows at once, for the gradients that the backward forms."""
     hidden, V = problem.hidden, problem.weight.shape[0]
     storage = hidden.new_empty(every.rows, padded(V))
-    if padded(V) > V:
+    block = columns_of(storage, V)
+    if block is not storage:
         storage[:, V:].zero_()
 
     def trial(config):
-        fold_weights(problem, every, config, storage[:, :V])
+        fold_weights(problem, every, config, block)
 
     config = head_config("store", problem.weight, problem.logit_softcap is not None, trial)
     row_factor = torch.empty(every.rows, dtype=torch.float32, device=hidden.device)
-    train_chunk(problem, terms, every, config, storage[:, :V], values, grads, row_factor)
+    train_chunk(problem, terms, every, config, block, values, grads, row_factor)
     return storage, row_factor
 
 

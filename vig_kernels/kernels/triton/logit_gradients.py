@@ -203,7 +203,7 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None
         with float32_products(a.dtype):  # never plain TF32, whatever the global setting
             torch.addmm(total, a, b, beta=beta, out=total)
     else:
-        with FLOAT32_SUMS:
+        with FLOAT32_SUMS.where_needed():
             addmm_16_bit(total, a, b, beta)
 
 
@@ -217,7 +217,7 @@ def addmm_16_bit(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 
 def product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a @ b, summed in float32 and cast once, by the vendor's GEMM: bfloat16 out (M, K), a (M, L), b (L, K)."""
-    with WIDE_SUMS:
+    with WIDE_SUMS.where_needed():
         mm_bfloat16(out, a, b)
 
 
@@ -244,6 +244,11 @@ def loss_scale_of(bound: Callable[[], Tensor], problem: HeadProblem) -> tuple[Te
 def padded(V: int) -> int:
     """Columns of a block: its rows start on 16-byte borders, as the GEMM likes them."""
     return -(-V // 16) * 16
+
+
+def columns_of(block: Tensor, V: int) -> Tensor:
+    """The block without the columns that pad it."""
+    return block if block.shape[1] == V else block[:, :V]
 
 
 class Block(NamedTuple):

@@ -124,6 +124,7 @@ BLUR: dict[tuple[str, str], TileConfig] = {
 }
 
 _tuned: dict[tuple, TileConfig] = {}
+_decided: dict[tuple, TileConfig] = {}  # of a GPU's heads, for the life of the process
 
 
 def kind_of(dtype: torch.dtype) -> str:
@@ -153,9 +154,19 @@ def head_config(
     kernel: str, weight: Tensor, softcap: bool, trial: Callable[[TileConfig], object]
 ) -> TileConfig:
     """The tile of "fold", "store", "gradient" or "pair" for a weight (V, D). `trial` runs a candidate."""
-    V, D = weight.shape
-    target, kind = target_of(weight.device), kind_of(weight.dtype)
-    fits = fits_descriptor(weight)
+    (V, D), target, fits = weight.shape, target_of(weight.device), fits_descriptor(weight)
+    key = kernel, target, weight.dtype, V, D, fits, softcap
+    if key in _decided:
+        return _decided[key]
+    chosen = _decide(key, trial)
+    if target != "interpreter":
+        _decided[key] = chosen
+    return chosen
+
+
+def _decide(key: tuple, trial: Callable[[TileConfig], object]) -> TileConfig:
+    kernel, target, dtype, V, D, fits, softcap = key
+    kind = kind_of(dtype)
     if target == "interpreter":
         chosen = INTERPRETER
     else:
@@ -168,10 +179,9 @@ def head_config(
         candidates = [chosen, *HEAD[kernel, table_target(target), kind], *neighbours(chosen)]
     if not fits:
         candidates = [replace(config, descriptor=False) for config in candidates]
-    return tuned((kernel, target, str(weight.dtype), V, D), candidates, trial)
+    return tuned((kernel, target, str(dtype), V, D), candidates, trial)
 
 
-@functools.lru_cache(maxsize=256)
 def _from_table(kernel: str, target: str, kind: str, D: int, fits: bool, softcap: bool) -> TileConfig:
     # the slopes of the cap take registers that the wide tiles do not have
     column = table_target(target)
