@@ -190,7 +190,8 @@ def _holds_images(field: str, value: Any, has_images: bool) -> bool:
     """Pictures and their bytes always; names of files where no other images are there, or the field is called so."""
     value = value[0] if isinstance(value, list | tuple) else value
     if isinstance(value, dict):
-        return isinstance(value.get("bytes"), bytes)
+        content = value.get("bytes")
+        return isinstance(content, bytes) or (isinstance(content, str) and content.startswith("data:image/"))
     if not isinstance(value, str):
         return isinstance(value, Image.Image)
     is_name = value.lower().endswith(IMAGES) or value.startswith("data:image/")
