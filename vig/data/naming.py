@@ -12,7 +12,7 @@ from PIL import Image
 from vig.data.formats import FIELDS, FORMS, IMAGE_FIELDS, IMAGES, Form
 from vig.data.reading import IGNORE, Reading
 from vig.data.sample import shortened
-from vig.data.turns import Unusable
+from vig.data.turns import Unusable, check_text
 
 PICTURE_NAME = re.compile(r"image|img|picture|photo|pixel|file_name", re.IGNORECASE)
 PAIRS = (("question", "answer"), ("query", "response"), ("instruction", "output"), ("prompt", "completion"))
@@ -62,6 +62,7 @@ def check_columns(given: Any, reading: Reading) -> None:
         names = [theirs] if isinstance(theirs, str) else theirs
         if ours == IGNORE or ours in given or any(name in given for name in names):
             continue
+        _check_names(given)
         wrong, columns = f"{ours}={names[0]}", ", ".join(shortened(name, 60) for name in given)
         raise Unusable(
             f"--columns {wrong}: there is no column {names[0]}; the columns are {columns}",
@@ -81,10 +82,16 @@ def unnamed_images(given: dict[str, Any], record: dict[str, Any], reading: Readi
 def unnamed_turns(given: dict[str, Any], reading: Reading, images: str | None = None) -> Unusable:
     """The error for a record of no known form. images: a field that seems to hold them."""
     check_columns(given, reading)
+    _check_names(given)
     known = "; ".join(dict.fromkeys(" and ".join(form.fields) for form in FORMS))
     more = "" if images is None else f"; {images} seems to hold images ({shortened(given[images], 60)})"
     cure = f"Say which are which, such as --columns {_example(given, reading, images)}. Known names: {known}"
     return Unusable(f"no turns among the fields {[shortened(name, 60) for name in given]}{more}", cure)
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    for name in given:
+        check_text("name of a field", str(name))
 
 
 # --- a guess ---
