@@ -135,8 +135,7 @@ def empty_cell(folder: Path) -> None:
 
 
 def other_columns(folder: Path) -> None:
-    rows = [f"{number}.png,What?,red" for number in range(3)]
-    (folder / "data.csv").write_text("\n".join(["img_path,q,ans", *rows]))
+    (folder / "data.csv").write_text("img_path,q,ans\n0.png,What?,red\n")
 
 
 def latin(name: str) -> Callable[[Path], None]:
