@@ -71,10 +71,13 @@ def test_unknown_tokens_are_counted_and_warned_of(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([record]))
     tiny.llava_model().save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    result = CliRunner().invoke(
-        app, ["score", str(tmp_path / "model"), str(tmp_path / "d.json"), "-o", str(tmp_path / "scores")]
-    )
-    assert "warning: 2 answer tokens are unknown to the tokenizer" in result.output
+    given = [str(tmp_path / "model"), str(tmp_path / "d.json"), "-o", str(tmp_path / "out.png")]
+    for words in (["score", *given, "--dry-run"], ["inspect", *given], ["score", *given]):
+        result = CliRunner().invoke(app, words)
+        assert "warning: 2 answer tokens are unknown to the tokenizer" in result.output
+        if words[-1] == "--dry-run" or words[0] == "inspect":
+            result = CliRunner().invoke(app, [*words, "--json"])
+            assert json.loads(result.stdout.splitlines()[-1])["unknown_tokens"] == 2
 
 
 @pytest.fixture

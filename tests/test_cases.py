@@ -6,6 +6,7 @@ import base64
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -16,7 +17,7 @@ import tiny
 
 from vig.data.images import open_images
 from vig.data.locate import locate, split_of
-from vig.data.reading import parse_names
+from vig.data.reading import Reading, parse_names
 from vig.data.records import check_sample, sample_from_record
 from vig.data.sample import BrokenRecord, DataError, Sample, SampleError, answers, text_of
 from vig.data.samples import count_records, read_samples
@@ -614,3 +615,51 @@ def test_photographs_with_captions_beside_json_are_read_and_the_json_is_named(tm
     (tmp_path / "notes.txt").write_text("mine")
     assert only(tmp_path).key.endswith("#a.png")
     assert [path.name for path in locate(tmp_path).unread] == ["info.json", "notes.txt"]
+
+
+ROW = {"img_path": "0.png", "q": "What?", "ans": "red", "n": "3"}
+
+
+@pytest.mark.parametrize(
+    "record, columns, reason, option",
+    [
+        (ROW, {}, "img_path seems to hold images (0.png)", "images=img_path,question=q,answer=ans"),
+        (ROW, {"images": "img_path"}, "no turns among", "images=img_path,question=q,answer=ans"),
+        (
+            ROW,
+            {"images": "img_path", "question": ["q"], "answer": "answ"},
+            "--columns answer=answ: there is no column answ; the columns are img_path, q, ans, n",
+            "images=img_path,question=q,answer=ans",
+        ),
+        (
+            ROW,
+            {"images": "imgpath", "question": "q", "answer": "ans"},
+            "--columns images=imgpath: there is no column imgpath; the columns are img_path, q, ans, n",
+            "images=img_path,question=q,answer=ans",
+        ),
+        ({"pic": "0.png", "text": "A cat."}, {}, "the field pic seems to hold images", "images=pic"),
+        (
+            {"pic": "0.png", "alt_text": "A cat."},
+            {},
+            "pic seems to hold images",
+            "images=pic,caption=alt_text",
+        ),
+        ({"image": "0.png", "question": "Q?", "reply": "A."}, {}, "no turns among", "answer=reply"),
+        ({"image": "0.png", "turns": TURNS["conversations"]}, {}, "no turns among", "conversations=turns"),
+        ({"image": "0.png", "said": '[{"role": "user"}]'}, {}, "no turns among", "messages=said"),
+        (
+            {"image": "0.png", "left": "?", "mid": "!", "right": "."},
+            {},
+            "no turns",
+            "question=NAME,answer=NAME",
+        ),
+    ],
+)
+def test_one_error_names_all_roles_that_are_missing(record, columns, reason, option):
+    with pytest.raises(SampleError) as caught:
+        sample_from_record(record, key="k", reading=Reading(columns=columns))
+    assert reason in caught.value.reason
+    assert option == re.search(r"--columns (\S*[^\s,.])", caught.value.cure)[1]
+    if "answer=ans" in option:
+        given = (pair.split("=") for pair in option.split(","))
+        sample_from_record(record, key="k", reading=Reading(columns=dict(given)))

@@ -135,6 +135,17 @@ def test_lines_of_errors_are_taken_apart_and_long_ones_cut():
     lines = list(log.lines())
     assert lines[0] == '5 samples: a b.json#0 (id "it\'s 0"): no image at /x/1.png. Look'
     assert lines[1].endswith('a b.json#2 (id "it\'s 2"), ...')
-    assert all(len(line) < 400 for line in lines) and lines[-1] == "something else"
+    assert all(len(line) < 900 for line in lines) and lines[-1] == "something else"
     assert list(log.lines(1))[-1] == "... and 2 samples for 2 more reasons"
     assert log.count == 7 and log.summary()[0]["count"] == 5
+
+
+def test_a_long_message_is_grouped_before_it_is_cut_and_keeps_its_cure():
+    log, cure = ErrorLog(), "Say which are which, such as --columns images=img_path,question=q,answer=ans"
+    for number in range(2, 30):
+        log.add(f"d.csv#{number}", "", f"line {number}: no turns among the fields {'f ' * 200}. {cure}")
+    for number in (1, 100):
+        log.add(f"e.csv#{number}", "", f"line {number}: {'g ' * 2000}. {cure}")
+    assert [group.count for group in log.by_count()] == [28, 2]
+    first = [group.lines()[0] for group in log.by_count()]
+    assert all(line.endswith(cure) and len(line) < 900 for line in first)

@@ -112,7 +112,7 @@ def test_an_array_is_read_item_by_item(tmp_path, chunk):
         (record(image="a\0/b.png"), "holds a zero byte"),
         (
             {"id": "7", "messages": [{"role": "user", "content": [{"type": "text", "text": "\udcff"}]}]},
-            r"the text of a content part holds the lone surrogate '\udcff'",
+            "the text of a content part is not UTF-8 (byte 0 is 0xff)",
         ),
         ({"id": "7", "text": "hm"}, "no turns among the fields"),
         ("just text", "the record is a str"),
@@ -273,7 +273,18 @@ def test_a_line_that_is_not_utf_8_is_a_broken_record(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(b"\n".join([good.encode(), latin, good.encode()]))
     first, second, third = read_samples(tmp_path / "data.jsonl")
     assert isinstance(first, Sample) and isinstance(third, Sample)
-    assert r"lone surrogate '\udce9' at character 5" in second.error.reason and "UTF-8" in second.error.cure
+    assert second.error.reason == "the assistant turn's value is not UTF-8 (byte 5 is 0xe9)"
+    assert second.error.cure == "Save it as UTF-8: iconv -f LATIN1 -t UTF-8 OLD > NEW"
+
+
+@pytest.mark.parametrize("header", ["image,question,answer", "image,question,r\xe9ponse"])
+def test_a_csv_file_that_is_not_utf_8_is_told_so(tmp_path, header):
+    (tmp_path / "data.csv").write_bytes(f"{header}\n,What?,caf\xe9\n".encode("latin-1"))
+    (broken,) = read_samples(tmp_path / "data.csv")
+    assert "is not UTF-8 (byte " in broken.error.reason and "iconv -f LATIN1" in broken.error.cure
+    (tmp_path / "data.csv").write_bytes(header.encode("utf-16"))
+    with pytest.raises(DataError, match=r"is UTF-16 or UTF-32, expected UTF-8. .* iconv -f UTF-16"):
+        list(read_samples(tmp_path / "data.csv"))
 
 
 LONG = '{"id": ' + "1" * 5000 + "}"  # more digits than Python makes an integer of

@@ -134,6 +134,23 @@ def empty_cell(folder: Path) -> None:
     (folder / "data.csv").write_text("image,question,answer\n0.png,What?,red\n1.png,What?,\n")
 
 
+def other_columns(folder: Path) -> None:
+    (folder / "data.csv").write_text("img_path,q,ans\n0.png,What?,red\n")
+
+
+def latin(name: str) -> Callable[[Path], None]:
+    """The second record's answer has a byte that UTF-8 does not know."""
+
+    def make(folder: Path) -> None:
+        if name.endswith(".csv"):
+            lines = ["image,question,answer", *(f"{number}.png,What?,red {number}" for number in range(3))]
+        else:
+            lines = [json.dumps(record(number)) for number in range(3)]
+        (folder / name).write_bytes("\n".join(lines).replace("red 1", "r\xe9d 1").encode("latin-1"))
+
+    return make
+
+
 SCORE = "score {dir}/model {dir}/data.json -o {dir}/scores"
 CASES = (
     Case("a data file that is not there", SCORE.replace("data.json", "nowhere.json")),
@@ -146,6 +163,11 @@ CASES = (
     ),
     Case("a folder that holds data of several kinds", SCORE.replace("data.json", "kinds"), kinds),
     Case("data in UTF-16", SCORE, lambda f: (f / "data.json").write_bytes("[]".encode("utf-16"))),
+    Case("a line in Latin-1", SCORE.replace(".json ", ".jsonl "), latin("data.jsonl")),
+    Case("a row of a CSV file in Latin-1", SCORE.replace(".json ", ".csv "), latin("data.csv")),
+    Case(
+        "a CSV file in UTF-16", SCORE.replace(".json ", ".csv "), file("data.csv", "image,q".encode("utf-16"))
+    ),
     Case("data without a record", SCORE, file("data.json", b"")),
     Case("a JSON array that breaks off", SCORE, half("data.json")),
     Case("two JSON arrays, one behind the other", SCORE, twice("data.json")),
@@ -157,6 +179,12 @@ CASES = (
         "a record with neither conversations nor messages",
         SCORE,
         lambda f: write(f, [record(0), {"text": "hm"}]),
+    ),
+    Case("columns of other names", SCORE.replace(".json", ".csv"), other_columns),
+    Case(
+        "a column that is not there",
+        SCORE.replace(".json", ".csv") + " --columns images=img_path,question=q,answer=answ",
+        other_columns,
     ),
     Case("a role that is not known", SCORE, data(conversations=[{"from": "robot", "value": "<image>"}])),
     Case("no answer", SCORE, data(conversations=turns("")[:1])),

@@ -237,10 +237,7 @@ def show_scores(
         console.print(f"{state.resumed:,} were done before")
     if state.boundary_tokens:
         console.print(f"{state.boundary_tokens:,} boundary tokens hold characters from outside their answer")
-    if state.unknown:
-        console.print(
-            f"warning: {state.unknown:,} answer tokens are unknown to the tokenizer: the model never sees what they say"
-        )
+    show_unknown(console, state.unknown)
     if state.splits:
         console.print(f"{state.splits:,} batches did not fit into memory and were halved")
     show_errors(console, state, errors)
@@ -249,6 +246,14 @@ def show_scores(
     for line in lines:
         console.print(line, markup=False)
     console.print(f"scores: {folder}", markup=False)
+
+
+def show_unknown(console: Console, count: int) -> None:
+    """Warns of answer tokens that are the tokenizer's unknown token."""
+    if count:
+        what = "1 answer token is" if count == 1 else f"{count:,} answer tokens are"
+        seen = "it says" if count == 1 else "they say"
+        console.print(f"warning: {what} unknown to the tokenizer: the model never sees what {seen}")
 
 
 def show_selection(console: Console, folder: Path, chosen: Selection) -> None:
@@ -291,6 +296,7 @@ def show_estimate(console: Console, estimate: Estimate, errors: ErrorLog) -> Non
             f"estimate: {duration(seconds)} here, at {estimate.tokens_per_second:,.0f} tokens/s measured on "
             f"{estimate.measured:,} samples"
         )
+    show_unknown(console, state.unknown)
     show_errors(console, state, errors)
     if errors.path is not None:
         console.print(f"all of them: {errors.path}", markup=False)
@@ -313,7 +319,8 @@ def estimate_summary(estimate: Estimate, errors: ErrorLog) -> dict[str, Any]:
         name: getattr(estimate, name)
         for name in ("multimodal", "model_tokens", "measured", "tokens_per_second")
     }
-    return {"dry_run": True, **counts, **speed, "errors": errors.summary()}
+    unknown = estimate.progress.unknown
+    return {"dry_run": True, **counts, **speed, "unknown_tokens": unknown, "errors": errors.summary()}
 
 
 def training_summary(result: TrainResult) -> dict[str, Any]:
@@ -340,7 +347,8 @@ def inspection_summary(seen: Inspection, null: NullSettings, picture: Path | Non
         "answers_from": seen.answers_from,
     }
     lists |= {name: list(map(float, values)) for name, values in row.token_stats.items()}
-    return about | {"vig": row.vig, "tokens": seen.answer, **lists, "picture": picture}
+    about |= {"vig": row.vig, "unknown_tokens": seen.unknown}
+    return about | {"tokens": seen.answer, **lists, "picture": picture}
 
 
 def show_inspection(console: Console, seen: Inspection, null: NullSettings, picture: Path | None) -> None:
@@ -364,5 +372,6 @@ def show_inspection(console: Console, seen: Inspection, null: NullSettings, pict
     console.print(table)
     if seen.row.vig is not None:
         console.print(f"sample VIG {seen.row.vig:+.4f} nats over {seen.row.n_tokens} answer tokens")
+    show_unknown(console, seen.unknown)
     if picture is not None:
         console.print(f"image and null image as the model sees them: {picture}", markup=False)

@@ -90,7 +90,9 @@ Split = Annotated[
 ]
 Columns = Annotated[
     list[str] | None,
-    typer.Option(help="Columns of other names: messages=conv,images=pics; ignore=mask leaves one out."),
+    typer.Option(
+        help="Columns of other names: images=img_path,question=q,answer=ans; ignore=mask leaves one out."
+    ),
 ]
 Roles = Annotated[list[str] | None, typer.Option(help="Roles of other names: assistant=helper,user=client.")]
 Null = Annotated[str, typer.Option(help=f"Null image: {any_of(NULLS)}.")]

@@ -51,7 +51,8 @@ def select(
     export: Annotated[
         Path | None,
         typer.Option(
-            help="Also write the kept records as they are in the data, to this .json or .jsonl file."
+            help="Also write the kept records to this .json or .jsonl file, with their fields as they are in the "
+            "data. Images whose bytes are in the data are written as base64."
         ),
     ] = None,
     data: Annotated[
@@ -66,7 +67,7 @@ def select(
     import warnings
 
     from vig.selection.choice import Choice
-    from vig.selection.export import check_export, export_records
+    from vig.selection.export import check_export, export_records, how_to_read
     from vig.selection.select import select as choose
 
     if clip is not None and not 0 < clip < 1:
@@ -82,15 +83,26 @@ def select(
             clip=lowest, seed=seed, by=by, stop_tokens=stop_tokens, mean=mean, keep_easy=keep_easy,
             overwrite=overwrite, progress=on_share,
         )  # fmt: skip
-    exported = None if export is None else export_records(chosen, export, data=data)
+    exported, told, options = None, [], []
+    if export is not None:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            exported = export_records(chosen, export, data=data)
+        options = how_to_read(chosen, data)
+    told = [str(one.message) for one in told if issubclass(one.category, UserWarning)]
 
     def show() -> None:
         terminal.show_selection(out, folder, chosen)
         if exported is not None:
             out.print(f"{exported:,} records: {export}", markup=False)
+            for line in options:
+                out.print(f"to read them elsewhere: {line}", markup=False)
 
-    about = {"selection": folder, "export": export, "exported": exported, "warnings": chosen.warnings}
+    about = {"selection": folder, "export": export, "exported": exported, "read_with": options}
+    about |= {"warnings": [*chosen.warnings, *told]}
     summarise(as_json, show, lambda: chosen.metadata["selection"] | about)
     terminal.show_warnings(err, chosen)
+    for line in told:
+        err.print(f"warning: {line}", markup=False)
     if chosen.unfinished:
         raise typer.Exit(SOME_FAILED)

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vig.data.json_rows import open_text
 from vig.data.rows import SKIPPED, Lost, OfLine, Wanted
 
 LONGEST_CELL = 1 << 28  # characters: pictures may be written in them
 
 
 def csv_rows(path: Path, wanted: Wanted) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open_text(path, newline="") as file:
         table = _table(path, file)
         header = next(table, [])
         for number, cells in enumerate(filter(None, table)):
@@ -27,7 +28,7 @@ def csv_rows(path: Path, wanted: Wanted) -> Iterator[Any]:
 
 
 def count_csv(path: Path) -> int:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open_text(path, newline="") as file:
         return max(sum(1 for _ in filter(None, _table(path, file))) - 1, 0)
 
 

@@ -14,7 +14,9 @@ from vig.data.files import whole_file
 
 EXAMPLES = 3  # kept of a reason
 REASONS = 1000  # that are told apart
-LONGEST = 300  # characters of a message that are shown
+LONGEST = 800  # characters of a message that are shown
+CURE = 600  # of its end, where the cure is: a longer message is cut before these
+GROUPED = 2000  # that are compared
 PARTICULARS = re.compile(
     r"'[^']*'|\"[^\"]*\"|\([^()]*\)|\S*[/\\]\S+|\S+\.(?:png|jpe?g|jfif|webp|gif|bmp|tiff?|avif|txt)\b|\d[\d.,]*",
     re.IGNORECASE,
@@ -24,7 +26,7 @@ LINE = re.compile(r"(?P<key>.+?#\S+) \(id (?P<id>'.*?'|\".*?\")\): (?P<message>.
 
 @dataclass
 class ErrorGroup:
-    """Errors for one reason: how many, and (key, id, message) of the first."""
+    """Errors for one reason: how many, and (key, id, message) of the first. A message ends in its cure."""
 
     count: int = 0
     examples: list[tuple[str, str, str]] = field(default_factory=list)
@@ -32,7 +34,8 @@ class ErrorGroup:
     def lines(self) -> list[str]:
         """The first error in full, and the keys of two more."""
         key, id, message = self.examples[0]
-        message = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST - CURE]} ... {message[-CURE:]}"
         first = f"{key} (id {id!r}): {message}" if key else message
         if self.count == 1:
             return [first]
@@ -57,7 +60,9 @@ class ErrorLog:
         self._stack.__exit__(*error)
 
     def add(self, key: str, id: str, message: str) -> None:
-        reason = PARTICULARS.sub("…", message[:LONGEST])
+        reason = PARTICULARS.sub("…", message[:GROUPED])[
+            :LONGEST
+        ]  # a cut before would depend on the particulars
         if reason not in self.groups and len(self.groups) >= REASONS:
             reason = "other reasons"
         group = self.groups.setdefault(reason, ErrorGroup())

@@ -28,7 +28,8 @@ class Format(NamedTuple):
     count: import path of f(path) -> number of records, or None where only reading them all would tell.
     whole_folder: `path` is the folder in which files of these suffixes lie, not one of them.
     gives_way: ignored (and listed as not read) in a folder that also holds data of another format.
-    as_json: the selected records can be exported as they stand in the data.
+    as_json: its records are JSON, and exported as they stand in the data.
+    absolute_images: its reader makes the paths of images absolute, since they do not start from the data's folder.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Format(NamedTuple):
     whole_folder: bool = False
     gives_way: bool = False
     as_json: bool = False
+    absolute_images: bool = False
 
     def read(self, path: Path, wanted: Any) -> Any:
         return _resolved(self.rows)(path, wanted)
@@ -58,6 +60,7 @@ FORMATS = (
         "vig.data.imagefolder:imagefolder_rows",
         "vig.data.imagefolder:count_imagefolder",
         "one record per image; `file_name` is its path, relative to this file's folder",
+        absolute_images=True,
     ),
     Format(
         "JSON",
@@ -105,6 +108,7 @@ FORMATS = (
         "vig.data.photographs:count_photographs",
         "a folder with its subfolders; `photo.txt` next to `photo.jpg` holds its caption",
         whole_folder=True,
+        absolute_images=True,
     ),
 )
 

@@ -45,7 +45,7 @@ def count_json(path: Path) -> int:
     return sum(1 for _ in json_rows(path))
 
 
-def open_text(path: Path) -> TextIO:
+def open_text(path: Path, newline: str | None = None) -> TextIO:
     """UTF-8 with or without a mark, compressed or not. Raises DataError for UTF-16 and UTF-32."""
     raw = (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb")
     try:
@@ -58,7 +58,7 @@ def open_text(path: Path) -> TextIO:
         raw.close()
         cure = f"Make UTF-8 of it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}"
         raise DataError(f"{path} is UTF-16 or UTF-32, expected UTF-8. {cure}")
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape")
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def _first_character(file: TextIO) -> str:

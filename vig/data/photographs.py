@@ -9,6 +9,7 @@ from typing import Any
 
 from vig.data.formats import IMAGES
 from vig.data.rows import SKIPPED, Lost, Named, Wanted
+from vig.data.sample import SAVE_AS_UTF8
 
 
 def photograph_rows(folder: Path, wanted: Wanted) -> Iterator[Any]:
@@ -45,7 +46,7 @@ def _record(photograph: Path, name: str) -> dict[str, Any] | Lost:
         text = caption.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         where = f"byte {error.start} is {error.object[error.start]:#04x}"
-        return Lost(f"the caption {caption} is not UTF-8 ({where})", "Save it as UTF-8")
+        return Lost(f"the caption {caption} is not UTF-8 ({where})", SAVE_AS_UTF8)
     except OSError as error:
         return Lost(f"the caption {caption} cannot be read ({error.strerror})", "Check its permissions")
     return {"id": name, "image": str(photograph.absolute()), "caption": text}

@@ -11,12 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from vig.data.formats import FIELDS, FORMS, IMAGE_FIELDS, IMAGES, MEDIA_FIELDS, SYSTEM_FIELDS, Form
+from vig.data.formats import FIELDS, IMAGE_FIELDS, MEDIA_FIELDS, SYSTEM_FIELDS, Form
 from vig.data.image_sources import image_source
+from vig.data.naming import empty_field, form_of, holds_images, unnamed_images, unnamed_turns
 from vig.data.reading import SPEAKERS, Reading
-from vig.data.sample import Sample, SampleError, check_characters, is_answer, shortened, text_of
+from vig.data.sample import Sample, SampleError, check_characters, is_answer, text_of
 from vig.data.turns import Unusable, check_text, decoded, source_of, turn_list
 
 ROLES = {
@@ -43,7 +42,6 @@ OTHER_MEDIA = re.compile(r"<(?:video|audio)>|<\|(?:video|audio|VIDEO|AUDIO)\w*\|
 BOXES = re.compile(r"<bbox>|<ref-object>")
 NOT_TRAINED = ("loss", "weight", "train")  # fields of a turn that say so where they are false or 0
 TURN_FIELDS = {"from", "value", "role", "content", *NOT_TRAINED}
-PICTURE_NAME = re.compile(r"image|img|picture|photo|pixel|file_name", re.IGNORECASE)
 PLAIN = {"id", "image", "images", "conversations", "messages", "source"}
 MEDIA_CURE = "Only images are scored: leave the record out, or what is not an image out of it"
 AS_USUAL = Reading()
@@ -63,12 +61,12 @@ def sample_from_record(
         raise SampleError(
             key, "", f"the record is a {type(record).__name__}, not an object", "Give one object a record"
         )
-    record = reading.renamed(record)
+    given, record = record, reading.renamed(record)
     id = str(key if record.get("id") is None else record["id"])
     try:
         check_characters("id", id, key, id)
         root = None if image_root is None else _absolute(image_root)
-        return _sample(record, key, id, root, source, reading)
+        return _sample(given, record, key, id, root, source, reading)
     except Unusable as error:
         raise SampleError(key, id, error.reason, error.cure) from None
 
@@ -79,12 +77,19 @@ def _absolute(folder: Path | str) -> str:
 
 
 def _sample(
-    record: dict[str, Any], key: str, id: str, root: str | None, source: str, reading: Reading
+    given: dict[str, Any],
+    record: dict[str, Any],
+    key: str,
+    id: str,
+    root: str | None,
+    source: str,
+    reading: Reading,
 ) -> Sample:
+    """given: the record under the data's names of its fields."""
     own = _image_values(record)
     if not record.keys() <= PLAIN:
-        _refuse_what_is_not_read(record, bool(own))
-    form = _form_of(record, reading)
+        _refuse_what_is_not_read(given, record, bool(own), reading)
+    form = _form_of(given, record, reading)
     placed: list[Any] = []  # the images in the order in which they stand
     turns = form.turns_of(record)
     roles = ROLES | reading.role_of if reading.role_of else ROLES
@@ -123,21 +128,17 @@ def check_sample(sample: Sample) -> None:
 # --- fields ---
 
 
-def _form_of(record: dict[str, Any], reading: Reading) -> Form:
+def _form_of(given: dict[str, Any], record: dict[str, Any], reading: Reading) -> Form:
     if record.get("conversations") and record.get("messages"):
         cure = "Leave one out with --columns ignore=messages or ignore=conversations"
         raise Unusable("it has both conversations and messages", cure)
-    for form in FORMS:
-        known = record.get(form.fields[0]) is not None
-        if known and all(record.get(field) is not None for field in form.fields[1:]):
-            return form
-    empty = [field for form in FORMS for field in form.fields if field in record and record[field] is None]
-    if empty:
-        theirs = next((name for name, ours in reading.column_of.items() if ours == empty[0]), empty[0])
-        raise Unusable(f"the field {theirs} is empty", "Fill it, or remove the record")
-    known = "; ".join(dict.fromkeys(" and ".join(form.fields) for form in FORMS))
-    cure = f"Name them {known}, or say which they are with --columns messages=NAME"
-    raise Unusable(f"no turns among the fields {sorted(map(str, record))}", cure)
+    form = form_of(record)
+    if form is not None:
+        return form
+    empty = empty_field(record, reading)
+    if empty is not None:
+        raise Unusable(f"the field {empty} is empty", "Fill it, or remove the record")
+    raise unnamed_turns(given, reading)
 
 
 def _system_turn(record: dict[str, Any], turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -170,31 +171,21 @@ def _image_values(record: dict[str, Any]) -> list[Any]:
     return first
 
 
-def _refuse_what_is_not_read(record: dict[str, Any], has_images: bool) -> None:
-    for field in record.keys() - PLAIN:
+def _refuse_what_is_not_read(
+    given: dict[str, Any], record: dict[str, Any], has_images: bool, reading: Reading
+) -> None:
+    for field in [field for field in record if field not in PLAIN]:
         value = record[field]
         if value is None or value == "" or (isinstance(value, list | tuple | dict) and not value):
             continue
         if field in MEDIA_FIELDS and _is_media(value):
             raise Unusable(f"the field {field} holds {field.removesuffix('s')}", MEDIA_CURE)
-        if field not in FIELDS and _holds_images(field, value, has_images):
-            cure = f"Say so with --columns images={field}, or leave it out with --columns ignore={field}"
-            raise Unusable(f"the field {field} seems to hold images ({shortened(value, 60)})", cure)
+        if field not in FIELDS and holds_images(field, value, has_images):
+            raise unnamed_images(given, record, reading, field)
 
 
 def _is_media(value: Any) -> bool:
     return not (isinstance(value, list | tuple) and all(one is None for one in value))
-
-
-def _holds_images(field: str, value: Any, has_images: bool) -> bool:
-    """Pictures and their bytes always; names of files where no other images are there, or the field is called so."""
-    value = value[0] if isinstance(value, list | tuple) else value
-    if isinstance(value, dict):
-        return isinstance(value.get("bytes"), bytes)
-    if not isinstance(value, str):
-        return isinstance(value, Image.Image)
-    is_name = value.lower().endswith(IMAGES) or value.startswith("data:image/")
-    return is_name and (not has_images or PICTURE_NAME.search(field) is not None)
 
 
 def _tools(record: dict[str, Any]) -> tuple[dict[str, Any], ...]:

@@ -50,17 +50,31 @@ def writable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+SAVE_AS_UTF8 = "Save it as UTF-8: iconv -f LATIN1 -t UTF-8 OLD > NEW"
+
+
 def check_characters(what: str, text: str, key: str, id: str) -> None:
+    """Raises SampleError for text that no UTF-8 can hold."""
+    wrong = not_utf8(what, text)
+    if wrong is not None:
+        raise SampleError(key, id, *wrong)
+
+
+def not_utf8(what: str, text: str) -> tuple[str, str] | None:
+    """(reason, cure) for text that no UTF-8 can hold, else None. Readers keep a byte that is not UTF-8 as the surrogate
+    \\udc80 to \\udcff; other surrogates are escapes that stand alone."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        lone = f"{text[error.start]!r} at character {error.start}"
-        raise SampleError(
-            key,
-            id,
-            f"the {what} holds the lone surrogate {lone}",
+        lone = text[error.start]
+        if "\udc80" <= lone <= "\udcff":
+            byte = len(text[: error.start].encode())
+            return f"the {what} is not UTF-8 (byte {byte} is {ord(lone) - 0xDC00:#04x})", SAVE_AS_UTF8
+        return (
+            f"the {what} holds the lone surrogate {lone!r} at character {error.start}",
             "Write it in UTF-8, and characters beyond \\uffff as pairs of surrogates",
-        ) from None
+        )
+    return None
 
 
 class BrokenRecord(NamedTuple):

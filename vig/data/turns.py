@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from vig.data.sample import not_utf8
+
 CAPTION_QUESTION = "Describe the image."
 TURNS_CURE = "Give a list of {from, value} or {role, content}"
 UNREAD_OF_QUESTIONS = ("choices", "options", "hint", "context", "A", "B")
@@ -47,14 +49,9 @@ def decoded(text: str, what: str) -> Any:
 
 def check_text(where: str, text: str) -> None:
     """Raises Unusable for text that no UTF-8 can hold."""
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        lone = f"{text[error.start]!r} at character {error.start}"
-        cure = "Write it in UTF-8, and characters beyond \\uffff as pairs of surrogates"
-        raise Unusable(f"the {where} holds the lone surrogate {lone}", cure) from None
+    wrong = None if text.isascii() else not_utf8(where, text)
+    if wrong is not None:
+        raise Unusable(*wrong)
 
 
 def conversations(record: dict[str, Any]) -> list[dict[str, Any]]:

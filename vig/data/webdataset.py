@@ -18,6 +18,7 @@ from typing import Any
 
 from vig.data.json_rows import why_undecodable
 from vig.data.rows import DAMAGE, SKIPPED, Lost, Wanted
+from vig.data.sample import SAVE_AS_UTF8
 
 REPAIR_MEMBER = "Repair that member; the other records are read"
 
@@ -115,7 +116,10 @@ def _record_of_members(name: str, members: dict[str, bytes | Lost]) -> dict[str,
             else:
                 images.append({"path": member, "bytes": content})
         except UnicodeDecodeError as error:
-            return Lost(f"the member {member} is not UTF-8 (at byte {error.start})", REPAIR_MEMBER)
+            return Lost(
+                f"the member {member} is not UTF-8 (at byte {error.start})",
+                f"{REPAIR_MEMBER}. {SAVE_AS_UTF8}",
+            )
         except json.JSONDecodeError as error:
             where = f"line {error.lineno}, column {error.colno}"
             return Lost(f"the member {member} is not JSON ({error.msg} at {where})", REPAIR_MEMBER)

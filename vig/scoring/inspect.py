@@ -29,7 +29,8 @@ class Inspection:
 
     tokens: (text, is_answer) of the whole prompt, a run of image placeholders written as one. answer: the text of
     each answer token, aligned with `row`'s token lists. images, nulls: pictures as the model sees them; empty for a
-    text-only sample, nulls also where the null leaves the images out. row: the scores.
+    text-only sample, nulls also where the null leaves the images out. row: the scores. unknown: how many answer tokens
+    stand for text that the tokenizer does not know.
     """
 
     sample: Sample
@@ -39,6 +40,7 @@ class Inspection:
     nulls: list[Image.Image]
     row: ScoreRow
     answers_from: str
+    unknown: int = 0
 
 
 def find_sample(
@@ -111,6 +113,7 @@ def inspect(
         nulls,
         row,
         scorer.encoder.source_of_answers,
+        encoded.unknown,
     )
 
 

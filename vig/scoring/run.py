@@ -275,6 +275,7 @@ def run_dry(
                 estimate.multimodal += item.is_multimodal
                 estimate.model_tokens += longest_pass(item) * (2 if item.is_multimodal else 1)
                 estimate.progress.tokens += len(item.encoded.answer_index)
+                estimate.progress.unknown += item.encoded.unknown
             estimate.progress.text_only += sum(not item.is_multimodal for item in good)
             estimate.progress.done += len(good)
             if estimate.tokens_per_second is None and good:
