@@ -89,11 +89,15 @@ class NullRow:
 
 @dataclass(frozen=True)
 class NullCheck:
-    """Whether the null image is blind, by the words that need sight. kinds: a row each; total: of all of them."""
+    """Whether the null image is blind, by the words that need sight. kinds: a row each; total: of all of them.
+
+    remark: that the words are too few to tell, where they are.
+    """
 
     total: NullRow
     kinds: list[NullRow]
     warnings: list[str]
+    remark: str = ""
 
 
 @dataclass
