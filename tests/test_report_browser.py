@@ -370,7 +370,7 @@ def test_marks_outlive_a_reload(opened, page):
 
 def test_marks_that_cannot_be_kept_are_asked_about(chrome, page):
     """As from a disk in a browser that gives such pages no storage."""
-    refused = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError'); }});"
+    refused = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'x'); }});"
     script = chrome.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": refused})
     asked = (
         "const event = new Event('beforeunload', {cancelable: true}); window.dispatchEvent(event);"

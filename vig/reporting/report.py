@@ -99,6 +99,7 @@ def report(
         null_names=[null_caption(metadata)],
         notes=[
             *unfinished(scores),
+            *_stale_notes(chosen, facts),
             *_tau_notes(chosen, metadata),
             *(_sentence(line) for line in ([] if null_check is None else null_check.warnings)),
             *viewer.notes,
@@ -157,6 +158,7 @@ def with_pictures(
     pictures = Thumbnails(budget - text - AROUND, expected)
     for view, sample in zip(views, encoded, strict=True):
         viewer.add_pictures(view)
+        sample["cr"] = view.cropped
         sample["im"] = [pictures.add(image) for image in view.images]
         sample["nu"] = [[image and pictures.add(image) for image in nulls] for nulls in view.nulls]
         sample["o"] = view.note
@@ -292,6 +294,23 @@ def _percent(part: int, whole: int) -> str:
 def fitting(count: int) -> str:
     """A count in full, or in millions where it would not fit its column."""
     return f"{count:,}" if count < 10**7 else f"{count / 1e6:,.1f}\u202fM"
+
+
+def _stale_notes(chosen: dict, facts: Facts) -> list[str]:
+    """Scores that have more samples than when the selection was made, by its counts (after `--retry failed`, say).
+
+    A selection of more rows than these scores is one of several folders, and tells nothing.
+    """
+    if not chosen:
+        return []
+    counts = chosen["counts"]
+    then, now = counts["samples_total"] + counts["text_only"], facts.multimodal + facts.text_only
+    if then == now or then + counts["errors"] > now + facts.n_errors:
+        return []
+    return [
+        f"The scores have changed since this selection: {then:,} samples were scored then, and {now:,} are now. "
+        "Run vig select again."
+    ]
 
 
 def _tau_notes(chosen: dict, metadata: dict) -> list[str]:

@@ -171,7 +171,8 @@ function picturesOf(sample) {
   }
   sample.im.forEach((number, index) => {
     const alt = sample.im.length > 1 ? `image ${index + 1}` : "image";
-    box.append(figure(sample, number, alt, index, sample.o || "left out: over the page’s size budget"));
+    const seen = sample.cr.includes(index) ? alt + ", as the model sees it (cropped)" : alt;
+    box.append(figure(sample, number, seen, index, sample.o || "left out: over the page’s size budget"));
     state.nullNames.forEach((name, pass) => {
       const null_ = (sample.nu[pass] || [])[index];
       const label = state.nullNames.length > 1 ? `${state.passes[pass]}: ${name}` : name;

@@ -162,6 +162,7 @@ class SampleView:
     passes: list[Pass] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
     nulls: list[list[Image.Image | None]] = field(default_factory=list)  # one list a pass
+    cropped: list[int] = field(default_factory=list)  # numbers of the images that the model sees a part of
     turns: list[tuple[int, str]] = field(default_factory=list)
     note: str = ""
     row: int = 0  # in reading order
