@@ -118,6 +118,15 @@ def test_of_a_selection(run):
     assert chosen.metadata["data_fingerprint"] in text and no_path_of_the_machine(text, run)
 
 
+def test_a_tau_that_tells_little_apart_is_on_the_card(run, tmp_path):
+    assert "**Warning:**" not in cards.card(run / "selection")
+    with pytest.warns(UserWarning, match="tau = "):
+        chosen = select(run / "scores", p=100, out=tmp_path / "selection")
+    said = [line for line in chosen.warnings if line.startswith("tau = ")]
+    assert chosen.tau < 0 and len(said) == 1
+    assert f"**Warning:** {said[0]}." in cards.card(tmp_path / "selection")
+
+
 def test_of_a_selection_by_loss(run, tmp_path):
     """What ranks is what the card names: VIG has no part in a loss filter."""
     select(run / "scores", p=40, by="loss", level="sample", out=tmp_path / "selection")

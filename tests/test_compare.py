@@ -119,6 +119,9 @@ def test_other_data_are_refused(tmp_path):
         writer.write(0, rows)
     with pytest.raises(StoreError, match="share no sample that has a VIG in both"):
         compare(a, tmp_path / "c")
+    chosen = select(a, 50, out=tmp_path / "chosen").out
+    with pytest.raises(StoreError, match=r"chosen is a selection.* join them by key"):
+        compare(a, chosen)
     for p in (0, 101):
         with pytest.raises(ValueError, match="p is the percentage"):
             compare(a, a, p)

@@ -292,6 +292,12 @@ def test_the_arms_table_claims_what_its_intervals_allow():
     }
 
 
+def test_what_is_left_of_the_trainings_is_told():
+    told = [run._left(done, here=3, jobs=8, seconds=10.0 * done) for done in range(1, 9)]
+    assert told[:3] == ["; 7 left, about 20 s", "; 6 left, about 10 s", "; 5 left"]
+    assert told[6:] == ["; 1 left", ""]
+
+
 def test_jobs_are_read_as_they_are_written():
     assert Job.parse(str(Job("random", 2))) == Job("random", 2)
     for text in ("random", "best:1", "vig:x"):

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -17,7 +18,7 @@ from vig.data.samples import read_samples
 from vig.demo.arms import CHECKPOINT
 from vig.demo.dataset import tuning_records, write_records
 from vig.reporting.facts import WordRow, gather
-from vig.reporting.null_check import FAR, LIKELY, check_null, check_scores
+from vig.reporting.null_check import FAR, LIKELY, check_null, check_scores, summary
 from vig.reporting.report import report
 from vig.scoring.scorer import Scorer
 from vig.selection.select import select
@@ -72,6 +73,7 @@ def test_a_case_worked_by_hand():
     assert colour.wrong == np.mean([nll > math.log(3) + FAR for nll in nulls]) == 0.5
     assert replace(check.total, name="colour") == colour
     assert not check.warnings  # too few words to be warned by
+    assert summary(check).endswith("than chance: these are too few to tell, under 50 words")
 
 
 def test_where_there_is_nothing_to_judge():
@@ -193,6 +195,10 @@ def test_score_report_and_select_say_it(data, tmp_path):
     assert "Is the null image blind?" in html and "Null blur, sigma 0.02 leaves" in html
     for row in [*check.null.kinds, total]:
         assert f'<th scope="row">{row.name}</th><td class="n">{row.words:,}</td>' in html
+    said = "too few to tell"
+    assert total.words >= 50 and said not in html and said not in ran.output
+    few = report(pq.read_table(scores).slice(0, 12), page, data=data, samples=1).read_text()
+    assert "Is the null image blind?" in few and said in few
 
 
 def _text_only(scores) -> set[str]:

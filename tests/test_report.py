@@ -9,12 +9,14 @@ import warnings
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from PIL import Image
 from transformers import AutoProcessor
 
 from vig.data.files import StoreError
+from vig.demo.arms import CHECKPOINT
 from vig.models.token_texts import token_texts
 from vig.reporting.report import report
 from vig.selection.select import select
@@ -242,6 +244,47 @@ def test_a_selection_made_from_other_scores_is_refused(scored, tmp_path):
     with pytest.raises(StoreError, match=r"the selection knows none of the samples, data.json#"):
         report(scored / "scores", page, selection=strangers)
     assert not page.exists()
+
+
+def test_a_selection_older_than_its_scores_is_told(scored, tmp_path):
+    """A sample that failed, and was scored by `--retry failed` after the selection."""
+    old, said = select(scored / "scores", 50), "The scores have changed since this selection"
+    page = tmp_path / "page.html"
+    assert said not in report(scored / "scores", page, selection=old).read_text()
+    rows = pq.read_table(scored / "scores").to_pylist()
+    names = ("token_ids", "positions", "token_nll_image", "token_nll_null")
+    rows[6] |= {name: rows[7][name] for name in names} | {"status": "ok"}
+    columns = ("key", "id", "source", "status", *names)
+    with ScoreWriter(tmp_path / "scores", score_metadata(scored / "scores")) as writer:
+        writer.write(0, [ScoreRow(*(row[c] if row[c] is not None else () for c in columns)) for row in rows])
+        writer.mark_complete()
+    html = report(tmp_path / "scores", page, selection=old).read_text()
+    assert f"{said}: 11 samples were scored then, and 12 are now. Run vig select again." in html
+    part = pq.read_table(tmp_path / "scores").slice(0, 5)
+    assert (
+        said not in report(part, page, selection=old).read_text()
+    )  # a selection may be of more than is shown
+
+
+def test_a_cropped_image_is_called_so(tmp_path):
+    """Of a picture twice as wide as high the model sees the middle; a square one it sees whole."""
+    write = {
+        "model": str(CHECKPOINT),
+        "null": {"kind": "black", "params": {}},
+        "data": str(tmp_path / "d.json"),
+    }
+    records, rows = [], []
+    for name, size in (("wide", (128, 64)), ("square", (90, 90))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cup"}]
+        records.append({"id": name, "image": f"{name}.png", "conversations": turns})
+        rows.append(ScoreRow(f"d.json#{len(rows)}", name, "", "ok", [5, 6], [0, 1], [0.1, 0.1], [0.2, 0.2]))
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    with ScoreWriter(tmp_path / "scores", write) as writer:
+        writer.write(0, rows)
+        writer.mark_complete()
+    page = Checked(report(tmp_path / "scores", tmp_path / "page.html").read_text())
+    assert [sample["cr"] for sample in page.samples] == [[0], []]
 
 
 def test_a_low_tau_is_told_as_select_tells_it(scored, tmp_path):

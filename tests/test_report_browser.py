@@ -114,6 +114,7 @@ def opened(chrome, page):
     chrome.get_log("browser")
     chrome.get(page.as_uri())
     yield chrome
+    chrome.execute_script("localStorage.clear()")  # marks
     assert chrome.execute_script("return window.broken") is None
     assert chrome.get_log("browser") == []
 
@@ -325,6 +326,88 @@ def test_keys_move_search_mark_and_enlarge(opened, rows):
     press(opened, "?")
     assert js(opened, "return document.getElementById('help').open")
     js(opened, "document.getElementById('help-close').click()")
+
+
+def test_values_can_be_hidden_from_who_is_to_judge(opened, root, scores, rows):
+    told = (
+        "const list = document.getElementById('list'); const tokens = [...list.querySelectorAll('.t')];"
+        "return {text: list.innerText, looks: [...new Set(tokens.map((node) => node.className))],"
+        " titles: tokens.filter((node) => node.title).length, opens: list.querySelectorAll('details').length,"
+        " legend: document.querySelector('.legend').checkVisibility()}"
+    )
+    tick = "document.getElementById('hide').click()"
+    lowest = shown(opened)[:8]
+    before = js(opened, told)
+    assert "VIG" in before["text"] and len(before["looks"]) > 2 and before["titles"] and before["legend"]
+    js(opened, tick)
+    assert shown(opened)[:8] == [f"data.json#{number}" for number in range(8)]
+    after = js(opened, told)
+    assert "VIG" not in after["text"] and "trained on" not in after["text"] and "mark" in after["text"]
+    assert after["looks"] == ["t"] and after["titles"] == after["opens"] == 0 and not after["legend"]
+    assert js(opened, "return document.getElementById('order').disabled")
+    js(opened, tick)
+    assert shown(opened)[:8] == lowest and js(opened, told)["looks"] == before["looks"]
+    opened.get(report(scores, root / "hidden.html", samples=ROWS, hide_values=True).as_uri())
+    assert shown(opened)[:2] == ["data.json#0", "data.json#1"] and js(opened, told)["looks"] == ["t"]
+
+
+def test_marks_outlive_a_reload(opened, page):
+    marked = "return document.getElementById('marks').options[1].text"
+    for _ in range(2):
+        press(opened, "j")
+        press(opened, "x")
+    assert js(opened, marked) == "marked (2)"
+    keys = shown(opened)[:2]
+    opened.refresh()
+    assert js(opened, marked) == "marked (2)"
+    put(opened, "marks", "marked")
+    assert shown(opened) == keys
+    assert js(opened, "return document.querySelectorAll('.mark[aria-pressed=true]').length") == 2
+    js(opened, "for (const node of document.querySelectorAll('.mark')) node.click()")
+    opened.refresh()
+    assert js(opened, marked) == "marked (0)"
+
+
+def test_marks_that_cannot_be_kept_are_asked_about(chrome, page):
+    """As from a disk in a browser that gives such pages no storage."""
+    refused = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'x'); }});"
+    script = chrome.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": refused})
+    asked = (
+        "const event = new Event('beforeunload', {cancelable: true}); window.dispatchEvent(event);"
+        "return event.defaultPrevented"
+    )
+    try:
+        chrome.get("about:blank")
+        chrome.get(page.as_uri())
+        assert not js(chrome, asked)
+        press(chrome, "j")
+        press(chrome, "x")
+        assert js(chrome, asked)
+        assert "export them before you leave" in js(
+            chrome, "return document.getElementById('help').textContent"
+        )
+        put(chrome, "marks", "unmarked")
+        js(chrome, "document.getElementById('save-json').click()")
+        assert js(chrome, asked) and json.loads(_downloaded(chrome, "*.json"))["marked"] == []
+        put(chrome, "marks", "marked")
+        js(chrome, "document.getElementById('save-json').click()")
+        assert not js(chrome, asked)
+        assert len(json.loads(_downloaded(chrome, "*.json"))["marked"]) == 1
+    finally:
+        chrome.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+def _downloaded(driver, pattern: str) -> str:
+    """What the file holds that was downloaded; it is taken away."""
+    for _ in range(50):
+        found = list(driver.downloads.glob(pattern))
+        if found:
+            break
+        time.sleep(0.1)
+    (file,) = found
+    text = file.read_text()
+    file.unlink()
+    return text
 
 
 def test_downloads_hold_what_is_filtered(opened, rows):

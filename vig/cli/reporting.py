@@ -24,6 +24,10 @@ def report(
     samples: Annotated[int, typer.Option(min=0, help="How many samples to show.")] = 500,
     title: Annotated[str | None, typer.Option(help="Title of the page. Default: the data's name.")] = None,
     budget: Annotated[float, typer.Option(help="Size of the page in MB; pictures shrink to fit.")] = 15.0,
+    hide_values: Annotated[
+        bool,
+        typer.Option("--hide-values", help="Begin with the values of the samples hidden, to judge by eye."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page: figures, a slider for p, and samples to search, filter and export."""
@@ -34,7 +38,7 @@ def report(
     terminal.quiet_libraries()
     write(
         scores, page, selection=selection, data=data, processor=_processor(processor), image_root=image_root,
-        samples=samples, title=title, budget=budget,
+        samples=samples, title=title, budget=budget, hide_values=hide_values,
     )  # fmt: skip
     summarise(as_json, lambda: out.print(f"report: {page}", markup=False), lambda: {"report": page})
 

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from vig.data.files import StoreError
+
 
 class Kind(NamedTuple):
     """marks: regular expressions of names; a folder of this kind holds a file of each. command: makes one."""
@@ -95,3 +97,13 @@ def taken(folder: str | Path, wanted: str) -> str | None:
     if kind is None or kind.name == wanted:
         return None
     return f"{folder} is {kind.text}, which `{kind.command}` wrote. Give another output folder"
+
+
+def refuse_selections(*compared: object) -> None:
+    """Raises StoreError where one of what is to be compared is a selection: scores are."""
+    for one in compared:
+        if isinstance(one, str | Path) and kind_of(one) is KINDS["selection"]:
+            raise StoreError(
+                f"{one} is a selection, and scores are compared. For two selections: read both with "
+                "pyarrow.parquet.read_table, join them by key, and count where keep (of tokens: token_keep) is true"
+            )

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,12 +198,11 @@ def _experiment(shell: Shell, folder: Path, seeds: int) -> list[dict]:
         shell.console.print(
             f"{len(jobs)} more trainings with the same settings, all from the shipped checkpoint"
         )
-        for found in run_jobs(folder, here):
+        started = time.monotonic()
+        for done, found in enumerate(chain(run_jobs(folder, here), arriving), start=1):
             figures.append(found)
-            _show_arm(shell.console, found)
-        for found in arriving:
-            figures.append(found)
-            _show_arm(shell.console, found)
+            left = _left(done, len(here), len(jobs), time.monotonic() - started)
+            _show_arm(shell.console, found, left)
     return figures
 
 
@@ -251,10 +251,18 @@ def _second_process(folder: Path, jobs: Sequence[Job]) -> Iterator[Iterator[dict
             process.stdout.close()
 
 
-def _show_arm(console: Console, found: dict) -> None:
+def _left(done: int, here: int, jobs: int, seconds: float) -> str:
+    """What is left after `done` of the jobs in so many seconds. Both processes end at about the same time."""
+    if done == jobs:
+        return ""
+    time_left = f", about {seconds / done * (here - done):.0f} s" if done < here else ""
+    return f"; {jobs - done} left{time_left}"
+
+
+def _show_arm(console: Console, found: dict, left: str = "") -> None:
     console.print(
         f"  {NAMES[found['arm']]}, seed {found['seed']}: colour {found['colour']:.1f} %, "
-        f"{found['tokens']:,} answer tokens, {found['seconds']:.0f} s"
+        f"{found['tokens']:,} answer tokens, {found['seconds']:.0f} s{left}"
     )
 
 

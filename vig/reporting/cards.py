@@ -12,6 +12,7 @@ import jinja2
 import yaml
 
 from vig.data.files import write_atomically
+from vig.selection.advice import tau_warnings
 from vig.selection.measures import measure_of, unit_of
 from vig.store.selections import read_selection, selection_files, selection_metadata
 
@@ -151,8 +152,14 @@ def _dataset_card(folder: Path) -> str:
     }
     return _filled(
         "dataset_card.md.j2", head, data=data, base=_named(scored.get("model")), scored=scored, rows=rows,
-        choice=choice, files=len(selection_files(folder)), how=how,
+        choice=choice, files=len(selection_files(folder)), how=how, warned=_warned(choice, scored),
     )  # fmt: skip
+
+
+def _warned(choice: dict[str, Any], scored: dict[str, Any]) -> list[str]:
+    """What `vig select` warned of tau."""
+    measure = measure_of(choice.get("by"))
+    return tau_warnings(choice["tau"], scored, choice["counts"], choice.get("sources"), measure)
 
 
 def _named(value: Any) -> str:

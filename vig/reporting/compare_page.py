@@ -74,6 +74,7 @@ def comparison_page(
     page.state = {
         "passes": PASSES, "sources": sources, "order": "rose", "selected": False, "level": "both",
         "file": "comparison", "data": str(about[0].get("data") or ""), "scores": " ".join(comparison.names),
+        "fingerprint": about[0].get("data_fingerprint"),
         "embedded": len(views),
     }  # fmt: skip
     with explain_write_errors(out.parent):

@@ -71,6 +71,9 @@ const selectedTokenVig = (sample, index) => (Math.min(sample.b[0][index], MOST) 
 // Likely without the image too: kept whatever its VIG, where the selection keeps such tokens.
 const isEasy = (sample, index) => state.easy != null && sample.b[0][index] * UNIT < state.easy;
 
+// Whether samples are shown without their values, for a reader who is to judge their answers unswayed.
+const areHidden = () => $("hide") != null && $("hide").checked;
+
 // Which place of the slider is looked at, null for the selection that the page was made with.
 const preview = { place: null, rule: "all" };
 function thresholdOf(sample) {

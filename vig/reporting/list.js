@@ -1,7 +1,6 @@
 // The list of samples: search, filters, order, marks, downloads, keys. Only what is near the window is in the document.
 const CHUNK = 8; // samples that enter and leave the document together
 const list = $("list");
-const marked = new Set();
 const chunks = { nodes: [], found: [], height: 240, watcher: null };
 const emptyChunk = make("div", { class: "chunk" });
 let current = -1; // place in `chunks.found`
@@ -124,6 +123,15 @@ function tell() {
   if ($("reset")) $("reset").hidden = !filtering;
 }
 
+function onHide() {
+  // The order is then that of the data: any other says something of the values.
+  const order = $("order");
+  if (areHidden()) [onHide.before, order.value] = [order.value, "row"];
+  else if (onHide.before) order.value = onHide.before;
+  order.disabled = areHidden();
+  document.querySelector(".legend").hidden = areHidden();
+}
+
 function resetFilters() {
   for (const id of controls) if (id !== "order") $(id).value = "";
   refresh();
@@ -158,17 +166,7 @@ function followLink() {
   go(place);
 }
 
-// ---- marks and downloads
-
-function toggleMark(sample) {
-  if (!marked.delete(sample.k)) marked.add(sample.k);
-  const article = list.querySelector(`article[data-place="${sample.place}"]`);
-  if (article) {
-    article.classList.toggle("marked", marked.has(sample.k));
-    article.querySelector(".mark").setAttribute("aria-pressed", String(marked.has(sample.k)));
-  }
-  if ($("marks")) $("marks").options[1].text = `marked (${marked.size})`;
-}
+// ---- downloads
 
 function wanted() {
   const first = numberOf("first");
@@ -198,18 +196,21 @@ function saveCsv() {
     return [...values, sample.length, isKept(sample) ? 1 : 0, marked.has(sample.k) ? 1 : 0, sample.q, plainAnswer(sample)];
   });
   save(state.file + ".csv", "text/csv", [columns, ...rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n");
+  onExport(wanted());
 }
 function saveJson() {
   const filters = Object.fromEntries(controls.map((id) => [id, valueOf(id)]).filter(([, value]) => value !== ""));
-  const made = { data: state.data, scores: state.scores, filters, keys: wanted().map((sample) => sample.k) };
+  const keys = wanted().map((sample) => sample.k);
+  const made = { data: state.data, scores: state.scores, filters, keys, marked: keys.filter((key) => marked.has(key)) };
   save(state.file + ".json", "application/json", JSON.stringify(made, null, 1) + "\n");
+  onExport(wanted());
 }
 
 // ---- keys
 
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
-  const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) && event.target.type !== "range";
+  const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) && !["range", "checkbox"].includes(event.target.type);
   if (typing) {
     if (event.key === "Escape") event.target.blur();
     return;
@@ -255,6 +256,10 @@ if (list) {
   if ($("save-json")) $("save-json").addEventListener("click", saveJson);
   $("help-open").addEventListener("click", () => $("help").showModal());
   $("help-close").addEventListener("click", () => $("help").close());
+  if ($("hide")) {
+    $("hide").addEventListener("input", () => { onHide(); refresh(); });
+    onHide();
+  }
   document.addEventListener("keydown", onKey);
   window.addEventListener("hashchange", followLink);
   window.addEventListener("beforeprint", onPrint);

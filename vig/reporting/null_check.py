@@ -54,7 +54,8 @@ class _Mentions(NamedTuple):
 def check_null(rows: Sequence[WordRow], tokenizer: Any, null: dict[str, Any]) -> NullCheck | None:
     """rows: answers with an image. null: kind and params, as the scores name them.
 
-    None without a tokenizer, and where the answers have no such words. Warns from FEWEST_WORDS words on.
+    None without a tokenizer, and where the answers have no such words. Warns from FEWEST_WORDS words on, and says of
+    fewer that they are too few to tell.
     """
     if tokenizer is None:
         return None
@@ -110,12 +111,12 @@ def _judge(said: _Mentions, kinds: np.ndarray, null: dict[str, Any]) -> NullChec
         return None
     total = row("all of these", known)
     rows = [row(KINDS[kind], known & (kind_of == kind)) for kind in told if (known & (kind_of == kind)).any()]
-    return NullCheck(total, rows, _warnings(total, null))
+    few = total.words < FEWEST_WORDS
+    remark = f"these are too few to tell, under {FEWEST_WORDS} words" if few else ""
+    return NullCheck(total, rows, [] if few else _warnings(total, null), remark)
 
 
 def _warnings(total: NullRow, null: dict[str, Any]) -> list[str]:
-    if total.words < FEWEST_WORDS:
-        return []
     kind, params = null.get("kind", "unknown"), null.get("params") or {}
     said = f"null {kind}" + (f", sigma {params['sigma']:g}" if "sigma" in params else "")
     stronger = "a larger --sigma, or --null mean" if "sigma" in params else "--null mean or blur"
@@ -182,6 +183,7 @@ def summary(check: NullCheck) -> str:
     return (
         f"of {total.words:,} words that need sight the null leaves {100 * total.likely:.1f} % likely and makes "
         f"{100 * total.wrong:.1f} % far less likely than chance"
+        + (f": {check.remark}" if check.remark else "")
     )
 
 

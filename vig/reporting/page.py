@@ -16,7 +16,7 @@ from vig.reporting.scale import STEPS, legend, readable, rounded, shade, signed
 from vig.reporting.views import FEW, Page
 
 HERE = Path(__file__).parent
-SCRIPTS = ("core.js", "sample.js", "zoom.js", "keep.js", "list.js")
+SCRIPTS = ("core.js", "sample.js", "zoom.js", "keep.js", "marks.js", "list.js")
 
 
 def render(page: Page, samples: list[dict], pictures: list[dict], template: str = "page.html.j2") -> str:

@@ -50,6 +50,7 @@ def report(
     title: str | None = None,
     budget: float = 15.0,
     seed: int = 0,
+    hide_values: bool = False,
 ) -> Path:
     """Write the report on a folder of scores and return its path.
 
@@ -60,6 +61,8 @@ def report(
     lowest VIG, both sides of tau, dropped ones, some of each source and at random (the same ones for the same seed).
     title: the data's name unless given. budget: size of the file in MB (10^6 bytes); pictures are shrunk until they
     fit, and left out where the text alone is larger.
+    hide_values: the list begins without values, colours and marks of the selection, in the order of the data, so that
+    answers are judged unswayed; a box beside the order shows them.
 
     Raises StoreError where the scores cannot be read, the selection was made from others, or ``out`` cannot be
     written; ValueError for a budget that is not positive.
@@ -96,6 +99,7 @@ def report(
         null_names=[null_caption(metadata)],
         notes=[
             *unfinished(scores),
+            *_stale_notes(chosen, facts),
             *_tau_notes(chosen, metadata),
             *(_sentence(line) for line in ([] if null_check is None else null_check.warnings)),
             *viewer.notes,
@@ -105,7 +109,7 @@ def report(
         settings=_settings(metadata, chosen),
         strata=[(name, STRATA[name][0], f"{n:,} {STRATA[name][1]}") for name, n in facts.strata.items() if n],
     )
-    page.state = _state(page, facts, scores, chosen, metadata)
+    page.state = _state(page, facts, scores, chosen, metadata) | {"hide": hide_values}
     with explain_write_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, writable(render(page, encoded, pictures.images)).encode())
@@ -154,6 +158,7 @@ def with_pictures(
     pictures = Thumbnails(budget - text - AROUND, expected)
     for view, sample in zip(views, encoded, strict=True):
         viewer.add_pictures(view)
+        sample["cr"] = view.cropped
         sample["im"] = [pictures.add(image) for image in view.images]
         sample["nu"] = [[image and pictures.add(image) for image in nulls] for nulls in view.nulls]
         sample["o"] = view.note
@@ -291,6 +296,23 @@ def fitting(count: int) -> str:
     return f"{count:,}" if count < 10**7 else f"{count / 1e6:,.1f}\u202fM"
 
 
+def _stale_notes(chosen: dict, facts: Facts) -> list[str]:
+    """Scores that have more samples than when the selection was made, by its counts (after `--retry failed`, say).
+
+    A selection of more rows than these scores is one of several folders, and tells nothing.
+    """
+    if not chosen:
+        return []
+    counts = chosen["counts"]
+    then, now = counts["samples_total"] + counts["text_only"], facts.multimodal + facts.text_only
+    if then == now or then + counts["errors"] > now + facts.n_errors:
+        return []
+    return [
+        f"The scores have changed since this selection: {then:,} samples were scored then, and {now:,} are now. "
+        "Run vig select again."
+    ]
+
+
 def _tau_notes(chosen: dict, metadata: dict) -> list[str]:
     """What `select` warned of."""
     if not chosen:
@@ -337,6 +359,7 @@ def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) 
         "command": f"vig select {where} --p {{p}}{rules.options}",
         "file": re.sub(r"[^\w-]+", "-", Path(page.title).stem)[:60].strip("-") + "-samples",
         "data": str(metadata.get("data") or ""),
+        "fingerprint": metadata.get("data_fingerprint"),
         "scores": where,
         "embedded": len(facts.rows),
         "total": facts.multimodal + facts.text_only + facts.n_errors,

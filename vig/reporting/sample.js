@@ -6,7 +6,8 @@ function renderSample(sample) {
   link.append(make("bdi", {}, visible(sample.k)));
   const body = make("div", { class: "words-of" });
   body.append(...textOf(sample));
-  const why = sample.w.map((name) => make("span", { class: "why" }, state.strata[name] || name));
+  const hidden = areHidden();
+  const why = (hidden ? [] : sample.w).map((name) => make("span", { class: "why" }, state.strata[name] || name));
   const mark = make("button", { class: "mark", type: "button", "aria-pressed": String(marked.has(sample.k)),
     title: "mark this sample (x)", onclick: () => toggleMark(sample) }, "mark");
   const facts = make("p", { class: "facts" }, ...numbersOf(sample), link);
@@ -14,7 +15,7 @@ function renderSample(sample) {
   if (state.sources.length > 1) facts.append(make("span", {}, make("bdi", {}, visible(state.sources[sample.s] || ""))));
   facts.append(...why, mark);
   body.append(facts);
-  if (sample.t.length) body.append(valuesOf(sample));
+  if (sample.t.length && !hidden) body.append(valuesOf(sample));
   const article = make("article", { class: "sample", tabindex: "-1", "data-place": sample.place,
     "aria-label": "sample " + visible(sample.k) });
   article.append(picturesOf(sample), body);
@@ -25,6 +26,7 @@ function renderSample(sample) {
 function numbersOf(sample) {
   if (sample.st === "text_only") return [make("span", {}, "text only: ", make("b", {}, "no VIG"))];
   if (sample.st !== "ok") return [make("span", { class: "error" }, "not scored: " + visible(sample.st.replace(/^error: /, "")))];
+  if (areHidden()) return [];
   if (state.passes.length > 1) {
     const parts = state.passes.map((name, pass) => make("span", {}, name + " ", make("b", {}, signed(sample.v[pass]))));
     return [...parts, make("span", {}, "percentile ", make("b", {}, (sample.d > 0 ? "+" : "") + fixed(sample.d, 0)))];
@@ -104,7 +106,8 @@ function addToken(answer, sample, pass, index, kept, first, all) {
 }
 
 function tokenLook(sample, pass, index, kept) {
-  const kinds = ["t"];
+  const kinds = SPECIAL.test(sample.t[index].trim()) ? ["t", "special"] : ["t"];
+  if (areHidden()) return { class: kinds.join(" ") };
   const image = sample.a[pass][index] * UNIT;
   let title;
   if (sample.b[pass].length) {
@@ -117,7 +120,6 @@ function tokenLook(sample, pass, index, kept) {
     title = `NLL ${fixed(image, 3)} nats, one pass: no VIG`;
   }
   for (const [name, values] of Object.entries(sample.x[pass])) title += `; ${name} ${fixed(values[index] * UNIT, 3)}`;
-  if (SPECIAL.test(sample.t[index].trim())) kinds.push("special");
   if (kept) {
     kinds.push(kept[index] ? "kept" : "left");
     title += kept[index] ? "; trained on" : "; not trained on";
@@ -169,7 +171,8 @@ function picturesOf(sample) {
   }
   sample.im.forEach((number, index) => {
     const alt = sample.im.length > 1 ? `image ${index + 1}` : "image";
-    box.append(figure(sample, number, alt, index, sample.o || "left out: over the page’s size budget"));
+    const seen = sample.cr.includes(index) ? alt + ", as the model sees it (cropped)" : alt;
+    box.append(figure(sample, number, seen, index, sample.o || "left out: over the page’s size budget"));
     state.nullNames.forEach((name, pass) => {
       const null_ = (sample.nu[pass] || [])[index];
       const label = state.nullNames.length > 1 ? `${state.passes[pass]}: ${name}` : name;

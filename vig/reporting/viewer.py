@@ -151,13 +151,13 @@ class Viewer:
         more = f"first {MOST_IMAGES} of {len(images)} images" if len(images) > MOST_IMAGES else ""
         view.images, nulls = images[:MOST_IMAGES], []
         try:
-            view.images, nulls, why = self._as_the_model_sees(sample, images)
+            view.images, nulls, why = self._as_the_model_sees(view, sample, images)
         except Exception as error:  # pictures adorn the page: a processor that fails must not cost the report
             why = f"the null image could not be made ({str(error).partition(chr(10))[0]})"
         view.nulls = [nulls or [None] * len(view.images)]
         view.note = "; ".join(part for part in (why, more) if part)
 
-    def _as_the_model_sees(self, sample: Sample, images: list[Image.Image]):
+    def _as_the_model_sees(self, view: SampleView, sample: Sample, images: list[Image.Image]):
         """Pictures made back from the processor's pixels, their nulls, and why there are none."""
         if self.processor is None:
             return images[:MOST_IMAGES], [], "not made without the processor"
@@ -166,6 +166,10 @@ class Viewer:
         from vig.scoring.loader import content_hash
 
         span, shown = PixelRange.of(self.processor), self._pixels_of(sample, images)
+        view.cropped = [
+            number for number, (picture, image) in enumerate(zip(shown, images, strict=False))
+            if is_cropped(self.processor, image.size, tuple(picture.shape[-2:]))
+        ]  # fmt: skip
         clean = [as_image(picture, span) for picture in shown]
         settings = NullSettings(self.null.get("kind", "blur"), **_sigma(self.null))
         if settings.stage == "prompt":
@@ -214,6 +218,26 @@ class Viewer:
 def _sigma(null: dict) -> dict[str, float]:
     params = null.get("params") or {}
     return {"sigma": params["sigma"]} if "sigma" in params else {}
+
+
+def is_cropped(processor: Any, size: tuple[int, int], shown: tuple[int, int]) -> bool:
+    """Whether the processor cut off a part of an image.
+
+    size: width and height of the image; shown: height and width of what the model sees of it, without padding. A
+    processor that cuts tiles, or pads, shows another size than that of its crop.
+    """
+    maker = getattr(processor, "image_processor", processor)
+    if not getattr(maker, "do_center_crop", False):
+        return False
+    crop, target, (width, height) = dict(maker.crop_size), dict(maker.size), size
+    if shown != (crop.get("height"), crop.get("width")):
+        return False
+    if maker.do_resize and target.get("shortest_edge"):
+        scale = target["shortest_edge"] / min(size)
+        width, height = round(width * scale), round(height * scale)
+    elif maker.do_resize:
+        width, height = target.get("width") or width, target.get("height") or height
+    return height > shown[0] + 1 or width > shown[1] + 1  # rounding takes a pixel
 
 
 def questions_of(sample: Sample) -> list[str]:

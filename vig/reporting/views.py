@@ -89,11 +89,15 @@ class NullRow:
 
 @dataclass(frozen=True)
 class NullCheck:
-    """Whether the null image is blind, by the words that need sight. kinds: a row each; total: of all of them."""
+    """Whether the null image is blind, by the words that need sight. kinds: a row each; total: of all of them.
+
+    remark: that the words are too few to tell, where they are.
+    """
 
     total: NullRow
     kinds: list[NullRow]
     warnings: list[str]
+    remark: str = ""
 
 
 @dataclass
@@ -158,6 +162,7 @@ class SampleView:
     passes: list[Pass] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
     nulls: list[list[Image.Image | None]] = field(default_factory=list)  # one list a pass
+    cropped: list[int] = field(default_factory=list)  # numbers of the images that the model sees a part of
     turns: list[tuple[int, str]] = field(default_factory=list)
     note: str = ""
     row: int = 0  # in reading order

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from vig.data.files import StoreError
+from vig.data.kinds import refuse_selections
 from vig.selection.rule import check_easy, easy_tokens, row_kinds, token_and_sample_vig
 from vig.selection.sources import Sources
 from vig.selection.stop_tokens import Stops
@@ -176,6 +177,7 @@ def compare(
     """
     check_p(p)
     check_easy(keep_easy)
+    refuse_selections(a, b)
     a, b = open_scores(a), open_scores(b)
     about = score_metadata(a), score_metadata(b)
     _refuse_other_data(*about)
