@@ -222,7 +222,8 @@ def chunk_rows(kept: int, N: int, D: int, V: int, dtype: torch.dtype, needs, par
 
     The float32 hidden gradient of 16-bit inputs is held for all rows; that of float32 ones is the gradient itself.
     """
-    size, (need_hidden, need_weight, need_bias) = dtype.itemsize, map(int, needs)  # symbols take no bool as a factor
+    size = dtype.itemsize
+    need_hidden, need_weight, need_bias = map(int, needs)  # symbols take no bool as a factor
     held = 64 * N + (4 * N * D if need_hidden and size == 2 else 0)
     row = size * padded(V) + 8 * -(-V // part) + 64  # block, partials, what is one number a row
     row += max(4 * D * need_hidden, size * D * need_weight)  # sums of a chunk, then its rows gathered
