@@ -225,10 +225,8 @@ def test_a_public_layout_through_every_command(tmp_path, model, layout):
     )
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert len(kept) == len(rows)
-    if layout in ("cauldron", "imagefolder"):  # not JSON: the rows are named
-        assert kept[0].keys() == {"key", "id", "file", "row"}
-    else:
-        assert kept[0].keys() & {"conversations", "messages"}
+    turns = {"cauldron": "texts", "imagefolder": "text"}  # the others are JSON
+    assert kept[0].keys() & ({turns[layout]} if layout in turns else {"conversations", "messages"})
     root = data[1:] if data[1:2] == ["--image-root"] else []
     said = call("train", model, data[0], *root, "--selection", tmp_path / "selection", "-o", tmp_path / "out")
     assert f"{len(rows)} samples kept" in said  # read as they were scored, without --split

@@ -47,8 +47,9 @@ def holds_images(field: str, value: Any, has_images: bool) -> bool:
 
 
 def empty_field(record: Mapping[str, Any], reading: Reading) -> str | None:
-    """The data's name of a field of turns that is there and holds nothing."""
-    empty = [field for form in FORMS for field in form.fields if field in record and record[field] is None]
+    """The data's name of a field that holds nothing, of a form whose fields the record all has."""
+    forms = [form for form in FORMS if all(field in record for field in form.fields)]
+    empty = [field for form in forms for field in form.fields if record[field] is None]
     if not empty:
         return None
     return next((name for name, ours in reading.column_of.items() if ours == empty[0]), empty[0])
