@@ -257,7 +257,7 @@ def test_options_come_from_a_file_and_are_saved_with_the_checkpoint(files):
                "gradient-checkpointing": True, "eval": str(files / "data.json"), "schedule": None}  # fmt: skip
     (files / "run.yaml").write_text(yaml.safe_dump(options) + "\n# a comment\n")
     said = call("train", "--config", files / "run.yaml", "--max-steps", "1")
-    assert "trained 1 steps on 2 samples" in said and "step 0/1 eval loss" in said
+    assert "trained 1 step on 2 samples" in said and "step 0/1 eval loss" in said
     before, after = (loss for _, loss in json.loads((files / "out" / "train.json").read_text())["evals"])
     assert f"loss on the held-out data {before:.4f} -> {after:.4f} nats an answer token" in said
     assert "(before the first step, after step 1)" in said
@@ -271,7 +271,7 @@ def test_options_come_from_a_file_and_are_saved_with_the_checkpoint(files):
         "max_steps": 1, "freeze": ["vision", "projector"], "gradient_checkpointing": True, "eval": options["eval"],
     }  # fmt: skip
     again = call("train", "--config", files / "out" / "train.yaml", "-o", files / "again")
-    assert "trained 1 steps" in again
+    assert "trained 1 step on" in again
     losses = [json.loads((files / name / "train.json").read_text())["losses"] for name in ("out", "again")]
     assert losses[0] == losses[1]
 
