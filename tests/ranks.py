@@ -58,9 +58,8 @@ def run_command(words: list, ranks: int, logs: Path, before=lambda rank: None) -
     return [(process.exitcode, (logs / f"{rank}.txt").read_text()) for rank, process in enumerate(started)]
 
 
-def _command(rank: int, ranks: int, port: int, words: list[str], logs: Path, before) -> None:
-    from vig.cli import main
-
+def take_place(rank: int, ranks: int, port: int | str) -> None:
+    """The environment that torchrun gives to a process of one machine."""
     place = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -69,6 +68,12 @@ def _command(rank: int, ranks: int, port: int, words: list[str], logs: Path, bef
         "MASTER_PORT": port,
     }
     os.environ.update({name: str(value) for name, value in place.items()})
+
+
+def _command(rank: int, ranks: int, port: int, words: list[str], logs: Path, before) -> None:
+    from vig.cli import main
+
+    take_place(rank, ranks, port)
     torch.set_num_threads(1)
     said = os.open(logs / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)

@@ -5,13 +5,13 @@ tests/test_tensor_parallel.py starts the ranks and compares with one process tha
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import ParallelismConfig
+from ranks import take_place
 from tiny import llava_processor, picture
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
@@ -109,14 +109,7 @@ def trained(model: torch.nn.Module, folder: Path) -> dict:
 
 def run(rank: int, ranks: int, folder: Path, port: str) -> None:
     torch.set_num_threads(1)
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": ranks,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in place.items()})
+    take_place(rank, ranks, port)
     model = AutoModelForImageTextToText.from_pretrained(folder, tp_plan="auto")
     assert model.get_output_embeddings().weight.to_local().shape[0] < V
     found = results(model.eval())

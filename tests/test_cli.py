@@ -36,8 +36,7 @@ ROOT = Path(__file__).parent.parent
 def given(tmp_path_factory):
     """A checkpoint and a dataset on disk; record 3 has no image file, record 5 is text alone."""
     folder = tmp_path_factory.mktemp("given")
-    tiny.llava_model().save_pretrained(folder / "model")
-    tiny.llava_processor().save_pretrained(folder / "model")
+    tiny.save_llava(folder / "model")
     records = []
     for number in range(12):
         tiny.save_picture(folder / f"{number}.png", number)

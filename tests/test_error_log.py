@@ -40,8 +40,7 @@ def record(number: int, way: dict | None = None) -> dict:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny.llava_model().save_pretrained(folder)
-    tiny.llava_processor().save_pretrained(folder)
+    tiny.save_llava(folder)
     return folder
 
 

@@ -21,8 +21,7 @@ def run(*words, code=0) -> dict:
 
 
 def test_every_command_prints_its_summary_as_json(tmp_path):
-    tiny.llava_model().save_pretrained(tmp_path / "model")
-    tiny.llava_processor().save_pretrained(tmp_path / "model")
+    tiny.save_llava(tmp_path / "model")
     tiny.save_picture(tmp_path / "0.png", 0)
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red [x]"}]
     records = [{"image": f"{n}.png", "conversations": turns} for n in (0, 0, 1)]

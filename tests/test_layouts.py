@@ -196,8 +196,7 @@ def call(*words, code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny.llava_model().save_pretrained(folder)
-    tiny.llava_processor().save_pretrained(folder)
+    tiny.save_llava(folder)
     return folder
 
 

@@ -33,8 +33,7 @@ N_SAMPLES = 48
 def given(tmp_path_factory):
     """A checkpoint and data whose windows of 4 take a while: long answers, one missing image."""
     folder = tmp_path_factory.mktemp("ray")
-    tiny.llava_model().save_pretrained(folder / "model")
-    tiny.llava_processor().save_pretrained(folder / "model")
+    tiny.save_llava(folder / "model")
     records = []
     for number in range(N_SAMPLES):
         tiny.save_picture(folder / f"{number}.png", number)

@@ -495,8 +495,7 @@ def test_a_model_that_sees_later_tokens_is_refused(data):
 
 
 def test_a_checkpoint_on_disk_scores_like_the_model_in_memory(tmp_path, data):
-    tiny.llava_model().save_pretrained(tmp_path)
-    tiny.llava_processor().save_pretrained(tmp_path)
+    tiny.save_llava(tmp_path)
     rows = Scorer(tmp_path, dtype="float32", device="cpu").score(read_samples(data, limit=5))
     for row, other in zip(rows, scorer().score(read_samples(data, limit=5)), strict=True):
         assert row.vig == other.vig

@@ -151,8 +151,7 @@ def road(tmp_path_factory):
     template = tiny.MARKED.replace(
         "+ eos_token }}{% endgeneration %}", "}}{% endgeneration %}{{ eos_token }}"
     )
-    tiny.llava_model().save_pretrained(folder / "model")
-    tiny.llava_processor(template).save_pretrained(folder / "model")
+    tiny.save_llava(folder / "model", template)
     records = []
     for number in range(4):
         tiny.save_picture(folder / f"{number}.png", number)

@@ -10,7 +10,7 @@ import pytest
 import tensor_parallel
 import torch
 from ranks import launch
-from tiny import llava_model, llava_processor
+from tiny import llava_model, save_llava
 
 RANKS = 2
 
@@ -25,8 +25,7 @@ def one(tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("tensor-parallel")
-    llava_model().save_pretrained(folder)
-    llava_processor().save_pretrained(folder)
+    save_llava(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -36,8 +36,7 @@ def rows_of(folder) -> list[dict]:
 def given(tmp_path_factory):
     """A checkpoint, and twelve records: one of text alone, one whose image is missing."""
     folder = tmp_path_factory.mktemp("given")
-    tiny.llava_model().save_pretrained(folder / "model")
-    tiny.llava_processor().save_pretrained(folder / "model")
+    tiny.save_llava(folder / "model")
     records = []
     for number in range(12):
         tiny.save_picture(folder / f"{number}.png", number)

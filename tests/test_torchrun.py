@@ -31,8 +31,7 @@ RECORDS, WINDOW = 14, 4
 def given(tmp_path_factory):
     """A checkpoint and 14 records: two questions of one picture, one of text alone, one whose image is missing."""
     folder = tmp_path_factory.mktemp("torchrun")
-    tiny.llava_model().save_pretrained(folder / "model")
-    tiny.llava_processor().save_pretrained(folder / "model")
+    tiny.save_llava(folder / "model")
     records = []
     for number in range(RECORDS):
         tiny.save_picture(folder / f"{number}.png", number)

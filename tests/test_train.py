@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from ranks import take_place
 from safetensors.torch import load_file
 from test_trainer import masked_cross_entropy, samples, selection, stock_gradients
 from tiny import llava_model, llava_processor, weights
@@ -654,13 +655,7 @@ def run_on_two(work, folder: Path, *arguments) -> list:
 
 
 def run_rank(rank: int, port: int, work, *arguments):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    take_place(rank, 2, port)
     PartialState._reset_state()
     torch.set_num_threads(1)
     work(rank, *arguments)

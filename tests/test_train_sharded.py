@@ -13,7 +13,7 @@ from accelerate import PartialState
 from ranks import run_command
 from test_train import base, run_on_two
 from test_trainer import records, samples, selection
-from tiny import llava_model, llava_processor, weights
+from tiny import llava_model, llava_processor, save_llava, weights
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlavaForConditionalGeneration
 
@@ -115,8 +115,7 @@ def test_two_processes_that_hold_one_model_take_the_steps_of_one(processor, tmp_
 
 def test_the_command_under_torchrun(tmp_path):
     """From files to a checkpoint that is whole; the main process alone tells."""
-    llava_model().save_pretrained(tmp_path / "model")
-    llava_processor().save_pretrained(tmp_path / "model")
+    save_llava(tmp_path / "model")
     rows = records(4)
     for row in rows:
         if row["image"] is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import tiny
 import wrong_inputs
 
 CURE = "docs/wrong-inputs.md is not what the code says now: run `python tests/wrong_inputs.py`, and read the difference"
@@ -16,8 +17,7 @@ def without_asides(text: str) -> str:
 
 
 def test_the_page_says_what_wrong_inputs_give(tmp_path):
-    model = wrong_inputs.save_model(tmp_path)
-    rows = wrong_inputs.table(model)
+    rows = wrong_inputs.table(tiny.save_llava(tmp_path))
     assert len(rows) >= 24
     page = wrong_inputs.page(rows)
     lines, kept = page.splitlines(), wrong_inputs.PAGE.read_text(encoding="utf-8").splitlines()

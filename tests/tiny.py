@@ -52,6 +52,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def save_llava(folder: Path, template: str = MARKED) -> Path:
+    """A checkpoint of the tiny LLaVA, model and processor."""
+    llava_model().save_pretrained(folder)
+    llava_processor(template).save_pretrained(folder)
+    return folder
+
+
 def llava_processor(template: str = MARKED) -> LlavaProcessor:
     size = {"height": 32, "width": 32}
     return LlavaProcessor(

@@ -259,12 +259,6 @@ def good_folder(folder: Path, model: Path) -> None:
     (folder / "model").symlink_to(model)
 
 
-def save_model(folder: Path) -> Path:
-    tiny.llava_model().save_pretrained(folder)
-    tiny.llava_processor().save_pretrained(folder)
-    return folder
-
-
 def run(command: str, folder: Path) -> tuple[int, str]:
     """(exit code, what it says about the wrong input) of the program `vig`, run in this process."""
     from vig import cli
@@ -313,5 +307,5 @@ def escape(text: str) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        made = page(table(save_model(Path(folder))))  # whole before the page is touched
+        made = page(table(tiny.save_llava(Path(folder))))  # whole before the page is touched
     PAGE.write_text(made, encoding="utf-8")
