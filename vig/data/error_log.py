@@ -60,9 +60,8 @@ class ErrorLog:
         self._stack.__exit__(*error)
 
     def add(self, key: str, id: str, message: str) -> None:
-        reason = PARTICULARS.sub("…", message[:GROUPED])[
-            :LONGEST
-        ]  # a cut before would depend on the particulars
+        reason = PARTICULARS.sub("…", message[:GROUPED])
+        reason = reason[:LONGEST]  # a cut before would depend on the particulars
         if reason not in self.groups and len(self.groups) >= REASONS:
             reason = "other reasons"
         group = self.groups.setdefault(reason, ErrorGroup())

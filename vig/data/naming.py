@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vig.data.formats import FIELDS, FORMS, IMAGE_FIELDS, IMAGES, Form
-from vig.data.reading import IGNORE, Reading
+from vig.data.reading import IGNORE, Reading, names_of
 from vig.data.sample import shortened
 from vig.data.turns import Unusable, check_text
 
@@ -59,8 +59,7 @@ def check_columns(given: Any, reading: Reading) -> None:
     """Raises Unusable where `--columns` names only fields that the record, as it is in the data, does not have."""
     if not isinstance(given, dict):
         return
-    for ours, theirs in reading.columns.items():
-        names = [theirs] if isinstance(theirs, str) else theirs
+    for ours, names in names_of(reading.columns).items():
         if ours == IGNORE or ours in given or any(name in given for name in names):
             continue
         _check_names(given)
@@ -100,10 +99,6 @@ def _check_names(given: dict[str, Any]) -> None:
 
 def _example(given: dict[str, Any], reading: Reading, images: str | None = None) -> str:
     """`--columns` with what was said of them that is true, and a name for each role that is missing."""
-    said = {
-        ours: [name for name in ([theirs] if isinstance(theirs, str) else theirs) if name in given]
-        for ours, theirs in reading.columns.items()
-    }
     record = reading.renamed(given)
     free = {
         name: value
@@ -118,10 +113,10 @@ def _example(given: dict[str, Any], reading: Reading, images: str | None = None)
         roles |= _roles_of(free, record)
         if "caption" in roles and images is None and not any(record.get(field) for field in IMAGE_FIELDS):
             roles = {"images": "NAME"} | roles
-    order = ("images", *dict.fromkeys([*said, *roles]))
-    pairs = [f"{ours}={name}" for ours in order for name in said.get(ours, [])]
-    new = [f"{ours}={name}" for ours, name in roles.items()]
-    return ",".join(dict.fromkeys(sorted([*pairs, *new], key=lambda pair: not pair.startswith("images="))))
+    said = names_of(reading.columns).items()
+    pairs = [f"{ours}={name}" for ours, names in said for name in names if name in given]
+    pairs += [f"{ours}={name}" for ours, name in roles.items()]
+    return ",".join(dict.fromkeys(sorted(pairs, key=lambda pair: not pair.startswith("images="))))
 
 
 def _is_text(name: str, value: Any) -> bool:

@@ -14,9 +14,13 @@ SPEAKERS = ("assistant", "system", "tool", "user")
 IGNORE = "ignore"  # what a column maps to that is not to be read
 
 
-def _inverted(names: Mapping[str, str | list[str]]) -> dict[str, str]:
-    pairs = ((ours, [theirs] if isinstance(theirs, str) else theirs) for ours, theirs in names.items())
-    return {name: ours for ours, several in pairs for name in several}
+def names_of(given: Mapping[str, str | list[str]]) -> dict[str, list[str]]:
+    """Ours -> the data's, in a list also where one name was given."""
+    return {ours: [theirs] if isinstance(theirs, str) else list(theirs) for ours, theirs in given.items()}
+
+
+def _inverted(given: Mapping[str, str | list[str]]) -> dict[str, str]:
+    return {name: ours for ours, several in names_of(given).items() for name in several}
 
 
 @dataclass(frozen=True)

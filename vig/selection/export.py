@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 from vig.data.files import StoreError, whole_file
 from vig.data.formats import IMAGE_FIELDS, Format
 from vig.data.locate import Located, locate
-from vig.data.reading import Reading, Source
+from vig.data.reading import Reading, Source, names_of
 from vig.data.rows import SKIPPED, Row, read_rows
 from vig.data.sample import writable
 from vig.selection.select import Selection
@@ -92,11 +92,8 @@ def how_to_read(selection: Selection, data: str | Path | None = None) -> list[st
     lines = []
     for one in _scored_data(selection, data):
         options = {"--image-root": [str(one.root)]}
-        for option, names in (("--columns", one.data.reading.columns), ("--roles", one.data.reading.roles)):
-            several = (
-                (ours, [theirs] if isinstance(theirs, str) else theirs) for ours, theirs in names.items()
-            )
-            options[option] = [f"{ours}={name}" for ours, theirs in several for name in theirs]
+        for option, given in (("--columns", one.data.reading.columns), ("--roles", one.data.reading.roles)):
+            options[option] = [f"{ours}={name}" for ours, names in names_of(given).items() for name in names]
         lines.append(
             " ".join(f"{option} {shlex.quote(','.join(given))}" for option, given in options.items() if given)
         )
