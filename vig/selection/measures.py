@@ -33,23 +33,20 @@ def unit_of(by: str | None) -> str:
     return MEASURES[measure_of(by)].unit
 
 
-def token_and_sample_likelihood(
+def token_and_sample_values(
     batch: pa.RecordBatch,
+    column: str,  # float32 list<T>, a value an answer token
     ok: np.ndarray,  # (R,) bool
     lengths: np.ndarray,  # of the ok rows
     stops: Stops = NO_STOPS,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """log p(a_t | image) = -nll_image_t, float64, of the multimodal samples' tokens, and its mean over each answer.
-
-    The samples of the lowest loss have the highest.
-    """
+    """A stored value of the multimodal samples' tokens, float64, and its mean over each sample's answer."""
     rows = batch if ok.all() else batch.filter(pa.array(ok))
-    tokens = -rows["token_nll_image"].flatten().to_numpy().astype(np.float64)
-    if len(tokens) != lengths.sum():
+    values = rows[column].flatten().to_numpy().astype(np.float64)
+    if len(values) != lengths.sum():
         first = rows["key"][0].as_py() if rows.num_rows else "?"
         raise StoreError(
-            f"token_nll_image and n_tokens disagree in the batch that begins with {first}: score it again"
+            f"{column} and n_tokens disagree in the batch that begins with {first}: score it again"
         )
-    return tokens, segment_means(tokens, lengths) if stops.in_mean else stops.sample_vig(
-        batch, ok, lengths, tokens
-    )
+    means = segment_means(values, lengths) if stops.in_mean else stops.sample_vig(batch, ok, lengths, values)
+    return values, means

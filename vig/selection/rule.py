@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vig.data.files import StoreError
-from vig.selection.measures import token_and_sample_likelihood
+from vig.selection.measures import token_and_sample_values
 from vig.selection.stop_tokens import NO_STOPS, Stops
 from vig.store.rows import list_array, segment_means
 from vig.store.selections import SELECTION_SCHEMA, hash_keys, mix64
@@ -125,9 +125,10 @@ class Rule:
     ) -> tuple[np.ndarray, np.ndarray]:
         """What is compared with tau, float64: of the multimodal samples' tokens, and of the samples."""
         if self.measure == "kl":
-            return token_and_sample_kl(batch, ok, lengths, self.stops)
-        if self.measure == "loss":
-            return token_and_sample_likelihood(batch, ok, lengths, self.stops)
+            return token_and_sample_values(batch, KL, ok, lengths, self.stops)
+        if self.measure == "loss":  # log-likelihoods, so that the samples of the lowest loss have the highest
+            tokens, samples = token_and_sample_values(batch, "token_nll_image", ok, lengths, self.stops)
+            return -tokens, -samples
         return token_and_sample_vig(batch, ok, lengths, self.clip, self.stops)
 
     def _taus_of_rows(self, batch: pa.RecordBatch, ok: np.ndarray) -> np.ndarray:
@@ -171,18 +172,6 @@ def token_and_sample_vig(
     if not stops.in_mean:
         return token_vig, stops.sample_vig(batch, ok, lengths, token_vig)
     return token_vig, rows["vig"].to_numpy() if clip is None else segment_means(token_vig, lengths)
-
-
-def token_and_sample_kl(
-    batch: pa.RecordBatch, ok: np.ndarray, lengths: np.ndarray, stops: Stops = NO_STOPS
-) -> tuple[np.ndarray, np.ndarray]:
-    """KL(p_image || p_null), float64, at the multimodal samples' tokens, and its mean over each sample's answer."""
-    rows = batch if ok.all() else batch.filter(pa.array(ok))
-    kl = rows[KL].flatten().to_numpy().astype(np.float64)
-    if len(kl) != lengths.sum():
-        first = rows["key"][0].as_py() if rows.num_rows else "?"
-        raise StoreError(f"{KL} and n_tokens disagree in the batch that begins with {first}: score it again")
-    return kl, segment_means(kl, lengths) if stops.in_mean else stops.sample_vig(batch, ok, lengths, kl)
 
 
 def check_easy(nats: float | None) -> None:
