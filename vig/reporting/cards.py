@@ -34,7 +34,6 @@ class ChosenBy(NamedTuple):
     name: str
     claim: str  # tokens that ...
     text: str
-    unit: str  # of tau
 
 
 PAPER = "[arXiv 2602.17186](https://arxiv.org/abs/2602.17186)"
@@ -44,20 +43,17 @@ CHOSEN_BY = {  # by the names of vig.selection.measures
         "need the image",
         f"Visual Information Gain ({PAPER}): the negative log-likelihood of a token with a null image in the place of "
         "the image, minus that with the image",
-        unit_of("vig"),
     ),
     "kl": ChosenBy(
         "KL divergence",
         "the image changes",
         "KL divergence, of the distribution over the next token with the image from that with a null image in its "
         "place",
-        unit_of("kl"),
     ),
     "loss": ChosenBy(
         "loss",
         "have a low loss",
         "loss: the samples with the lowest mean negative log-likelihood of their answers, the image being seen",
-        unit_of("loss"),
     ),
 }
 
@@ -120,6 +116,8 @@ def is_empty_form(text: str) -> bool:
 
 
 def _model_card(folder: Path, record: dict[str, Any]) -> str:
+    from vig.training.settings import loss_ends
+
     base, is_adapter = _named(record.get("model")), (folder / "adapter_config.json").is_file()
     head: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
@@ -129,12 +127,10 @@ def _model_card(folder: Path, record: dict[str, Any]) -> str:
         head |= {"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"}
     scored = record.get("selection")
     settings = {name: value for name, value in record["settings"].items() if value is not None}
-    from vig.training.settings import loss_ends
-
     evals, choice = record.get("evals", []), (scored or {}).get("selection")
     return _filled(
         "model_card.md.j2", head, base=base, record=record, data=_named(record.get("data")), is_adapter=is_adapter,
-        scored=scored, choice=choice, settings=_yaml(settings), how=CHOSEN_BY[measure_of((choice or {}).get("by"))],
+        scored=scored, choice=choice, settings=_yaml(settings), **_measured(choice or {}),
         losses=loss_ends(record.get("losses", ())), evals=evals[:1] + evals[1:][-1:],
     )  # fmt: skip
 
@@ -143,17 +139,23 @@ def _dataset_card(folder: Path) -> str:
     scored = selection_metadata(folder)
     rows = len(read_selection(folder))
     data, choice = _named(scored.get("data")), scored.get("selection", {})
-    how = CHOSEN_BY[measure_of(choice.get("by"))]
+    measured = _measured(choice)
     head = {
-        "pretty_name": f"A selection of {data} by {how.name}",
+        "pretty_name": f"A selection of {data} by {measured['how'].name}",
         "task_categories": ["image-text-to-text"],
         "size_categories": [next((name for most, name in SIZES if rows < most), "100M<n<1B")],
         "configs": [{"config_name": "default", "data_files": "selection-*.parquet"}],
     }
     return _filled(
         "dataset_card.md.j2", head, data=data, base=_named(scored.get("model")), scored=scored, rows=rows,
-        choice=choice, files=len(selection_files(folder)), how=how, warned=_warned(choice, scored),
+        choice=choice, files=len(selection_files(folder)), **measured, warned=_warned(choice, scored),
     )  # fmt: skip
+
+
+def _measured(choice: dict[str, Any]) -> dict[str, Any]:
+    """What the templates say of the measure that a selection ranks by, and the unit of its tau."""
+    by = choice.get("by")
+    return {"how": CHOSEN_BY[measure_of(by)], "unit": unit_of(by)}
 
 
 def _warned(choice: dict[str, Any], scored: dict[str, Any]) -> list[str]:
