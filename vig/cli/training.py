@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +33,7 @@ from vig.cli.options import (
     usage,
 )
 from vig.models.end_of_turn import END_OF_TURN
+from vig.models.launch import Launch
 
 
 def _options_of_file(context: typer.Context, path: Path | None) -> Path | None:
@@ -159,7 +159,7 @@ def train(
     if split or columns or roles:  # else as the selection was scored
         data = source(data, split, columns, roles)
     terminal.quiet_libraries()
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes: the others have nothing to show
+    first = Launch.here().rank == 0  # the others have nothing to show
     with terminal.training(err, begins) if first else nullcontext() as on_progress:
         result = run(
             model, data, selection, folder, image_root=image_root, limit=limit, overwrite=overwrite,

@@ -234,9 +234,14 @@ def as_loaded(
     return LoadedModel(model.to(device).eval(), processor, family, name, revision, Ranks.of(model))
 
 
+def places_of(model: torch.nn.Module) -> list[str]:
+    """The devices that accelerate has spread the layers over (``device_map="auto"``); none without a map."""
+    return sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+
+
 def _check_one_device(model: PreTrainedModel) -> None:
     """Raises ModelError for a model whose layers lie on several devices (``device_map="auto"``)."""
-    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+    places = places_of(model)
     if len(places) > 1:
         raise ModelError(
             f"its layers are spread over {', '.join(places)} (device_map). Scoring wants them on one device: load it "

@@ -13,7 +13,7 @@ from torch import nn
 
 from vig.models.families import ModelError, vision_tower_patterns
 from vig.models.lm_head import is_sharded, unwrap
-from vig.models.loading import LoadedModel, device_named, hub_revision, load
+from vig.models.loading import LoadedModel, device_named, hub_revision, load, places_of
 from vig.store.fingerprints import weights_fingerprint
 from vig.training.settings import TrainError, TrainSettings, WrongSetting
 
@@ -89,8 +89,7 @@ def load_trained(
 
 def _check_whole(model: nn.Module) -> None:
     """Raises TrainError for a model in memory that is in parts already."""
-    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    if len(places) > 1 or any(is_sharded(parameter) for parameter in model.parameters()):
+    if len(places_of(model)) > 1 or any(is_sharded(parameter) for parameter in model.parameters()):
         raise TrainError(
             "the model is in parts already (device_map, tensor parallelism or FSDP), and this loop takes whole ones. "
             "Give its name and fsdp=True, or use SelectiveTrainer"
