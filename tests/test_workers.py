@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 from torch.utils.data import Dataset, dataloader
 
+from vig.data import workers
 from vig.data.files import StoreError
 from vig.data.sample import SampleError
 from vig.data.workers import SPOOL, Spool, prefetch
@@ -129,3 +131,25 @@ def test_a_full_folder_is_told_with_the_cure(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
     with pytest.raises(StoreError, match=rf"{tmp_path}/{SPOOL}\w+: .*No space left on device.*set TMPDIR"):
         list(prefetch(Squares(SampleError), 1, lost=pytest.fail))
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["parent dead", "parent alive"])
+def test_a_worker_whose_parent_died_before_it_began_ends(dies):
+    """It would keep the locks that it was forked with, and nobody would end it."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        parent = os.getpid()
+        if os.fork() == 0:
+            os.close(reading)
+            while dies and os.getppid() == parent:
+                time.sleep(0.01)
+            workers._begin(parent, 0)
+            os.write(writing, b"begun")
+            os._exit(0)
+        if not dies:
+            os.wait()
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        assert file.read() == (b"" if dies else b"begun")
+    os.wait()

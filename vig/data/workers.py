@@ -6,6 +6,7 @@ die again and again is given up. Items come in order, whatever the number of pro
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -13,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,7 +83,7 @@ def _started(items: Dataset[Any], spool: Spool, some: range, **options: int) -> 
     loader = DataLoader(
         Subset(_ToFile(items, spool.path), some),
         batch_size=None,
-        worker_init_fn=_ignore_ctrl_c,
+        worker_init_fn=partial(_begin, os.getpid()),
         generator=torch.Generator(),  # so that none of the run's random numbers is drawn
         **{"prefetch_factor": PREFETCH} | options,
     )
@@ -91,8 +93,15 @@ def _started(items: Dataset[Any], spool: Spool, some: range, **options: int) -> 
     return iterator
 
 
-def _ignore_ctrl_c(worker: int) -> None:
+def _begin(parent: int, worker: int) -> None:
+    """Leaves Ctrl-C to the parent, and ends where that is dead already.
+
+    torch's own watch begins behind this: it would take whatever adopted this process for its parent, and the process
+    would wait for good, with the locks that it was forked with.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != parent:
+        os._exit(1)
 
 
 class _ToFile(Dataset):
