@@ -78,6 +78,7 @@ def head_source(
         "grad_entropy": "*fp32" if variant.entropy else None,
         "grad_lse": "*fp32" if variant.entropy else None,
         "block": block_type(kernel, variant, dtype),
+        "loss_scale": "*fp32" if dtype == "float16" else None,
         "residual": None if dtype == "float32" else "*fp32",
     }
     constants = {

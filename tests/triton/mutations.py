@@ -163,7 +163,7 @@ MUTATIONS = [
         ("entropy's own term dropped", "p * (log_p + entropy[:, None])", "p * log_p"),
         ("chunk of the vocabulary forgotten", "wanted - first_vocab, -1)", "wanted, -1)"),
         ("ignored rows kept", "g = tl.where(live[:, None] &", "g = tl.where(inside[:, None] &"),
-        ("loss_scale omitted", "g *= tl.load(loss_scale)", "g *= 1.0"),
+        ("loss_scale omitted", "g *= stored_scale(loss_scale, logit_scale)", "g *= 1.0"),
         ("residual of a wrong word", "g - stored.to(tl.float32), 0.0)", "0.0, 0.0)"),
         ("later chunks overwrite", "beta = 0.0 if first else 1.0", "beta = 0.0"),
     ),

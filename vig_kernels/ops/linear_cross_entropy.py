@@ -10,7 +10,7 @@ from torch import Tensor
 from vig_kernels import check, dispatch
 from vig_kernels.ops import vocab_shards
 from vig_kernels.ops.linear_nll import nll_values
-from vig_kernels.ops.loss_gradients import STATS, gradient_dtypes, loss_and_gradients
+from vig_kernels.ops.loss_gradients import STATS, divided, gradient_dtypes, loss_and_gradients
 from vig_kernels.problem import HeadProblem, Needs
 
 MIB = 1 << 20
@@ -121,8 +121,12 @@ def linear_cross_entropy(
         valid = problem.target != problem.ignore_index if row_weight is None else _valid(problem, row_weight)
         num_items = valid.sum()
     if fast and name != "reference":
-        row_weight, *divisor = _divisor_of(problem, row_weight, num_items)
-        num_items = None
+        divisor = _factors(num_items, problem.weight.device)
+        if num_items is not None and _takes_divisor(problem.weight):  # gradients then come out ready
+            if row_weight is None:
+                row_weight = problem.weight.new_ones(problem.target.shape, dtype=torch.float32)
+            scale, reciprocal = divisor
+            row_weight, divisor = row_weight * (scale if reciprocal is None else reciprocal), (1.0, None)
         check.transforms(problem.hidden, problem.weight, problem.bias)
         check.forward_mode(row_weight)
         wanted = [stat in stats for stat in STATS]
@@ -134,9 +138,10 @@ def linear_cross_entropy(
         losses = values["nll"] + z_loss * values["lse"].square() if z_loss else values["nll"]
         if row_weight is not None:
             losses = losses * _valid(problem, row_weight)
-        loss = losses.reshape(hidden.shape[:-1]) if reduction == "none" else losses.sum()
-    if num_items is not None and reduction != "none":
-        loss = _divided(loss, num_items)
+        if reduction == "none":
+            loss = losses.reshape(hidden.shape[:-1])
+        else:
+            loss = divided(losses.sum(), *_factors(num_items, losses.device))
     return (loss, {s: values[s].detach().reshape(hidden.shape[:-1]) for s in stats}) if stats else loss
 
 
@@ -156,20 +161,6 @@ def _budget(memory: str | int, device: torch.device) -> int:
 def _fast_budget(device: torch.device) -> int:
     """Fixed, never a share of what is free: chunks, and with them bits, must not depend on the neighbours."""
     return MIB * (LEAST_MIB if device.type == "cpu" else GPU_MIB)
-
-
-def _divisor_of(
-    problem: HeadProblem, row_weight: Tensor | None, num_items: float | Tensor | None
-) -> tuple[Tensor | None, float, Tensor | None]:
-    """(row_weight, scale, reciprocal): the divisor in the weights of the rows, a number, or a tensor."""
-    if num_items is None:
-        return row_weight, 1.0, None
-    reciprocal = _reciprocal(num_items, problem.weight.device)
-    if _takes_divisor(problem.weight):  # gradients then come out ready
-        if row_weight is None:
-            row_weight = problem.weight.new_ones(problem.target.shape, dtype=torch.float32)
-        return row_weight * reciprocal, 1.0, None
-    return (row_weight, 1.0, reciprocal) if isinstance(reciprocal, Tensor) else (row_weight, reciprocal, None)
 
 
 def _takes_divisor(weight: Tensor) -> bool:
@@ -212,21 +203,18 @@ def _positive(num_items: int | float) -> float:
     return float(num_items)
 
 
-def _divided(loss: Tensor, divisor: float | Tensor) -> Tensor:
-    """loss / divisor, and 0 for a divisor of 0, even where the loss is infinite."""
-    quotient = loss * _reciprocal(divisor, loss.device)
-    if isinstance(divisor, Tensor):
-        return quotient.masked_fill(divisor.to(loss.device, non_blocking=True) == 0, 0.0)
-    return quotient if divisor else quotient.masked_fill(torch.ones_like(loss, dtype=torch.bool), 0.0)
+def _factors(num_items: float | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
+    """(scale, reciprocal) that divide by num_items: a number's reciprocal, or a tensor's, which stays on its device.
 
-
-def _reciprocal(divisor: float | Tensor, device: torch.device) -> float | Tensor:
-    """1 / divisor, and 0 for 0; tensors stay on their device."""
-    if not isinstance(divisor, Tensor):
-        return 1.0 / divisor if divisor else 0.0
-    divisor = divisor.to(device, torch.float32, non_blocking=True)
-    none = divisor == 0
-    return torch.where(none, 0.0, 1.0 / torch.where(none, 1.0, divisor))
+    The reciprocal of 0 is 0.
+    """
+    if num_items is None:
+        return 1.0, None
+    if not isinstance(num_items, Tensor):
+        return (1.0 / num_items if num_items else 0.0), None
+    num_items = num_items.to(device, torch.float32, non_blocking=True)
+    none = num_items == 0
+    return 1.0, torch.where(none, 0.0, 1.0 / torch.where(none, 1.0, num_items))
 
 
 def _valid(problem: HeadProblem, row_weight: Tensor) -> Tensor:

@@ -53,17 +53,18 @@ def _forward(*args):
         loss, *formed = module.forward_backward(problem, row_weight, z_loss, Needs(*needs), *more)
         values = values or _swept_apart(problem, names, backend)
     formed = [x for x in formed if x is not None]
-    loss = loss if row.keeps_block else _divided(loss, *divisor)
+    loss = loss if row.keeps_block else divided(loss, *divisor)
     return [loss, *formed, *(values[name] for name in names)]
 
 
-def _divided(loss: Tensor, scale: float, reciprocal: Tensor | None) -> Tensor:
-    """loss * scale * reciprocal, in place; 0 for a factor of 0 (a divisor of 0), even where the loss is infinite."""
+def divided(loss: Tensor, scale: float, reciprocal: Tensor | None) -> Tensor:
+    """loss * scale * reciprocal, and 0 for a factor of 0 (a divisor of 0), even where the loss is infinite."""
     if reciprocal is not None:
-        loss = loss.mul_(reciprocal).masked_fill_(reciprocal == 0, 0.0)
+        loss = (loss * reciprocal).masked_fill(reciprocal == 0, 0.0)
     if scale == 1.0:
         return loss
-    return loss.mul_(scale) if scale else loss.zero_()
+    quotient = loss * scale
+    return quotient if scale else quotient.masked_fill(torch.ones_like(loss, dtype=torch.bool), 0.0)
 
 
 def _swept_apart(problem: HeadProblem, names: list[str], backend: str) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from .kept_block import block_gradients  # noqa: F401  (the op's backward asks t
 from .launch import as_read, cdiv, dense, device_guard, silence
 from .linear_nll import sweep
 from .logit_fold import Partials, combine, fold
-from .logit_gradients import accumulate, columns_of, loss_scale_of, padded
+from .logit_gradients import accumulate, columns_of, loss_scale_of, padded, stored_scale
 from .logit_tiles import narrow
 from .loss_sum import loss_of
 from .row_order import RowChunk, order_in_one
@@ -106,9 +106,7 @@ def finish_kernel(
     if partial_bias is not None:
         sums = row_tile.to(tl.int64) * V + column
         tl.store(partial_bias + sums, tl.sum(g, axis=0), mask=column < V)
-    scale = logit_scale
-    if loss_scale is not None:
-        scale = tl.load(loss_scale)
+    scale = stored_scale(loss_scale, logit_scale)
     g *= scale
     if row_factor is not None:  # every part forms it from the same numbers
         exact = tl.where(known, pull * scale, 0.0)
@@ -200,8 +198,7 @@ def forward_backward(
             largest = torch.ones_like(values["nll"][:1]) if row_weight is None else row_weight.abs()
             return largest * (1 + 2 * abs(z_loss) * LSE_MARGIN)
 
-        scaled = problem.hidden.dtype == torch.float16
-        loss_scale, unscale = loss_scale_of(bound, problem) if scaled else (None, None)
+        loss_scale, unscale = loss_scale_of(bound, problem)
         terms = LossTerms(row_weight, z_loss, loss_scale)
         with device_guard(target.device):
             if kept:

@@ -23,6 +23,15 @@ from .tile_configs import head_config, head_options
 
 
 @triton.jit
+def stored_scale(loss_scale, logit_scale):
+    """What a block of d loss / d y is stored multiplied by, as `loss_scale_of` says."""
+    scale = logit_scale
+    if loss_scale is not None:
+        scale = tl.load(loss_scale)
+    return scale
+
+
+@triton.jit
 def gradient_part(
     dot,  # (BLOCK_N, PART)
     bias,
@@ -69,7 +78,7 @@ def gradient_part(
         tl.store(
             partial_bias + row_tile.to(tl.int64) * columns + column, tl.sum(g, axis=0), mask=column < columns
         )
-    g *= tl.load(loss_scale)
+    g *= stored_scale(loss_scale, logit_scale)
     stored = narrow(g, block.dtype.element_ty)
     at = block + place[:, None] * stride_block + column[None, :]
     tl.store(at, stored, mask=inside[:, None] & (column < columns)[None, :])
@@ -106,7 +115,7 @@ def gradient_kernel(
     grad_nll,  # (N,) float32 or None
     grad_lse,  # (N,) float32 or None
     grad_entropy,  # (N,) float32 or None
-    loss_scale,  # () float32: the block is stored multiplied by it
+    loss_scale,  # () float32, or None: logit_scale; the block is stored multiplied by it
     block,  # (rows of the chunk, columns of the chunk): d loss / d y, at the rows' original places
     partial_bias,  # (row_tiles, columns of the chunk) float32 or None: sums over the tile's rows
     residual,  # (N,) float32 or None: what `block` loses at the target (target_residual.py)
@@ -228,14 +237,15 @@ def mm_bfloat16(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
-def loss_scale_of(bound: Callable[[], Tensor], problem: HeadProblem) -> tuple[Tensor, Tensor | None]:
+def loss_scale_of(bound: Callable[[], Tensor], problem: HeadProblem) -> tuple[Tensor | None, Tensor | None]:
     """(loss_scale, unscale): what a block of d loss / d y is stored multiplied by, and what its products are to be.
 
-    loss_scale holds logit_scale, the factor between y and hidden @ weight.T. For float16 also a power of two that moves
-    entries of at most `bound()` to 2^10 and leaves the range below to small probabilities; unscale takes it back.
+    None, None: by logit_scale alone, the factor between y and hidden @ weight.T. For float16 loss_scale is that times a
+    power of two that moves entries of at most `bound()` to 2^10 and leaves the range below to small probabilities;
+    unscale takes it back.
     """
     if problem.hidden.dtype != torch.float16:
-        return torch.full((), problem.logit_scale, dtype=torch.float32, device=problem.hidden.device), None
+        return None, None
     _, exponent = torch.frexp(bound().max() * abs(problem.logit_scale))
     power = torch.exp2((10 - exponent).clamp(-100, 100).float())
     return power * problem.logit_scale, 1 / power
@@ -259,7 +269,7 @@ class Block(NamedTuple):
     first_vocab: int
     order: Tensor  # (rows,) int64, of the block's rows: the kept ones first
     count: Tensor  # () int64: how many of them are kept
-    loss_scale: Tensor  # () float32
+    loss_scale: Tensor | None  # () float32, or None: logit_scale
     residual: TargetResidual | None  # receives what `values` loses at the targets
 
 

@@ -63,16 +63,11 @@ def compaction_order(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]
     return order, count
 
 
-def parts_of_order(visit: Tensor) -> tuple[Tensor, Tensor]:
-    """order and count, which stand one behind the other in visit (N + 1,)."""
-    N = visit.shape[0] - 1
-    return visit.as_strided((N,), (1,)), visit.as_strided((), (), N)
-
-
 def order_in_one(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`compaction_order`, and the one tensor (N + 1,) in which both stand."""
-    visit = target.new_empty(target.shape[0] + 1)
-    order, count = parts_of_order(visit)
+    """`compaction_order`, and the one tensor (N + 1,) in which both stand, one behind the other."""
+    N = target.shape[0]
+    visit = target.new_empty(N + 1)
+    order, count = visit.as_strided((N,), (1,)), visit.as_strided((), (), N)
     _fill(order, count, target.contiguous(), ignore_index)
     return order, count, visit
 
