@@ -152,6 +152,7 @@ def finish_source(variant: Variant, dtype: str, part: int) -> ASTSource:
     types = {
         "weights": weights,
         "block": "*" + POINTER[dtype],
+        "target_slope": "*fp32" if variant.softcap else None,
         "loss_scale": "*fp32" if dtype == "float16" else None,
         "partial_bias": "*fp32" if variant.bias else None,
         "residual": None if dtype == "float32" or kept else "*fp32",

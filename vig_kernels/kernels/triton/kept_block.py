@@ -83,7 +83,7 @@ def block_gradients(
     block, total, grad_hidden = columns_of(block, V), None, None
     with device_guard(hidden.device):
         if needs_hidden:
-            total = torch.empty(rows, D, dtype=torch.float32, device=hidden.device)
+            total = hidden.new_empty(rows, D, dtype=torch.float32)
             accumulate(total, block, weight, first=True)
             grad_hidden = hidden.new_empty(N, D)
         gathered = hidden.new_empty(rows, D)

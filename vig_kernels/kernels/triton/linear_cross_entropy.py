@@ -49,7 +49,7 @@ def finish_kernel(
     weights,  # (rows, V): exp(z - partial_max) * dz/dy, float32 or float16
     block,  # the same memory, in the type of hidden: loss_scale * d loss / d y
     partial_max,  # (parts, rows) float32
-    target_slope,  # (rows,) float32: dz/dy of the target
+    target_slope,  # (rows,) float32: dz/dy of the target, or None: no cap
     nll,  # (N,) float32
     lse,  # (N,) float32
     lse_lo,  # (N,) float32: what float32 cannot hold of lse
@@ -251,7 +251,7 @@ def train_whole(
         fold_weights(problem, every, config, block)
 
     config = head_config("store", problem.weight, problem.logit_softcap is not None, trial)
-    row_factor = torch.empty(every.rows, dtype=torch.float32, device=hidden.device)
+    row_factor = hidden.new_empty(every.rows, dtype=torch.float32)
     train_chunk(problem, terms, every, config, block, values, grads, row_factor)
     return storage, row_factor
 
@@ -365,15 +365,15 @@ def finish(
     bias_sums: bool,
 ) -> Tensor | None:
     """Launch `finish_kernel`; with `bias_sums` the column sums of d loss / d y are returned."""
-    rows, V = block.shape
+    (rows, V), softcap = block.shape, problem.logit_softcap is not None
     row_tiles = cdiv(rows, FINISH_ROWS)
     weights = block if block.dtype == torch.float32 else block.view(torch.float16)
     partial = torch.empty(row_tiles, V, dtype=torch.float32, device=block.device) if bias_sums else None
     finish_kernel[(row_tiles * partials.parts,)](
-        weights, block, partials.max, partials.target[1], values["nll"], values["lse"], values["lse_lo"],
-        terms.row_weight, problem.target, chunk.order, chunk.count, terms.loss_scale, partial,
+        weights, block, partials.max, partials.target[1] if softcap else None, values["nll"], values["lse"],
+        values["lse_lo"], terms.row_weight, problem.target, chunk.order, chunk.count, terms.loss_scale, partial,
         *at_target, problem.logit_scale, block.stride(0), chunk.first, rows, partials.parts, V,
-        terms.z_loss, PART=partials.part, BLOCK_N=FINISH_ROWS, SOFTCAP=problem.logit_softcap is not None,
+        terms.z_loss, PART=partials.part, BLOCK_N=FINISH_ROWS, SOFTCAP=softcap,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return partial.sum(0) if bias_sums else None

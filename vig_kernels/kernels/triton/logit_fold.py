@@ -281,10 +281,10 @@ class Partials:
         self.parts = cdiv(V, self.part)
         shape = (self.parts, rows * passes)
         self.max = torch.empty(shape, dtype=torch.float32, device=device)
-        self.sum = torch.empty(shape, dtype=torch.float32, device=device)
-        self.dot = torch.empty(shape, dtype=torch.float32, device=device) if "entropy" in stats else None
-        self.arg = torch.empty(shape, dtype=torch.int32, device=device) if "argmax" in stats else None
-        self.target = torch.empty(2, rows * passes, dtype=torch.float32, device=device)  # logit and slope
+        self.sum = self.max.new_empty(shape)
+        self.dot = self.max.new_empty(shape) if "entropy" in stats else None
+        self.arg = self.max.new_empty(shape, dtype=torch.int32) if "argmax" in stats else None
+        self.target = self.max.new_empty(2, rows * passes)  # logit and slope
 
     @staticmethod
     def chunk_rows(N: int, passes: int, V: int, config: TileConfig, stats: tuple[str, ...]) -> int:

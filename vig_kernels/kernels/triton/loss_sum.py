@@ -68,7 +68,7 @@ def loss_of(
 ) -> Tensor:
     """() float32, the loss of `loss_kernel`."""
     scale, reciprocal = divisor
-    loss = torch.empty((), dtype=torch.float32, device=problem.target.device)
+    loss = problem.target.new_empty((), dtype=torch.float32)
     with device_guard(loss.device):
         loss_kernel[(1,)](
             values["nll"], values["lse"] if z_loss else None, row_weight, problem.target, count, reciprocal, loss,
