@@ -96,8 +96,9 @@ struct HeadArgs {
   double scale, cap;  // cap 0: none
 
   vig::Head head() const {
-    return {.kernels = vig::select_kernels(isa.c_str()),
-            .dtype = dtype_of(dtype),
+    const vig::Dtype kind = dtype_of(dtype);
+    return {.kernels = vig::kernels_for(vig::select_kernels(isa.c_str()), kind, false),
+            .dtype = kind,
             .depth = depth,
             .vocab = vocab,
             .weight = pointer<char>(weight),

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cast.h"
 #include "interrupt.h"
 #include "pool.h"
 
@@ -11,8 +12,6 @@ namespace {
 
 constexpr int64_t kPanelWords = 4096;  // words of D packed at a time: 512 KiB of an AVX-512 panel, half of an L2
 constexpr int64_t kSmallGroups = 208;  // 48 large groups of 4, and 16
-constexpr int64_t kPackedWords = 96 << 10;  // of several shallow panels together: 384 KiB
-constexpr int64_t kHalfWords = 24 << 10;    // the same where the next ones are packed meanwhile
 constexpr int64_t kFewTiles = 5;            // multiplied faster than the weight comes from memory: nothing to gain
 constexpr int64_t kManyTiles = 170;         // packing is under half a percent of the products
 
@@ -40,6 +39,9 @@ class Prefetch {
   int64_t share_ = 0;
 };
 
+// Whole lines of a row of the weight.
+int64_t lines_of_row(const Head& head) { return head.depth * size_of(head.dtype) / (4 * kLineWords); }
+
 // Interleaved packing: the panels after those that are multiplied, a share with every tile.
 class InterleavedPacking {
  public:
@@ -50,7 +52,7 @@ class InterleavedPacking {
                  .to = to,
                  .stride = head.weight_stride,
                  .words = head.words(),
-                 .lines = head.words() / kLineWords,
+                 .lines = lines_of_row(head),
                  .prefetch_bytes = kPrefetchLines * kLineBytes},
         left_((end - begin) * head.kernels.panel * packing_.lines), share_((left_ + tiles - 1) / tiles) {
     if (!first) return;  // the panels before have asked for the first lines
@@ -111,14 +113,14 @@ RowChunk::RowChunk(const Head& head, const KeptRows& kept, const RowRange& which
     const int unit = static_cast<int>(tile / 3), padded = (width + unit - 1) / unit * unit;
     const char* rows_of_tile[64];
     for (int r = 0; r < padded; ++r) rows_of_tile[r] = hidden[row + std::min(r, width - 1)];
-    head.kernels.pack({.out = reinterpret_cast<uint32_t*>(packed.get()) + i * tile * words,
-                       .rows = rows_of_tile,
-                       .width = padded,
-                       .dtype = head.dtype,
-                       .pairs = head.pairs(),
-                       .begin = 0,
-                       .end = words,
-                       .depth = head.depth});
+    head.kernels.pack_left({.out = reinterpret_cast<uint32_t*>(packed.get()) + i * tile * words,
+                            .rows = rows_of_tile,
+                            .width = padded,
+                            .dtype = head.dtype,
+                            .pairs = head.pairs(),
+                            .begin = 0,
+                            .end = words,
+                            .depth = head.depth});
   });
 }
 
@@ -138,14 +140,15 @@ PanelSweep::PanelSweep(const Head& head, int64_t max_rows, bool stats, bool pair
 bool PanelSweep::interleaves_packing(const Head& head, int64_t rows) {
   const int64_t tiles = rows / head.kernels.tile;
   const bool words_as_they_stand = head.dtype == Dtype::kFloat32 || head.pairs();
-  return head.kernels.interleaves_packing && words_as_they_stand && head.words() >= kLineWords &&
+  return head.kernels.interleaves_packing && words_as_they_stand && lines_of_row(head) > 0 &&
          head.words() <= kPanelWords && tiles > kFewTiles && tiles <= kManyTiles;
 }
 
 int64_t PanelSweep::panels_together(const Head& head, bool interleaved) {
   if (head.words() > kPanelWords) return 1;  // packed block by block of D
   const int64_t panel_words = std::max<int64_t>(head.words(), 1) * head.kernels.panel;
-  return std::clamp<int64_t>((interleaved ? kHalfWords : kPackedWords) / panel_words, 1, 16);
+  const int64_t most = interleaved ? head.kernels.interleaved_words : head.kernels.packed_words;
+  return std::clamp<int64_t>(most / panel_words, 1, 16);
 }
 
 int64_t PanelSweep::bytes_per_row(const Head& head, bool stats) {
@@ -239,7 +242,7 @@ void PanelSweep::fold_shallow_panels(const RowChunk& chunk, int64_t begin, int64
   packed_already_ = swap;
   if (!swap) return;
   half_ = 1 - half_;
-  const int64_t whole = words / kLineWords * kLineWords;
+  const int64_t whole = lines_of_row(head_) * kLineWords;
   for (int64_t panel = end; panel < coming && whole < words; ++panel) {
     pack(panel, packed(half_) + (panel - end) * panel_words + whole * k.panel, whole, words);
   }

@@ -10,6 +10,13 @@
 
 namespace vig {
 
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// The kernels of an instruction set that multiply rows of `dtype`, or what they hold as float32.
+inline const Kernels& kernels_for(const Kernels& all, Dtype dtype, bool in_float) {
+  return all.floats != nullptr && (dtype != Dtype::kBFloat16 || in_float) ? *all.floats : all;
+}
+
 // logits (N, V) = softcap(scale * (hidden weight^T + bias)); strides in bytes, elements of a row are contiguous.
 struct Head {
   const Kernels& kernels;
@@ -23,7 +30,7 @@ struct Head {
   bool in_float = false;  // multiply bfloat16 in float32 although there is an instruction for it
 
   bool pairs() const { return dtype == Dtype::kBFloat16 && kernels.pairs && !in_float; }
-  int64_t words() const { return pairs() ? (depth + 1) / 2 : depth; }
+  int64_t words() const { return pairs() ? round_up((depth + 1) / 2, kernels.word_unit) : depth; }
   int64_t panels() const { return (vocab + kernels.panel - 1) / kernels.panel; }
 };
 
@@ -55,8 +62,6 @@ class KeptRows {
   int64_t offered_ = 0;
 };
 
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 int64_t padded_rows(const Head& head, int64_t rows);
 
 // Which rows of a call: [begin, begin + count) and, where there is a second pass, as many from begin + second on.
@@ -65,7 +70,7 @@ struct RowRange {
   int64_t second = 0;  // from a row of the first pass to that of the second; 0: there is none
 };
 
-// Some rows of a call, packed tile by tile: tile i starts at word i * tile * words and has [word][rows of the tile].
+// Some rows of a call, packed tile by tile: tile i starts at word i * tile * words, as Kernels::pack_left leaves it.
 struct RowChunk {
   RowRange range;
   int64_t apart;         // row n of the second pass is row apart + n, what lies between is not there; 0: one pass

@@ -2,6 +2,11 @@
 
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -37,8 +42,27 @@ const char* lacks_avx512_bf16() {
 bool has_amx() {
   unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
   __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  return (edx & (1u << 22)) != 0 || (edx & (1u << 24)) != 0;  // AMX-BF16, AMX-TILE
+  return (edx & (1u << 22)) != 0 && (edx & (1u << 24)) != 0;  // AMX-BF16, AMX-TILE
 }
+
+#if defined(VIG_HAS_AMX)
+// A process asks for the registers once, for all of its threads and children.
+bool system_gives_tiles() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+const char* lacks_amx_bf16() {
+  if (lacks_avx512_bf16() != nullptr) return lacks_avx512_bf16();
+  if (!has_amx()) return "the CPU lacks AMX_BF16";
+  static const bool given = system_gives_tiles();
+  return given ? nullptr : "the operating system does not give this process AMX tile registers";
+}
+#endif
 #else
 bool has_amx() { return false; }
 #endif
@@ -65,6 +89,9 @@ const char* lacks_nothing() { return nullptr; }
 const std::vector<Isa>& isa_table() {
   static const std::vector<Isa> table = {
 #if defined(__x86_64__)
+#if defined(VIG_HAS_AMX)
+      {"amx_bf16", kernels_amx_bf16, lacks_amx_bf16},
+#endif
       {"avx512_bf16", kernels_avx512_bf16, lacks_avx512_bf16},
       {"avx512", kernels_avx512, lacks_avx512},
       {"avx2", kernels_avx2, lacks_avx2},
@@ -92,7 +119,11 @@ const Kernels& select_kernels(const char* name) {
 }
 
 std::string machine_note() {
-  return has_amx() ? "this CPU has AMX tiles, which the kernels do not use: they run on AVX-512" : "";
+#if defined(VIG_HAS_AMX)
+  return "";
+#else
+  return has_amx() ? "this CPU has AMX tiles, which the compiler of this build did not know: GCC 11 and Clang 12 do" : "";
+#endif
 }
 
 }  // namespace vig

@@ -14,12 +14,13 @@ constexpr int kLineWords = 16;      // of 64 bytes
 constexpr int kPrefetchLines = 4;   // of each row, between asking the cache for a line and copying it
 constexpr float kLowest = -3.40282347e38f;  // the maximum of nothing: finite, so that -inf minus it is not NaN
 
-// Matrix operands are stored as 32-bit words: one float32, or (pairs) two bfloat16 that one instruction multiplies.
+// Matrix operands are stored as 32-bit words: one float32, or (pairs) two bfloat16 that one instruction multiplies. Each
+// row of an operand has a multiple of Kernels::word_unit of them; those past its end are zero.
 
 // One side of the product, rows of which are packed to words: `rows` pointers to D elements each.
 struct PackArgs {
   uint32_t* out;             // [word][width]
-  const char* const* rows;   // width pointers
+  const char* const* rows;   // width pointers; null: a row of zeros, for pairs of rows
   int width;
   Dtype dtype;
   bool pairs;
@@ -103,7 +104,7 @@ struct GradArgs {
   const float* moment;       // (rows) upstream of the entropy, or null
   const float* entropy;      // (rows), nats
   float scale, cap;
-  uint32_t* row_pairs;       // [ceil(rows / 2)][panel]: (n, n + 1) as bfloat16, or null
+  uint32_t* row_pairs;       // (n, n + 1) as bfloat16, as multiply_columns takes them, or null
   uint16_t* column_pairs;    // [rows][panel] bfloat16, or null
   float* residual;           // (rows) what bfloat16 loses of the gradient at the target, or null
   float* column_sum;         // [panel] sum over rows before the scale (gradient of the bias), or null
@@ -134,15 +135,21 @@ struct Kernels {
   int lanes;        // floats of a vector
   int panel;        // columns of a packed panel: 2 * lanes
   int tile;         // rows of the largest register tile; smaller tiles are 1/3 and 2/3 of it
+  int word_unit;    // words of a row that stand together on the left side: 1, or those of a row of a tile register
+  int64_t packed_words, interleaved_words;  // of panels that share the cache with a tile of rows; while others are packed
   int blur_rows;    // outputs of one blur step
   bool pairs;       // has the bfloat16 dot product
   bool interleaves_packing;  // `multiply` heeds MultiplyArgs::packing
+  const Kernels* floats;     // the table for float32 words where pairs have tiles of their own; else null
   void (*pack)(const PackArgs&);
+  void (*pack_left)(const PackArgs&);  // of a tile's rows: [word][rows], or [block of word_unit words][row][word_unit]
   // Rows kept in order, [panel columns][row][panel] (pairs: two rows a word); begin and end are columns.
   void (*pack_rows)(const PackArgs&);
-  void (*multiply)(const MultiplyArgs&, bool pairs);         // a as packed by `pack`: a_row 1, a_word = rows of the tile
-  void (*multiply_columns)(const MultiplyArgs&, bool pairs); // a_row 1, a_word panel
-  void (*multiply_rows)(const MultiplyArgs&, bool pairs);    // a_row panel (pairs: panel / 2), a_word 1
+  // Where word_unit is 1: a_row 1, a_word = rows of the tile; a_row 1, a_word panel; a_row panel (pairs: panel / 2),
+  // a_word 1. Else a_row is word_unit and a_word 1 within a block of word_unit words, and blocks follow each other.
+  void (*multiply)(const MultiplyArgs&, bool pairs);          // a as packed by `pack_left`
+  void (*multiply_columns)(const MultiplyArgs&, bool pairs);  // a: from a row of `a` on, row_pairs of GradArgs
+  void (*multiply_rows)(const MultiplyArgs&, bool pairs);     // a: column_pairs of GradArgs, or its logits
   void (*write_tile)(const float* tile, int rows, float* out, int64_t stride, bool add);  // until fence()
   void (*round_tile)(const float* tile, int rows, uint16_t* out, int64_t stride);         // to bfloat16, until fence()
   void (*fence)();
@@ -164,6 +171,7 @@ const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_amx_bf16();
 const Kernels* kernels_neon();
 const Kernels* kernels_neon_bf16();
 

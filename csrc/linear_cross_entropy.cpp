@@ -16,9 +16,17 @@ constexpr int64_t kHiddenBytes = 128 << 20;  // float32 sums of a 16-bit hidden 
 constexpr int64_t kFewRows = 32;            // bfloat16 is then read faster than it can be multiplied: float32 is free
 
 Head head_for(const Head& head, const KeptRows& kept) {
-  Head chosen = head;
-  chosen.in_float = kept.size() < kFewRows;
-  return chosen;
+  const bool in_float = kept.size() < kFewRows;
+  return {.kernels = kernels_for(head.kernels, head.dtype, in_float),
+          .dtype = head.dtype,
+          .depth = head.depth,
+          .vocab = head.vocab,
+          .weight = head.weight,
+          .weight_stride = head.weight_stride,
+          .bias = head.bias,
+          .scale = head.scale,
+          .cap = head.cap,
+          .in_float = in_float};
 }
 
 using Sweeps = std::vector<std::unique_ptr<PanelSweep>>;

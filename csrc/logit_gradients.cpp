@@ -24,10 +24,12 @@ ChunkGradients::ChunkGradients(const Head& head, const RowChunk& chunk, Needs ne
   }
   if (needs.weight) {
     hidden_ = make_buffer(columns * words * width);
+    std::vector<const char*> rows = chunk.hidden;
+    rows.resize(std::max(chunk.rows, pairs_ ? 2 * words : words));  // rows that only fill up a block are zeros
     parallel_for(columns, threads, [&](int64_t column, int) {
       head.kernels.pack_rows({.out = reinterpret_cast<uint32_t*>(hidden_.get()) + column * words * width,
-                              .rows = chunk.hidden.data(),
-                              .width = static_cast<int>(chunk.rows),
+                              .rows = rows.data(),
+                              .width = static_cast<int>(rows.size()),
                               .dtype = head.dtype,
                               .pairs = pairs_,
                               .begin = column * width,
@@ -105,7 +107,7 @@ void ChunkGradients::weight_product(const PanelRange& range, int64_t panel, cons
     for (int64_t v = 0; v < valid; v += k.tile) {
       const int rows = static_cast<int>(std::min<int64_t>(k.tile, width - v));
       k.multiply_columns(
-          {.a = gradient + v, .b = b, .c = tile + v * width, .ldc = width, .words = words, .rows = rows}, pairs_);
+          {.a = gradient + v * k.word_unit, .b = b, .c = tile + v * width, .ldc = width, .words = words, .rows = rows}, pairs_);
     }
     if (pairs_) correct_tile(panel, column, tile);
     write_tile(range, panel, column, tile);

@@ -50,7 +50,9 @@ class ChunkGradients {
   void correct_tile(int64_t panel, int64_t column, float* tile) const;
   void write_tile(const PanelRange& range, int64_t panel, int64_t column, const float* tile) const;
   // Words of a column over the chunk's rows: two rows a word for pairs.
-  int64_t row_words() const { return pairs_ ? (chunk_.rows + 1) / 2 : chunk_.rows; }
+  int64_t row_words() const {
+    return pairs_ ? round_up((chunk_.rows + 1) / 2, head_.kernels.word_unit) : chunk_.rows;
+  }
   int64_t blocks_of_columns() const;
   int64_t block_rows() const { return (pairs_ ? 2 : 1) * kBlock; }
 

@@ -637,3 +637,17 @@ def test_a_hidden_gradient_too_large_to_sum_at_once_has_the_same_bits(dtype):
     whole, halves = gradients(slice(None)), [gradients(slice(0, 20_000)), gradients(slice(20_000, None))]
     assert torch.equal(whole[0], torch.cat([half[0] for half in halves]))
     torch.testing.assert_close(whole[1].float(), sum(half[1].float() for half in halves), rtol=0.02, atol=0.5)
+
+
+def test_the_end_of_a_row_is_not_the_beginning_of_what_follows(isa):
+    """An odd D whose last word of two bfloat16 ends a line: infinite memory behind the weight changes no row."""
+    vocab, depth, rows = 128_000, 31, 300  # so many that the last panels, too, are packed beside products
+    random = torch.Generator().manual_seed(5)
+    hidden = torch.randn(rows, depth, generator=random).bfloat16()
+    memory = torch.full((vocab * depth + 1,), math.inf, dtype=torch.bfloat16)
+    memory[:-1] = torch.randn(vocab * depth, generator=random)
+    weight = memory[:-1].view(vocab, depth)
+    target = torch.full((rows,), vocab - 1)
+    nll = linear_nll_cpu.forward(HeadProblem(hidden, weight, target), ())[0]
+    logits = hidden.float() @ weight.float().T
+    assert (nll - (logits.logsumexp(1) - logits[:, -1])).abs().max() < 1e-4

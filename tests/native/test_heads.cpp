@@ -44,7 +44,7 @@ struct Inputs {
 };
 
 vig::Head head_of(const vig::Kernels& kernels, const Problem& p, const Inputs& in) {
-  return {.kernels = kernels,
+  return {.kernels = vig::kernels_for(kernels, p.dtype, false),
           .dtype = p.dtype,
           .depth = p.depth,
           .vocab = p.vocab,

@@ -78,7 +78,7 @@ def isas() -> dict[str, str | None]:
 
 
 def machine_note() -> str:
-    """A remark on units of this CPU that the kernels leave unused (AMX), or ""."""
+    """A remark on units of this CPU that this build leaves unused (AMX), or ""."""
     native = module()
     return "" if native is None else native.machine_note()
 
