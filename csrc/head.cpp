@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "cast.h"
 #include "interrupt.h"
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int64_t kPanelWords = 4096;  // words of D packed at a time: 512 KiB of an AVX-512 panel, half of an L2
 constexpr int64_t kSmallGroups = 208;  // 48 large groups of 4, and 16
+constexpr int64_t kAllPackedWords = 6 << 20;  // of all threads, where more than one panel is packed: 24 MiB
 constexpr int64_t kFewTiles = 5;            // multiplied faster than the weight comes from memory: nothing to gain
 constexpr int64_t kManyTiles = 170;         // packing is under half a percent of the products
 
@@ -94,7 +96,9 @@ KeptRows KeptRows::part(int64_t begin, int64_t count) const {
   return rows;
 }
 
-int64_t padded_rows(const Head& head, int64_t rows) { return round_up(rows, 4 * head.kernels.tile); }
+int64_t padded_rows(const Head& head, int64_t rows) {
+  return round_up(rows, std::lcm(head.kernels.tile, head.kernels.lanes));
+}
 
 RowChunk::RowChunk(const Head& head, const KeptRows& kept, const RowRange& which, int threads)
     : range(which), apart(which.second > 0 ? padded_rows(head, which.count) : 0), rows(apart + which.count),
@@ -124,9 +128,9 @@ RowChunk::RowChunk(const Head& head, const KeptRows& kept, const RowRange& which
   });
 }
 
-PanelSweep::PanelSweep(const Head& head, int64_t max_rows, bool stats, bool pairs)
+PanelSweep::PanelSweep(const Head& head, int64_t max_rows, bool stats, int threads, bool pairs)
     : head_(head), stats_(stats), interleaved_(interleaves_packing(head, max_rows)),
-      together_(panels_together(head, interleaved_)),
+      together_(panels_together(head, interleaved_, threads)),
       packed_(make_buffer(std::min(head.words(), kPanelWords) * head.kernels.panel * together_ *
                           (interleaved_ ? 2 : 1))),
       product_(make_buffer((head.words() > kPanelWords ? round_up(max_rows, head.kernels.tile) : head.kernels.tile) *
@@ -144,11 +148,11 @@ bool PanelSweep::interleaves_packing(const Head& head, int64_t rows) {
          head.words() <= kPanelWords && tiles > kFewTiles && tiles <= kManyTiles;
 }
 
-int64_t PanelSweep::panels_together(const Head& head, bool interleaved) {
+int64_t PanelSweep::panels_together(const Head& head, bool interleaved, int threads) {
   if (head.words() > kPanelWords) return 1;  // packed block by block of D
   const int64_t panel_words = std::max<int64_t>(head.words(), 1) * head.kernels.panel;
   const int64_t most = interleaved ? head.kernels.interleaved_words : head.kernels.packed_words;
-  return std::clamp<int64_t>(most / panel_words, 1, 16);
+  return std::clamp<int64_t>(std::min(most, kAllPackedWords / threads / (interleaved ? 2 : 1)) / panel_words, 1, 16);
 }
 
 int64_t PanelSweep::bytes_per_row(const Head& head, bool stats) {

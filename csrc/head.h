@@ -62,7 +62,7 @@ class KeptRows {
   int64_t offered_ = 0;
 };
 
-int64_t padded_rows(const Head& head, int64_t rows);
+int64_t padded_rows(const Head& head, int64_t rows);  // to whole tiles and vectors
 
 // Which rows of a call: [begin, begin + count) and, where there is a second pass, as many from begin + second on.
 struct RowRange {
@@ -74,7 +74,7 @@ struct RowRange {
 struct RowChunk {
   RowRange range;
   int64_t apart;         // row n of the second pass is row apart + n, what lies between is not there; 0: one pass
-  int64_t rows, padded;  // the last row's end; padded: to whole tiles and vectors
+  int64_t rows, padded;  // the last row's end; padded: as padded_rows
   std::vector<const char*> hidden;
   std::vector<int64_t> target;
   Buffer packed;
@@ -98,7 +98,8 @@ struct KeptLogits {
 // A thread's own memory for one panel at a time.
 class PanelSweep {
  public:
-  PanelSweep(const Head& head, int64_t max_rows, bool stats, bool pairs = false);  // pairs: chunks have two passes
+  // threads: how many such sweeps there are; pairs: chunks have two passes
+  PanelSweep(const Head& head, int64_t max_rows, bool stats, int threads, bool pairs = false);
 
   void start(const RowChunk& chunk);  // forgets all maxima and sums
   // Folds panels [begin, end) of the vocabulary into the rows' lanes; `next` is where this thread will probably go on.
@@ -109,7 +110,7 @@ class PanelSweep {
 
  private:
   static bool interleaves_packing(const Head& head, int64_t rows);
-  static int64_t panels_together(const Head& head, bool interleaved);
+  static int64_t panels_together(const Head& head, bool interleaved, int threads);
   uint32_t* packed(int64_t half) {
     return reinterpret_cast<uint32_t*>(packed_.get()) + half * together_ * head_.words() * head_.kernels.panel;
   }

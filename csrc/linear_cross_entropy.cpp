@@ -33,7 +33,7 @@ using Sweeps = std::vector<std::unique_ptr<PanelSweep>>;
 
 Sweeps make_sweeps(const Head& head, int64_t rows, bool stats, int threads) {
   Sweeps sweeps;
-  for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, rows, stats));
+  for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, rows, stats, threads));
   return sweeps;
 }
 

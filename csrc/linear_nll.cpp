@@ -57,7 +57,7 @@ void linear_nll(const Head& head, const KeptRows& kept, const NllOutputs& out, i
   const int64_t chunk_rows = std::min(pairs ? std::max<int64_t>(most / 2, 1) : most, pass_rows);
   const int64_t held = pairs ? padded_rows(head, chunk_rows) + chunk_rows : chunk_rows;
   std::vector<std::unique_ptr<PanelSweep>> sweeps;
-  for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, held, stats, pairs));
+  for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, held, stats, threads, pairs));
   PartialTable table(groups.count, padded_rows(head, held), pairs);
   const Buffer picked = make_buffer(held);
   for (int64_t begin = 0; begin < pass_rows; begin += chunk_rows) {
