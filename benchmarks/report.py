@@ -178,10 +178,10 @@ def _scoring(paths: Paths) -> str:
 
 
 def _kernels(paths: Paths) -> str:
-    """The CPU kernels in a small table a machine: share of the peak, and ratio to the bare products; and one plot."""
-    tables, pictures = {}, []
+    """The CPU kernels in a small table, a column a machine: ratio to the bare products, share of the peak; one plot."""
+    places: dict[str, dict[str, str]] = {}
+    pictures: list[str] = []
     for result in paths.stored(KERNELS):
-        rows = tables.setdefault(machine.sentence(result), [])
         op = {"score": "linear_nll", "train": "linear_cross_entropy"}[result["suite"]]
         for dtype in dict.fromkeys(case["dtype"] for case in result["cases"]):
             timed = [
@@ -192,17 +192,14 @@ def _kernels(paths: Paths) -> str:
                 if row["name"] == op and row["of_peak"]
             ]
             if timed:
+                ratio = _range([row["ratio"] for row in timed], "{:.2f}")
                 share = _range([100 * row["of_peak"] for row in timed], "{:.0f}")
-                rows.append(
-                    [f"`{op}`, {dtype}", f"{share} %", _range([row["ratio"] for row in timed], "{:.2f}")]
-                )
-        pictures += _picture(result, paths.readme, paths, summary=True)
-    lines = []
-    for place, rows in tables.items():
-        if rows:
-            head = [place, "of the instruction peak", "time / torch's bare matrix products"]
-            lines += [*_lines([head, *rows]), ""]
-    return "\n".join([*lines, *pictures])
+                places.setdefault(machine.sentence(result), {})[f"`{op}`, {dtype}"] = f"{ratio} ({share} %)"
+        pictures = pictures or _picture(result, paths.readme, paths, summary=True)
+    names = dict.fromkeys(name for column in places.values() for name in column)
+    head = ["time / torch's bare matrix products (share of the instruction peak)", *places]
+    rows = [[name, *(column.get(name, "") for column in places.values())] for name in names]
+    return "\n".join([*_lines([head, *rows]), "", *pictures])
 
 
 def _range(values: list[float], form: str) -> str:
