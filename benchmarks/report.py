@@ -70,8 +70,7 @@ def write(paths: Paths) -> list[Path]:
     drawn = [
         plots.draw(result, paths.plots, summary)
         for suite in (*SUITES, GPU)
-        for at, result in enumerate(paths.stored(suite))
-        for summary in ((False, True) if at == 0 else (False,))  # the README shows one machine's
+        for result, summary in _pictured(suite, paths)
     ]
     return [*pages, *(path for path in drawn if path is not None)]
 
@@ -127,14 +126,22 @@ def _of_results(suite: str, paths: Paths) -> Iterator[str]:
     for result in paths.stored(suite):
         for line in (*audit.broken(result), *audit.not_following(result)):
             yield f"{suite}: {line}"
-        for summary in (False, True):
-            if suite in WITHOUT_PLOT or not plots.cases_of(result, summary):
-                continue
-            picture = plots.path_of(result, paths.plots, summary)
-            if not picture.exists():
-                yield f"{suite}: {picture} is missing: run `python -m benchmarks report`"
-            elif plots.digest_of(picture) != results.digest(result):
-                yield f"{suite}: {picture} was drawn from another result: run `python -m benchmarks report`"
+    for result, summary in _pictured(suite, paths):
+        if suite in WITHOUT_PLOT or not plots.cases_of(result, summary):
+            continue
+        picture = plots.path_of(result, paths.plots, summary)
+        if not picture.exists():
+            yield f"{suite}: {picture} is missing: run `python -m benchmarks report`"
+        elif plots.digest_of(picture) != results.digest(result):
+            yield f"{suite}: {picture} was drawn from another result: run `python -m benchmarks report`"
+
+
+def _pictured(suite: str, paths: Paths) -> Iterator[tuple[dict, bool]]:
+    """(result, summary) of a suite's plots: one a machine, and the README's of the first."""
+    for at, result in enumerate(paths.stored(suite)):
+        yield result, False
+        if at == 0:
+            yield result, True
 
 
 def _pattern(suite: str) -> re.Pattern:
