@@ -309,7 +309,7 @@ def test_report_round_trip(tmp_path):
     assert ["README.md differs" in found[0], "benchmarks.md differs" in found[1]] == [True, True]
     assert all("drawn from another result" in line for line in found[2:]) and len(found) == 4
     readme = paths.readme.read_text()
-    assert "| `linear_nll`, float32 | 96 % | 0.62 |" in readme and f"(plots/{written[-1].name})" in readme
+    assert "| `linear_nll`, float32 | 0.62 (96 %) |" in readme and f"(plots/{written[-1].name})" in readme
     report.write(paths)
     assert report.disagreements(paths) == []
     written[-1].unlink()
