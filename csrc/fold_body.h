@@ -80,10 +80,34 @@ inline void rebase(Vec::F from, Vec::F to, Vec::F& sum, Vec::F& moment) {
 }
 
 template <bool Stats>
-inline void gather(Vec::F y, Vec::F running_max, Vec::F& sum, Vec::F& moment) {
+inline Vec::F gather(Vec::F y, Vec::F running_max, Vec::F& sum, Vec::F& moment) {
   const Vec::F below = Vec::sub(y, running_max), e = exp_of(below);
   sum = Vec::add(sum, e);
   if constexpr (Stats) moment = Vec::fma(e, bounded(below), moment);
+  return e;
+}
+
+// What row n's entries of the first pass add beyond those of the second. A weight of 0 outdoes whatever the logits are:
+// -inf less -inf is no part.
+inline void add_difference(const FirstPass& first, int n, int lane_floats, Vec::F left, Vec::F right, bool fresh) {
+  constexpr int W = Vec::W;
+  const Vec::F running_max = Vec::load(first.lanes + n * lane_floats);
+  float* const at = first.sums + n * 2 * W;
+  const Vec::F before = fresh ? Vec::set1(kLowest) : Vec::load(at);
+  Vec::F sum = fresh ? Vec::zero() : Vec::load(at + W);
+  if (fresh || Vec::any(Vec::greater(running_max, before))) {
+    const Vec::F factor = exp_of(Vec::sub(before, running_max));
+    sum = Vec::select(Vec::greater(factor, Vec::zero()), Vec::mul(sum, factor), Vec::zero());
+    Vec::store(at, running_max);
+  }
+  const auto add_half = [&](int64_t column, Vec::F second) {
+    const Vec::F e = Vec::load(first.weights + column);
+    const Vec::F term = Vec::mul(e, Vec::sub(Vec::load(first.logits + column), second));
+    sum = Vec::add(sum, Vec::select(Vec::greater(e, Vec::zero()), term, Vec::zero()));
+  };
+  add_half(n * kPanel, left);
+  add_half(n * kPanel + W, right);
+  Vec::store(at + W, sum);
 }
 
 template <bool Cap, bool Stats>
@@ -129,8 +153,15 @@ void fold_tile(const FoldArgs& f) {
       running_max = raised;
       Vec::store(lanes, running_max);
     }
-    gather<Stats>(left, running_max, sum, moment);
-    gather<Stats>(right, running_max, sum, moment);
+    const Vec::F weight_left = gather<Stats>(left, running_max, sum, moment);
+    const Vec::F weight_right = gather<Stats>(right, running_max, sum, moment);
+    if (f.first != nullptr && !f.second) {
+      Vec::store(f.first->logits + n * kPanel, left);
+      Vec::store(f.first->logits + n * kPanel + W, right);
+      Vec::store(f.first->weights + n * kPanel, weight_left);
+      Vec::store(f.first->weights + n * kPanel + W, weight_right);
+    }
+    if (f.second) add_difference(*f.first, n, W * (Stats ? 5 : 2), left, right, f.fresh);
     Vec::store(lanes + W, sum);
     if constexpr (Stats) Vec::store(lanes + 2 * W, moment);
   }
@@ -139,32 +170,6 @@ void fold_tile(const FoldArgs& f) {
 void fold(const FoldArgs& f) {
   if (f.cap != 0.0f) return f.stats ? fold_tile<true, true>(f) : fold_tile<true, false>(f);
   f.stats ? fold_tile<false, true>(f) : fold_tile<false, false>(f);
-}
-
-// Both halves of a panel, W columns at a time. A weight of 0 outdoes whatever the logits are: -inf less -inf is no part.
-void fold_difference(const DifferenceArgs& f) {
-  constexpr int W = Vec::W;
-  for (int n = 0; n < f.rows; ++n) {
-    const Vec::F running_max = Vec::load(f.lanes + n * f.lane_floats);
-    float* const at = f.sums + n * 2 * W;
-    Vec::F sum = Vec::zero();
-    if (!f.fresh) {
-      const Vec::F before = Vec::load(at);
-      sum = Vec::load(at + W);
-      if (Vec::any(Vec::greater(running_max, before))) {
-        const Vec::F factor = exp_of(Vec::sub(before, running_max));
-        sum = Vec::select(Vec::greater(factor, Vec::zero()), Vec::mul(sum, factor), Vec::zero());
-      }
-    }
-    for (int column = n * kPanel; column < (n + 1) * kPanel; column += W) {
-      const Vec::F logit = Vec::load(f.first + column);
-      const Vec::F e = exp_of(Vec::sub(logit, running_max));
-      const Vec::F term = Vec::mul(e, Vec::sub(logit, Vec::load(f.second + column)));
-      sum = Vec::add(sum, Vec::select(Vec::greater(e, Vec::zero()), term, Vec::zero()));
-    }
-    Vec::store(at, running_max);
-    Vec::store(at + W, sum);
-  }
 }
 
 // One step of a sum over parts of a row that have running maxima of their own, W rows at a time.

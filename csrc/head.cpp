@@ -288,9 +288,13 @@ void PanelSweep::fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, 
                            const float* product, float* picked, KeptLogits keep) {
   const Kernels& k = head_.kernels;
   const int64_t first = panel * k.panel;
-  const bool second = chunk.apart > 0 && row >= chunk.apart, fresh = fresh_ && place == 0;
+  const bool pair = chunk.apart > 0, second = pair && row >= chunk.apart;
+  const int64_t floats = lane_floats(k.lanes, stats_), of_first = second ? row - chunk.apart : row;
+  const FirstPass pass = {.logits = pair_.get(),
+                          .weights = pair_.get() + k.tile * k.panel,
+                          .lanes = lanes_.get() + of_first * floats,
+                          .sums = difference_.get() + of_first * 2 * k.lanes};
   float* kept = nullptr;
-  if (chunk.apart > 0) kept = pair_.get() + (second ? k.tile * k.panel : 0);
   if (keep.data != nullptr) kept = keep.data + ((panel - keep.first) * chunk.padded + row) * k.panel;
   k.fold({.product = product,
           .rows = rows,
@@ -298,27 +302,15 @@ void PanelSweep::fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, 
           .first_column = first,
           .target = chunk.target.data() + row,
           .picked = picked + row,
-          .lanes = lanes_.get() + row * lane_floats(k.lanes, stats_),
+          .lanes = lanes_.get() + row * floats,
           .stats = stats_,
-          .fresh = fresh,
+          .fresh = fresh_ && place == 0,
           .scale = head_.scale,
           .bias = bias_.get() + place * k.panel,
           .cap = head_.cap,
-          .keep = kept});
-  if (second) fold_difference(row - chunk.apart, rows, fresh);
-}
-
-// A tile whose logits of both passes stand in pair_.
-void PanelSweep::fold_difference(int64_t row, int rows, bool fresh) {
-  const Kernels& k = head_.kernels;
-  const int64_t floats = lane_floats(k.lanes, stats_);
-  k.fold_difference({.first = pair_.get(),
-                     .second = pair_.get() + k.tile * k.panel,
-                     .rows = rows,
-                     .lanes = lanes_.get() + row * floats,
-                     .lane_floats = floats,
-                     .sums = difference_.get() + row * 2 * k.lanes,
-                     .fresh = fresh});
+          .keep = kept,
+          .first = pair ? &pass : nullptr,
+          .second = second});
 }
 
 void PanelSweep::finish(const RowChunk& chunk, const Partials& out) const {

@@ -121,7 +121,6 @@ class PanelSweep {
   void fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t next, float* picked, KeptLogits keep);
   void fold_tile(const RowChunk& chunk, int64_t panel, int64_t place, int64_t row, int rows, const float* product,
                  float* picked, KeptLogits keep);
-  void fold_difference(int64_t row, int rows, bool fresh);
 
   const Head& head_;
   const bool stats_, interleaved_;  // interleaved: the next panels are packed between products, in the other half
@@ -130,7 +129,7 @@ class PanelSweep {
   int64_t half_ = 0;
   bool packed_already_ = false;  // the panels that are next stand packed in this half
   Buffer packed_, product_, lanes_, bias_;
-  Buffer pair_, difference_;  // logits of a tile, pass by pass, and sums over their differences
+  Buffer pair_, difference_;  // logits and weights of a tile of the first pass; sums over the differences of both
   std::vector<const char*> rows_;
 };
 

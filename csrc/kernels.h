@@ -14,8 +14,8 @@ constexpr int kLineWords = 16;      // of 64 bytes
 constexpr int kPrefetchLines = 4;   // of each row, between asking the cache for a line and copying it
 constexpr float kLowest = -3.40282347e38f;  // the maximum of nothing: finite, so that -inf minus it is not NaN
 
-// Matrix operands are stored as 32-bit words: one float32, or (pairs) two bfloat16 that one instruction multiplies. Each
-// row of an operand has a multiple of Kernels::word_unit of them; those past its end are zero.
+// Matrix operands are stored as 32-bit words: one float32, or (pairs) two bfloat16 that one instruction multiplies. A row
+// of an operand has a multiple of Kernels::word_unit of them; those past its end are zero.
 
 // One side of the product, rows of which are packed to words: `rows` pointers to D elements each.
 struct PackArgs {
@@ -55,6 +55,14 @@ struct MultiplyArgs {
   int64_t lines = 0;
 };
 
+// A tile of logits of a pair's first pass, once it is folded, and what it says beyond the same tile of the second.
+struct FirstPass {
+  float* logits;       // [rows][panel], -inf past the vocabulary
+  float* weights;      // [rows][panel] e^(logit - running max)
+  const float* lanes;  // [rows][lane_floats]: the running max comes first
+  float* sums;         // [rows][2 * lanes]: running max, sum of weights times (logit - the second pass's)
+};
+
 // One tile of products turned into logits and folded into the rows' running values.
 struct FoldArgs {
   const float* product;      // [rows][panel]
@@ -70,16 +78,8 @@ struct FoldArgs {
   const float* bias;         // [panel], scaled
   float cap;                 // 0: none; else the cap of cap * tanh(logit / cap)
   float* keep;               // [rows][panel] logits, or null
-};
-
-// The same entries of two tiles of logits, once both are folded: what the first says beyond the second.
-struct DifferenceArgs {
-  const float *first, *second;  // [rows][panel] logits, -inf past the vocabulary
-  int rows;
-  const float* lanes;           // [rows][lane_floats] of the first: the running max comes first
-  int64_t lane_floats;
-  float* sums;                  // [rows][2 * lanes]: running max, sum of e^(first - running max) (first - second)
-  bool fresh;                   // what stands in `sums` is not read
+  const FirstPass* first = nullptr;  // of a pair; null: no pair
+  bool second = false;               // this tile is the pair's second: `first` is read, and its sums are added to
 };
 
 // What rows have gathered: arrays over rows. sum = sum of e^(logit - running_max), moment the same times
@@ -136,7 +136,8 @@ struct Kernels {
   int panel;        // columns of a packed panel: 2 * lanes
   int tile;         // rows of the largest register tile; smaller tiles are 1/3 and 2/3 of it
   int word_unit;    // words of a row that stand together on the left side: 1, or those of a row of a tile register
-  int64_t packed_words, interleaved_words;  // of panels that share the cache with a tile of rows; while others are packed
+  int64_t packed_words;       // of panels that share the cache with a tile of rows
+  int64_t interleaved_words;  // the same while as many others are packed
   int blur_rows;    // outputs of one blur step
   bool pairs;       // has the bfloat16 dot product
   bool interleaves_packing;  // `multiply` heeds MultiplyArgs::packing
@@ -154,7 +155,6 @@ struct Kernels {
   void (*round_tile)(const float* tile, int rows, uint16_t* out, int64_t stride);         // to bfloat16, until fence()
   void (*fence)();
   void (*fold)(const FoldArgs&);
-  void (*fold_difference)(const DifferenceArgs&);
   void (*reduce_lanes)(const float* lanes, int64_t rows, bool stats, const Partials& out);  // rows: whole vectors
   // `lanes` rows from `first` on.
   void (*combine)(const Partials* groups, int64_t count, int64_t first, bool stats, const Partials& out);

@@ -110,7 +110,9 @@ void multiply_groups(const MultiplyArgs& m, int64_t a_words) {
     clear_sums<Groups>();
     for (; block < stop; ++block, a += 4 * a_words, b += 4 * kTileWords * kPanel) {
       add_block<Groups>(a, b);
-      for (int i = 0; i < lines_asked && prefetch < m.prefetch_end; ++i, prefetch += 64) __builtin_prefetch(prefetch, 0, 2);
+      for (int i = 0; i < lines_asked && prefetch < m.prefetch_end; ++i, prefetch += 64) {
+        __builtin_prefetch(prefetch, 0, 2);
+      }
       if constexpr (Packs) {
         for (int64_t n = 0; n < lines_together && lines > 0; ++n, --lines) copy_line(packing);
       }

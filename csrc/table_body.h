@@ -22,7 +22,6 @@ constexpr Kernels make_table(const char* name) {
           .round_tile = round_tile,
           .fence = Vec::fence,
           .fold = fold,
-          .fold_difference = fold_difference,
           .reduce_lanes = reduce_lanes,
           .combine = combine,
           .gradient = gradient,
