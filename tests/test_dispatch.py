@@ -93,6 +93,15 @@ def test_backends_lists_every_op():
         assert any(line.split()[:2] == [op, backend] for line in listing.splitlines())
 
 
+def test_a_reader_that_stops_after_a_line_is_no_error():
+    command = [sys.executable, "-u", "-m", "vig_kernels"]  # unbuffered: what is printed is written at once
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline().startswith("torch ")
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 0
+
+
 def test_reference_runs_like_any_backend():
     hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.bfloat16().float().requires_grad_()
     options = {"stats": ("lse", "argmax"), "backend": "reference"}

@@ -79,10 +79,10 @@ def main() -> None:
 
     from vig_kernels import dispatch
 
-    print(f"torch {torch.__version__}; devices: {', '.join(device.type for device in dispatch.devices())}")
-    print("\n".join(compiled_part() + environment() + foreign_vig()))
-    print(backend_lines())
-    print(dispatch.backends())
+    devices = ", ".join(device.type for device in dispatch.devices())
+    lines = [f"torch {torch.__version__}; devices: {devices}"]
+    lines += compiled_part() + environment() + foreign_vig() + [backend_lines(), str(dispatch.backends())]
+    print("\n".join([*lines, ""]), end="")  # one write: `| head` then closes no pipe between two lines
 
 
 if __name__ == "__main__":
