@@ -29,7 +29,7 @@ from vig.data.sample import Sample, SampleError
 from vig.models.families import ModelError
 from vig.models.family_pixels import FamilyPixels
 from vig.models.lm_head import HeadTransform, count_kept
-from vig.models.loading import as_loaded, load
+from vig.models.loading import as_loaded, device_for, load
 from vig.models.null_image import NULLS
 from vig.models.prompts import Encoder
 from vig.scoring.inspect import pictures
@@ -251,3 +251,11 @@ def test_a_device_that_is_not_there_is_refused_before_weights_are_read(device, w
         load("nowhere", device=device)
     with pytest.raises(ModelError, match=words):
         as_loaded(llava_model(), None, device=device)
+
+
+@pytest.mark.parametrize(("here", "taken"), [(None, "cpu"), ("cuda", "cuda"), ("xpu", "xpu"), ("mps", "cpu")])
+def test_the_device_is_the_gpu_that_is_there(here, taken, monkeypatch):
+    found = None if here is None else torch.device(here)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    assert device_for(None).type == taken
+    assert device_for("cpu").type == "cpu"

@@ -92,9 +92,9 @@ def test_an_array_is_read_item_by_item(tmp_path, chunk):
 @pytest.mark.parametrize(
     "broken, reason",
     [
-        (record(image=None), "0 images but 1 <image> marks"),
-        (record("What?"), "1 images but 0 <image> marks"),
-        (record("<image><image>"), "1 images but 2 <image> marks"),
+        (record(image=None), "0 images but 1 <image> mark"),
+        (record("What?"), "1 image but 0 <image> marks"),
+        (record("<image><image>"), "1 image but 2 <image> marks"),
         (record(answer="  "), "an answer is empty"),
         (record(answer="see <image>", image=["a", "b"]), "an answer holds <image>"),
         (record(conversations=[{"from": "human", "value": "<image>"}]), "no answer turn"),

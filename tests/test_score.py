@@ -296,7 +296,7 @@ TOLD = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
         ((ASKED, TOLD | {"content": []}), "an answer is empty"),
         ((ASKED, TOLD | {"role": "gpt"}), "unknown role 'gpt'"),
         ((ASKED, TOLD | {"content": [{"type": "text"}]}), "a content part is {'type': 'text'}"),
-        ((ASKED | {"content": [{"type": "image"}]}, TOLD), "0 images but 1 <image> marks"),
+        ((ASKED | {"content": [{"type": "image"}]}, TOLD), "0 images but 1 <image> mark"),
         ("What?", "the turns are not a list of objects"),
     ],
 )

@@ -236,7 +236,10 @@ def show_scores(
     if state.resumed:
         console.print(f"{state.resumed:,} were done before")
     if state.boundary_tokens:
-        console.print(f"{state.boundary_tokens:,} boundary tokens hold characters from outside their answer")
+        console.print(
+            f"{state.boundary_tokens:,} boundary tokens hold characters from outside their answer: harmless where "
+            "these are white space; `vig inspect --key` shows them"
+        )
     show_unknown(console, state.unknown)
     if state.splits:
         console.print(f"{state.splits:,} batches did not fit into memory and were halved")

@@ -194,6 +194,6 @@ def readme(lines: Lines) -> list[str]:
         f"{percent_of(most)}; hallucinated objects (CHAIR_i) {said('all', most, CHAIR)}; whole answer "
         f"{said('all', none, EXACT)} and {said('all', most, EXACT)}.{tuned}",
         f"- VIG minus a loss filter of equal size: right colour {said('loss filter', none)} and "
-        f"{said('loss filter', most)}. Words in brackets: by p adjusted for 24 tests. A miniature of drawn scenes, "
-        "not the paper's models: [docs/evidence.md](docs/evidence.md).",
+        f"{said('loss filter', most)}. The words in brackets follow p adjusted (Holm) for 24 tests. A miniature of "
+        "drawn scenes, not the paper's models: [docs/evidence.md](docs/evidence.md).",
     ]

@@ -99,7 +99,8 @@ Null = Annotated[str, typer.Option(help=f"Null image: {any_of(NULLS)}.")]
 Sigma = Annotated[float, typer.Option(help="Blur's sigma, a fraction of the picture's shorter side.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Device = Annotated[
-    str | None, typer.Option(help="cuda, cuda:1, cpu, ... Default: the GPU where there is one.")
+    str | None,
+    typer.Option(help="cuda, cuda:1, xpu, mps, cpu, ... Default: cuda or xpu where there is such a GPU."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first N records.")]
 EndOfTurn = Annotated[

@@ -360,8 +360,9 @@ def _split_marks_of_parts(messages: list[dict[str, Any]], placed: list[Any]) -> 
 
 
 def _wrong_count(n_images: int, marks: int) -> Unusable:
+    images, said = "image" if n_images == 1 else "images", "mark" if marks == 1 else "marks"
     return Unusable(
-        f"{n_images} images but {marks} {IMAGE_MARK} marks", f"Write one {IMAGE_MARK} for each image"
+        f"{n_images} {images} but {marks} {IMAGE_MARK} {said}", f"Write one {IMAGE_MARK} for each image"
     )
 
 

@@ -146,8 +146,11 @@ def check_dtype(dtype: str) -> None:
 
 
 def device_for(device: str | torch.device | None) -> torch.device:
-    """The device that a checkpoint is loaded to: the one given, else the GPU where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device that a checkpoint is loaded to: the one given, else the GPU that is there; Apple's by name only."""
+    if device:
+        return torch.device(device)
+    here = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu" if here is None or here.type == "mps" else here.type)
 
 
 def device_named(device: str | torch.device) -> torch.device:

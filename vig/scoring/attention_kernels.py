@@ -197,7 +197,8 @@ def _not_importable(function: Callable[[], Any]) -> str | None:
 KERNELS = {
     "varlen_attn": AttentionKernel(
         _packs, _by_packs(_by_varlen), _why_not_varlen,
-        f"16 bits on NVIDIA GPUs of compute capability 8.0, heads up to {LARGEST_HEAD} in steps of 8, torch 2.11",
+        f"16 bits on NVIDIA GPUs of compute capability 8.0 or higher, heads up to {LARGEST_HEAD} in steps of 8, "
+        "torch 2.11 or newer",
         "one",
     ),
     "flash_attention_2": AttentionKernel(

@@ -1,6 +1,6 @@
 """The lean training loop: a model, data and a selection in, a checkpoint out. Reads from top to bottom.
 
-For FSDP, DeepSpeed, evaluation during training or other optimisers use `vig.training.trainer.SelectiveTrainer`.
+For DeepSpeed, accelerate's FSDP or other optimisers use `vig.training.trainer.SelectiveTrainer`.
 """
 
 from __future__ import annotations
