@@ -28,7 +28,7 @@ from vig.models.lm_head import find_head, head_input, head_weights, hidden_at_he
 from vig.models.loading import LoadedModel, context_length, load
 from vig.models.prompts import Encoder
 from vig.scoring.loader import LoadedRecord, workers_beside
-from vig.scoring.self_check import is_out_of_memory
+from vig.scoring.memory import in_halves
 from vig.store.fingerprints import processor_json, text_hash
 from vig_kernels import linear_nll
 from vig_kernels.dispatch import resolve
@@ -92,17 +92,14 @@ class Answerer:
 
         Raises MemoryError that names the question where one alone does not fit.
         """
-        try:
-            return self._write(batch) if self.new_tokens else self._weigh(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-        if len(batch) == 1:
-            raise MemoryError(f"it does not fit into memory ({reason})")
-        self.splits += 1
-        middle = len(batch) // 2
-        return self.answer(batch[:middle]) + self.answer(batch[middle:])
+
+        def too_large(asked: Asked, reason: str) -> dict[str, Any]:
+            raise MemoryError(reason)
+
+        def count() -> None:
+            self.splits += 1
+
+        return in_halves(self._write if self.new_tokens else self._weigh, batch, too_large, count)
 
     # --- by writing ---
 

@@ -21,8 +21,9 @@ from vig.models.prompts import Encoder
 from vig.scoring import batching
 from vig.scoring.dual_pass import TokenNLL, TwoPasses
 from vig.scoring.loader import LoadedRecord, load_records, new_pixel_bytes, prefetch_in_thread, workers_beside
+from vig.scoring.memory import in_halves, refused_by_ranks
 from vig.scoring.prefix_sharing import shared_by
-from vig.scoring.self_check import SelfCheck, does_not_fit, is_out_of_memory
+from vig.scoring.self_check import SelfCheck
 from vig.scoring.settings import ScoreSettings
 from vig.store.fingerprints import (
     data_fingerprint,
@@ -202,25 +203,20 @@ class Scorer:
         ]
 
     def _score_batch(self, items: Sequence[LoadedRecord], progress: Progress) -> list[ScoreRow]:
-        try:
-            values = self.passes.score(
-                [item.view for item in items],
-                None if items[0].null is None else [item.null_view for item in items],
-            )
-            return [scored_row(item, value) for item, value in zip(items, values, strict=True)]
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if self.loaded.ranks.size > 1:  # the others may wait for this one in the middle of the batch
-                raise does_not_fit(self.loaded, self.settings.batch_tokens) from error
-            reason = str(error).splitlines()[0]
-        # Out here the error is gone, and with it the tensors that its traceback held.
-        if len(items) == 1:
-            cure = "Score it on a larger device, or lower max_length"
-            return [_row(items[0], f"error: it does not fit into memory ({reason}). {cure}")]
-        progress.splits += 1
-        middle = len(items) // 2
-        return self._score_batch(items[:middle], progress) + self._score_batch(items[middle:], progress)
+        def too_large(item: LoadedRecord, reason: str) -> ScoreRow:
+            return _row(item, f"error: {reason}. Score it on a larger device, or lower max_length")
+
+        def count() -> None:
+            progress.splits += 1
+
+        return in_halves(self._scored, items, too_large, count)
+
+    def _scored(self, items: Sequence[LoadedRecord]) -> list[ScoreRow]:
+        clean = [item.view for item in items]
+        null = None if items[0].null is None else [item.null_view for item in items]
+        with refused_by_ranks(self.loaded, self.settings.batch_tokens):
+            values = self.passes.score(clean, null)
+        return [scored_row(item, value) for item, value in zip(items, values, strict=True)]
 
     def probe_memory(
         self,

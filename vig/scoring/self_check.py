@@ -22,6 +22,7 @@ from vig.models.loading import LoadedModel
 from vig.models.pixels import Sizes
 from vig.scoring.dual_pass import TwoPasses
 from vig.scoring.loader import LoadedRecord
+from vig.scoring.memory import is_out_of_memory, refused_by_ranks
 from vig.scoring.prefix_sharing import SharedRow, View, prefix_length, shared_by
 
 # How far sharing may move values, in nats: the largest in float32, the mean in 16 bit.
@@ -148,12 +149,11 @@ class SelfCheck:
         copies = max(1, min(budget // tokens, most or budget))
         for n in (copies, *(copies >> shift for shift in range(1, copies.bit_length()))):
             try:
-                self._score_copies(hardest, n)
+                with refused_by_ranks(self.loaded, budget):
+                    self._score_copies(hardest, n)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.loaded.ranks.size > 1:
-                    raise does_not_fit(self.loaded, budget) from error
                 continue
             finally:
                 self.passes.features.clear()
@@ -237,23 +237,6 @@ def _check_layout(loaded: LoadedModel, inputs: dict[str, Tensor], sizes: Sizes) 
             f"{loaded.name}: its pixel inputs {tuple(inputs['pixel_values'].shape)} are not laid out like those of "
             f"{loaded.family.name}. Score with the processor that the checkpoint came with"
         )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of a GPU, or of the processor's own memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def does_not_fit(loaded: LoadedModel, budget: int) -> ModelError:
-    """A batch of a tensor-parallel model: its ranks cannot try a smaller one, since they may be at different places.
-
-    budget: tokens of a batch, so far.
-    """
-    return ModelError(
-        f"{loaded.name}: a batch does not fit into the memory of {loaded.model.device}, one of the {loaded.ranks.size} "
-        f"ranks that hold the model. Give --batch-tokens {max(1, budget // 2)}, or more ranks "
-        "(--tensor-parallel-size); the same command goes on from the finished windows"
-    )
 
 
 def _pixels_a_token(item: LoadedRecord) -> float:

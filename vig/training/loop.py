@@ -18,7 +18,7 @@ from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
 
 from vig.models.lm_head import is_sharded, unwrap
-from vig.scoring.self_check import is_out_of_memory
+from vig.scoring.memory import is_out_of_memory
 from vig.training import sharding
 from vig.training.checkpoint import Checkpoints, RunState
 from vig.training.held_out import HeldOut

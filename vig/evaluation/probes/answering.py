@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,8 +19,8 @@ from vig.evaluation.generation import (
 from vig.models.prompts import Encoded
 from vig.scoring import batching
 from vig.scoring.loader import LoadedRecord, load_records
+from vig.scoring.memory import in_halves
 from vig.scoring.scorer import Scorer
-from vig.scoring.self_check import is_out_of_memory
 
 OnShare = Callable[[float], None] | None  # called with the share that is done, 0 to 1
 
@@ -87,25 +87,17 @@ def _of_block(scorer: Scorer, samples: list[Sample], max_new_tokens: int) -> lis
     return [found[place] for place in range(len(samples))]
 
 
-def _generate(
-    scorer: Scorer, items: Sequence[LoadedRecord], max_new_tokens: int
-) -> Iterator[str | SampleError]:
+def _generate(scorer: Scorer, items: Sequence[LoadedRecord], max_new_tokens: int) -> list[str | SampleError]:
     """A batch that does not fit into memory is halved."""
-    try:
-        yield from _written(scorer, [item.encoded for item in items], max_new_tokens)
-        return
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0]
-    if len(items) == 1:
-        record = items[0].record
+
+    def written(items: Sequence[LoadedRecord]) -> list[str]:
+        return _written(scorer, [item.encoded for item in items], max_new_tokens)
+
+    def too_large(item: LoadedRecord, reason: str) -> SampleError:
         cure = "Probe it on a larger device, or lower --max-new-tokens"
-        yield SampleError(record.key, record.id, f"it does not fit into memory ({reason})", cure)
-        return
-    middle = len(items) // 2
-    yield from _generate(scorer, items[:middle], max_new_tokens)
-    yield from _generate(scorer, items[middle:], max_new_tokens)
+        return SampleError(item.record.key, item.record.id, reason, cure)
+
+    return in_halves(written, items, too_large)
 
 
 @torch.inference_mode()

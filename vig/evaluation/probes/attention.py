@@ -26,8 +26,8 @@ from vig.models.families import ModelError
 from vig.models.lm_head import hidden_at_head
 from vig.scoring import batching
 from vig.scoring.loader import LoadedRecord, load_records
+from vig.scoring.memory import in_halves
 from vig.scoring.scorer import Scorer
-from vig.scoring.self_check import is_out_of_memory
 
 MOST_BYTES = 256 << 20  # of one layer's weights, before and behind the softmax and cast: three copies
 
@@ -98,16 +98,11 @@ def _batches(items: Sequence[LoadedRecord], model: PreTrainedModel) -> Iterator[
 
 def _probe(scorer: Scorer, items: Sequence[LoadedRecord]) -> list[Unit | str]:
     """A unit a sample, or why there is none. What does not fit into memory is halved."""
-    try:
-        return list(_units(scorer, items))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0]
-    if len(items) == 1:
-        return [f"it does not fit into memory ({reason}). Probe it on a larger device"]
-    middle = len(items) // 2
-    return _probe(scorer, items[:middle]) + _probe(scorer, items[middle:])
+    return in_halves(
+        lambda batch: _units(scorer, batch),
+        items,
+        lambda item, reason: f"{reason}. Probe it on a larger device",
+    )
 
 
 def _units(scorer: Scorer, items: Sequence[LoadedRecord]) -> Iterator[Unit]:
