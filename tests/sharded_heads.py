@@ -145,7 +145,9 @@ def run_cases(rank: int, ranks: int, backends: list[str]) -> dict:
 
 # --- against one process ---
 
-DIFFERENCES = {"vig": "nll_null", "vig.kl": "nll.lse"}  # of two larger values, whose norm is the measure
+# Differences of two larger values, whose norm is the measure: an entropy is lse less a mean logit.
+DIFFERENCES = {"vig": "nll_null", "vig.kl": "nll.lse", "nll.entropy": "nll.lse", "mean.entropy": "mean.lse"}
+DIFFERENCES |= dict.fromkeys(("vig.entropy_image", "vig.entropy_null"), "nll.lse")
 
 
 def close(mine: torch.Tensor, one: torch.Tensor, norm: torch.Tensor) -> bool:

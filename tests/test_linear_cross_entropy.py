@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, assert_gradients, bound, eager_logits, make, runners
+from cases import CASES, DTYPES, Case, assert_gradients, bound, draws, eager_logits, make, runners
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vig_kernels import linear_cross_entropy, reference
@@ -47,8 +47,9 @@ def eager_loss(inputs, token_weight, z_loss, reduction):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [c for c in CASES if c.name != "logits-1e4"], ids=str)
 def test_weighted_loss_and_gradients(case, dtype, memory, backend, device):
-    for reduction in ("mean", "sum"):
-        inputs = make(case, dtype, device, grad=True)
+    found_by_draw = []
+    for seed in draws(case):
+        inputs, reduction = make(case, dtype, device, seed, grad=True), ("mean", "sum")[seed % 2]
         token_weight = torch.rand(case.N, generator=torch.Generator().manual_seed(3)).to(device)
         z_loss = (
             1e-3 if case.V > 1 else 0.0
@@ -60,11 +61,9 @@ def test_weighted_loss_and_gradients(case, dtype, memory, backend, device):
         slack = (bound(inputs) * (1 + 2e-3 * 100)).sum() if case.N else 0.0
         assert found.dtype == torch.float32 and found.shape == ()
         assert abs(found - exact) <= slack + 2e-6 * abs(exact)
-        assert_gradients(
-            torch.autograd.grad(found * 3.5, inputs.leaves()),
-            torch.autograd.grad(exact * 3.5, precise.leaves()),
-            torch.autograd.grad(eager * 3.5, inputs.leaves()),
-        )
+        of = ((found, inputs), (exact, precise), (eager, inputs))
+        found_by_draw.append(tuple(torch.autograd.grad(loss * 3.5, made.leaves()) for loss, made in of))
+    assert_gradients(*found_by_draw)
 
 
 @every

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, assert_gradients, bound, eager_logits, make, runners
+from cases import CASES, DTYPES, Case, assert_gradients, bound, draws, eager_logits, make, runners
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vig_kernels import gaussian_blur, linear_cross_entropy, linear_nll, linear_vig, reference
@@ -75,12 +75,20 @@ def test_argmax_takes_the_first_of_equal_columns(equal, backend, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [c for c in CASES if c.name != "logits-1e4"], ids=str)
 def test_gradients_with_random_upstream(case, dtype, backend, device):
+    def draw(seed):
+        return _gradients_of_a_draw(make(case, dtype, device, seed, grad=True), backend)
+
+    assert_gradients(*map(draw, draws(case)))
+
+
+def _gradients_of_a_draw(inputs, backend):
+    """Found, exact and eager: of nll, lse and entropy under a random upstream."""
+
     def gradients(values, inputs):
         draw = torch.Generator().manual_seed(7)
         loss = sum((v * torch.randn(v.shape, generator=draw).to(v)).sum() for v in values)
         return torch.autograd.grad(loss, inputs.leaves())
 
-    inputs = make(case, dtype, device, grad=True)
     args = (inputs.hidden, inputs.weight, inputs.target)
     stats = ("lse", "entropy")
     nll, values = linear_nll(*args, **inputs.options, stats=stats, backend=backend)
@@ -97,7 +105,7 @@ def test_gradients_with_random_upstream(case, dtype, backend, device):
         eager_logits(inputs).logsumexp(-1).masked_fill(ignored, 0),
         -(log_p.exp() * log_p).sum(-1).masked_fill(ignored, 0),
     )
-    assert_gradients(
+    return (
         gradients((nll, values["lse"], values["entropy"]), inputs),
         gradients((exact, exact_stats["lse"], exact_stats["entropy"]), precise),
         gradients(eager, inputs),

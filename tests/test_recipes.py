@@ -141,4 +141,6 @@ def test_recipe(name):
             )
             assert any(grad is not None for grad in plain)
             for one, other in zip(mine, plain, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+                # Sums of products in float32 are as exact as the largest of them.
+                largest = 1.0 if other is None else max(1.0, other.abs().max().item())
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * largest)

@@ -43,25 +43,26 @@ def test_bfloat16(backend, found):
     exact = made.double()
     loss = reference.linear_cross_entropy(exact.hidden, exact.weight, exact.target)
     eager = torch.nn.functional.cross_entropy(eager_logits(made), made.target, ignore_index=-100)
+    found = [mine["mean.grad_0"], mine["mean.grad_1"]]
     assert_gradients(
-        [mine["mean.grad_0"], mine["mean.grad_1"]],
-        torch.autograd.grad(loss, exact.leaves()),
-        torch.autograd.grad(eager, made.leaves()),
+        (found, torch.autograd.grad(loss, exact.leaves()), torch.autograd.grad(eager, made.leaves()))
     )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [name for name in SHARDED if name != "masked"])
 def test_errs_as_little_as_one_process(case, backend, found):
-    """Every nll and lse within 1e-5 + 1e-6 A of float64, KL within 1e-5 + 2e-6 (A_image + A_null)."""
+    """Every nll, lse and entropy within 1e-5 + 1e-6 A of float64, KL within 1e-5 + 2e-6 (A_image + A_null)."""
     made, null = sharded_heads.inputs(SHARDED[case], len(found))
     options = {"ignore_index": -100, **made.options}
-    nll, stats = reference.linear_nll(made.hidden, made.weight, made.target, stats=("lse",), **options)
+    names = ("lse", "entropy")
+    nll, stats = reference.linear_nll(made.hidden, made.weight, made.target, stats=names, **options)
     _, kl = reference.linear_vig(made.hidden, null, made.weight, made.target, stats=("kl",), **options)
     mine = found[0]["cases"][case, backend]
     image, both = bound(made), 1e-5 + 2 * (bound(made) + bound(made, null) - 2e-5)
     assert ((mine["nll"] - nll).abs() <= image).all()
-    assert ((mine["nll.lse"] - stats["lse"]).abs() <= image).all()
+    for name in names:
+        assert ((mine[f"nll.{name}"] - stats[name]).abs() <= image).all()
     assert ((mine["vig.kl"] - kl["kl"]).abs() <= both).all()
 
 
