@@ -96,16 +96,15 @@ struct HeadArgs {
   double scale, cap;  // cap 0: none
 
   vig::Head head() const {
-    const vig::Dtype kind = dtype_of(dtype);
-    return {.kernels = vig::kernels_for(vig::select_kernels(isa.c_str()), kind, false),
-            .dtype = kind,
-            .depth = depth,
-            .vocab = vocab,
-            .weight = pointer<char>(weight),
-            .weight_stride = weight_stride,
-            .bias = pointer<float>(bias),
-            .scale = static_cast<float>(scale),
-            .cap = static_cast<float>(cap)};
+    return {vig::select_kernels(isa.c_str()),
+            {.dtype = dtype_of(dtype),
+             .depth = depth,
+             .vocab = vocab,
+             .weight = pointer<char>(weight),
+             .weight_stride = weight_stride,
+             .bias = pointer<float>(bias),
+             .scale = static_cast<float>(scale),
+             .cap = static_cast<float>(cap)}};
   }
 };
 

@@ -6,6 +6,8 @@
 
 namespace vig {
 
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
 // Kept for later calls once given back, oldest dropped first, up to so many bytes in the whole process:
 constexpr int64_t kKeptBytes = 192 << 20;               // what calls work in
 constexpr int64_t kKeptOutputBytes = int64_t{2} << 30;  // what callers were given; the system may take it meanwhile

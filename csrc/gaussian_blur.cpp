@@ -2,11 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <vector>
 
+#include "buffers.h"
 #include "cast.h"
-#include "head.h"
 #include "pool.h"
 
 namespace vig {
@@ -14,8 +13,6 @@ namespace {
 
 constexpr int64_t kPixelsPerThread = 16 << 10;  // fewer are done before another thread is awake
 constexpr int64_t kScratchFloats = 2 << 20;  // half-blurred planes held at a time: 8 MiB stay in cache
-
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // One direction of the filter: taps in float32, and which row stands where the border is crossed.
 struct Filter {

@@ -114,7 +114,7 @@ RowChunk::RowChunk(const Head& head, const KeptRows& kept, const RowRange& which
     const int64_t row = i * tile;
     const int width = static_cast<int>(std::min(tile, (row < apart ? pass_rows() : rows) - row));
     if (width <= 0) return;
-    const int unit = static_cast<int>(tile / 3), padded = (width + unit - 1) / unit * unit;
+    const int padded = packed_rows(head.kernels, width);
     const char* rows_of_tile[64];
     for (int r = 0; r < padded; ++r) rows_of_tile[r] = hidden[row + std::min(r, width - 1)];
     head.kernels.pack_left({.out = reinterpret_cast<uint32_t*>(packed.get()) + i * tile * words,
@@ -138,7 +138,7 @@ PanelSweep::PanelSweep(const Head& head, int64_t max_rows, bool stats, int threa
       lanes_(make_buffer(padded_rows(head, max_rows) * lane_floats(head.kernels.lanes, stats))),
       bias_(make_buffer(head.kernels.panel * together_)),
       pair_(make_buffer(pairs ? 2 * head.kernels.tile * head.kernels.panel : 0)),
-      difference_(make_buffer(pairs ? padded_rows(head, max_rows) * 2 * head.kernels.lanes : 0)),
+      difference_(make_buffer(pairs ? padded_rows(head, max_rows / 2) * 2 * head.kernels.lanes : 0)),
       rows_(head.kernels.panel) {}
 
 bool PanelSweep::interleaves_packing(const Head& head, int64_t rows) {
@@ -155,8 +155,17 @@ int64_t PanelSweep::panels_together(const Head& head, bool interleaved, int thre
   return std::clamp<int64_t>(std::min(most, kAllPackedWords / threads / (interleaved ? 2 : 1)) / panel_words, 1, 16);
 }
 
-int64_t PanelSweep::bytes_per_row(const Head& head, bool stats) {
-  return 4 * (lane_floats(head.kernels.lanes, stats) + (head.words() > kPanelWords ? head.kernels.panel : 0));
+int64_t PanelSweep::bytes_per_row(const Head& head, bool stats, bool pairs) {
+  const int64_t products = head.words() > kPanelWords ? head.kernels.panel : 0;
+  return 4 * (lane_floats(head.kernels.lanes, stats) + products + (pairs ? head.kernels.lanes : 0));
+}
+
+Sweeps make_sweeps(const Head& head, int64_t max_rows, bool stats, int threads, bool pairs) {
+  Sweeps sweeps;
+  for (int i = 0; i < threads; ++i) {
+    sweeps.push_back(std::make_unique<PanelSweep>(head, max_rows, stats, threads, pairs));
+  }
+  return sweeps;
 }
 
 void PanelSweep::start(const RowChunk& chunk) {
@@ -264,7 +273,7 @@ void PanelSweep::fold_deep_panel(const RowChunk& chunk, int64_t panel, int64_t n
     set_bias(panel, 0);
     for (int64_t first = 0; first < chunk.pass_rows(); first += k.tile) {
       const int rows = static_cast<int>(std::min<int64_t>(k.tile, chunk.pass_rows() - first));
-      const int unit = k.tile / 3, padded = (rows + unit - 1) / unit * unit;
+      const int padded = packed_rows(k, rows);
       for (int64_t row = first; row < chunk.rows; row += chunk.step()) {
         float* product = product_.get() + row * k.panel;
         const auto [from, to] = prefetch.take();

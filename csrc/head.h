@@ -2,6 +2,7 @@
 // weight's panels over them.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -10,16 +11,10 @@
 
 namespace vig {
 
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// The kernels of an instruction set that multiply rows of `dtype`, or what they hold as float32.
-inline const Kernels& kernels_for(const Kernels& all, Dtype dtype, bool in_float) {
-  return all.floats != nullptr && (dtype != Dtype::kBFloat16 || in_float) ? *all.floats : all;
-}
+constexpr int64_t kChunkRows = 4096;  // the most, whose running values and packed copies every thread works with
 
 // logits (N, V) = softcap(scale * (hidden weight^T + bias)); strides in bytes, elements of a row are contiguous.
-struct Head {
-  const Kernels& kernels;
+struct HeadData {
   Dtype dtype;
   int64_t depth;  // D
   int64_t vocab;  // V
@@ -27,7 +22,16 @@ struct Head {
   int64_t weight_stride;
   const float* bias;  // (V,) or null
   float scale, cap;   // cap 0: none
-  bool in_float = false;  // multiply bfloat16 in float32 although there is an instruction for it
+};
+
+// A head and the kernels that multiply it: those of `all` for its dtype.
+struct Head : HeadData {
+  const bool in_float;  // bfloat16 is multiplied in float32 although there is an instruction for it
+  const Kernels& kernels;
+
+  Head(const Kernels& all, const HeadData& data, bool multiply_in_float = false)
+      : HeadData(data), in_float(multiply_in_float),
+        kernels(all.floats != nullptr && (dtype != Dtype::kBFloat16 || in_float) ? *all.floats : all) {}
 
   bool pairs() const { return dtype == Dtype::kBFloat16 && kernels.pairs && !in_float; }
   int64_t words() const { return pairs() ? round_up((depth + 1) / 2, kernels.word_unit) : depth; }
@@ -63,6 +67,9 @@ class KeptRows {
 };
 
 int64_t padded_rows(const Head& head, int64_t rows);  // to whole tiles and vectors
+
+// Rows that a tile of `rows` has when it is packed: the smallest register tile is a third of the largest.
+inline int packed_rows(const Kernels& kernels, int64_t rows) { return static_cast<int>(round_up(rows, kernels.tile / 3)); }
 
 // Which rows of a call: [begin, begin + count) and, where there is a second pass, as many from begin + second on.
 struct RowRange {
@@ -106,7 +113,7 @@ class PanelSweep {
   void fold_panels(const RowChunk& chunk, int64_t begin, int64_t end, int64_t next, float* picked, KeptLogits keep);
   void finish(const RowChunk& chunk, const Partials& out) const;
 
-  static int64_t bytes_per_row(const Head& head, bool stats);
+  static int64_t bytes_per_row(const Head& head, bool stats, bool pairs = false);
 
  private:
   static bool interleaves_packing(const Head& head, int64_t rows);
@@ -132,6 +139,10 @@ class PanelSweep {
   Buffer pair_, difference_;  // logits and weights of a tile of the first pass; sums over the differences of both
   std::vector<const char*> rows_;
 };
+
+using Sweeps = std::vector<std::unique_ptr<PanelSweep>>;
+
+Sweeps make_sweeps(const Head& head, int64_t max_rows, bool stats, int threads, bool pairs = false);
 
 // Panels are summed in fixed groups, a function of V alone, so that bits depend on neither threads nor other rows.
 // Large groups first, then small ones, so that threads end together.

@@ -109,11 +109,12 @@ const Kernels& select_kernels(const char* name) {
   std::string known;
   for (const Isa& isa : isa_table()) {
     known += (known.empty() ? "" : ", ") + std::string(isa.name);
+    if (!wanted.empty() && wanted != isa.name) continue;  // whose why_not() may ask the system for registers
     const char* reason = isa.why_not();
-    if (wanted.empty() && reason == nullptr) return *isa.kernels();
-    if (wanted != isa.name) continue;
-    if (reason != nullptr) throw std::invalid_argument("instruction set '" + wanted + "' cannot run here: " + reason);
-    return *isa.kernels();
+    if (reason == nullptr) return *isa.kernels();
+    if (!wanted.empty()) {
+      throw std::invalid_argument("instruction set '" + wanted + "' cannot run here: " + reason);
+    }
   }
   throw std::invalid_argument("unknown instruction set '" + wanted + "': expected one of " + known);
 }
@@ -122,7 +123,7 @@ std::string machine_note() {
 #if defined(VIG_HAS_AMX)
   return "";
 #else
-  return has_amx() ? "this CPU has AMX tiles, which the compiler of this build did not know: GCC 11 and Clang 12 do" : "";
+  return has_amx() ? "this CPU has AMX tiles, which the compiler or assembler of this build did not know: GCC 11 with binutils 2.36, and Clang 12, do" : "";
 #endif
 }
 

@@ -4,6 +4,7 @@
 namespace vig {
 namespace {
 
+constexpr int kLanes = 4;
 #include "vec_portable.h"
 #include "bodies.h"
 

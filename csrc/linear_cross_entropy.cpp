@@ -1,7 +1,6 @@
 #include "linear_cross_entropy.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "cast.h"
 #include "pool.h"
@@ -12,35 +11,24 @@ namespace {
 constexpr int64_t kLogitBytes = 160 << 20;  // kept logits, and the copies of the rows that go with them
 constexpr int64_t kBlockBytes = 64 << 20;   // the same where the logits are formed anew, block by block of V
 
+constexpr int64_t kLaneBytes = 32 << 20;    // running values of a chunk, all threads together
 constexpr int64_t kHiddenBytes = 128 << 20;  // float32 sums of a 16-bit hidden gradient, until they are rounded
 constexpr int64_t kFewRows = 32;            // bfloat16 is then read faster than it can be multiplied: float32 is free
 
-Head head_for(const Head& head, const KeptRows& kept) {
-  const bool in_float = kept.size() < kFewRows;
-  return {.kernels = kernels_for(head.kernels, head.dtype, in_float),
-          .dtype = head.dtype,
-          .depth = head.depth,
-          .vocab = head.vocab,
-          .weight = head.weight,
-          .weight_stride = head.weight_stride,
-          .bias = head.bias,
-          .scale = head.scale,
-          .cap = head.cap,
-          .in_float = in_float};
-}
+// What multiplies the gradients of the logits. The logits themselves are formed as in any call: a row's values have the
+// same bits whatever the other rows.
+Head for_gradients(const Head& head, const KeptRows& kept) { return {head.kernels, head, kept.size() < kFewRows}; }
 
-using Sweeps = std::vector<std::unique_ptr<PanelSweep>>;
-
-Sweeps make_sweeps(const Head& head, int64_t rows, bool stats, int threads) {
-  Sweeps sweeps;
-  for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, rows, stats, threads));
-  return sweeps;
+// Threads that sweep `tasks` parts of the weight at once, as many as have room for the running values of their rows.
+int sweepers(const Head& head, int64_t rows, bool stats, int64_t tasks, int threads) {
+  const int64_t room = std::max<int64_t>(kLaneBytes / (rows * PanelSweep::bytes_per_row(head, stats)), 1);
+  return static_cast<int>(std::min({int64_t{threads}, tasks, room}));
 }
 
 int64_t rows_within(const Head& head, int64_t bytes, int64_t columns, int64_t kept) {
   const int64_t unit = padded_rows(head, 1);
   const int64_t row = 4 * columns + 4 * head.words() + ChunkGradients::bytes_per_row(head);
-  return std::min(kept, std::max<int64_t>(bytes / row / unit, 1) * unit);
+  return std::min(kept, std::clamp<int64_t>(bytes / row / unit, 1, kChunkRows / unit) * unit);
 }
 
 // Gradients of a float32 hidden are summed where they are wanted; others in a buffer, and rounded at the end.
@@ -86,9 +74,9 @@ struct ChunkTotals {
   Buffer picked;
 };
 
-ChunkTotals sweep_chunk(const Head& head, const RowChunk& chunk, bool stats, Sweeps& sweeps, float* logits,
-                        int threads) {
+ChunkTotals sweep_chunk(const Head& head, const RowChunk& chunk, bool stats, const Sweeps& sweeps, float* logits) {
   const PanelGroups groups(head);
+  const int threads = static_cast<int>(sweeps.size());
   ChunkTotals totals = {.table = PartialTable(groups.count, chunk.padded), .picked = make_buffer(chunk.rows)};
   parallel_for(groups.count, threads, [&](int64_t group, int worker) {
     sweeps[worker]->start(chunk);
@@ -153,9 +141,9 @@ void clear(T* data, int64_t count) {
 
 }  // namespace
 
-double linear_cross_entropy(const Head& given, const KeptRows& kept, const LossTerms& terms, const LossGradients& out,
+double linear_cross_entropy(const Head& head, const KeptRows& kept, const LossTerms& terms, const LossGradients& out,
                             const NllOutputs& values, int threads) {
-  const Head head = head_for(given, kept);
+  const Head exact = for_gradients(head, kept);
   const Needs needs = {.hidden = out.hidden != nullptr, .weight = out.weight != nullptr, .bias = out.bias != nullptr};
   const Dtype stored = out.rounded ? Dtype::kBFloat16 : Dtype::kFloat32;
   const int64_t weight_bytes = head.vocab * head.depth * size_of(stored);
@@ -172,16 +160,18 @@ double linear_cross_entropy(const Head& given, const KeptRows& kept, const LossT
   uint16_t* grad_rounded = direct ? reinterpret_cast<uint16_t*>(out.weight) : nullptr;
   const Buffer logits = make_buffer(padded_rows(head, chunk_rows) * columns);
   const Buffer row = make_buffer(head.depth);
-  Sweeps sweeps = make_sweeps(head, chunk_rows, values.stats(), threads);
+  const bool stats = values.stats();
+  const Sweeps sweeps =
+      make_sweeps(head, chunk_rows, stats, sweepers(head, chunk_rows, stats, PanelGroups(head).count, threads));
   double loss = 0;
   for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
     const RowRange range = {.begin = begin, .count = std::min(chunk_rows, kept.size() - begin)};
     const RowChunk chunk(head, kept, range, threads);
-    const ChunkTotals totals = sweep_chunk(head, chunk, values.stats(), sweeps, logits.get(), threads);
+    const ChunkTotals totals = sweep_chunk(head, chunk, stats, sweeps, logits.get());
     RowSlopes slopes;
     loss += loss_of_chunk(totals, chunk.rows, {.row_weight = terms.row_weight + begin, .z_loss = terms.z_loss}, slopes);
     for (int64_t n = 0; n < chunk.rows; ++n) values.store(kept.slot(begin + n), totals.table.total(n), totals.picked[n]);
-    ChunkGradients gradients(head, chunk, needs, threads);
+    ChunkGradients gradients(exact, chunk, needs, threads);
     gradients.run({.begin = 0,
                    .end = head.panels(),
                    .grad_weight = grad_weight,
@@ -215,7 +205,7 @@ void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream&
     }
     return;
   }
-  const Head exact = head_for(head, kept);  // for the products; logits are formed as the forward formed them
+  const Head exact = for_gradients(head, kept);
   const Needs needs = {.hidden = out.hidden != nullptr, .weight = out.weight != nullptr, .bias = out.bias != nullptr};
   const int64_t width = head.kernels.panel, depth = head.depth;
   if (kept.size() == 0) {
@@ -223,7 +213,7 @@ void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream&
     clear(out.bias, head.vocab);
     return;
   }
-  const int64_t chunk_rows = std::min(rows_within(head, kBlockBytes, 256 * width, kept.size()), int64_t{4096});
+  const int64_t chunk_rows = rows_within(head, kBlockBytes, 256 * width, kept.size());
   const int64_t block = std::clamp<int64_t>(
       kBlockBytes / (4 * width * std::max(padded_rows(head, chunk_rows), depth)), 1, head.panels());
   const Buffer logits = make_buffer(padded_rows(head, chunk_rows) * block * width);
@@ -233,14 +223,14 @@ void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream&
   const Buffer sums = make_buffer(needs.weight && !direct ? block * width * depth : 0);
   const Buffer picked = make_buffer(chunk_rows);
   HiddenSums grad_hidden(head, kept, out.hidden);
-  Sweeps sweeps = make_sweeps(head, chunk_rows, false, threads);
+  const Sweeps sweeps = make_sweeps(head, chunk_rows, false, sweepers(head, chunk_rows, false, block, threads));
   for (int64_t first = 0; first < head.panels(); first += block) {
     const int64_t last = std::min(first + block, head.panels());
     for (int64_t begin = 0; begin < kept.size(); begin += chunk_rows) {
       const RowRange range = {.begin = begin, .count = std::min(chunk_rows, kept.size() - begin)};
       const RowChunk chunk(head, kept, range, threads);
       const int64_t together = std::clamp<int64_t>((last - first) / (8 * threads), 1, 8);  // panels of a task
-      parallel_for((last - first + together - 1) / together, threads, [&](int64_t i, int worker) {
+      parallel_for((last - first + together - 1) / together, static_cast<int>(sweeps.size()), [&](int64_t i, int worker) {
         const int64_t panel = first + i * together;
         sweeps[worker]->start(chunk);
         sweeps[worker]->fold_panels(chunk, panel, std::min(panel + together, last), head.panels(), picked.get(),

@@ -1,7 +1,6 @@
 #include "linear_nll.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "pool.h"
 
@@ -10,12 +9,11 @@ namespace {
 
 constexpr int64_t kPackedBytes = 16 << 20;  // packed hidden rows of a chunk
 constexpr int64_t kLaneBytes = 16 << 20;    // running values of a chunk, all threads together
-constexpr int64_t kChunkRows = 4096;
 
-int64_t rows_per_chunk(const Head& head, bool stats, int threads) {
+int64_t rows_per_chunk(const Head& head, bool stats, bool pairs, int threads) {
   const int64_t tile = head.kernels.tile;
   const int64_t rows = std::min({kChunkRows, kPackedBytes / (4 * std::max<int64_t>(head.words(), 1)),
-                                 kLaneBytes / (threads * PanelSweep::bytes_per_row(head, stats))});
+                                 kLaneBytes / (threads * PanelSweep::bytes_per_row(head, stats, pairs))});
   return std::max(rows / tile, int64_t{1}) * tile;
 }
 
@@ -53,11 +51,11 @@ void linear_nll(const Head& head, const KeptRows& kept, const NllOutputs& out, i
   const bool stats = out.stats(), pairs = out.kl != nullptr;
   const PanelGroups groups(head);
   threads = static_cast<int>(std::min<int64_t>(threads, groups.count));
-  const int64_t pass_rows = pairs ? kept.size() / 2 : kept.size(), most = rows_per_chunk(head, stats, threads);
+  const int64_t pass_rows = pairs ? kept.size() / 2 : kept.size();
+  const int64_t most = rows_per_chunk(head, stats, pairs, threads);
   const int64_t chunk_rows = std::min(pairs ? std::max<int64_t>(most / 2, 1) : most, pass_rows);
   const int64_t held = pairs ? padded_rows(head, chunk_rows) + chunk_rows : chunk_rows;
-  std::vector<std::unique_ptr<PanelSweep>> sweeps;
-  for (int i = 0; i < threads; ++i) sweeps.push_back(std::make_unique<PanelSweep>(head, held, stats, threads, pairs));
+  const Sweeps sweeps = make_sweeps(head, held, stats, threads, pairs);
   PartialTable table(groups.count, padded_rows(head, held), pairs);
   const Buffer picked = make_buffer(held);
   for (int64_t begin = 0; begin < pass_rows; begin += chunk_rows) {

@@ -1,7 +1,6 @@
 #include "logit_gradients.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "cast.h"
 #include "interrupt.h"

@@ -328,14 +328,20 @@ double peak_loop(int64_t steps) {
   for (int i = 0; i < kTile; ++i) sum[i][0] = sum[i][1] = Vec::set1(1.0f + i);
   Vec::F a = Vec::set1(1.0e-3f), left = Vec::set1(0.5f), right = Vec::set1(0.25f);
   for (int64_t k = 0; k < steps; ++k) {
-    __asm__ volatile("" : "+x"(a), "+x"(left), "+x"(right));
+    Vec::touch(a);
+    Vec::touch(left);
+    Vec::touch(right);
 #pragma GCC unroll 12
     for (int i = 0; i < kTile; ++i) {
       sum[i][0] = step<Pairs>(sum[i][0], a, left);
       sum[i][1] = step<Pairs>(sum[i][1], a, right);
     }
   }
-  for (int i = 0; i < kTile; ++i) __asm__ volatile("" : : "x"(sum[i][0]), "x"(sum[i][1]));
+#pragma GCC unroll 12
+  for (int i = 0; i < kTile; ++i) {
+    Vec::touch(sum[i][0]);
+    Vec::touch(sum[i][1]);
+  }
   return static_cast<double>(steps) * kTile * kPanel * (Pairs ? 4 : 2);
 }
 

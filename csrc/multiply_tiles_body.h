@@ -3,6 +3,9 @@
 //
 // The left side stands as [block of kTileWords words][row][kTileWords words], so that a register is loaded from 1 KiB
 // that lies together; the right side as everywhere, [word][panel].
+//
+// Addresses stand in parentheses: the first headers of GCC 11 and 12 cast only what comes first in the argument of
+// _tile_stored, so that `c + 16` would be 16 bytes away.
 
 constexpr int kTileRows = 16, kTileWords = 16;
 constexpr int kTileBytes = 4 * kTileRows * kTileWords;
@@ -26,25 +29,25 @@ struct TilesInUse {
 // One block of words: sums 0 to 2 are those of the left half of the panel, 3 to 5 of the right half.
 template <int Groups>
 inline void add_block(const char* a, const char* b) {
-  _tile_loadd(7, b, 4 * kPanel);
-  _tile_loadd(6, a, 64);
+  _tile_loadd(7, (b), 4 * kPanel);
+  _tile_loadd(6, (a), 64);
   _tile_dpbf16ps(0, 6, 7);
   if constexpr (Groups > 1) {
-    _tile_loadd(6, a + kTileBytes, 64);
+    _tile_loadd(6, (a + kTileBytes), 64);
     _tile_dpbf16ps(1, 6, 7);
   }
   if constexpr (Groups > 2) {
-    _tile_loadd(6, a + 2 * kTileBytes, 64);
+    _tile_loadd(6, (a + 2 * kTileBytes), 64);
     _tile_dpbf16ps(2, 6, 7);
   }
-  _tile_loadd(7, b + 64, 4 * kPanel);
+  _tile_loadd(7, (b + 64), 4 * kPanel);
   if constexpr (Groups > 2) {
     _tile_dpbf16ps(5, 6, 7);
-    _tile_loadd(6, a + kTileBytes, 64);
+    _tile_loadd(6, (a + kTileBytes), 64);
   }
   if constexpr (Groups > 1) {
     _tile_dpbf16ps(4, 6, 7);
-    _tile_loadd(6, a, 64);
+    _tile_loadd(6, (a), 64);
   }
   _tile_dpbf16ps(3, 6, 7);
 }
@@ -66,15 +69,15 @@ inline void clear_sums() {
 template <int Groups>
 inline void store_tiles(float* c, int64_t ldc) {
   const int64_t group = kTileRows * ldc, bytes = 4 * ldc;
-  _tile_stored(0, c, bytes);
-  _tile_stored(3, c + kTileWords, bytes);
+  _tile_stored(0, (c), bytes);
+  _tile_stored(3, (c + kTileWords), bytes);
   if constexpr (Groups > 1) {
-    _tile_stored(1, c + group, bytes);
-    _tile_stored(4, c + group + kTileWords, bytes);
+    _tile_stored(1, (c + group), bytes);
+    _tile_stored(4, (c + group + kTileWords), bytes);
   }
   if constexpr (Groups > 2) {
-    _tile_stored(2, c + 2 * group, bytes);
-    _tile_stored(5, c + 2 * group + kTileWords, bytes);
+    _tile_stored(2, (c + 2 * group), bytes);
+    _tile_stored(5, (c + 2 * group + kTileWords), bytes);
   }
 }
 

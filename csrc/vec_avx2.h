@@ -14,6 +14,7 @@ struct Vec {
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static void stream(float* p, F x) { _mm256_stream_ps(p, x); }  // aligned; past the cache, until fence()
   static void fence() { _mm_sfence(); }
+  static void touch(F& x) { __asm__ volatile("" : "+x"(x)); }  // the compiler no longer knows its value
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }

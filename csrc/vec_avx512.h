@@ -22,6 +22,7 @@ struct Vec {
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void stream(float* p, F x) { _mm512_stream_ps(p, x); }  // aligned; past the cache, until fence()
   static void fence() { _mm_sfence(); }
+  static void touch(F& x) { __asm__ volatile("" : "+x"(x)); }  // the compiler no longer knows its value
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }

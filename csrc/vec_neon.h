@@ -26,6 +26,7 @@ struct Vec {
   static void store(float* p, F x) { vst1q_f32(p, x); }
   static void stream(float* p, F x) { store(p, x); }
   static void fence() {}
+  static void touch(F& x) { __asm__ volatile("" : "+w"(x)); }  // the compiler no longer knows its value
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }

@@ -71,3 +71,19 @@ def test_without_the_extension_there_is_a_reason_and_no_module(monkeypatch):
 
 def test_only_cpu_tensors():
     assert "backend='auto'" in cpu.why_not(torch.device("cuda"))
+
+
+@pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="not a checkout")
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_the_kernels_pass_their_own_tests(tmp_path):
+    """In C++: every instruction set of this machine, and AVX512_BF16 and AMX in emulation."""
+    pytest.importorskip("cmake", reason="the tests are built with CMake")
+    cmake = [sys.executable, "-m", "cmake"]
+    for command in (
+        [*cmake, "-S", str(ROOT), "-B", str(tmp_path), "-DVIG_TESTS=ON"],
+        [*cmake, "--build", str(tmp_path), "--parallel", "2"],
+        [str(tmp_path / "native_tests")],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "native tests passed on: amx_bf16 (emulated) avx512_bf16 (emulated)" in done.stdout

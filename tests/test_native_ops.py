@@ -172,15 +172,17 @@ def test_more_rows_than_a_chunk(dtype, monkeypatch):
     assert ((nll - exact).abs() <= bound(deep, wide, None, 0.01)).all()
 
 
-@pytest.mark.parametrize("depth", [16, 137, 4100])
+# Rows are many from six tiles on: of 4 to 12 rows, with AMX of 48. D = 2113: of a group's panels only some fit together.
+@pytest.mark.parametrize(
+    ("rows", "depth", "vocab"), [(85, 16, 9001), (85, 137, 9001), (85, 4100, 300), (300, 2113, 1000)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_interleaved_packing_changes_no_bits(isa, dtype, depth):
+def test_interleaved_packing_changes_no_bits(isa, dtype, rows, depth, vocab):
     """Few rows and many are packed for in two ways; weight rows with gaps, D of broken lines, a broken last panel."""
     random = torch.Generator().manual_seed(depth)
-    vocab = 9001 if depth < 4096 else 300
-    hidden = torch.randn(85, depth, generator=random).to(dtype)
+    hidden = torch.randn(rows, depth, generator=random).to(dtype)
     weight = (torch.randn(vocab, depth + 3, generator=random) * depth**-0.5).to(dtype)[:, :depth]
-    target = torch.randint(0, vocab, (85,), generator=random)
+    target = torch.randint(0, vocab, (rows,), generator=random)
     bias = torch.randn(vocab, generator=random).to(dtype)
     rest = (bias, 0.5, None, -100)
     stats = ("lse", "entropy", "argmax")
@@ -190,7 +192,7 @@ def test_interleaved_packing_changes_no_bits(isa, dtype, depth):
     assert all(torch.equal(found[name][40:50], few_found[name]) for name in stats)
     exact = reference.linear_nll(hidden, weight, target, bias=bias, logit_scale=0.5)
     assert ((nll - exact).abs() <= bound(hidden, weight, bias, 0.5)).all()
-    ones, zeros = torch.ones(85), torch.zeros(85)
+    ones, zeros = torch.ones(rows), torch.zeros(rows)
     head, needs = HeadProblem(hidden, weight, target, *rest), Needs(True, False, False)
     upstream, saved = Upstream(ones, None, zeros), Saved(found["lse"], found["entropy"])
     grads = linear_nll_cpu.backward(upstream, saved, head, needs)
@@ -640,8 +642,8 @@ def test_a_hidden_gradient_too_large_to_sum_at_once_has_the_same_bits(dtype):
 
 
 def test_the_end_of_a_row_is_not_the_beginning_of_what_follows(isa):
-    """An odd D whose last word of two bfloat16 ends a line: infinite memory behind the weight changes no row."""
-    vocab, depth, rows = 128_000, 31, 300  # so many that the last panels, too, are packed beside products
+    """An odd D whose last word of two bfloat16 would end a line: infinite memory behind the weight changes no row."""
+    vocab, depth, rows = 128_000, 63, 300  # so many that the last panels, too, are packed beside products
     random = torch.Generator().manual_seed(5)
     hidden = torch.randn(rows, depth, generator=random).bfloat16()
     memory = torch.full((vocab * depth + 1,), math.inf, dtype=torch.bfloat16)

@@ -36,9 +36,13 @@ class Draw {
   uint64_t state_;
 };
 
-// Every instruction set that this machine runs.
+// AVX512_BF16's and AMX's kernels in plain C++, for machines without them.
+const vig::Kernels* kernels_emulated_avx512_bf16();
+const vig::Kernels* kernels_emulated_amx();
+
+// Every instruction set that this machine runs, and those that are emulated.
 inline std::vector<const vig::Kernels*> all_kernels() {
-  std::vector<const vig::Kernels*> found;
+  std::vector<const vig::Kernels*> found = {kernels_emulated_amx(), kernels_emulated_avx512_bf16()};
   for (const vig::Isa& isa : vig::isa_table()) {
     if (isa.why_not() == nullptr) found.push_back(isa.kernels());
   }
