@@ -172,7 +172,7 @@ def test_more_rows_than_a_chunk(dtype, monkeypatch):
     assert ((nll - exact).abs() <= bound(deep, wide, None, 0.01)).all()
 
 
-# Rows are many from six tiles on: of 4 to 12 rows, with AMX of 48. D = 2113: of a group's panels only some fit together.
+# Rows are many from six tiles on: of 4 to 12 rows, with AMX of 48. D = 2113: a group has more panels than fit together.
 @pytest.mark.parametrize(
     ("rows", "depth", "vocab"), [(85, 16, 9001), (85, 137, 9001), (85, 4100, 300), (300, 2113, 1000)]
 )
