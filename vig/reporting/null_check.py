@@ -177,6 +177,9 @@ class ScoresCheck(NamedTuple):
         return named
 
 
+NOTHING = ScoresCheck(0, 0, 0, 0, None)  # of no scores
+
+
 def summary(check: NullCheck) -> str:
     """One line."""
     total = check.total
