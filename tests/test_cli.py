@@ -136,6 +136,17 @@ def test_dry_run_of_a_job_checks_its_windows_alone(given, tmp_path):
     assert not (tmp_path / "scores").exists()
 
 
+def test_a_job_without_a_window_says_so_and_ends_well(given, tmp_path):
+    """As `--shard 1/2` of data that one window holds; and when it is given again."""
+    arguments = ["score", given / "model", given / "data.json", "-o", tmp_path / "scores", "--window", 5]
+    expected = "no window of the data is this job's (3/4): 12 records make 3 windows of 5."
+    for _ in range(2):
+        said = call(*arguments, "--shard", "3/4")
+        assert expected in said and "scored 0 samples" in said
+    said = CliRunner().invoke(app, [*map(str, arguments), "--shard", "3/4", "--json"])
+    assert said.exit_code == 0 and json.loads(said.stdout)["notes"][0].startswith(expected)
+
+
 @pytest.mark.parametrize("null", NULLS)
 def test_inspect_shows_the_scores_of_every_null(given, tmp_path, null):
     call("score", given / "model", given / "data.json", "-o", tmp_path / "scores", "--null", null, code=3)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
+import os
 import tarfile
 import tracemalloc
 
@@ -16,10 +18,12 @@ import tiny
 
 from vig.data.formats import format_of
 from vig.data.images import open_images
+from vig.data.locate import locate
 from vig.data.rows import read_rows
 from vig.data.sample import BrokenRecord, DataError, Sample, answers
 from vig.data.samples import count_records, read_samples
 from vig.scoring.scorer import Scorer
+from vig.store.fingerprints import data_fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -388,6 +392,59 @@ def test_hidden_files_of_a_folder_are_no_data(tmp_path):
     as_parquet(tmp_path / "a", [record(0)])
     (tmp_path / "._a.parquet").write_bytes(b"of an archiver")
     assert [one.key for one in read_samples(tmp_path)] == ["a.parquet#0"]
+
+
+def test_links_to_folders_are_followed_once_each(tmp_path):
+    """Also by two names, in circles and to nothing. A folder within keeps its own name in keys."""
+    data, other = tmp_path / "data", tmp_path / "other"
+    for folder in (data / "part1", data / ".store", other / "deep"):
+        folder.mkdir(parents=True)
+        as_parquet(folder / "a", [record(0)])
+    for place, target in {
+        data / "also": data / "part1", data / "part1" / "loop": data, data / "up": tmp_path,
+        data / "part2": other, data / "part3": other, data / "part4": data / ".store", data / ".hidden": other,
+        other / "back": data, other / "deep" / "up": other, other / "self": other / "self",
+        data / "gone": tmp_path / "nowhere",
+    }.items():  # fmt: skip
+        place.symlink_to(target)
+    keys = ["part1/a.parquet#0", "part2/deep/a.parquet#0", "part4/a.parquet#0"]
+    (tmp_path / "by_link").symlink_to(data)
+    for path in (data, tmp_path / "by_link"):
+        assert [one.key for one in read_samples(path)] == keys and count_records(path) == 3
+        assert data_fingerprint(path) == data_fingerprint(data)
+        found = locate(path)
+        left = [one.relative_to(path).as_posix() for one in found.unread]
+        assert left[:2] == ["gone", "part2/self"]
+        assert left[2:] == ["also", "part3", "up", "part1/loop", "part2/back", "part2/deep/up"]
+        said = (
+            f"{path}: 8 paths not read: gone (a link to nothing), part2/self (a link to nothing), also (read "
+        )
+        assert found.about_unread().startswith(said)
+    before = data_fingerprint(data)
+    as_parquet(other / "b", [record(1)])
+    assert data_fingerprint(data) != before and count_records(data) == 4
+
+
+def test_a_data_file_that_is_a_link_to_nothing_is_refused(tmp_path):
+    as_parquet(tmp_path / "a", [record(0)])
+    (tmp_path / "b.parquet").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"b\.parquet is a link to nowhere, which is not there\. Restore it"):
+        read_samples(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    as_parquet(tmp_path / "a", [record(0)])
+    scan, access = os.scandir, os.access
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read it
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed" and access(path, mode))
+    assert locate(tmp_path).about_unread() == f"{tmp_path}: 1 path not read: closed (cannot be read)"
 
 
 def test_an_empty_folder_names_what_it_could_hold(tmp_path):

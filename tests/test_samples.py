@@ -15,6 +15,7 @@ import tiny
 from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, features
 
 from vig.data.images import open_image, open_images
+from vig.data.locate import locate
 from vig.data.printable import printable
 from vig.data.records import sample_from_record
 from vig.data.sample import BrokenRecord, DataError, Sample, SampleError, answers
@@ -331,6 +332,24 @@ def test_a_folder_of_photographs(tmp_path):
     captioned, bare = read_samples(tmp_path)
     assert answers(captioned) == ["Squares of colour."] and captioned.id == "a.jpg"
     assert isinstance(bare, BrokenRecord) and "b.txt" in bare.error.cure
+
+
+def test_photographs_behind_a_link_to_a_folder(tmp_path, monkeypatch):
+    """Counted and read; as everywhere, a link that leaves the folder has to be allowed."""
+    data, other = tmp_path / "data", tmp_path / "other"
+    for folder in (data / "in", other):
+        folder.mkdir(parents=True)
+        tiny.save_picture(folder / "a.png", 1)
+        (folder / "a.txt").write_text("red")
+    (data / "out").symlink_to(other)
+    (data / "same").symlink_to("in")
+    assert count_records(data) == 2 and locate(data).unread == (data / "same",)
+    inner, outer = read_samples(data)
+    assert inner.key == "data#in/a.png" and outer.key == "data#out/a.png"
+    assert "set VIG_FOLLOW_LINKS=1" in str(outer.error)
+    monkeypatch.setenv("VIG_FOLLOW_LINKS", "1")
+    _, outer = read_samples(data)
+    assert outer.images == ((other / "a.png").resolve(),) and answers(outer) == ["red"]
 
 
 def test_a_caption_that_is_not_utf_8_is_a_broken_record_that_names_its_file(tmp_path):

@@ -123,6 +123,15 @@ def test_ranks_that_hold_a_model_each_divide_the_windows(given, whole, tmp_path)
     assert rows_of(tmp_path / "scores") == whole and not unfinished(tmp_path / "scores")
 
 
+def test_a_rank_without_a_window_ends_well(given, tmp_path):
+    """torchrun would stop the other ranks for another exit code than 0."""
+    said = run_command(words(given, tmp_path / "scores", "--window", RECORDS), 2, tmp_path)
+    assert [code for code, _ in said] == [3, 0], said  # the missing image is in the only window
+    expected = "no window of the data is this job's (1/2): 14 records make 1 window of 14."
+    assert expected in " ".join(said[1][1].split())
+    assert len(rows_of(tmp_path / "scores")) == RECORDS and not unfinished(tmp_path / "scores")
+
+
 def test_two_models_of_two_ranks_each(given, parallel, tmp_path):
     """Each scores half of the part that was asked for."""
     command = words(given, tmp_path / "scores", "--tensor-parallel-size", 2)

@@ -43,12 +43,13 @@ from vig.data.reading import Reading, Source
 from vig.models.launch import Launch
 from vig.models.null_image import BLUR_SIGMA
 from vig.scoring.record_count import RecordCount
-from vig.store.folder import output_folder
+from vig.store.folder import output_folder, shards_in
 from vig.store.token_stats import TOKEN_STATS
 
 if TYPE_CHECKING:
     from vig.scoring.run import Estimate
     from vig.scoring.scorer import Progress
+    from vig.scoring.settings import RunSpec
 
 
 @app.command(cls=Command)
@@ -225,7 +226,7 @@ def score(
     if launch.is_first:
         failed = (
             _end_dry_run(estimate, log, as_json) if dry_run
-            else _end_scoring(output_folder(folder, part), done, errors, as_json)
+            else _end_scoring(output_folder(folder, part), run, done, errors, as_json)
         )  # fmt: skip
     launch.end()
     if failed:
@@ -263,9 +264,9 @@ def _end_dry_run(estimate: Estimate, log: ErrorLog, as_json: bool) -> bool:
     return bool(estimate.progress.failed)
 
 
-def _end_scoring(place: Path, done: Progress, errors: Path | None, as_json: bool) -> bool:
+def _end_scoring(place: Path, run: RunSpec, done: Progress, errors: Path | None, as_json: bool) -> bool:
     """Shows what was scored into `place`; whether some samples could not be. errors: a file for them all."""
-    from vig.reporting.null_check import check_scores
+    from vig.reporting.null_check import NOTHING, check_scores
     from vig.reporting.viewer import Viewer
     from vig.store.errors import stored_errors
     from vig.store.scores import score_metadata
@@ -273,10 +274,13 @@ def _end_scoring(place: Path, done: Progress, errors: Path | None, as_json: bool
     failed = bool(done.failed or done.failed_before)
     with ErrorLog(errors) as log:
         log.extend(stored_errors(place) if failed else ())
-    check = check_scores(place, Viewer(score_metadata(place)).tokenizer)
+    if shards_in(place):
+        check, notes = check_scores(place, Viewer(score_metadata(place)).tokenizer), []
+    else:  # of more jobs than windows
+        check, notes = NOTHING, [run.about_no_window()]
     summarise(
         as_json,
-        lambda: terminal.show_scores(out, place, done, log, check.lines()),
-        lambda: terminal.scores_summary(place, done, log) | {"check": check.as_dict()},
+        lambda: terminal.show_scores(out, place, done, log, [*notes, *check.lines()]),
+        lambda: terminal.scores_summary(place, done, log) | {"check": check.as_dict(), "notes": notes},
     )
     return failed

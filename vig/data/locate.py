@@ -28,7 +28,8 @@ SHOWN = 5  # names in a message
 class Located(NamedTuple):
     """Data on disk: what to read, in order, the folder that relative image paths start from, and what is left.
 
-    names: of `paths`, as keys begin with them. unread: the files of the folder that are no data.
+    names: of `paths`, as keys begin with them. unread: the files of the folder that are no data, and the folders that
+    are left out.
     """
 
     format: Format
@@ -41,9 +42,9 @@ class Located(NamedTuple):
         """One line that counts and names what is not read."""
         if not self.unread:
             return None
-        count = len(self.unread)
+        count, what = len(self.unread), "path" if any(map(Path.is_dir, self.unread)) else "file"
         return (
-            f"{self.root}: {count} file{'s' if count > 1 else ''} not read: {_some(self.unread, self.root)}"
+            f"{self.root}: {count} {what}{'s' if count > 1 else ''} not read: {_some(self.unread, self.root)}"
         )
 
 
@@ -69,13 +70,23 @@ def _in_folder(folder: Path, split: str | None) -> Located:
         return _dataset_dict(folder, split)
     if (folder / "state.json").is_file():
         return _saved_dataset(folder)
-    files = visible_files(folder)
+    files, left = visible_files(folder)
     kinds = _kinds(files)
     row = _the_kind(folder, files, kinds)
     chosen = _of_split(folder, kinds[row.name], split, row.whole_folder)
     if row.whole_folder:
-        return _photographs(folder, files, chosen, split, row)
-    return Located(row, tuple(chosen), folder, _names(folder, chosen), _unread(files, chosen))
+        return _photographs(folder, files, left, chosen, split, row)
+    _refuse_broken_links(chosen)
+    return Located(row, tuple(chosen), folder, _names(folder, chosen), _unread(files, left, chosen))
+
+
+def _refuse_broken_links(files: Iterable[Path]) -> None:
+    """Raises DataError where a data file is not there: nobody can tell how many records it holds."""
+    for file in files:
+        if not file.exists():
+            raise DataError(
+                f"{file} is a link to {os.readlink(file)}, which is not there. Restore it, or remove the link"
+            )
 
 
 def _kinds(files: Iterable[Path]) -> dict[str, list[Path]]:
@@ -181,7 +192,7 @@ def _saved_dataset(folder: Path) -> Located:
             f"{folder} was saved with an order of its own. Call flatten_indices() and save it again"
         )
     arrow = next(row for row in FORMATS if row.name == "Arrow")
-    return Located(arrow, paths, folder, _names(folder, paths), _unread(visible_files(folder), paths))
+    return Located(arrow, paths, folder, _names(folder, paths), _unread(*visible_files(folder), paths))
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -195,7 +206,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _photographs(
-    folder: Path, files: list[Path], chosen: list[Path], split: str | None, row: Format
+    folder: Path, files: list[Path], left: list[Path], chosen: list[Path], split: str | None, row: Format
 ) -> Located:
     """All images below the folder, or below its folder of the split."""
     home = folder
@@ -212,7 +223,7 @@ def _photographs(
         *(file for file in files if file.suffix.lower() == ".txt" and file.with_suffix("") in captions),
     }
     name = Path(os.path.abspath(home)).name  # also of "."
-    return Located(row, (home,), home, (name,), tuple(file for file in files if file not in read))
+    return Located(row, (home,), home, (name,), (*(file for file in files if file not in read), *left))
 
 
 # --- what is left ---
@@ -222,17 +233,29 @@ def _names(folder: Path, paths: Iterable[Path]) -> tuple[str, ...]:
     return tuple(path.relative_to(folder).as_posix() for path in paths)
 
 
-def _unread(files: Iterable[Path], read: Iterable[Path]) -> tuple[Path, ...]:
+def _unread(files: Iterable[Path], left: Iterable[Path], read: Iterable[Path]) -> tuple[Path, ...]:
     """Neither data, nor images that records may name, nor what describes a dataset."""
     read = set(read)
-    return tuple(
+    unread = (
         file
         for file in files
         if file not in read and file.name not in ABOUT_DATA and not file.name.lower().endswith(IMAGES)
     )
+    return (*unread, *left)
 
 
-def _some(files: tuple[Path, ...], folder: Path) -> str:
-    names = [file.relative_to(folder).as_posix() if folder in file.parents else str(file) for file in files]
+def _some(paths: tuple[Path, ...], folder: Path) -> str:
+    names = [path.relative_to(folder).as_posix() if folder in path.parents else str(path) for path in paths]
+    shown = (name + _why_unread(path) for name, path in zip(names[:SHOWN], paths, strict=False))
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
+    return f"{', '.join(shown)}{more}"
+
+
+def _why_unread(path: Path) -> str:
+    """Of a link and of a folder; of other files their names say enough."""
+    if not path.exists():
+        return " (a link to nothing)"
+    if not path.is_dir():
+        return ""
+    known = os.access(path, os.R_OK | os.X_OK)
+    return " (read under another name, or above)" if known else " (cannot be read)"

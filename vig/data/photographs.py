@@ -25,17 +25,41 @@ def count_photographs(folder: Path) -> int:
 
 def photographs(folder: Path) -> list[Path]:
     """The images of a folder and of the folders within it, by name; those of the folder first."""
-    return [file for file in visible_files(folder) if file.name.lower().endswith(IMAGES)]
+    return [file for file in visible_files(folder)[0] if file.name.lower().endswith(IMAGES)]
 
 
-def visible_files(folder: Path) -> list[Path]:
+def visible_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files of a folder and of the folders within it, without what systems and archivers hide there
-    (macOS writes ``._photo.jpg``)."""
-    found: list[Path] = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+    (macOS writes ``._photo.jpg``); and the folders that are left out.
+
+    Links to folders are followed. Left out are those that lead to a folder above or to one that is read under another
+    name, and folders that cannot be read.
+    """
+    found, left, root = [], [], os.path.realpath(folder)
+    linked = {root}  # the folders that links lead to
+
+    def enters(place: str, name: str) -> bool:
+        path = Path(place, name)
+        real = os.path.realpath(path)
+        if real == os.path.join(root, path.relative_to(folder)):  # no link on the way
+            return True
+        # A folder keeps its own name before that of a link to it, so that keys do not depend on links.
+        named = not any(map(_is_hidden, os.path.relpath(real, root).split(os.sep)))  # "..": outside
+        if named or real in linked or Path(os.path.realpath(place)).is_relative_to(real):
+            left.append(path)
+            return False
+        linked.add(real)
+        return True
+
+    walk = os.walk(folder, followlinks=True, onerror=lambda error: left.append(Path(error.filename)))
+    for place, folders, names in walk:
+        folders[:] = [name for name in sorted(folders) if not _is_hidden(name) and enters(place, name)]
         found += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
-    return found
+    return found, left
+
+
+def _is_hidden(folder: str) -> bool:
+    return folder.startswith((".", "__"))
 
 
 def _record(photograph: Path, name: str) -> dict[str, Any] | Lost:

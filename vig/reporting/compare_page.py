@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from vig.data.files import explain_write_errors, write_atomically
 from vig.data.sample import writable
 from vig.reporting.page import render
@@ -38,15 +41,12 @@ def comparison_page(
     about = [score_metadata(one) for one in scores]
     moved = [*comparison.rose, *comparison.fell]
     viewers = [_viewer(one, moved, side, data, image_root) for side, one in enumerate(about)]
-    rows = [
-        _rows(one, {getattr(row, f"row_{side}") for row in moved})
-        for one, side in zip(scores, "ab", strict=True)
-    ]
+    rows = [_rows(one, moved) for one in scores]
     views = [
         _view(
             row,
             viewers,
-            [rows[0][row.row_a], rows[1][row.row_b]],
+            [found[row.key] for found in rows],
             "rose" if place < len(comparison.rose) else "fell",
         )
         for place, row in enumerate(moved)
@@ -106,13 +106,11 @@ def _viewer(about: dict, moved: list[Moved], side: int, data: Any, image_root: A
     return viewer
 
 
-def _rows(scores: Any, wanted: set[int]) -> dict[int, dict]:
-    found, start = {}, 0
-    for batch in read_scores(scores):
-        for row in [row for row in wanted if start <= row < start + batch.num_rows]:
-            found[row] = batch.slice(row - start, 1).to_pylist()[0]
-        start += batch.num_rows
-    return found
+def _rows(scores: Any, moved: list[Moved]) -> dict[str, dict]:
+    """By key: since the comparison rows may have come between."""
+    keys = pa.array({row.key for row in moved}, pa.string())
+    batches = (batch.filter(pc.is_in(batch["key"], keys)) for batch in read_scores(scores))
+    return {row["key"]: row for batch in batches for row in batch.to_pylist()}
 
 
 def _view(moved: Moved, viewers: list[Viewer], rows: list[dict], way: str) -> SampleView:

@@ -32,7 +32,7 @@ from vig.reporting.views import NullCheck, NullRow
 from vig.reporting.words import OTHER, SPECIAL, Words, class_of, parts, word_classes
 from vig.selection.advice import share_of
 from vig.selection.rule import row_kinds, sample_draws, token_and_sample_vig
-from vig.store.scores import read_scores, score_metadata
+from vig.store.scores import open_scores, read_scores, score_metadata
 from vig.store.selections import hash_keys
 
 LIKELY = math.log(2)  # nats: said with a probability above one half
@@ -177,6 +177,9 @@ class ScoresCheck(NamedTuple):
         return named
 
 
+NOTHING = ScoresCheck(0, 0, 0, 0, None)  # of no scores
+
+
 def summary(check: NullCheck) -> str:
     """One line."""
     total = check.total
@@ -192,6 +195,7 @@ def check_scores(scores: Any, tokenizer: Any, seed: int = 0) -> ScoresCheck:
 
     Two passes in constant memory: one over keys and lengths, one over the tokens.
     """
+    scores = open_scores(scores)
     pool, start, counts = Pool(WORD_ROWS), 0, np.zeros(4, np.int64)
     for batch in read_scores(scores, ["key", "status", "n_tokens", "vig"], batch_size=1 << 16):
         ok, text_only, lengths = row_kinds(batch)

@@ -343,9 +343,7 @@ def _settings(metadata: dict, chosen: dict) -> list[tuple[str, str]]:
 
 def _state(page: Page, facts: Facts, scores: Any, chosen: dict, metadata: dict) -> dict[str, Any]:
     """What the page's script knows beside samples and pictures."""
-    where = str(scores) if isinstance(scores, str | Path) else "SCORES"
-    if isinstance(scores, list | tuple):
-        where = " ".join(str(one) for one in scores)
+    where = "SCORES" if isinstance(scores, pa.Table) else str(scores)
     rules = rules_of(chosen, metadata)
     place = 0 if page.keep is None else int(page.keep.p.searchsorted(page.p))
     return {

@@ -53,10 +53,6 @@ class Job:
     def scorer(self) -> Scorer:
         return Scorer(self.model, **vars(self.settings))
 
-    def count(self) -> int:
-        """Records of the data, by reading past them."""
-        return sum(1 for _ in self.run.records(lambda record: False))
-
 
 class Actors(NamedTuple):
     """How many processes with a model each, and what each takes of the cluster; None: as the cluster has GPUs."""
@@ -129,7 +125,7 @@ def run_scoring_on_ray(
         failed = writer.failed() if run.retry_failed else {}
         for old in folder.glob(".window-*.tries"):
             old.unlink()
-        total = count.wait() or job.count()
+        total = count.wait() or run.count()
         progress.total = run.part_of(total)
         progress.done = writer.counts()["rows"] - sum(len(keys) for keys in failed.values())
         progress.resumed = progress.done

@@ -105,6 +105,10 @@ class RunSpec:
         """All records up to the limit, of every job; None for those whose number is not `wanted`."""
         return read_samples(self.data, image_root=self.image_root, limit=self.limit, wanted=wanted)
 
+    def count(self) -> int:
+        """Records up to the limit, of every job, by reading past them."""
+        return sum(1 for _ in self.records(lambda record: False))
+
     def takes(self, window: int) -> bool:
         """Whether window number `window` is this job's."""
         return batching.in_shard(window, self.shard)
@@ -129,6 +133,17 @@ class RunSpec:
         windows, rest = divmod(total, self.window)
         mine = len(range(index, windows, count)) * self.window
         return mine + (rest if self.takes(windows) else 0)
+
+    def about_no_window(self) -> str:
+        """One line for a job that is left without a window."""
+        records = self.count()
+        windows = -(-records // self.window)
+        index, count = self.shard or (0, 1)
+        return (
+            f"no window of the data is this job's ({index}/{count}): {records:,} records make {windows:,} "
+            f"window{'' if windows == 1 else 's'} of {self.window:,}. Start fewer jobs, or give a smaller --window "
+            "and another folder"
+        )
 
     def part(self) -> dict[str, Any]:
         """What the metadata of the scores tell of the part that was scored."""

@@ -196,7 +196,7 @@ def compare(
     places = np.linspace(0, len(at_a) - 1, min(POINTS, len(at_a))).astype(np.int64)
     order = np.argsort(one.hashes[at_a], kind="stable")  # a seeded draw: by the hash of the key
     return Comparison(
-        names=tuple(str(x) if not isinstance(x, pa.Table | list) else "scores" for x in (a, b)),
+        names=tuple("scores" if isinstance(x, pa.Table) else str(x) for x in (a, b)),
         differences=settings_differences(*({**x, "notes": {}} for x in about)),
         p=p,
         samples=len(at_a),

@@ -18,6 +18,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +82,48 @@ def shards_in(folder: Path) -> list[Path]:
     return sorted(files, key=window_of)
 
 
-def score_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
+@dataclass(frozen=True)
+class Shards:
+    """Scores as they were found once, so that several passes read the same while `vig score` writes beside them.
+
+    It stands for its path wherever scores are read. files: may name a file twice, as the path may.
+    """
+
+    path: str | Path | Sequence[str | Path]
+    files: tuple[Path, ...]
+    stamps: dict[Path, Any]  # of the files
+    unfinished: tuple[str, ...]  # as `unfinished_folders` says
+
+    @classmethod
+    def found(cls, path: str | Path | Sequence[str | Path]) -> Shards:
+        # Asked first: of scores that are completed in between, nothing is missing below.
+        unfinished = tuple(unfinished_folders(score_files(path)))
+        files = tuple(score_files(path))
+        return cls(path, files, {file: _stamp(file) for file in files}, unfinished)
+
+    def __str__(self) -> str:
+        return str(self.path) if isinstance(self.path, str | Path) else " ".join(map(str, self.path))
+
+    def refuse_changed(self, file: Path) -> None:
+        """Raises StoreError where another file took its place, as `vig score --retry failed` does."""
+        if _stamp(file) != self.stamps[file]:
+            raise StoreError(
+                f"{file} was written anew while the scores were read. When `vig score` has ended, run the same "
+                "command again"
+            )
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    with suppress(OSError):  # whoever opens it says why it cannot be read
+        about = file.stat()
+        return about.st_size, about.st_mtime_ns
+    return None
+
+
+def score_files(path: str | Path | Sequence[str | Path] | Shards) -> list[Path]:
     """The shards of a file, a folder, a folder of folders (one a job of ``--shard i/n``), or a list of these."""
+    if isinstance(path, Shards):
+        return list(path.files)
     if not isinstance(path, str | Path):
         return [file for part in path for file in score_files(part)]
     path = Path(path)

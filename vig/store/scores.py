@@ -35,6 +35,7 @@ from vig.data.files import FolderLock, StoreError, lock_folder, write_atomically
 from vig.store.folder import (
     MANIFEST,
     OLD_MANIFEST,
+    Shards,
     read_manifest,
     refuse_differences,
     refuse_mixture,
@@ -49,6 +50,7 @@ from vig.store.rows import METADATA_KEY, ScoreBlock, ScoreRow
 from vig.store.token_stats import TOKEN_STATS
 
 SCHEMA_VERSION = 1
+Scores = str | Path | Sequence[str | Path] | Shards | pa.Table
 PARQUET = {"compression": "zstd", "compression_level": 1, "use_dictionary": ["source", "status"]}
 
 
@@ -246,14 +248,20 @@ class ScoreWriter:
 
 
 def open_scores(scores: Any) -> Any:
-    """What `Scorer.score` returned as a table; folders, files and tables as they are. Raises StoreError for nothing."""
-    if isinstance(scores, str | Path | pa.Table):
+    """What `Scorer.score` returned as a table, tables as they are, folders and files as the shards that are there now.
+
+    Whoever reads scores in more than one pass opens them first: `vig score` may be writing. Raises StoreError for
+    nothing.
+    """
+    if isinstance(scores, Shards | pa.Table):
         return scores
+    if isinstance(scores, str | Path):
+        return Shards.found(scores)
     scores = list(scores)
     if not scores:
         raise StoreError("no scores were given: the list is empty")
     if not isinstance(scores[0], ScoreRow):
-        return scores
+        return Shards.found(scores)
     block = ScoreBlock.from_rows(scores)
     return block.table(block.stats)
 
@@ -276,7 +284,7 @@ def _file_settings(schema: pa.Schema, path: Path | str) -> dict:
     return json.loads(document)
 
 
-def score_metadata(scores: str | Path | Sequence[str | Path] | pa.Table) -> dict:
+def score_metadata(scores: Scores) -> dict:
     """The settings that the scores were made with (model, null, hashes, dtype, ...), from the first shard.
 
     What the run measured (``ScoreWriter.note``) stands under "notes".
@@ -289,7 +297,7 @@ def score_metadata(scores: str | Path | Sequence[str | Path] | pa.Table) -> dict
     return {**settings, "notes": (read_manifest(path.parent) or {}).get("notes", {})}
 
 
-def count_rows(scores: str | Path | Sequence[str | Path] | pa.Table) -> int:
+def count_rows(scores: Scores) -> int:
     """Rows in all shards, from the files' footers."""
     if isinstance(scores, pa.Table):
         return len(scores)
@@ -300,13 +308,13 @@ def count_rows(scores: str | Path | Sequence[str | Path] | pa.Table) -> int:
     return rows
 
 
-def first_key(scores: str | Path | Sequence[str | Path] | pa.Table) -> str | None:
+def first_key(scores: Scores) -> str | None:
     """The key of the first row; None where there is none."""
     return next((batch["key"][0].as_py() for batch in read_scores(scores, ["key"]) if batch.num_rows), None)
 
 
 def read_scores(
-    scores: str | Path | Sequence[str | Path] | pa.Table,
+    scores: Scores,
     columns: Sequence[str] | None = None,
     *,
     batch_size: int = 8192,
@@ -324,6 +332,8 @@ def read_scores(
     first = None
     for path in score_files(scores):
         with _open_parquet(path) as file:
+            if isinstance(scores, Shards):
+                scores.refuse_changed(path)
             settings = _file_settings(file.schema_arrow, path)
             first = first or (path, settings)
             refuse_mixture(*first, path, settings)
@@ -350,6 +360,8 @@ def _next_batch(batches: Iterator[pa.RecordBatch], path: Path) -> pa.RecordBatch
         ) from error
 
 
-def unfinished(scores: str | Path | Sequence[str | Path] | pa.Table) -> list[str]:
+def unfinished(scores: Scores) -> list[str]:
     """A line for each folder whose manifest says that scoring has not come to its end, and for missing jobs."""
-    return [] if isinstance(scores, pa.Table) else unfinished_folders(score_files(scores))
+    if isinstance(scores, pa.Table):
+        return []
+    return list(scores.unfinished) if isinstance(scores, Shards) else unfinished_folders(score_files(scores))
