@@ -20,6 +20,7 @@ from vig.data.sample import BrokenRecord, ImageSource, Sample, SampleError, is_a
 from vig.models.end_of_turn import DEFAULT
 from vig.models.lm_head import IGNORE, count_kept
 from vig.models.prompts import Encoded, Encoder
+from vig.models.sample_errors import as_sample_errors
 from vig.store.selections import Entry
 from vig.training.labels import (
     AnySelection,
@@ -314,7 +315,8 @@ class SelectiveCollator:
         if not isinstance(record, Sample):
             key, _ = names_of(record) if self.selection is not None else (str(record.get("id", "?")), "")
             record = sample_from_record(record, key=key, image_root=self.image_root)
-        return self.encoder.encode(record)
+        with as_sample_errors(record.key, record.id):
+            return self.encoder.encode(record)
 
     def _masked(self, labels: list[int], item: Encoded) -> list[int]:
         """The row's labels without the tokens that are not selected."""
