@@ -15,6 +15,7 @@ import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from transformers import LlavaForConditionalGeneration
 from vig.data.files import StoreError
 from vig.data.sample import SampleError
 from vig.models.families import ModelError
+from vig.models.launch import PATIENCE
 from vig.models.loading import load
 from vig.scoring.scorer import Scorer
 from vig.store.folder import SettingsDiffer
@@ -719,6 +721,19 @@ def test_two_processes_take_the_steps_of_one(processor, tmp_path, unreadable):
     moved, should = results[0][4] - weights(base()), weights(one.model) - weights(base())
     assert (moved - should).norm() < 5e-3 * should.norm()
     assert torch.equal(weights(LlavaForConditionalGeneration.from_pretrained(folder)), results[0][4])
+
+
+def patience(rank: int, folder):
+    with mock.patch.object(
+        torch.distributed, "init_process_group", wraps=torch.distributed.init_process_group
+    ) as made:
+        train(base(), samples(2), None, None, processor=llava_processor(), max_steps=1, batch_size=1)
+    torch.save(made.call_args.kwargs["timeout"].total_seconds(), folder.with_suffix(f".{rank}"))
+
+
+def test_processes_wait_for_a_checkpoint_as_long_as_scoring_waits(tmp_path):
+    """The main one alone writes it; NCCL's own limit is 10 minutes."""
+    assert run_on_two(patience, tmp_path / "out") == [PATIENCE.total_seconds()] * 2
 
 
 def checkpointed_steps(rank: int, folder, items, processor):

@@ -18,6 +18,7 @@ from torch import nn
 
 from vig.data.reading import Reading, Source
 from vig.data.samples import read_samples
+from vig.models.launch import PATIENCE
 from vig.training.batches import MicroBatches, plan_batches
 from vig.training.checkpoint import Checkpoints, MadeWith, RunState, run_facts
 from vig.training.collator import Kept, Record, SelectiveCollator, keep_samples
@@ -253,7 +254,8 @@ def _result(
 
 def _processes(fsdp: bool) -> PartialState:
     """This process among the others. (An Accelerator would also carry over the precision of an earlier one.)"""
-    processes = PartialState(cpu=not torch.accelerator.is_available())
+    # They wait while the main process writes a checkpoint, to a slow disk perhaps: longer than NCCL's 10 minutes.
+    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     if processes.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise TrainError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate was set up for {processes.num_processes} "
