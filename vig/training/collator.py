@@ -23,6 +23,7 @@ from vig.models.prompts import Encoded, Encoder
 from vig.models.sample_errors import as_sample_errors
 from vig.store.selections import Entry
 from vig.training.labels import (
+    CURE,
     AnySelection,
     cut_batch,
     end_ids_of,
@@ -184,7 +185,7 @@ def keep_samples(
 ) -> Kept:
     """The records worth training on, in order: those with at least one selected token; all without a selection.
 
-    Raises SampleError for a record that the selection does not know.
+    Raises SampleError for a record that the selection does not know, or knows under another id.
     """
     selection = open_selection(selection)
     kept, answers, dropped, errors = [], [], 0, []
@@ -217,7 +218,7 @@ def names_of(record: Record) -> tuple[str, str]:
             f"the record has no key (it has {', '.join(sorted(record))})",
             'A selection is looked up by "file.json#row": read the data with vig.data.samples.read_samples',
         )
-    return record["key"], str(record.get("id", record["key"]))
+    return record["key"], str(record["key"] if record.get("id") is None else record["id"])
 
 
 class SelectiveCollator:
@@ -342,5 +343,5 @@ def _differs(item: Encoded, entry: Entry) -> SampleError:
         item.sample.id,
         f"its answer has {len(here)} tokens here and {len(there)} in the selection; token {at} is {one} here and "
         f"{other} there",
-        "Score with the tokenizer, chat template and end_of_turn that you train with",
+        CURE,
     )
