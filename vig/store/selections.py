@@ -34,7 +34,7 @@ SELECTION_SCHEMA = pa.schema(
 )
 FILE_TOKENS = 1 << 30  # answer tokens a file: offsets of Arrow lists are int32
 # By the run itself; the first job there may be any.
-FOUND_OUT = ("selection.tau", "selection.tau_p", "selection.sources", "shard")
+FOUND_OUT = ("selection.tau", "selection.tau_p", "selection.sources", "selection.data_sets", "shard")
 IN_MEMORY_BYTES = 1 << 28  # larger selections are read through a memory-mapped copy
 
 
