@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import llava_model, llava_processor, picture
+from test_train_checkpoint import Killed, killed_at
+from tiny import llava_model, llava_processor, picture, save_llava
 
 from vig import SelectiveCollator, keep_samples, kept_rows, mask_row
+from vig.data.reading import Source
 from vig.data.records import sample_from_record
 from vig.data.sample import SampleError
 from vig.data.samples import read_samples
 from vig.selection.select import select
 from vig.store.fingerprints import data_fingerprint
+from vig.store.folder import SettingsDiffer
 from vig.store.rows import METADATA_KEY, ScoreRow
 from vig.store.scores import ScoreWriter, data_sets
 from vig.store.selections import SELECTION_SCHEMA, SelectionTable, selection_metadata
@@ -237,3 +241,31 @@ def test_photographs_may_come_and_go_since_their_keys_are_their_names(tmp_path):
     moved = Path(shutil.move(folder, tmp_path / "pictures"))
     with pytest.raises(TrainError, match=r"the scores are of photographs, .* and pictures is given"):
         trained(moved, selection)
+
+
+def test_a_killed_run_does_not_go_on_with_data_that_were_edited(tmp_path):
+    """Without a selection; the same file under another name goes on, and so does a checkpoint of an older version."""
+    data, out, model = (
+        write(tmp_path / "data.json", range(4)),
+        tmp_path / "out",
+        save_llava(tmp_path / "model"),
+    )
+    run = {"max_steps": 3, "save_every": 1, "batch_size": 1, "log_every": 1, "warmup": 0.0}
+    with pytest.raises(Killed):
+        train(model, data, None, out, on_progress=killed_at(2), **run)
+    before = data_fingerprint(data)
+    write(data, [2, 1, 0, 3])
+    said = f"fingerprint of {data}: the folder has '{before}', this run has '{data_fingerprint(data)}'"
+    with pytest.raises(SettingsDiffer, match=re.escape(f"\n  {said}\nGive the same settings and data")):
+        train(model, data, None, out, **run)
+    [checkpoint] = out.glob("train-checkpoint-*")
+    state = json.loads((checkpoint / "run.json").read_text())
+    del state["made_with"]["data_fingerprint"]
+    (checkpoint / "run.json").write_text(json.dumps(state))
+    assert train(model, data, None, out, **run).resumed == 1
+    record = json.loads((out / "train.json").read_text())
+    assert record["data_fingerprint"] == data_fingerprint(data)
+    assert train(model, Source.of(data), None, out, **run).resumed == 3
+    write(data, range(4))
+    with pytest.raises(SettingsDiffer, match=f"finished run.*\n  fingerprint of {data}"):
+        train(model, data, None, out, **run)

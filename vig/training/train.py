@@ -112,16 +112,16 @@ def train(
         metadata = getattr(table, "metadata", {})
         records = data
         reading = data.reading if isinstance(data, Source) else Reading.stored(metadata)
-        source = None
+        source, fingerprint = None, None
         if isinstance(data, str | os.PathLike):  # raises for data that is not there, before a model is loaded
             source = Source(Path(data), reading)
             located = locate(source.path, reading.split)
-            check_same_data(source, located, table)
+            fingerprint = check_same_data(source, located, table)
             records = read_samples(source, image_root=image_root, limit=limit, located=located)
         kept = _kept(records, table, limit, source)
         facts = run_facts(settings, kept.samples, computes_in(settings, device), processes.num_processes)
-        data_path = source and str(source)
-        provenance = {"model": None, "revision": None, "data": data_path, "selection": metadata or None}
+        about_data = {"data": source and str(source), "data_fingerprint": fingerprint}
+        provenance = {"model": None, "revision": None, **about_data, "selection": metadata or None}
         made_with = MadeWith(provenance, facts)
         options = {"revision": revision, "attn": attn, "trust_remote_code": trust_remote_code}
         if finished is not None:
