@@ -22,6 +22,7 @@ from vig.models.lm_head import IGNORE, count_kept
 from vig.models.prompts import Encoded, Encoder
 from vig.models.sample_errors import as_sample_errors
 from vig.store.selections import Entry
+from vig.training.held_images import HeldImages
 from vig.training.labels import (
     CURE,
     AnySelection,
@@ -185,10 +186,11 @@ def keep_samples(
 ) -> Kept:
     """The records worth training on, in order: those with at least one selected token; all without a selection.
 
-    Raises SampleError for a record that the selection does not know, or knows under another id.
+    Raises SampleError for a record that the selection does not know, or knows under another id. Warns where the data
+    carry the bytes of their images, and those that are kept take much memory.
     """
     selection = open_selection(selection)
-    kept, answers, dropped, errors = [], [], 0, []
+    kept, answers, dropped, errors, held = [], [], 0, [], HeldImages()
     for record in records:
         if isinstance(record, BrokenRecord):
             errors.append(record.error)
@@ -202,6 +204,7 @@ def keep_samples(
             answer = int(np.flatnonzero(entry.token_keep)[-1]) + 1
         kept.append(record)
         answers.append(answer)
+        held.add(record)
     return Kept(kept, dropped, errors, answers)
 
 
