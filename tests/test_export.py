@@ -48,15 +48,15 @@ def scored(folder, name: str, window: int = 16):
         for first in range(0, N, window):
             rows = []
             for row in range(first, min(first + window, N)):
-                values = rng.gamma(1, 1, (2, 3))
+                values, id = rng.gamma(1, 1, (2, 3)), record(row)["id"]
                 if row % 7 == 0:
                     rows.append(ScoreRow(f"{name}#{row}", "", name, "error: lost"))
                 elif row % 5 == 0:
                     rows.append(
-                        ScoreRow(f"{name}#{row}", "", name, "text_only", range(3), range(3), values[0])
+                        ScoreRow(f"{name}#{row}", id, name, "text_only", range(3), range(3), values[0])
                     )
                 else:
-                    rows.append(ScoreRow(f"{name}#{row}", f"{row}", name, "ok", range(3), range(3), *values))
+                    rows.append(ScoreRow(f"{name}#{row}", id, name, "ok", range(3), range(3), *values))
             writer.write(first // window, rows)
         writer.mark_complete()
     return folder / f"{name}-scores"

@@ -15,6 +15,7 @@ import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,13 +24,15 @@ from accelerate import PartialState
 from ranks import take_place
 from safetensors.torch import load_file
 from test_trainer import masked_cross_entropy, samples, selection, stock_gradients
-from tiny import llava_model, llava_processor, weights
+from tiny import MARKED, llava_model, llava_processor, weights
 from transformers import LlavaForConditionalGeneration
 
 from vig.data.files import StoreError
 from vig.data.sample import SampleError
 from vig.models.families import ModelError
+from vig.models.launch import PATIENCE
 from vig.models.loading import load
+from vig.scoring.scorer import Scorer
 from vig.store.folder import SettingsDiffer
 from vig.training.batches import plan_batches
 from vig.training.collator import SelectiveCollator
@@ -469,6 +472,25 @@ def test_too_long_prompts_are_left_out_and_nothing_left_is_refused(processor):
         train(base(), items[:1], None, None, **options)
 
 
+def test_what_a_template_refuses_is_left_out_as_scoring_leaves_it_out(tmp_path):
+    """A system turn under a template that has none, as Gemma's; in training and in held-out data."""
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    processor = llava_processor(refuses + MARKED)
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    items = samples(4)
+    items[1] = replace(items[1], messages=(system, *items[1].messages))
+    [row] = Scorer(base(), processor=processor).score([items[1]])
+    assert row.status.startswith("error: it cannot be prepared (TemplateError: System role not supported)")
+    run = {"processor": processor, "max_steps": 1, "batch_size": 4}
+    with pytest.warns(UserWarning, match=r"1 held-out samples .*data.json#1 .*System role not supported"):
+        result = train(base(), items, None, tmp_path / "out", eval_data=items, **run)
+    expected = train(base(), [items[row] for row in (0, 2, 3)], None, None, **run | {"batch_size": 3})
+    assert (result.samples, result.left_out) == (3, 1) and result.losses == pytest.approx(expected.losses)
+    assert result.errors == [f"data.json#1 (id 'id1'): {row.status.removeprefix('error: ')}"]
+    with pytest.raises(SampleError, match=r"^data.json#1 \(id 'id1'\): it cannot be prepared"):
+        SelectiveCollator(processor)(items)
+
+
 # --- refusals ---
 
 
@@ -699,6 +721,19 @@ def test_two_processes_take_the_steps_of_one(processor, tmp_path, unreadable):
     moved, should = results[0][4] - weights(base()), weights(one.model) - weights(base())
     assert (moved - should).norm() < 5e-3 * should.norm()
     assert torch.equal(weights(LlavaForConditionalGeneration.from_pretrained(folder)), results[0][4])
+
+
+def patience(rank: int, folder):
+    with mock.patch.object(
+        torch.distributed, "init_process_group", wraps=torch.distributed.init_process_group
+    ) as made:
+        train(base(), samples(2), None, None, processor=llava_processor(), max_steps=1, batch_size=1)
+    torch.save(made.call_args.kwargs["timeout"].total_seconds(), folder.with_suffix(f".{rank}"))
+
+
+def test_processes_wait_for_a_checkpoint_as_long_as_scoring_waits(tmp_path):
+    """The main one alone writes it; NCCL's own limit is 10 minutes."""
+    assert run_on_two(patience, tmp_path / "out") == [PATIENCE.total_seconds()] * 2
 
 
 def checkpointed_steps(rank: int, folder, items, processor):

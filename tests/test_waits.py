@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,8 @@ from vig.models.null_image import NULLS
 from vig.models.transfer import to_device
 from vig.scoring.loader import load_record
 from vig.scoring.scorer import Scorer
+from vig.training import loop
+from vig.training.settings import TrainSettings
 
 TEXT_ONLY = [one for one in SAMPLES if not one.images]
 
@@ -69,6 +72,19 @@ def test_text_alone_does_not_wait():
 
 def test_statistics_come_with_the_values():
     assert own_waits("llava", stats=("kl", "entropy")) == THE_VALUES
+
+
+def test_a_micro_batch_of_training_is_copied_without_a_wait(monkeypatch):
+    given = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "pixel_values": torch.ones(1, 3, 4, 4)}
+    one, seen = torch.zeros((), requires_grad=True), []
+    monkeypatch.setattr(loop, "selective_loss", lambda model, batch, **_: seen.append(batch) or one * 1)
+    stepper = SimpleNamespace(
+        device=FAR, settings=TrainSettings(), world=1, model=None, _autocast=nullcontext
+    )
+    with FarDevice() as device:
+        loop.Stepper._backward(stepper, [given], [3], 3)
+    assert device.copies == 2 and not device.waits
+    assert all(isinstance(value, FarTensor) for value in seen[0].values()) and seen[0].keys() == given.keys()
 
 
 WAITS = {

@@ -27,6 +27,7 @@ def read_samples(
     roles: Mapping[str, str | list[str]] | None = None,
     limit: int | None = None,
     wanted: Callable[[int], bool] | None = None,
+    located: Located | None = None,
 ) -> Iterator[Sample | BrokenRecord | None]:
     """Reads `path` record by record, in order, in constant memory.
 
@@ -39,6 +40,7 @@ def read_samples(
     limit: read at most this many records.
     wanted: of a record's number, counted from 0 over all files, whether it is needed; asked when it is reached.
         None stands in the place of the others, which cost as little as the format allows (`vig.data.rows`).
+    located: what `locate` found at the path, where it was called before; a million photographs take it minutes.
     Raises DataError where the file is missing or of an unknown format, or the folder holds several kinds of data or
     several splits; ValueError for a negative limit, a field or a role that is not known.
     """
@@ -48,7 +50,7 @@ def read_samples(
     reading = source.reading
     if split or columns or roles:
         reading = Reading(split or reading.split, columns or reading.columns, roles or reading.roles)
-    data = locate(source.path, reading.split)
+    data = located or locate(source.path, reading.split)
     root = Path(image_root) if image_root is not None else data.root
     if not root.is_dir():
         raise DataError(f"no such image root: {root}. Give the folder of the images with --image-root")

@@ -21,8 +21,8 @@ from vig.data.images import open_image, open_images
 from vig.data.records import check_sample
 from vig.data.sample import BrokenRecord, Sample, SampleError
 from vig.data.workers import prefetch
-from vig.models.answer_spans import PromptError
 from vig.models.prompts import Encoded, Encoder, without_images
+from vig.models.sample_errors import as_sample_errors
 from vig.scoring import batching
 from vig.scoring.prefix_sharing import View
 
@@ -204,17 +204,12 @@ def load_record(
 
 @contextmanager
 def _errors_of(item: LoadedRecord) -> Iterator[None]:
-    """Makes what is raised at one sample the sample's error. Not of a sample: the processor as a whole, the machine."""
+    """Makes what is raised at one sample the sample's error."""
     try:
-        yield
+        with as_sample_errors(item.record.key, item.record.id):
+            yield
     except SampleError as error:
         item.encoded, item.error = None, bare(error)
-    except (PromptError, ImportError, MemoryError, OSError):
-        raise
-    except Exception as error:  # templates, tokenizers and processors raise what they like at a sample
-        reason = f"it cannot be prepared ({type(error).__name__}: {error})"
-        cure = "Check its turns and images"
-        item.encoded, item.error = None, SampleError(item.record.key, item.record.id, reason, cure)
 
 
 def bare(error: SampleError) -> SampleError:

@@ -37,7 +37,7 @@ from vig.selection.rule import Rule, row_kinds
 from vig.selection.sources import Sources
 from vig.selection.stop_tokens import Stops
 from vig.store.rows import METADATA_KEY
-from vig.store.scores import count_rows, open_scores, read_scores, score_metadata, unfinished
+from vig.store.scores import count_rows, data_sets, open_scores, read_scores, score_metadata, unfinished
 from vig.store.selections import (
     SELECTION_SCHEMA,
     SelectionTable,
@@ -247,7 +247,9 @@ def _choose(
     kept, counts = _Kept(taus), facts.counts()
     sources = kept.sources.table()
     found = {"tau": tau, "tau_p": tau_p, "sources": sources, "counts": counts}
-    metadata = {**about, "selection": {**choice.recorded(stops), **found}}
+    several = data_sets(scores)
+    of_data = {"data_sets": several} if len(several) > 1 else {}  # of one the scores' own metadata say it
+    metadata = {**about, "selection": {**choice.recorded(stops), **found, **of_data}}
 
     def final_metadata() -> dict:
         counts.update(kept.counts)

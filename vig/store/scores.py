@@ -297,6 +297,18 @@ def score_metadata(scores: Scores) -> dict:
     return {**settings, "notes": (read_manifest(path.parent) or {}).get("notes", {})}
 
 
+def data_sets(scores: Scores) -> list[dict[str, str | None]]:
+    """The data sets that the scores are of: `data`, its `data_fingerprint`, and one of its keys, `key`."""
+    is_table, found = isinstance(scores, pa.Table), {}
+    for table in [scores] if is_table else {file.parent: file for file in score_files(scores)}.values():
+        about = score_metadata(table)
+        found.setdefault((about.get("data"), about.get("data_fingerprint")), table)
+    return [
+        {"data": data, "data_fingerprint": fingerprint, "key": first_key(table)}
+        for (data, fingerprint), table in found.items()
+    ]
+
+
 def count_rows(scores: Scores) -> int:
     """Rows in all shards, from the files' footers."""
     if isinstance(scores, pa.Table):

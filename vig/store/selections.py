@@ -34,7 +34,7 @@ SELECTION_SCHEMA = pa.schema(
 )
 FILE_TOKENS = 1 << 30  # answer tokens a file: offsets of Arrow lists are int32
 # By the run itself; the first job there may be any.
-FOUND_OUT = ("selection.tau", "selection.tau_p", "selection.sources", "shard")
+FOUND_OUT = ("selection.tau", "selection.tau_p", "selection.sources", "selection.data_sets", "shard")
 IN_MEMORY_BYTES = 1 << 28  # larger selections are read through a memory-mapped copy
 
 
@@ -113,6 +113,16 @@ class SelectionTable(Mapping[str, Entry]):
         return SelectionTable, (self.table,)
 
     def __getitem__(self, key: str) -> Entry:
+        return self._entry(*self._place(key))
+
+    def with_id(self, key: str) -> tuple[Entry, str | None]:
+        """The entry of a sample, and the id that it was scored under; None, unread, of one that is not kept."""
+        chunk, row = self._place(key)
+        entry = self._entry(chunk, row)
+        return entry, self.table["id"].chunk(chunk)[row].as_py() if entry.keep else None
+
+    def _place(self, key: str) -> tuple[int, int]:
+        """Chunk of the table, and row of the chunk. Raises KeyError."""
         wanted = hash_keys(pa.array([key], pa.string()))[0]
         place = int(np.searchsorted(self._hashes, wanted))
         while place < len(self._hashes) and self._hashes[place] == wanted:
@@ -120,7 +130,7 @@ class SelectionTable(Mapping[str, Entry]):
             chunk = int(np.searchsorted(self._ends, row, side="right"))
             row -= int(self._ends[chunk - 1]) if chunk else 0
             if self._keys[chunk][row].as_py() == key:
-                return self._entry(chunk, row)
+                return chunk, row
             place += 1
         raise KeyError(key)
 

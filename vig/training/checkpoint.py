@@ -50,6 +50,7 @@ NOT_BINDING = (
     "eval_on_start",
 )
 COUNTS = ("step", "samples", "left_out", "tokens", "truncated", "evaluating", "seconds")
+FINGERPRINT = "data_fingerprint"
 EVALS = "evals"  # [step, loss] of each evaluation
 
 
@@ -77,13 +78,25 @@ class RunState:
 class MadeWith(NamedTuple):
     """What a run is made with besides its settings."""
 
-    provenance: dict[str, Any]  # model, revision, data, selection
+    provenance: dict[str, Any]  # model, revision, data, data_fingerprint, selection
     run: dict[str, Any]  # samples, processes, samples_per_step, dtype
 
     def bound(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Everything that a run must have in common with one that it goes on from, or repeats; as JSON has it."""
         binding = {name: value for name, value in settings.items() if name not in NOT_BINDING}
         return json.loads(json.dumps(self.provenance | self.run | binding))
+
+
+def run_differences(before: dict[str, Any], bound: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What two runs do not have in common, of `MadeWith.bound`.
+
+    Samples made in Python have no fingerprint, and older versions stored none: then keys alone are compared.
+    """
+    then, now = (one.get(FINGERPRINT) for one in (before, bound))
+    rows = settings_differences(before | {FINGERPRINT: None}, bound | {FINGERPRINT: None})
+    if None in (then, now) or then == now:
+        return rows
+    return [(f"fingerprint of {bound['data']}", then, now), *rows]
 
 
 def run_facts(
@@ -133,13 +146,13 @@ class Checkpoints:
     def bind(self, bound: dict[str, Any]) -> None:
         """Raises SettingsDiffer where the checkpoint in the folder is of another run. bound: of `MadeWith`."""
         self.bound = bound
-        differences = settings_differences(self._run()["made_with"], bound) if self.found else []
+        differences = run_differences(self._run()["made_with"], bound) if self.found else []
         if differences:
             raise SettingsDiffer(
                 f"{self.out} holds a checkpoint made with other settings",
                 ("the folder has", "this run has"),
                 differences,
-                "Give the same settings to resume, --overwrite to start anew, or another output folder.",
+                "Give the same settings and data to resume, --overwrite to start anew, or another output folder.",
             )
 
     def _run(self) -> dict[str, Any]:

@@ -20,8 +20,11 @@ from vig.data.sample import BrokenRecord, ImageSource, Sample, SampleError, is_a
 from vig.models.end_of_turn import DEFAULT
 from vig.models.lm_head import IGNORE, count_kept
 from vig.models.prompts import Encoded, Encoder
+from vig.models.sample_errors import as_sample_errors
 from vig.store.selections import Entry
+from vig.training.held_images import HeldImages
 from vig.training.labels import (
+    CURE,
     AnySelection,
     cut_batch,
     end_ids_of,
@@ -183,10 +186,11 @@ def keep_samples(
 ) -> Kept:
     """The records worth training on, in order: those with at least one selected token; all without a selection.
 
-    Raises SampleError for a record that the selection does not know.
+    Raises SampleError for a record that the selection does not know, or knows under another id. Warns where the data
+    carry the bytes of their images, and those that are kept take much memory.
     """
     selection = open_selection(selection)
-    kept, answers, dropped, errors = [], [], 0, []
+    kept, answers, dropped, errors, held = [], [], 0, [], HeldImages()
     for record in records:
         if isinstance(record, BrokenRecord):
             errors.append(record.error)
@@ -200,6 +204,7 @@ def keep_samples(
             answer = int(np.flatnonzero(entry.token_keep)[-1]) + 1
         kept.append(record)
         answers.append(answer)
+        held.add(record)
     return Kept(kept, dropped, errors, answers)
 
 
@@ -216,7 +221,7 @@ def names_of(record: Record) -> tuple[str, str]:
             f"the record has no key (it has {', '.join(sorted(record))})",
             'A selection is looked up by "file.json#row": read the data with vig.data.samples.read_samples',
         )
-    return record["key"], str(record.get("id", record["key"]))
+    return record["key"], str(record["key"] if record.get("id") is None else record["id"])
 
 
 class SelectiveCollator:
@@ -314,7 +319,8 @@ class SelectiveCollator:
         if not isinstance(record, Sample):
             key, _ = names_of(record) if self.selection is not None else (str(record.get("id", "?")), "")
             record = sample_from_record(record, key=key, image_root=self.image_root)
-        return self.encoder.encode(record)
+        with as_sample_errors(record.key, record.id):
+            return self.encoder.encode(record)
 
     def _masked(self, labels: list[int], item: Encoded) -> list[int]:
         """The row's labels without the tokens that are not selected."""
@@ -340,5 +346,5 @@ def _differs(item: Encoded, entry: Entry) -> SampleError:
         item.sample.id,
         f"its answer has {len(here)} tokens here and {len(there)} in the selection; token {at} is {one} here and "
         f"{other} there",
-        "Score with the tokenizer, chat template and end_of_turn that you train with",
+        CURE,
     )

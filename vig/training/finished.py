@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from vig.store.folder import SettingsDiffer, settings_differences
-from vig.training.checkpoint import MadeWith
+from vig.store.folder import SettingsDiffer
+from vig.training.checkpoint import FINGERPRINT, MadeWith, run_differences
 from vig.training.folder import RECORD
 from vig.training.settings import TrainError, TrainResult
 
@@ -50,8 +50,9 @@ def finished_record(out: Path, model: Any) -> dict[str, Any] | None:
 
 def refuse_other_run(out: Path, record: dict[str, Any], bound: dict[str, Any]) -> None:
     """Raises SettingsDiffer where the finished run of a folder was not made as this one would be."""
-    provenance = {name: record.get(name) for name in ("model", "revision", "data", "selection")}
-    differences = settings_differences(MadeWith(provenance, record["run"]).bound(record["settings"]), bound)
+    names = ("model", "revision", "data", FINGERPRINT, "selection")
+    provenance = {name: record.get(name) for name in names}
+    differences = run_differences(MadeWith(provenance, record["run"]).bound(record["settings"]), bound)
     if differences:
         raise SettingsDiffer(
             f"{out} holds the checkpoint of a finished run, made with other settings",

@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce, send_to_device
+from accelerate.utils import gather_object, reduce
 from torch import nn
 
+from vig.scoring.batch import on_device
 from vig.training.batches import MicroBatches
 from vig.training.collator import Kept, SelectiveCollator
 from vig.training.loss import row_losses
@@ -57,7 +58,7 @@ class HeldOut:
                 left_out = map(str, batch.pop("left_out"))
                 num_kept, _ = batch.pop("num_kept"), batch.pop("num_truncated")
                 with precision:
-                    rows = row_losses(model, send_to_device(batch, self.device), num_kept=num_kept)
+                    rows = row_losses(model, on_device(batch, self.device), num_kept=num_kept)
                 if number < self.own:
                     totals += rows.sum(0).double().cpu()
                     errors += left_out

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vig.data.sample import SampleError
+from vig.data.sample import SampleError, shortened
 from vig.models.answer_spans import turn_end_tokens
 from vig.models.image_tokens import image_token_id
 from vig.models.lm_head import IGNORE, count_kept
 from vig.selection.select import Selection
-from vig.store.selections import Entry, read_selection, selection_files
+from vig.store.selections import Entry, SelectionTable, read_selection, selection_files
 from vig.training.align import lay
 
 Selected = Mapping[str, Entry]
@@ -43,14 +44,29 @@ def open_selection(selection: AnySelection | None) -> Selected | None:
 
 
 def entry_of(selection: Selected, key: str, id: str | None = None) -> Entry:
-    """What is selected of a sample. Raises SampleError for a key that the selection does not know."""
+    """What is selected of a sample.
+
+    Raises SampleError for a key that the selection does not know, and for a kept sample that was scored under another
+    id: keys are numbers of rows, so it is another one, of data that changed. (A sample without an id has its key's.)
+    """
+    scored = None
     try:
-        return Entry(*selection[key])
+        if isinstance(selection, SelectionTable):
+            entry, scored = selection.with_id(key)
+        else:
+            entry = Entry(*selection[key])
     except KeyError:
         raise SampleError(
             str(key), str(key if id is None else id), "it is not in the selection",
             "Score and select the data that you train on",
         ) from None  # fmt: skip
+    known = None not in (id, scored) and key not in (id, scored)
+    if known and str(id) != scored:
+        raise SampleError(
+            key, id, f"in the selection the sample of this key has the id {shortened(scored)!r}",
+            "The data changed since they were scored: put them back as they were, or score and select them again",
+        )  # fmt: skip
+    return entry
 
 
 def is_kept(entry: Entry) -> bool:
@@ -58,17 +74,24 @@ def is_kept(entry: Entry) -> bool:
     return bool(entry.keep) and bool(np.any(entry.token_keep))
 
 
-def kept_rows(keys: Sequence[str], selection: AnySelection) -> list[int]:
+def kept_rows(keys: Sequence[str], selection: AnySelection, ids: Sequence[Any] | None = None) -> list[int]:
     """The places of the keys whose samples have a token to train on: ``dataset.select(kept_rows(dataset["key"], s))``.
 
-    What is left out is never loaded. Raises SampleError for a key that the selection does not know.
+    What is left out is never loaded. Raises SampleError for a key that the selection does not know, and where the
+    samples' own `ids` are given, for one that was scored under another id.
     """
     selection = open_selection(selection)
-    return [place for place, key in enumerate(keys) if is_kept(entry_of(selection, key))]
+    named = zip(keys, repeat(None) if ids is None else ids, strict=ids is not None)
+    return [place for place, (key, id) in enumerate(named) if is_kept(entry_of(selection, key, id))]
 
 
 def mask_row(
-    labels: Sequence[int], key: str, selection: AnySelection, *, end_ids: Collection[int] = ()
+    labels: Sequence[int],
+    key: str,
+    selection: AnySelection,
+    *,
+    end_ids: Collection[int] = (),
+    id: str | None = None,
 ) -> list[int]:
     """The labels of one tokenised record, of which what is not selected has become -100.
 
@@ -77,6 +100,7 @@ def mask_row(
         token_keep).
     end_ids: the ids of end-of-turn tokens. A selection scored with ``end_of_turn="add"`` knows its own; else they are
         needed where the full sequence is supervised and its questions hold words of the answers.
+    id: the record's own, where the data have ids; a row that was scored under another one raises SampleError.
 
     The supervised ids must allow exactly one way to lay the stored answer, all turns in order. A row that was cut short
     may hold the beginning of it. Raises SampleError with the key and both lists of ids for anything else.
@@ -84,7 +108,7 @@ def mask_row(
     if isinstance(selection, str | Path):
         stamp = tuple((str(file), file.stat().st_mtime_ns) for file in selection_files(selection))
         selection = _kept_open(str(selection), stamp)
-    return _mask(list(map(int, labels)), key, open_selection(selection), end_ids).labels
+    return _mask(list(map(int, labels)), key, open_selection(selection), end_ids, id).labels
 
 
 @lru_cache(maxsize=1)
@@ -156,8 +180,10 @@ def known_ends(selection: Selected, entry: Entry, end_ids: Collection[int]) -> s
     return ends
 
 
-def _mask(labels: list[int], key: str, selection: Selected, end_ids: Collection[int]) -> Masked:
-    entry = entry_of(selection, key)
+def _mask(
+    labels: list[int], key: str, selection: Selected, end_ids: Collection[int], id: str | None = None
+) -> Masked:
+    entry = entry_of(selection, key, id)
     found = mask(labels, entry, known_ends(selection, entry, end_ids))
     if found.ways != 1:
         raise _refusal(labels, key, np.asarray(entry.token_ids).tolist(), found.ways == 0)

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce, send_to_device
+from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 from vig.models.lm_head import is_sharded, unwrap
+from vig.scoring.batch import on_device
 from vig.scoring.memory import is_out_of_memory
 from vig.training import sharding
 from vig.training.checkpoint import Checkpoints, RunState
@@ -149,7 +150,7 @@ class Stepper:
         for number, (batch, num_kept) in enumerate(zip(micro_batches, kept, strict=True), 1):
             # DDP exchanges gradients once a step; FSDP, where no process could hold them whole, every time
             exchanges = self.settings.fsdp or self.world == 1 or number == self.settings.accumulate
-            batch = send_to_device(batch, self.device)
+            batch = on_device(batch, self.device)
             with nullcontext() if exchanges else self.model.no_sync():
                 with self._autocast():
                     part = selective_loss(

@@ -16,8 +16,11 @@ import torch
 from accelerate import DistributedType, PartialState
 from torch import nn
 
+from vig.data.locate import locate
 from vig.data.reading import Reading, Source
+from vig.data.sample import SampleError
 from vig.data.samples import read_samples
+from vig.models.launch import PATIENCE
 from vig.training.batches import MicroBatches, plan_batches
 from vig.training.checkpoint import Checkpoints, MadeWith, RunState, run_facts
 from vig.training.collator import Kept, Record, SelectiveCollator, keep_samples
@@ -35,6 +38,7 @@ from vig.training.model import (
     prepare,
     revision_here,
 )
+from vig.training.same_data import check_same_data, renamed_since
 from vig.training.settings import TrainError, TrainProgress, TrainResult, TrainSettings, WrongSetting
 from vig.training.sharding import whole
 from vig.training.stop_check import warn_if_nothing_stops
@@ -89,9 +93,9 @@ def train(
     Settings that shape the steps must be the same; ``overwrite`` starts anew. One run at a time writes to a folder.
     Under ``accelerate launch`` or torchrun it runs on several devices, with the same loss. With ``fsdp`` they hold one
     model together, which none of them could hold alone; each process reads it into the memory of its host first.
-    Raises TrainError, StoreError (the folder cannot be written), FolderInUse (another run is writing there),
-    SettingsDiffer (it holds a checkpoint of another run), SampleError (by key, for samples that do not fit the
-    selection), ModelError and HeadError.
+    Raises TrainError, also where the data changed since they were scored; StoreError (the folder cannot be written),
+    FolderInUse (another run is writing there), SettingsDiffer (it holds a checkpoint of another run), SampleError (by
+    key, for samples that do not fit the selection), ModelError and HeadError.
     """
     settings = TrainSettings(**settings)
     out = None if out is None else Path(out)
@@ -108,12 +112,16 @@ def train(
         metadata = getattr(table, "metadata", {})
         records = data
         reading = data.reading if isinstance(data, Source) else Reading.stored(metadata)
+        source, fingerprint = None, None
         if isinstance(data, str | os.PathLike):  # raises for data that is not there, before a model is loaded
-            records = read_samples(Source(Path(data), reading), image_root=image_root, limit=limit)
-        source = str(data) if isinstance(data, str | os.PathLike) else None
+            source = Source(Path(data), reading)
+            located = locate(source.path, reading.split)
+            fingerprint = check_same_data(source, located, table)
+            records = read_samples(source, image_root=image_root, limit=limit, located=located)
         kept = _kept(records, table, limit, source)
         facts = run_facts(settings, kept.samples, computes_in(settings, device), processes.num_processes)
-        provenance = {"model": None, "revision": None, "data": source, "selection": metadata or None}
+        about_data = {"data": source and str(source), "data_fingerprint": fingerprint}
+        provenance = {"model": None, "revision": None, **about_data, "selection": metadata or None}
         made_with = MadeWith(provenance, facts)
         options = {"revision": revision, "attn": attn, "trust_remote_code": trust_remote_code}
         if finished is not None:
@@ -173,9 +181,17 @@ def _check_arguments(
     check_trackers(report_to, out)
 
 
-def _kept(records: Iterable[Record], table: Selected | None, limit: int | None, source: str | None) -> Kept:
+def _kept(
+    records: Iterable[Record], table: Selected | None, limit: int | None, source: Source | None
+) -> Kept:
     """The samples to train on, of which there is at least one. source: where they come from, for the error."""
-    kept = keep_samples(islice(records, limit), table)
+    try:
+        kept = keep_samples(islice(records, limit), table)
+    except SampleError as error:
+        problem = None if source is None else renamed_since(source, table)
+        if problem is None:
+            raise
+        raise TrainError(f"{source}: {problem}") from error
     if kept.samples:
         return kept
     if kept.broken:
@@ -253,7 +269,8 @@ def _result(
 
 def _processes(fsdp: bool) -> PartialState:
     """This process among the others. (An Accelerator would also carry over the precision of an earlier one.)"""
-    processes = PartialState(cpu=not torch.accelerator.is_available())
+    # They wait while the main process writes a checkpoint, to a slow disk perhaps: longer than NCCL's 10 minutes.
+    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     if processes.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise TrainError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate was set up for {processes.num_processes} "
