@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import weakref
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from vig.data import samples
 from vig.data.files import StoreError
 from vig.data.images import open_image, open_images
 from vig.data.records import sample_from_record
@@ -26,7 +28,7 @@ from vig.models.null_pixels import PixelRange
 from vig.models.prompts import Encoder, without_images
 from vig.scoring import batching
 from vig.scoring.loader import content_hash, load_records
-from vig.scoring.run import score_dataset
+from vig.scoring.run import dry_run_dataset, score_dataset
 from vig.scoring.scorer import Scorer
 from vig.selection.select import select
 from vig.store.folder import settings_differences
@@ -418,6 +420,35 @@ def test_windows_shards_and_resume_write_the_same_rows(tmp_path, data):
     progress = score_dataset(scorer(), data, tmp_path / "whole", window=64)
     assert progress.resumed == N_SAMPLES - 64
     assert table(tmp_path / "whole") == whole  # bit for bit
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda data, out: score_dataset(scorer(), data, out, window=16, limit=80),
+        lambda data, out: dry_run_dataset(scorer(), data, window=16, limit=80),
+        lambda data, out: scorer().score(read_samples(data, limit=80)),
+    ],
+    ids=["score", "dry run", "in memory"],
+)
+def test_one_window_is_in_memory_at_a_time(tmp_path, data, monkeypatch, read):
+    """With the bytes of its images a window may be gigabytes."""
+    made, alive = [], []
+    original = samples.sample_from_record
+
+    def counted(*arguments, **named):
+        sample = original(*arguments, **named)
+        made.append(weakref.ref(sample))
+        alive.append(sum(one() is not None for one in made))
+        return sample
+
+    monkeypatch.setattr(samples, "sample_from_record", counted)
+    monkeypatch.setattr(batching, "WINDOW", 16)
+    monkeypatch.setattr(batching, "BLOCK", 4)  # the last one may still be held
+    # Held before the windows, for the noise floor.
+    monkeypatch.setattr("vig.scoring.run.first_records", lambda records: [])
+    read(data, tmp_path / "scores")
+    assert len(made) == 80 and max(alive) <= 16 + 4
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, data):

@@ -24,10 +24,14 @@ Item = TypeVar("Item")
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one shorter."""
+    """Lists of `size` items, the last one shorter.
+
+    Each is emptied when the next is asked for: whoever asks still holds it, and two windows may not fit into memory.
+    """
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
+        chunk.clear()
 
 
 def by_images(records: Sequence[Sample | BrokenRecord], most: int = 64) -> list[list[int]]:
