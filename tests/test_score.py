@@ -445,9 +445,8 @@ def test_one_window_is_in_memory_at_a_time(tmp_path, data, monkeypatch, read):
     monkeypatch.setattr(samples, "sample_from_record", counted)
     monkeypatch.setattr(batching, "WINDOW", 16)
     monkeypatch.setattr(batching, "BLOCK", 4)  # the last one may still be held
-    monkeypatch.setattr(
-        "vig.scoring.run.first_records", lambda records: []
-    )  # held before, for the noise floor
+    # Held before the windows, for the noise floor.
+    monkeypatch.setattr("vig.scoring.run.first_records", lambda records: [])
     read(data, tmp_path / "scores")
     assert len(made) == 80 and max(alive) <= 16 + 4
 
