@@ -481,6 +481,27 @@ def test_one_of_two_system_prompts_is_not_taken_in_silence():
 # --- files and folders ---
 
 
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path, suffix):
+    names, cells, file = (
+        ["question", "answer", "", "answer", ""],
+        ["Q?", "first", "", "second", ""],
+        tmp_path / f"d.{suffix}",
+    )
+    if suffix in ("csv", "tsv"):
+        separator = "," if suffix == "csv" else "\t"
+        file.write_text("".join(separator.join(row) + "\n" for row in (names, cells)))
+    else:
+        table = pa.Table.from_arrays([pa.array([cell]) for cell in cells], names=names)
+        if suffix == "parquet":
+            pq.write_table(table, file)
+        else:
+            with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+    with pytest.raises(DataError, match=f"d.{suffix} has two columns 'answer'.*Rename one of them"):
+        list(read_samples(file))
+
+
 LINE = json.dumps(TURNS)
 
 
