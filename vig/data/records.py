@@ -16,7 +16,7 @@ from vig.data.image_sources import image_source
 from vig.data.naming import check_form, empty_field, form_of, holds_images, unnamed_images, unnamed_turns
 from vig.data.reading import SPEAKERS, Reading, is_blank
 from vig.data.sample import Sample, SampleError, check_characters, is_answer, text_of
-from vig.data.turns import Unusable, check_text, decoded, source_of, turn_list
+from vig.data.turns import Unusable, check_text, decoded, image_marks, source_of, turn_list
 
 ROLES = {
     "human": "user",
@@ -37,7 +37,6 @@ ROLES = {
     "function_response": "tool",
 }
 IMAGE_MARK = "<image>"
-MARKS = re.compile(r"<image>|<img>(.+?)</img>", re.DOTALL)
 OTHER_MEDIA = re.compile(r"<(?:video|audio)>|<\|(?:video|audio|VIDEO|AUDIO)\w*\|>")
 BOXES = re.compile(r"<bbox>|<ref-object>")
 NOT_TRAINED = ("loss", "weight", "train")  # fields of a turn that say so where they are false or 0
@@ -274,8 +273,8 @@ def _text_parts(text: str, where: str, placed: list[Any], inline: list[Any]) -> 
         raise Unusable(f"a text holds the mark {other[0]} of {_medium(other[0])}", MEDIA_CURE)
     parts: list[dict[str, Any]] = []
     at, newline = 0, False
-    for mark in MARKS.finditer(text):
-        piece, is_mark = text[at : mark.start()], mark[1] is None
+    for mark in image_marks(text):
+        piece, is_mark = text[at : mark.start()], mark.lastindex is None
         _add_text(parts, piece, newline, is_mark)
         parts.append({"type": "image"})
         placed.append(mark[1] if not is_mark else (inline.pop(0) if inline else HERE))
