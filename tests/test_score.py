@@ -29,6 +29,7 @@ from vig.scoring.loader import content_hash, load_records
 from vig.scoring.run import score_dataset
 from vig.scoring.scorer import Scorer
 from vig.selection.select import select
+from vig.store.fingerprints import text_hash
 from vig.store.folder import settings_differences
 from vig.store.scores import read_scores, score_metadata, unfinished
 
@@ -418,6 +419,23 @@ def test_windows_shards_and_resume_write_the_same_rows(tmp_path, data):
     progress = score_dataset(scorer(), data, tmp_path / "whole", window=64)
     assert progress.resumed == N_SAMPLES - 64
     assert table(tmp_path / "whole") == whole  # bit for bit
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("truncation", [False, True])
+def test_what_each_call_sets_in_a_tokenizer_is_not_in_its_hash(tmp_path, data, truncation, padding):
+    """Some tokenizer.json were saved with it; of the others the hash is that of the whole text, as folders have it."""
+    one = scorer()
+    tokenizer = one.encoder.tokenizer.backend_tokenizer
+    whole = text_hash(tokenizer.to_str())
+    if truncation:
+        tokenizer.enable_truncation(64, strategy="longest_first")
+    if padding:
+        tokenizer.enable_padding(length=64, pad_token='{"padding":')
+    assert (text_hash(tokenizer.to_str()) == whole) == (not truncation and not padding)
+    for resumed in (0, 3):
+        assert one.provenance()["tokenizer_hash"] == whole
+        assert score_dataset(one, data, tmp_path / "scores", limit=3).resumed == resumed
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, data):
