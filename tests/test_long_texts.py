@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from vig.data.error_log import PARTICULARS
 from vig.data.turns import image_marks
 from vig.evaluation.choice import LETTER_NAMED
 from vig.models.answer_spans import own_text
@@ -62,6 +63,15 @@ def test_named_letters_are_those_of_the_plain_pattern():
         assert found == wanted, text
 
 
+def test_particulars_are_those_that_are_looked_for_at_each_character():
+    everywhere = re.compile(PARTICULARS.pattern.replace(r"(?<![^\s'\")])", ""), PARTICULARS.flags)
+    assert everywhere.pattern != PARTICULARS.pattern
+    pieces = ["'", '"', "(", ")", "/", "\\", ".png", ".tiff", " ", "\n", "a", "1", "-", ".", ",", "e"]
+    for seed in range(5000):
+        text = drawn(pieces, 15, seed)
+        assert PARTICULARS.sub("…", text) == everywhere.sub("…", text), text
+
+
 @pytest.mark.parametrize(
     "read",
     [
@@ -71,8 +81,17 @@ def test_named_letters_are_those_of_the_plain_pattern():
         lambda: list(image_marks("<img>" * LONG)),
         lambda: list(image_marks("<img>a</img>" + "<img>" * LONG)),
         lambda: LETTER_NAMED.search(f"answer{' ' * LONG}x"),
+        lambda: PARTICULARS.sub("…", "a" * LONG),
     ],
-    ids=["spaces in an answer", "ends behind it", "ends in it", "marks", "marks behind one", "spaces"],
+    ids=[
+        "spaces in an answer",
+        "ends behind it",
+        "ends in it",
+        "marks",
+        "marks behind one",
+        "spaces",
+        "a word",
+    ],
 )
 def test_long_texts_are_read_at_once(read):
     started = time.perf_counter()
