@@ -13,8 +13,8 @@ from rich.console import Console
 SUITES = ("score", "train", "blur", "memory", "peak")
 app = typer.Typer(add_completion=False, no_args_is_help=False, rich_markup_mode=None)
 WIDE = None if sys.stdout.isatty() else 130  # tables in a log are not squeezed to 80 columns
-console = Console(width=WIDE)
-log = Console(stderr=True)
+console = Console(width=WIDE, emoji=False)
+log = Console(stderr=True, emoji=False)
 
 Quick = Annotated[
     bool, typer.Option("--quick", help="Small shapes and few rounds: less than a minute a suite.")
@@ -98,7 +98,7 @@ def gpu(
         console.print(
             "A rehearsal: times, rates and ratios above are of tiny shapes in an interpreter, not of a GPU."
         )
-    console.print(f"wrote {path}", highlight=False)
+    console.print(f"wrote {path}", markup=False, highlight=False)
     broken = audit.broken(result)
     for line in broken:
         _tell(f"gpu: {line}")
@@ -159,7 +159,7 @@ def evidence(
             if not report:
                 command.run_experiment(out, seeds, processes, _tell)
             for path in command.write_report(out):
-                console.print(f"wrote {path}", highlight=False)
+                console.print(f"wrote {path}", markup=False, highlight=False)
     except (ValueError, RuntimeError) as error:
         _tell(f"evidence: {error}")
         raise typer.Exit(1) from None
@@ -192,7 +192,7 @@ def report(
             log.print(line, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1 if found else 0)
     for path in writer.write(paths):
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}", markup=False, highlight=False)
 
 
 def _tell(text: str) -> None:
@@ -222,7 +222,7 @@ def measure(suite: str, quick: bool, threads: int | None, out: Path | None) -> l
     show(result, console)
     if keep:
         path = results.write(result, out or results.FOLDER)
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}", markup=False, highlight=False)
     broken = audit.broken(result)
     for line in broken:
         log.print(f"{suite}: {line}", markup=False, highlight=False, soft_wrap=True, style="red")

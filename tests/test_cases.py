@@ -436,7 +436,71 @@ def test_columns_and_roles_by_other_names(tmp_path):
         parse_names(["messages"], "--columns")
 
 
+BOTH = {"question": "Q?", "answer": "SHORT", "long": "LONG"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "record", "read"),
+    [
+        ({"answer": "long"}, BOTH, "LONG"),
+        ({"answer": "long"}, {"question": "Q?", "answer": "SHORT"}, "SHORT"),
+        ({"answer": ["long", "other"]}, BOTH | {"other": None}, "LONG"),
+        ({"answer": ["long", "other"]}, BOTH | {"other": "LONG"}, "LONG"),
+        ({"question": "answer", "answer": "question"}, BOTH, "Q?"),
+        ({"answer": "long", "ignore": "answer"}, BOTH, "LONG"),
+        ({"id": "long", "answer": "long"}, None, "columns: 'long' is given for id and for answer. Give it once"),
+        ({"answer": "long"}, BOTH | {"long": ""}, "the field long is empty, which --columns reads as answer"),
+        ({"answer": ["long", "answer"]}, BOTH, "the fields long and answer differ, and --columns reads both as answer"),
+        ({"question": "q", "answer": "long"}, BOTH | TURNS | {"q": "?"}, "--columns question=q is not read, since"),
+        ({"answer": "gone"}, BOTH | TURNS, "A."),
+    ],
+)  # fmt: skip
+def test_a_mapped_name_wins_whatever_the_order_of_the_fields(columns, record, read):
+    if record is None:
+        with pytest.raises(ValueError, match=read):
+            Reading(columns=columns)
+        return
+    for fields in (record, dict(reversed(record.items()))):
+        try:
+            found = answers(
+                sample_from_record(fields | {"id": "7"}, key="k", reading=Reading(columns=columns))
+            )
+        except SampleError as error:
+            assert error.reason.startswith(read) and error.id == "7"
+        else:
+            assert found == [read]
+
+
+def test_one_of_two_system_prompts_is_not_taken_in_silence():
+    alike = sample_from_record(TURNS | {"system": "Be brief.", "system_prompt": "Be brief."}, key="k")
+    assert [message["role"] for message in alike.messages] == ["system", "user", "assistant"]
+    with pytest.raises(SampleError, match=r"different texts in the fields system and system_prompt.*ignore="):
+        sample_from_record(TURNS | {"system": "Be brief.", "system_prompt": "Be long."}, key="k")
+
+
 # --- files and folders ---
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path, suffix):
+    names, cells, file = (
+        ["question", "answer", "", "answer", ""],
+        ["Q?", "first", "", "second", ""],
+        tmp_path / f"d.{suffix}",
+    )
+    if suffix in ("csv", "tsv"):
+        separator = "," if suffix == "csv" else "\t"
+        file.write_text("".join(separator.join(row) + "\n" for row in (names, cells)))
+    else:
+        table = pa.Table.from_arrays([pa.array([cell]) for cell in cells], names=names)
+        if suffix == "parquet":
+            pq.write_table(table, file)
+        else:
+            with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+    with pytest.raises(DataError, match=f"d.{suffix} has two columns 'answer'.*Rename one of them"):
+        list(read_samples(file))
+
 
 LINE = json.dumps(TURNS)
 

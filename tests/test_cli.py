@@ -472,7 +472,7 @@ def test_the_total_appears_with_the_first_bar(given, tmp_path, monkeypatch, extr
 def test_a_bar_from_python_begins_with_its_total(given, tmp_path, monkeypatch):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
-    monkeypatch.setattr("vig.scoring.progress_bar.Console", lambda stderr: console)
+    monkeypatch.setattr("vig.scoring.progress_bar.Console", lambda **_: console)
     monkeypatch.setattr("vig.scoring.run.FIRST_WAIT", 60.0)
     scorer = vig.Scorer(str(given / "model"))
     with pytest.warns(UserWarning, match="1 samples could not be scored"):

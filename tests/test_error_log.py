@@ -8,6 +8,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
 from typer.testing import CliRunner
@@ -17,6 +19,7 @@ from vig.data.error_log import ErrorLog
 from vig.data.images import open_images
 from vig.data.sample import SampleError
 from vig.models.prompts import Encoder
+from vig.reporting.facts import Facts, _add_errors
 from vig.scoring.run import score_dataset
 from vig.scoring.scorer import Scorer
 
@@ -137,6 +140,22 @@ def test_lines_of_errors_are_taken_apart_and_long_ones_cut():
     assert all(len(line) < 900 for line in lines) and lines[-1] == "something else"
     assert list(log.lines(1))[-1] == "... and 2 samples for 2 more reasons"
     assert log.count == 7 and log.summary()[0]["count"] == 5
+
+
+def test_terminal_and_page_count_errors_by_the_same_reasons():
+    """Brackets, signs, and a list of names of which some records have more were particulars of one of them alone."""
+    messages = [
+        "no text in the field q (fields: a, b)", "no text in the field q (fields: c)", "width -3, expected 1e-5",
+        "width 7, expected 0.5", "no images a.png b.txt", "no images c.png d/e.gif f.txt", "no turns", " no turns ",
+    ]  # fmt: skip
+    log, facts = ErrorLog(), Facts()
+    log.extend((f"d.json#{n}", str(n), message) for n, message in enumerate(messages))
+    rows = {"key": [f"d.json#{n}" for n in range(8)], "status": [f"error: {message}" for message in messages]}
+    _add_errors(facts, pa.RecordBatch.from_pydict(rows), np.ones(8, bool))
+    assert {reason: group.count for reason, group in facts.errors.items()} == {
+        reason: group.count for reason, group in log.groups.items()
+    }
+    assert [group.count for group in log.by_count()] == [2, 2, 2, 2] and facts.n_errors == 8
 
 
 def test_a_long_message_is_grouped_before_it_is_cut_and_keeps_its_cure():

@@ -15,8 +15,9 @@ from tiny_benchmarks import CHECKPOINT
 from typer.testing import CliRunner
 
 from vig.cli import app
-from vig.data.files import StoreError
+from vig.data.files import StoreError, lock_folder
 from vig.evaluation.answering import Answerer, Asked
+from vig.evaluation.folder import PredictionFolder, read_predictions
 from vig.evaluation.generation import left_padded, prompt_of
 from vig.evaluation.questions import Record
 from vig.evaluation.run import evaluate
@@ -200,6 +201,21 @@ def test_python_and_the_longest_answer(pope, tmp_path):
         ValueError, match="max_new_tokens = 300 leaves no room for a prompt in the context of 256"
     ):
         evaluate(str(CHECKPOINT), spec, tmp_path / "long", AnswerSettings(max_new_tokens=300))
+
+
+def test_answers_may_hold_what_separates_lines(tmp_path):
+    separators = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+    rows = [
+        {"key": f"d.json#{n}", "id": f"{n}", "answer": f"two.{one}three."} for n, one in enumerate(separators)
+    ]
+    with lock_folder(tmp_path):
+        folder = PredictionFolder(tmp_path, {"task": "exact"})
+        folder.begin({})
+        folder.append(rows)
+        assert list(PredictionFolder(tmp_path, {"task": "exact"}).rows.values()) == rows
+        folder.finish(rows, {})
+        assert read_predictions(tmp_path) == rows
+        assert list(PredictionFolder(tmp_path, {"task": "exact"}).rows.values()) == rows
 
 
 def test_drawn_answers_are_drawn_again(pope, tmp_path):

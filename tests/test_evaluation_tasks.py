@@ -207,6 +207,13 @@ def test_chair_reads_a_caption(synonyms, caption, mentioned):
     assert synonyms.mentioned(caption) == mentioned
 
 
+def test_a_line_of_synonyms_ends_where_lines_of_files_do(tmp_path):
+    (tmp_path / "words.txt").write_bytes("\ufeffperson, a\u2028man\r\ndog, puppy\n".encode())
+    assert Synonyms(tmp_path / "words.txt").category == {
+        "person": "person", "a man": "person", "dog": "dog", "puppy": "dog",
+    }  # fmt: skip
+
+
 def test_singulars():
     words = "dogs buses glasses cherries knives boxes potatoes bus glass children benches ties horses"
     single = "dog bus glass cherry knife box potato bus glass child bench tie horse"

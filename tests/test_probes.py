@@ -448,6 +448,14 @@ def test_another_dataset_is_no_baseline(folder, scorer, tmp_path):
         run_probes(scorer, RunSpec(folder / "test.json", limit=4), ["attention"], baseline=tmp_path / "a")
 
 
+def test_a_baseline_whose_samples_hold_line_separators(folder, scorer, tmp_path):
+    data = folder / "a\u2028b\x85c.json"
+    data.write_bytes((folder / "tune.json").read_bytes())
+    run_probes(scorer, RunSpec(data, limit=4), ["attention"], tmp_path / "a")
+    result = run_probes(scorer, RunSpec(data, limit=4), ["attention"], baseline=tmp_path / "a")[0]
+    assert result.changes and not result.unpaired
+
+
 def test_claims_are_the_baselines(folder, scorer, tmp_path):
     """A limit changes the pool that claims are drawn from."""
     settings = ProbeSettings(judges=("likelihood",))

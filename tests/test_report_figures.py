@@ -11,9 +11,10 @@ import pytest
 import tiny
 from PIL import Image
 
+from vig.data.error_log import masked
 from vig.reporting.charts import box_row, histogram
 from vig.reporting.counters import REACH, Counter
-from vig.reporting.facts import LENGTHS, POSITIONS, WordRow, gather, reason_of
+from vig.reporting.facts import LENGTHS, POSITIONS, WordRow, gather
 from vig.reporting.keep import Rules
 from vig.reporting.report import fitting, rules_of
 from vig.reporting.scale import height_ticks, legend, places, readable, rounded, shade, signed, ticks
@@ -312,7 +313,7 @@ def test_a_pool_keeps_the_best_whatever_the_batches():
     ],
 )
 def test_errors_are_grouped_by_what_they_share(message, reason):
-    assert reason_of(message) == reason
+    assert masked(message) == reason
 
 
 # ---- words

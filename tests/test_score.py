@@ -31,6 +31,7 @@ from vig.scoring.loader import content_hash, load_records
 from vig.scoring.run import dry_run_dataset, score_dataset
 from vig.scoring.scorer import Scorer
 from vig.selection.select import select
+from vig.store.fingerprints import text_hash
 from vig.store.folder import settings_differences
 from vig.store.scores import read_scores, score_metadata, unfinished
 
@@ -449,6 +450,23 @@ def test_one_window_is_in_memory_at_a_time(tmp_path, data, monkeypatch, read):
     monkeypatch.setattr("vig.scoring.run.first_records", lambda records: [])
     read(data, tmp_path / "scores")
     assert len(made) == 80 and max(alive) <= 16 + 4
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("truncation", [False, True])
+def test_what_each_call_sets_in_a_tokenizer_is_not_in_its_hash(tmp_path, data, truncation, padding):
+    """Some tokenizer.json were saved with it; of the others the hash is that of the whole text, as folders have it."""
+    one = scorer()
+    tokenizer = one.encoder.tokenizer.backend_tokenizer
+    whole = text_hash(tokenizer.to_str())
+    if truncation:
+        tokenizer.enable_truncation(64, strategy="longest_first")
+    if padding:
+        tokenizer.enable_padding(length=64, pad_token='{"padding":')
+    assert (text_hash(tokenizer.to_str()) == whole) == (not truncation and not padding)
+    for resumed in (0, 3):
+        assert one.provenance()["tokenizer_hash"] == whole
+        assert score_dataset(one, data, tmp_path / "scores", limit=3).resumed == resumed
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, data):

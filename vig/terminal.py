@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -95,7 +94,7 @@ def waiting(console: Console, text: str) -> Iterator[None]:
         console.print(text, markup=False)
         yield
         return
-    with console.status(text):
+    with console.status(Text(text)):  # a string would be read as markup
         yield
 
 
@@ -166,9 +165,9 @@ def training(console: Console, begins: str) -> Iterator[Callable[[TrainProgress]
 
         yield log
         return
-    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[state]}"))
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[state]}", markup=False))
     with Bar(*columns, console=console) as bar:
-        task = bar.add_task("training", total=None, state=escape(begins))
+        task = bar.add_task("training", total=None, state=begins)
         yield lambda state: bar.update(task, completed=state.step, total=state.steps, state=str(state))
 
 

@@ -28,4 +28,4 @@ def demo(
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         figures = run(folder, console=out, command=lambda words: app(words, standalone_mode=False))
     if as_json:
-        out.print(json.dumps(figures), markup=False)
+        typer.echo(json.dumps(figures))

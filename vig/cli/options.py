@@ -60,9 +60,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-NOBODY = Console(quiet=True, force_terminal=False)  # told by processes beside the one that tells
+# emoji=False: an id such as urn:a:17 is printed as it is
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+NOBODY = Console(quiet=True, force_terminal=False, emoji=False)  # told by processes beside the one that tells
 
 SOME_FAILED = 3
 STOPPED = 130  # by Ctrl-C, as shells count it, or by a scheduler's SIGTERM
@@ -137,7 +138,7 @@ def program(
 def summarise(as_json: bool, show: Callable[[], None], summary: Callable[[], dict[str, Any]]) -> None:
     """Shows what a command did, or prints its summary as one JSON object."""
     if as_json:
-        out.print(json.dumps(summary(), ensure_ascii=False, default=str), markup=False, highlight=False)
+        typer.echo(json.dumps(summary(), ensure_ascii=False, default=str))
     else:
         show()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vig.data.json_rows import open_text
-from vig.data.rows import SKIPPED, Lost, OfLine, Wanted
+from vig.data.rows import SKIPPED, Lost, OfLine, Wanted, check_header
 
 LONGEST_CELL = 1 << 28  # characters: pictures may be written in them
 
@@ -17,6 +17,7 @@ def csv_rows(path: Path, wanted: Wanted) -> Iterator[Any]:
     with open_text(path, newline="") as file:
         table = _table(path, file)
         header = next(table, [])
+        check_header(path, header)
         for number, cells in enumerate(filter(None, table)):
             if not wanted(number):
                 yield SKIPPED

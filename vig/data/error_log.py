@@ -11,17 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from vig.data.files import whole_file
+from vig.data.formats import IMAGES
 
 EXAMPLES = 3  # kept of a reason
 REASONS = 1000  # that are told apart
 LONGEST = 800  # characters of a message that are shown
 CURE = 600  # of its end, where the cure is: a longer message is cut before these
 GROUPED = 2000  # that are compared
+NAMES = "|".join(suffix[1:] for suffix in (*IMAGES, ".txt"))
+# Of one sample: what is quoted or in brackets, paths, names of files, numbers. Paths and names are tried where a word
+# may begin: tried at each character of a long word, they take quadratic time.
 PARTICULARS = re.compile(
-    r"'[^']*'|\"[^\"]*\"|\([^()]*\)|\S*[/\\]\S+|\S+\.(?:png|jpe?g|jfif|webp|gif|bmp|tiff?|avif|txt)\b|\d[\d.,]*",
+    rf"'[^']*'|\"[^\"]*\"|\([^()]*\)|(?<![^\s'\")])(?:\S*[/\\]\S+|\S+\.(?:{NAMES})\b)|[-+]?\d[\d.,e+-]*",
     re.IGNORECASE,
-)  # of one sample: what is quoted or in brackets, paths, names of files, numbers
+)
+RUN = re.compile(r"(?:… ?)+(?=…)")
 LINE = re.compile(r"(?P<key>.+?#\S+) \(id (?P<id>'.*?'|\".*?\")\): (?P<message>.*)", re.DOTALL)
+
+
+def masked(message: str) -> str:
+    """A message without what is particular to its sample, each an ellipsis: what errors are grouped by."""
+    reason = RUN.sub("", PARTICULARS.sub("…", message[:GROUPED])).strip()
+    return reason[:LONGEST]  # a cut before would depend on the particulars
 
 
 @dataclass
@@ -60,8 +71,7 @@ class ErrorLog:
         self._stack.__exit__(*error)
 
     def add(self, key: str, id: str, message: str) -> None:
-        reason = PARTICULARS.sub("…", message[:GROUPED])
-        reason = reason[:LONGEST]  # a cut before would depend on the particulars
+        reason = masked(message)
         if reason not in self.groups and len(self.groups) >= REASONS:
             reason = "other reasons"
         group = self.groups.setdefault(reason, ErrorGroup())

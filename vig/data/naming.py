@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vig.data.formats import FIELDS, FORMS, IMAGE_FIELDS, IMAGES, Form
-from vig.data.reading import IGNORE, Reading, names_of
+from vig.data.reading import IGNORE, Reading, is_blank, names_of
 from vig.data.sample import shortened
 from vig.data.turns import Unusable, check_text
 
@@ -22,6 +22,7 @@ ANSWERING = {
     *("assistant", "gpt", "gt", "solution"),
 }
 DESCRIBING = {"caption", "captions", "text", "description", "desc", "alt", "title"}
+TURNS = {field for form in FORMS for field in form.fields} - set(IMAGE_FIELDS)
 NO_TEXT = {"id", "ids", "uid", "uuid", "key", "index", "source", "split", "date", "url", "hash", "license"}
 
 
@@ -32,6 +33,17 @@ def form_of(record: Mapping[str, Any]) -> Form | None:
         if known and all(record.get(field) is not None for field in form.fields[1:]):
             return form
     return None
+
+
+def check_form(form: Form, given: Mapping[str, Any], reading: Reading) -> None:
+    """Raises Unusable where `--columns` names turns of a record, as it is in the data, that `form` does not read."""
+    for ours, names in names_of(reading.columns).items():
+        unread = [name for name in names if not is_blank(given.get(name))]
+        if unread and ours in TURNS and ours not in form.fields:
+            raise Unusable(
+                f"--columns {ours}={unread[0]} is not read, since the record has {' and '.join(form.fields)} too",
+                f"Leave it out of --columns, or add ignore={form.fields[0]}",
+            )
 
 
 def holds_images(field: str, value: Any, has_images: bool) -> bool:

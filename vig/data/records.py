@@ -13,10 +13,10 @@ from typing import Any
 
 from vig.data.formats import FIELDS, IMAGE_FIELDS, MEDIA_FIELDS, SYSTEM_FIELDS, Form
 from vig.data.image_sources import image_source
-from vig.data.naming import empty_field, form_of, holds_images, unnamed_images, unnamed_turns
-from vig.data.reading import SPEAKERS, Reading
+from vig.data.naming import check_form, empty_field, form_of, holds_images, unnamed_images, unnamed_turns
+from vig.data.reading import SPEAKERS, Reading, is_blank
 from vig.data.sample import Sample, SampleError, check_characters, is_answer, text_of
-from vig.data.turns import Unusable, check_text, decoded, source_of, turn_list
+from vig.data.turns import Unusable, check_text, decoded, image_marks, source_of, turn_list
 
 ROLES = {
     "human": "user",
@@ -37,7 +37,6 @@ ROLES = {
     "function_response": "tool",
 }
 IMAGE_MARK = "<image>"
-MARKS = re.compile(r"<image>|<img>(.+?)</img>", re.DOTALL)
 OTHER_MEDIA = re.compile(r"<(?:video|audio)>|<\|(?:video|audio|VIDEO|AUDIO)\w*\|>")
 BOXES = re.compile(r"<bbox>|<ref-object>")
 NOT_TRAINED = ("loss", "weight", "train")  # fields of a turn that say so where they are false or 0
@@ -61,14 +60,19 @@ def sample_from_record(
         raise SampleError(
             key, "", f"the record is a {type(record).__name__}, not an object", "Give one object a record"
         )
-    given, record = record, reading.renamed(record)
-    id = str(key if record.get("id") is None else record["id"])
+    given, id = record, _id_of(record, key)
     try:
+        record = reading.renamed(record)
+        id = _id_of(record, key)
         check_characters("id", id, key, id)
         root = None if image_root is None else _absolute(image_root)
         return _sample(given, record, key, id, root, source, reading)
     except Unusable as error:
         raise SampleError(key, id, error.reason, error.cure) from None
+
+
+def _id_of(record: dict[str, Any], key: str) -> str:
+    return str(key if record.get("id") is None else record["id"])
 
 
 @functools.lru_cache(maxsize=64)
@@ -134,6 +138,7 @@ def _form_of(given: dict[str, Any], record: dict[str, Any], reading: Reading) ->
         raise Unusable("it has both conversations and messages", cure)
     form = form_of(record)
     if form is not None:
+        check_form(form, given, reading)
         return form
     empty = empty_field(record, reading)
     if empty is not None:
@@ -143,9 +148,13 @@ def _form_of(given: dict[str, Any], record: dict[str, Any], reading: Reading) ->
 
 def _system_turn(record: dict[str, Any], turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The system field as the first turn."""
-    given = next((field for field in SYSTEM_FIELDS if record.get(field)), None)
-    if given is None:
+    said = [field for field in SYSTEM_FIELDS if record.get(field)]
+    if not said:
         return []
+    given = said[0]
+    if any(record[field] != record[given] for field in said):
+        cure = f"Use one, with --columns ignore={said[1]}"
+        raise Unusable(f"it has different texts in the fields {' and '.join(said)}", cure)
     first = turns[0] if turns else {}
     if ROLES.get(first.get("role") or first.get("from")) == "system":
         if (first.get("content") or first.get("value")) == record[given]:
@@ -176,7 +185,7 @@ def _refuse_what_is_not_read(
 ) -> None:
     for field in [field for field in record if field not in PLAIN]:
         value = record[field]
-        if value is None or value == "" or (isinstance(value, list | tuple | dict) and not value):
+        if is_blank(value):
             continue
         if field in MEDIA_FIELDS and _is_media(value):
             raise Unusable(f"the field {field} holds {field.removesuffix('s')}", MEDIA_CURE)
@@ -264,8 +273,8 @@ def _text_parts(text: str, where: str, placed: list[Any], inline: list[Any]) -> 
         raise Unusable(f"a text holds the mark {other[0]} of {_medium(other[0])}", MEDIA_CURE)
     parts: list[dict[str, Any]] = []
     at, newline = 0, False
-    for mark in MARKS.finditer(text):
-        piece, is_mark = text[at : mark.start()], mark[1] is None
+    for mark in image_marks(text):
+        piece, is_mark = text[at : mark.start()], mark.lastindex is None
         _add_text(parts, piece, newline, is_mark)
         parts.append({"type": "image"})
         placed.append(mark[1] if not is_mark else (inline.pop(0) if inline else HERE))

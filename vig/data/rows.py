@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,16 @@ class Row(NamedTuple):
     cure: str = REPAIR
     name: str | None = None
     line: int | None = None
+
+
+def check_header(path: Path, names: Sequence[str]) -> None:
+    """Raises DataError where two columns have one name, of which a record would hold the last. Empty names may repeat:
+    nothing is read by them."""
+    twice = next((name for name, count in Counter(filter(None, names)).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"{path} has two columns {twice!r}, of which a record can hold one. Rename one of them"
+        )
 
 
 def read_rows(path: Path, form: Format, wanted: Wanted = every) -> Iterator[Row]:

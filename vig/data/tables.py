@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vig.data.rows import DAMAGE, SKIPPED, Lost, Wanted, reason_of
+from vig.data.rows import DAMAGE, SKIPPED, Lost, Wanted, check_header, reason_of
 
 ROWS = 16  # decoded at a time
 
@@ -19,6 +19,7 @@ def parquet_rows(file: Path, wanted: Wanted) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file, memory_map=True, buffer_size=1 << 20, pre_buffer=False) as table:
+        check_header(file, table.schema_arrow.names)
         first = 0  # row of the group
         for group in range(table.num_row_groups):
             rows = range(first, first + table.metadata.row_group(group).num_rows)
@@ -57,6 +58,7 @@ def _batch_rows(batch: Any, first: int, wanted: Wanted) -> list[Any]:
 def arrow_rows(file: Path, wanted: Wanted) -> Iterator[Any]:
     number = 0
     for batch in _arrow_batches(file):
+        check_header(file, batch.schema.names)
         for start in range(0, batch.num_rows, ROWS):
             few = batch.slice(start, ROWS)
             yield from _batch_rows(few, number, wanted)

@@ -7,12 +7,16 @@ false or 0 says that a trainer learns nothing from it. Raises Unusable where the
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from vig.data.sample import not_utf8
 
 CAPTION_QUESTION = "Describe the image."
 TURNS_CURE = "Give a list of {from, value} or {role, content}"
+MARK, BARE_MARK = re.compile(r"<image>|<img>(.+?)</img>", re.DOTALL), re.compile("<image>")
 UNREAD_OF_QUESTIONS = ("choices", "options", "hint", "context", "A", "B")
 
 
@@ -52,6 +56,16 @@ def check_text(where: str, text: str) -> None:
     wrong = None if text.isascii() else not_utf8(where, text)
     if wrong is not None:
         raise Unusable(*wrong)
+
+
+def image_marks(text: str) -> Iterator[re.Match[str]]:
+    """Each ``<image>``, and each ``<img>path</img>`` with the path as its group 1.
+
+    Behind the last ``</img>`` no ``<img>`` is tried: each would read to the end, in quadratic time altogether.
+    """
+    before, closed, _ = text.rpartition("</img>")
+    end = len(before) + len(closed) if closed else 0
+    return chain(MARK.finditer(text, 0, end), BARE_MARK.finditer(text, end))
 
 
 def conversations(record: dict[str, Any]) -> list[dict[str, Any]]:

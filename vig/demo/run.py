@@ -59,7 +59,7 @@ def demo(
     import torch
 
     started = time.monotonic()
-    shell = Shell(console or Console(highlight=False, soft_wrap=True), command or _own_process)
+    shell = Shell(console or Console(highlight=False, soft_wrap=True, emoji=False), command or _own_process)
     folder = _fresh(Path(folder))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -69,7 +69,7 @@ def demo(
         torch.set_num_threads(threads)
     figures["seconds"] = round(time.monotonic() - started, 1)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    shell.console.print(f"\nreport: {folder / 'report.html'}   ({figures['seconds']:.0f} s)")
+    shell.console.print(f"\nreport: {folder / 'report.html'}   ({figures['seconds']:.0f} s)", markup=False)
     return figures
 
 
@@ -80,7 +80,8 @@ def _pipeline(folder: Path, samples: int, questions: int, triples: int, seeds: i
     pairs = write_records(folder, "triples", triple_records(triples, DATA_SEED))
     console.print(
         f"drawn into {folder}: {samples:,} samples to tune on ({100 * BLIND:.0f} % of colours and captions answered "
-        f"from habit), {questions:,} test questions, {triples:,} triples\n"
+        f"from habit), {questions:,} test questions, {triples:,} triples\n",
+        markup=False,
     )
     scores, pair_scores, selection = folder / "scores", folder / "scores-triples", folder / "selection"
     shell.vig("score", CHECKPOINT, tune, "-o", scores)
@@ -127,7 +128,7 @@ class Shell(NamedTuple):
     def vig(self, *arguments: object) -> None:
         """Run a command, shown as it would be typed."""
         words = [str(argument) for argument in arguments]
-        self.console.print(f"[bold]$ vig {' '.join(words)}[/]")
+        self.console.print(f"$ vig {' '.join(words)}", style="bold", markup=False)
         code = self.command(words)
         if code:
             raise RuntimeError(f"vig {words[0]} ended with exit code {code}")

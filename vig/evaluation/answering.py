@@ -29,7 +29,7 @@ from vig.models.loading import LoadedModel, context_length, load
 from vig.models.prompts import Encoder
 from vig.scoring.loader import LoadedRecord, workers_beside
 from vig.scoring.memory import in_halves
-from vig.store.fingerprints import processor_json, text_hash
+from vig.store.fingerprints import processor_json, text_hash, tokenizer_json
 from vig_kernels import linear_nll
 from vig_kernels.dispatch import resolve
 
@@ -77,7 +77,7 @@ class Answerer:
             "revision": self.loaded.revision,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
-            "tokenizer_hash": text_hash(self.tokenizer.backend_tokenizer.to_str()),
+            "tokenizer_hash": text_hash(tokenizer_json(self.tokenizer)),
             "processor_hash": text_hash(processor_json(self.loaded.processor)),
             "template_hash": text_hash(self.encoder.template),
             "stop_ids": self.stop_ids,

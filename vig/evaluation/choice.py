@@ -29,7 +29,7 @@ COLUMNS = LETTERS[:8]  # fields of options in MMBench's form
 COPY = 1_000_000  # MMBench's files number the k-th rotation of question i as i + k * COPY
 LONGEST_REFERENCE = 64  # characters: an image field as short is another row's index
 LETTER_FIRST = re.compile(r"\W*\(?([A-Z])(?:[).:,]|\s*$)")
-LETTER_NAMED = re.compile(r"\b(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\(?([A-Z])\b(?!['’])")
+LETTER_NAMED = re.compile(r"\b(?i:answer|option|choice)(?i:\s+is)?(?:\s*:)?\s*\(?([A-Z])\b(?!['’])")
 WORD = re.compile(r"[^\W_]+")
 LETTER_ALONE = re.compile(r"[\s(\[]*([A-Z])[\s).\]:,]*", re.IGNORECASE)
 

@@ -51,7 +51,7 @@ class Synonyms:
         self.path = path
         self.category: dict[str, str] = {}
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             raise DataError(
                 f"cannot read the synonyms {path} ({error}). Give the benchmark's synonyms.txt"

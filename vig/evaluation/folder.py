@@ -137,7 +137,7 @@ def read_predictions(path: str | Path) -> list[Row]:
     if other is not None:
         raise StoreError(other)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() cuts at U+2028 within a text too
         rows = [json.loads(line) for line in lines if line]
         if not all("key" in row and "id" in row for row in rows):
             raise ValueError("a line without key and id")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vig.data.error_log import ErrorLog
 from vig.evaluation.folder import ERRORS
@@ -77,7 +78,7 @@ def show_measures(console: Console, measures: Mapping[str, Any]) -> None:
     for figure in measures["figures"]:
         group, name = figure["group"], figure["name"]
         cells = [
-            group if group != last else "",
+            Text(group if group != last else ""),
             name.replace("_", " "),
             *_value(name, figure["value"], figure),
         ]

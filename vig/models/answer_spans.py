@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -48,7 +49,7 @@ def answer_template(processor: Any) -> tuple[str, str]:
     return (training, "TRL's training template") if training else (template, "sentinels")
 
 
-def turn_end_tokens(tokenizer: Any, image_token: str | None) -> list[str]:
+def turn_end_tokens(tokenizer: Any, image_token: str | None) -> tuple[str, ...]:
     """The tokens that may end a turn, longest first."""
     ends = {str(token) for token in tokenizer.all_special_tokens}
     ends |= {
@@ -57,10 +58,11 @@ def turn_end_tokens(tokenizer: Any, image_token: str | None) -> list[str]:
         if re.fullmatch(r"<\|?(im_end|end[\w|]*|eot\w*)\|?>", token)
     }
     ends -= {image_token, tokenizer.unk_token, tokenizer.bos_token}
-    return sorted(ends, key=lambda token: (-len(token), token))
+    return tuple(sorted(ends, key=lambda token: (-len(token), token)))
 
 
-def any_of(tokens: Sequence[str]) -> re.Pattern[str]:
+@functools.cache
+def any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
@@ -69,7 +71,7 @@ def end_turns(
     spans: list[Span],  # one an answer, in order
     answers: Sequence[str],
     end_of_turn: str,
-    turn_ends: re.Pattern[str],
+    turn_ends: tuple[str, ...],
     eos: str | None,
 ) -> tuple[str, list[Span]]:
     """Moves the edges of each answer's span as `end_of_turn` says; "add" may write an end-of-sequence token."""
@@ -81,7 +83,7 @@ def end_turns(
         if end_of_turn == "drop":
             moved.append((start, body))
             continue
-        following = re.compile(rf"\s*(?:{turn_ends.pattern})").match(text, body)
+        following = re.compile(rf"\s*(?:{any_of(turn_ends).pattern})").match(text, body)
         if following:
             moved.append((start, following.end()))
             continue
@@ -95,7 +97,7 @@ def end_turns(
     return text, moved
 
 
-def own_text(text: str, span: Span, answer: str, turn_ends: re.Pattern[str]) -> Span:
+def own_text(text: str, span: Span, answer: str, turn_ends: Sequence[str]) -> Span:
     """Where the answer's own text stands in what a mark holds; template text beside it is left out."""
     start, end = span
     body = _text_end(text, start, end, turn_ends)
@@ -110,10 +112,21 @@ def own_text(text: str, span: Span, answer: str, turn_ends: re.Pattern[str]) -> 
     return start, body
 
 
-def _text_end(text: str, start: int, end: int, turn_ends: re.Pattern[str]) -> int:
-    """Where the answer's own text ends, without white space and end-of-turn tokens behind it."""
-    tail = re.compile(rf"(?:\s|{turn_ends.pattern})*\Z").search(text[start:end])
-    return start + (tail.start() if tail else end - start)
+def _text_end(text: str, start: int, end: int, turn_ends: Sequence[str]) -> int:
+    """Where the answer's own text ends, without white space and end-of-turn tokens behind it.
+
+    From the end on, through every place that these lead to, since a token may end in another: linear in their length,
+    where a search for (space | token)* up to the end is quadratic in each run of spaces within the answer.
+    """
+    reached, waiting = {end}, [end]
+    while waiting:
+        at = waiting.pop()
+        before = {at - len(token) for token in turn_ends if text.endswith(token, start, at)}
+        if at > start and text[at - 1].isspace():
+            before.add(at - 1)
+        waiting += before - reached
+        reached |= before
+    return min(reached)
 
 
 # --- offsets ---

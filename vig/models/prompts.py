@@ -112,10 +112,9 @@ class Encoder:
         self.image_token_id = image_token_id(processor)
         self.placeholders = placeholders(processor)
         self.has_bidirectional_prefix = has_bidirectional_prefix(processor)
-        ends = turn_end_tokens(self.tokenizer, self.image_token)
-        self._turn_ends = any_of(ends)
+        self._turn_ends = turn_end_tokens(self.tokenizer, self.image_token)
         self.stop_ids = sorted(
-            self.tokenizer.convert_tokens_to_ids(ends)
+            self.tokenizer.convert_tokens_to_ids(list(self._turn_ends))
         )  # of the tokens that may end a turn
 
     def encode(self, sample: Sample, images: list[Image.Image] | None = None) -> Encoded:
@@ -289,7 +288,7 @@ class Encoder:
             if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
                 continue  # an unknown word cannot be compared; its tokens are still the trainer's tokens
             decoded = self.tokenizer.decode(ids)
-            found, wanted = (_plain(self._turn_ends.sub("", text)) for text in (decoded, answer))
+            found, wanted = (_plain(any_of(self._turn_ends).sub("", text)) for text in (decoded, answer))
             # A boundary token holds characters of both sides; the answer itself must be there, whole and without more.
             if wanted not in found or len(found) - len(wanted) > MAX_OUTSIDE:
                 raise refuse(

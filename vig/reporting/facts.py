@@ -6,13 +6,13 @@ tokens.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from vig.data.error_log import REASONS, masked
 from vig.reporting.counters import Counter
 from vig.reporting.keep import Keeper, Rules
 from vig.reporting.strata import Light, Picker, Pool
@@ -24,7 +24,6 @@ from vig.store.selections import hash_keys
 from vig.store.token_stats import TOKEN_STATS, stat_columns
 
 WORD_ROWS = 20_000  # rows whose words are counted, of more a seeded sample
-REASONS = 1000  # groups of errors; further reasons stand together
 MOST_SOURCES = 64  # told apart; the rest stand together
 EXAMPLES = 3  # keys and messages shown of each group
 
@@ -144,24 +143,13 @@ def _add_errors(facts: Facts, batch: pa.RecordBatch, lost: np.ndarray) -> None:
     facts.n_errors += rows.num_rows
     for key, status in zip(rows["key"].to_pylist(), rows["status"].to_pylist(), strict=True):
         message = status.removeprefix("error: ")
-        reason = reason_of(message)
+        reason = masked(message)
         if reason not in facts.errors and len(facts.errors) >= REASONS:
             reason = "other reasons"
         group = facts.errors.setdefault(reason, ErrorGroup(reason, 0, []))
         group.count += 1
         if len(group.examples) < EXAMPLES:
             group.examples.append((key, message))
-
-
-SPECIFICS = re.compile(
-    r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S+|\S+\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|jfif)\b|[-+]?\d[\d.,e+-]*",
-    re.IGNORECASE,
-)
-
-
-def reason_of(message: str) -> str:
-    """A message without what is particular to its sample: names, paths and numbers become an ellipsis."""
-    return re.sub(r"(?:… ?)+(?=…)", "", SPECIFICS.sub("…", message[:500])).strip()
 
 
 def _token_pass(scores, facts: Facts, keeper: Keeper, word_rows: np.ndarray) -> None:

@@ -28,7 +28,7 @@ class LateBar(Progress):
 @contextmanager
 def bar(wanted: bool) -> Iterator[Callable[[Any], None] | None]:
     """A callback that shows a run's state on standard error; None where it is no terminal, or not wanted."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     if not wanted or not console.is_terminal:
         yield None
         return

@@ -30,6 +30,7 @@ from vig.store.fingerprints import (
     data_settings,
     processor_json,
     text_hash,
+    tokenizer_json,
     weights_fingerprint,
 )
 from vig.store.rows import ScoreRow
@@ -300,7 +301,7 @@ class Scorer:
             if Path(self.loaded.name).is_dir()
             else self.loaded.name,
             "revision": self.loaded.revision or weights_fingerprint(self.loaded.name),
-            "tokenizer_hash": text_hash(tokenizer.backend_tokenizer.to_str()),
+            "tokenizer_hash": text_hash(tokenizer_json(tokenizer)),
             "processor_hash": text_hash(processor_json(processor)),
             "template_hash": text_hash(self.encoder.template),
             "answers_from": self.encoder.source_of_answers,

@@ -17,6 +17,19 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def tokenizer_json(tokenizer: Any) -> str:
+    """A fast tokenizer's tokenizer.json without its padding and truncation, which every call sets anew.
+
+    They are cut out of the text, where they stand ahead of all else: elsewhere its bytes, and so its hash, are kept.
+    """
+    text = tokenizer.backend_tokenizer.to_str()
+    for name in ("truncation", "padding"):
+        before, field, state = text.partition(f'"{name}":')
+        _, end = json.JSONDecoder().raw_decode(state)
+        text = f"{before}{field}null{state[end:]}"
+    return text
+
+
 def processor_json(processor: Any) -> str:
     settings = json.loads(processor.to_json_string()) if hasattr(processor, "to_json_string") else {}
     for name in ("chat_template", "processor_class", "transformers_version", "_name_or_path", "name_or_path"):

@@ -159,8 +159,8 @@ def read_units(folder: str | Path, probe: str, settings: Mapping[str, Any], run:
     folder = Path(folder)
     try:
         stored = json.loads((folder / f"{probe}.json").read_text(encoding="utf-8"))
-        lines = (folder / f"{probe}.samples.jsonl").read_text(encoding="utf-8").splitlines()
-        units = [Unit(**json.loads(line)) for line in lines]
+        lines = (folder / f"{probe}.samples.jsonl").read_text(encoding="utf-8").split("\n")
+        units = [Unit(**json.loads(line)) for line in lines if line]
     except FileNotFoundError as error:
         cure = f"Run `vig probe ... --probe {probe} -o {folder}` with the model to compare with"
         raise DataError(f"{folder} holds no {Path(error.filename).name}. {cure}") from None

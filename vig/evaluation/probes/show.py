@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vig.evaluation.probes.findings import Change, Figure
 from vig.evaluation.probes.run import ProbeResult, by_group
@@ -45,7 +46,7 @@ def _table(figures: list, probe: str, cell: Callable) -> Table:
         table.add_column(measure.name + (", nats" if measure.unit == "nats" else ", %"), justify="right")
     for group, of_group in by_group(figures).items():
         n = max(figure.n for figure in of_group.values())
-        table.add_row(group, f"{n:,}", *_cells(measures, of_group, n, cell))
+        table.add_row(Text(group), f"{n:,}", *_cells(measures, of_group, n, cell))
     return table
 
 
