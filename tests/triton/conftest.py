@@ -4,6 +4,7 @@
 is left out, which the header says.
 """
 
+import importlib.util
 import os
 import sys
 
@@ -11,6 +12,13 @@ if "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if interpreted else ["test_*.py"]
+
+
+def pytest_configure(config):
+    if interpreted and importlib.util.find_spec("triton"):
+        import row_by_row
+
+        row_by_row.install()
 
 
 def pytest_report_header(config):

@@ -19,6 +19,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import checks
+import row_by_row
 import torch
 
 from vig_kernels.kernels.triton import tile_configs
@@ -437,5 +438,6 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    row_by_row.install()
     torch.set_num_threads(1)
     sys.exit(main(sys.argv[1:]))
