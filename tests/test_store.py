@@ -405,8 +405,19 @@ def test_selection_mapping(tmp_path, monkeypatch, limit):
 def test_equal_hashes_are_told_apart_by_key(monkeypatch):
     monkeypatch.setattr(selections, "hash_keys", lambda keys: np.zeros(len(keys), np.uint64))
     table = selections.SelectionTable(pa.Table.from_batches([selection_batch(list("abcdefg"))]))
-    assert [len(table[key].token_ids) for key in "abcdefg"] == [0, 1, 2, 3, 0, 5, 6]
+    assert [len(table[key].token_ids) for key in "gfedcba"] == [6, 5, 0, 3, 2, 1, 0]
     assert "h" not in table
+
+
+def test_keys_in_the_order_of_the_rows_are_found_without_a_search(monkeypatch):
+    batches = [selection_batch(keys) for keys in (["a", "b"], [], ["c", "d"], ["e"])]
+    table = selections.SelectionTable(pa.Table.from_batches(batches))
+    assert [len(table[key].token_ids) for key in "ecabd"] == [0, 0, 0, 1, 1]  # in any order
+    search, searched = table._search, []
+    monkeypatch.setattr(table, "_search", lambda key: searched.append(key) or search(key))
+    assert [len(table[key].token_ids) for key in "abcde"] == [0, 1, 0, 1, 0]
+    assert searched == ["a", "c"]  # the first, and behind rows that hold nothing
+    assert "f" not in table and len(table["a"].token_ids) == 0
 
 
 def test_key_hashes_are_fixed_and_do_not_depend_on_neighbours():

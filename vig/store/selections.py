@@ -92,7 +92,10 @@ class SelectionTable(Mapping[str, Entry]):
         self.table = table
         self.path = path
         self.metadata: dict = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-        self._keys = table["key"].chunks
+        names = ("key", "id", "keep", "token_ids", "token_keep")
+        self._chunks = {name: table[name].chunks for name in names if name in table.column_names}
+        self._keys = self._chunks["key"]
+        self._next = (0, 0)  # chunk and row after the last one that was found
         hashes = np.concatenate([hash_keys(chunk) for chunk in self._keys] or [np.empty(0, np.uint64)])
         self._order = np.argsort(hashes, kind="stable").astype(
             np.uint32 if len(hashes) < 2**32 else np.uint64
@@ -119,10 +122,21 @@ class SelectionTable(Mapping[str, Entry]):
         """The entry of a sample, and the id that it was scored under; None, unread, of one that is not kept."""
         chunk, row = self._place(key)
         entry = self._entry(chunk, row)
-        return entry, self.table["id"].chunk(chunk)[row].as_py() if entry.keep else None
+        return entry, self._chunks["id"][chunk][row].as_py() if entry.keep else None
 
     def _place(self, key: str) -> tuple[int, int]:
-        """Chunk of the table, and row of the chunk. Raises KeyError."""
+        """Chunk of the table, and row of the chunk. Raises KeyError.
+
+        Data are mostly read in the order in which they were scored: then no hash is needed.
+        """
+        chunk, row = self._next
+        if chunk == len(self._keys) or row == len(self._keys[chunk]) or self._keys[chunk][row].as_py() != key:
+            chunk, row = self._search(key)
+        more = row + 1 < len(self._keys[chunk])
+        self._next = (chunk, row + 1) if more else (chunk + 1, 0)
+        return chunk, row
+
+    def _search(self, key: str) -> tuple[int, int]:
         wanted = hash_keys(pa.array([key], pa.string()))[0]
         place = int(np.searchsorted(self._hashes, wanted))
         while place < len(self._hashes) and self._hashes[place] == wanted:
@@ -135,7 +149,7 @@ class SelectionTable(Mapping[str, Entry]):
         raise KeyError(key)
 
     def _entry(self, chunk: int, row: int) -> Entry:
-        keep, ids, kept = (self.table[name].chunk(chunk)[row] for name in ("keep", "token_ids", "token_keep"))
+        keep, ids, kept = (self._chunks[name][chunk][row] for name in ("keep", "token_ids", "token_keep"))
         if not ids.is_valid:
             return Entry(keep.as_py(), np.empty(0, np.int32), np.empty(0, bool))
         return Entry(keep.as_py(), ids.values.to_numpy(), kept.values.to_numpy(zero_copy_only=False))
