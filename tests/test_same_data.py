@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -62,7 +63,7 @@ def test_a_sample_that_was_scored_under_another_id_is_refused_with_both():
         lambda: SelectiveCollator(processor, chosen)([record(1) | {"key": "data.json#0"}]),
         lambda: kept_rows(keys, chosen, ["id1", "id0", "id2"]),
         lambda: mask_row([1], "data.json#0", chosen, id="id1"),
-        lambda: train(llava_model(), others, chosen, None, processor=processor),
+        lambda: train(copy.deepcopy(llava_model()), others, chosen, None, processor=processor),
     ):
         with pytest.raises(
             SampleError, match=r"^data.json#0 \(id 'id1'\): .* has the id 'id0'\. The data cha"
@@ -128,7 +129,7 @@ def selected(*scores: Path) -> Path:
 
 def trained(data: Path, selection: Path | SelectionTable | None, out: Path | None = None, **options):
     run = {"processor": llava_processor(), "max_steps": 2, "batch_size": 1, "log_every": 1}
-    return train(llava_model(), data, selection, out, **run | options)
+    return train(copy.deepcopy(llava_model()), data, selection, out, **run | options)
 
 
 EDITS = {
