@@ -362,6 +362,19 @@ RowTotal PartialTable::total(int64_t row) const {
           .column = all.column[row]};
 }
 
+void sweep_groups(const Head& head, const RowChunk& chunk, const Sweeps& sweeps, const PartialTable& table,
+                  float* picked, float* logits) {
+  const PanelGroups groups(head);
+  const int threads = static_cast<int>(sweeps.size());
+  parallel_for(groups.count, threads, [&](int64_t group, int worker) {
+    PanelSweep& sweep = *sweeps[worker];
+    sweep.start(chunk);
+    sweep.fold_panels(chunk, groups.begin(group), groups.end(group), groups.begin(group + threads), picked,
+                      {.data = logits, .first = 0});
+    sweep.finish(chunk, table.group(group));
+  });
+}
+
 // KL = sum_v p_v (z_v - z'_v) - lse + lse', where the sum is that of the differences over that of the weights.
 double PartialTable::divergence(int64_t row, int64_t other) const {
   const RowTotal first = total(row), second = total(other);

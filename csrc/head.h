@@ -69,7 +69,9 @@ class KeptRows {
 int64_t padded_rows(const Head& head, int64_t rows);  // to whole tiles and vectors
 
 // Rows that a tile of `rows` has when it is packed: the smallest register tile is a third of the largest.
-inline int packed_rows(const Kernels& kernels, int64_t rows) { return static_cast<int>(round_up(rows, kernels.tile / 3)); }
+inline int packed_rows(const Kernels& kernels, int64_t rows) {
+  return static_cast<int>(round_up(rows, kernels.tile / 3));
+}
 
 // Which rows of a call: [begin, begin + count) and, where there is a second pass, as many from begin + second on.
 struct RowRange {
@@ -179,5 +181,10 @@ class PartialTable {
   Buffer memory_;
   std::vector<Partials> groups_;  // the last one is the sum
 };
+
+// Folds all panels into a chunk's rows, group by group, on as many threads as there are sweeps. logits: where all of
+// them are kept, as KeptLogits, or null.
+void sweep_groups(const Head& head, const RowChunk& chunk, const Sweeps& sweeps, const PartialTable& table,
+                  float* picked, float* logits);
 
 }  // namespace vig

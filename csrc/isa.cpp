@@ -123,7 +123,9 @@ std::string machine_note() {
 #if defined(VIG_HAS_AMX)
   return "";
 #else
-  return has_amx() ? "this CPU has AMX tiles, which the compiler or assembler of this build did not know: GCC 11 with binutils 2.36, and Clang 12, do" : "";
+  return has_amx() ? "this CPU has AMX tiles, which the compiler or assembler of this build did not know: GCC 11 with "
+                     "binutils 2.36, and Clang 12, do"
+                   : "";
 #endif
 }
 

@@ -75,15 +75,9 @@ struct ChunkTotals {
 };
 
 ChunkTotals sweep_chunk(const Head& head, const RowChunk& chunk, bool stats, const Sweeps& sweeps, float* logits) {
-  const PanelGroups groups(head);
-  const int threads = static_cast<int>(sweeps.size());
-  ChunkTotals totals = {.table = PartialTable(groups.count, chunk.padded), .picked = make_buffer(chunk.rows)};
-  parallel_for(groups.count, threads, [&](int64_t group, int worker) {
-    sweeps[worker]->start(chunk);
-    sweeps[worker]->fold_panels(chunk, groups.begin(group), groups.end(group), groups.begin(group + threads),
-                                totals.picked.get(), {.data = logits, .first = 0});
-    sweeps[worker]->finish(chunk, totals.table.group(group));
-  });
+  ChunkTotals totals = {.table = PartialTable(PanelGroups(head).count, chunk.padded),
+                        .picked = make_buffer(chunk.rows)};
+  sweep_groups(head, chunk, sweeps, totals.table, totals.picked.get(), logits);
   for (int64_t first = 0; first < chunk.rows; first += head.kernels.lanes) totals.table.combine(head, first, stats);
   return totals;
 }
@@ -230,7 +224,8 @@ void linear_nll_backward(const Head& head, const KeptRows& kept, const Upstream&
       const RowRange range = {.begin = begin, .count = std::min(chunk_rows, kept.size() - begin)};
       const RowChunk chunk(head, kept, range, threads);
       const int64_t together = std::clamp<int64_t>((last - first) / (8 * threads), 1, 8);  // panels of a task
-      parallel_for((last - first + together - 1) / together, static_cast<int>(sweeps.size()), [&](int64_t i, int worker) {
+      const int sweeping = static_cast<int>(sweeps.size());
+      parallel_for((last - first + together - 1) / together, sweeping, [&](int64_t i, int worker) {
         const int64_t panel = first + i * together;
         sweeps[worker]->start(chunk);
         sweeps[worker]->fold_panels(chunk, panel, std::min(panel + together, last), head.panels(), picked.get(),

@@ -63,13 +63,7 @@ void linear_nll(const Head& head, const KeptRows& kept, const NllOutputs& out, i
                             .count = std::min(chunk_rows, pass_rows - begin),
                             .second = pairs ? pass_rows : 0};
     const RowChunk chunk(head, kept, range, threads);
-    parallel_for(groups.count, threads, [&](int64_t group, int worker) {
-      PanelSweep& sweep = *sweeps[worker];
-      sweep.start(chunk);
-      sweep.fold_panels(chunk, groups.begin(group), groups.end(group), groups.begin(group + threads), picked.get(),
-                        {.data = nullptr, .first = 0});
-      sweep.finish(chunk, table.group(group));
-    });
+    sweep_groups(head, chunk, sweeps, table, picked.get(), nullptr);
     finish_rows(head, kept, chunk, table, picked.get(), out, threads);
   }
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,12 @@ def masked(message: str) -> str:
     """A message without what is particular to its sample, each an ellipsis: what errors are grouped by."""
     reason = RUN.sub("", PARTICULARS.sub("…", message[:GROUPED])).strip()
     return reason[:LONGEST]  # a cut before would depend on the particulars
+
+
+def group_of(message: str, groups: Collection[str]) -> str:
+    """The name of a message's group among those that there are; of more than REASONS the rest stand together."""
+    reason = masked(message)
+    return reason if reason in groups or len(groups) < REASONS else "other reasons"
 
 
 @dataclass
@@ -71,10 +77,7 @@ class ErrorLog:
         self._stack.__exit__(*error)
 
     def add(self, key: str, id: str, message: str) -> None:
-        reason = masked(message)
-        if reason not in self.groups and len(self.groups) >= REASONS:
-            reason = "other reasons"
-        group = self.groups.setdefault(reason, ErrorGroup())
+        group = self.groups.setdefault(group_of(message, self.groups), ErrorGroup())
         group.count += 1
         if len(group.examples) < EXAMPLES:
             group.examples.append((key, id, message))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from vig.data.error_log import REASONS, masked
+from vig.data.error_log import group_of
 from vig.reporting.counters import Counter
 from vig.reporting.keep import Keeper, Rules
 from vig.reporting.strata import Light, Picker, Pool
@@ -143,9 +143,7 @@ def _add_errors(facts: Facts, batch: pa.RecordBatch, lost: np.ndarray) -> None:
     facts.n_errors += rows.num_rows
     for key, status in zip(rows["key"].to_pylist(), rows["status"].to_pylist(), strict=True):
         message = status.removeprefix("error: ")
-        reason = masked(message)
-        if reason not in facts.errors and len(facts.errors) >= REASONS:
-            reason = "other reasons"
+        reason = group_of(message, facts.errors)
         group = facts.errors.setdefault(reason, ErrorGroup(reason, 0, []))
         group.count += 1
         if len(group.examples) < EXAMPLES:

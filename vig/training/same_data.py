@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from vig.data.formats import format_of
-from vig.data.locate import Located, locate
+from vig.data.locate import Located
 from vig.data.reading import Source
 from vig.data.sample import writable
 from vig.store.fingerprints import data_fingerprint, renamed
@@ -73,9 +73,9 @@ def _file_of(key: str, files: dict[str, Any]) -> str | None:
     return next((name for name in files if key.startswith(f"{name}#")), None)
 
 
-def renamed_since(source: Source, selection: Selected) -> str | None:
+def renamed_since(source: Source, located: Located, selection: Selected) -> str | None:
     """A sentence where the selection knows no sample of data of this name; else None."""
-    ours = tuple(f"{writable(name)}#" for name in locate(source.path, source.reading.split).names)
+    ours = tuple(f"{writable(name)}#" for name in located.names)
     key = next(iter(selection), None)
     if key is None or any(key.startswith(ours) for key in selection):
         return None

@@ -16,7 +16,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from torch import nn
 
-from vig.data.locate import locate
+from vig.data.locate import Located, locate
 from vig.data.reading import Reading, Source
 from vig.data.sample import SampleError
 from vig.data.samples import read_samples
@@ -112,13 +112,13 @@ def train(
         metadata = getattr(table, "metadata", {})
         records = data
         reading = data.reading if isinstance(data, Source) else Reading.stored(metadata)
-        source, fingerprint = None, None
+        source, located, fingerprint = None, None, None
         if isinstance(data, str | os.PathLike):  # raises for data that is not there, before a model is loaded
             source = Source(Path(data), reading)
             located = locate(source.path, reading.split)
             fingerprint = check_same_data(source, located, table)
             records = read_samples(source, image_root=image_root, limit=limit, located=located)
-        kept = _kept(records, table, limit, source)
+        kept = _kept(records, table, limit, source, located)
         facts = run_facts(settings, kept.samples, computes_in(settings, device), processes.num_processes)
         about_data = {"data": source and str(source), "data_fingerprint": fingerprint}
         provenance = {"model": None, "revision": None, **about_data, "selection": metadata or None}
@@ -182,13 +182,17 @@ def _check_arguments(
 
 
 def _kept(
-    records: Iterable[Record], table: Selected | None, limit: int | None, source: Source | None
+    records: Iterable[Record],
+    table: Selected | None,
+    limit: int | None,
+    source: Source | None,
+    located: Located | None,
 ) -> Kept:
-    """The samples to train on, of which there is at least one. source: where they come from, for the error."""
+    """The samples to train on, of which there is at least one. source, located: where they come from, for the error."""
     try:
         kept = keep_samples(islice(records, limit), table)
     except SampleError as error:
-        problem = None if source is None else renamed_since(source, table)
+        problem = None if source is None else renamed_since(source, located, table)
         if problem is None:
             raise
         raise TrainError(f"{source}: {problem}") from error
